@@ -1,0 +1,126 @@
+"""Questions, answers and answer options made from a take's ground truth, and the tokenizer of their words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from datamodules.ego_exo4d import camera_wearer_text
+from datamodules.toy_world.scene import COLOURS, HANDS, KINDS, VERBS, Action, Take, Thing, sentence
+
+CAPTION_INSTRUCTION = "Describe the video."
+QUESTIONS = {
+    "verb": "What does the camera-wearer do?",
+    "object": "Which object does the camera-wearer use?",
+    "colour": "What colour is the object?",
+    "hand": "Which hand does the camera-wearer use?",
+    "check": "Does the camera-wearer use the {thing}?",
+}
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ ' [INST] ' + message['content'] + ' [/INST] ' }}"
+    "{% else %}{{ message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def caption(take: Take, action: Action) -> str:
+    """The training text of a narration, by the rule that also rewrites a real release's narrations."""
+    text = camera_wearer_text(take.narration(action))
+    assert text is not None
+    return text
+
+
+def parts(take: Take, action: Action) -> dict[str, str]:
+    """Ground truth of one action by attribute."""
+    thing = take.things[action.thing]
+    return {"verb": action.verb, "object": thing.kind, "colour": thing.colour, "hand": action.hand}
+
+
+def answers(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """One (kind, question, answer) for each entry of ``QUESTIONS``; yes and no are equally likely."""
+    truth = parts(take, action)
+    used = take.things[action.thing]
+    yes = bool(rng.random() < 0.5)
+    asked = used if yes else _other_thing(take, used, rng)
+    rows = [(kind, QUESTIONS[kind], truth[kind]) for kind in ("verb", "object", "colour", "hand")]
+    return [*rows, ("check", QUESTIONS["check"].format(thing=asked.phrase), "yes" if yes else "no")]
+
+
+def options(take: Take, action: Action, rng: np.random.Generator) -> tuple[list[str], int]:
+    """Four captions of one scene: the true one, another verb, another object, both; shuffled, with the true index."""
+    used = take.things[action.thing]
+    verb = str(rng.choice([v for v in VERBS if v != action.verb]))
+    other = take.things[int(rng.choice([i for i in range(len(take.things)) if i != action.thing]))]
+    candidates = [(action.verb, used), (verb, used), (action.verb, other), (verb, other)]
+    order = rng.permutation(4)
+    texts = [camera_wearer_text(sentence(v, thing, action.hand)) for v, thing in (candidates[i] for i in order)]
+    return [str(t) for t in texts], int(np.argmin(order))
+
+
+def conversation(take: Take, action: Action, rng: np.random.Generator, with_caption: float) -> list[dict[str, str]]:
+    """Turns about one clip in random order: every question, and the caption with probability ``with_caption``."""
+    turns = [(question, answer) for _, question, answer in answers(take, action, rng)]
+    if rng.random() < with_caption:
+        turns.append((CAPTION_INSTRUCTION, caption(take, action)))
+    shuffled = [turns[i] for i in rng.permutation(len(turns))]
+    return [
+        {"from": speaker, "value": ("<video>\n" if index == 0 and speaker == "human" else "") + value}
+        for index, turn in enumerate(shuffled)
+        for speaker, value in zip(("human", "gpt"), turn, strict=True)
+    ]
+
+
+def held_out_questions(take: Take, action: Action, rng: np.random.Generator) -> list[dict[str, Any]]:
+    """What a held-out clip is asked: a caption, a four-way choice and every question."""
+    choices, true = options(take, action, rng)
+    asked: list[dict[str, Any]] = [
+        {"task": "caption", "question": CAPTION_INSTRUCTION, "answer": caption(take, action), "parts": parts(take, action)},
+        {"task": "choice", "question": CAPTION_INSTRUCTION, "answer": choices[true], "options": choices},
+    ]
+    return asked + [
+        {"task": f"qa_{kind}", "question": question, "answer": answer} for kind, question, answer in answers(take, action, rng)
+    ]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer of the world's language, loadable by ``AutoTokenizer``."""
+    things = [Thing(kind, colour) for kind in KINDS for colour in COLOURS]
+    texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}"]
+    texts += [str(camera_wearer_text(sentence(v, t, h))) for v in VERBS for t in things for h in HANDS]
+    words = sorted({word for text in texts for word in _words(text.replace("{thing}", ""))})
+    specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+    vocabulary = {word: index for index, word in enumerate(specials + words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,?]"), "isolated")]
+    )
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        additional_special_tokens=["[INST]", "[/INST]"],
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+
+
+def _words(text: str) -> Iterable[str]:
+    return re.findall(r"[.,?]|[^\s.,?]+", text)
+
+
+def _other_thing(take: Take, used: Thing, rng: np.random.Generator) -> Thing:
+    """An absent mix of colour and kind, or another object of the scene."""
+    others = [t for t in take.things if t != used]
+    swapped = [Thing(used.kind, t.colour) for t in others] + [Thing(t.kind, used.colour) for t in others]
+    pool = others + swapped
+    return pool[int(rng.integers(len(pool)))]

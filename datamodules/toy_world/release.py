@@ -1,0 +1,368 @@
+"""Writes the generated world to disk as an Ego-Exo4D release with instruction data beside it.
+
+::
+
+    <root>/
+      takes.json  annotations/{splits,atomic_descriptions_train,atomic_descriptions_val}.json
+      takes/<take_name>/frame_aligned_videos/downscaled/448/<camera>.mp4
+      initialisation/<take_name>/<camera>.mp4    stage 0: mostly exocentric takes with conversations
+      practice/<take_name>/<camera>.mp4          stage 3: egocentric takes with conversations (the role of EgoIT)
+      instructions/{initialisation,practice,held_out}.jsonl
+      tokenizer/
+      world.json                                 settings of this world; written with the rest or not at all
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from datamodules.ego_exo4d import read_release
+from datamodules.toy_world import questions
+from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
+from datamodules.toy_world.scene import PRESETS, Action, Take, World, simulate
+
+FORMAT = 1
+SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000}
+CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initialisation and practice takes show
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of the world to generate.
+
+    Attributes:
+        preset: name in ``PRESETS``.
+        seed: shifts every take's seed.
+        train_takes, val_takes: takes of the release, filmed by the glasses and two to four cameras.
+        initialisation_takes: takes of stage 0, filmed by one exocentric camera; one in 25 by the glasses.
+        practice_takes: takes of stage 3, filmed by the glasses.
+        size: short side of every picture in pixels.
+        frame_counter: paint the frame number into every picture (for tests).
+    """
+
+    preset: str = "easy"
+    seed: int = 0
+    train_takes: int = 200
+    val_takes: int = 50
+    initialisation_takes: int = 800
+    practice_takes: int = 200
+    size: int = 96
+    frame_counter: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse impossible settings."""
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset: got {self.preset!r}, allowed: {', '.join(PRESETS)}")
+        for name in ("train_takes", "val_takes", "initialisation_takes", "practice_takes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, allowed: 1 or more")
+        if self.size % 16 or self.size < 32:
+            raise ValueError(f"size: got {self.size}, allowed: multiples of 16 from 32")
+
+    @property
+    def world(self) -> World:
+        """The preset's world."""
+        return PRESETS[self.preset]
+
+
+class WorldExists(ValueError):
+    """The folder holds a world of other settings."""
+
+
+def generate(root: Path, settings: Settings, workers: int) -> bool:
+    """Write the world to ``root``; an interrupted call leaves no ``root``.
+
+    Args:
+        root: the data set's folder.
+        settings: what to generate; the result depends on nothing else.
+        workers: processes that render.
+
+    Returns:
+        False if ``root`` already held this world.
+
+    Raises:
+        WorldExists: ``root`` holds something else; nothing is deleted.
+    """
+    described = {"format": FORMAT, **asdict(settings)}
+    if root.exists():
+        _check_same(root, described)
+        return False
+    partial_root = root.with_name(f".{root.name}.partial")
+    shutil.rmtree(partial_root, ignore_errors=True)
+    partial_root.mkdir(parents=True)
+    _write_release(partial_root, settings, workers)
+    _write_conversations(partial_root, settings, workers)
+    _write_held_out(partial_root, settings)
+    questions.write_tokenizer(partial_root / "tokenizer")
+    _write_json(partial_root / "world.json", described)
+    os.replace(partial_root, root)
+    return True
+
+
+def _check_same(root: Path, described: dict[str, Any]) -> None:
+    header = root / "world.json"
+    if not header.is_file():
+        raise WorldExists(f"{root}: exists but is no generated world (no world.json): move it away or choose another --root")
+    found = json.loads(header.read_text())
+    changed = [f"{key}: {found.get(key)} there, {value} asked" for key, value in described.items() if found.get(key) != value]
+    if changed:
+        raise WorldExists(f"{root}: holds another world ({'; '.join(changed)}): remove it or choose another --root")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# videos
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One take and the files its cameras write."""
+
+    seed: int
+    files: tuple[tuple[str, str], ...]  # camera, path below the root
+    actions: int | None = None
+    portrait: str | None = None
+    short: str | None = None  # camera whose stream loses its last frame
+    far_keys: bool = False
+
+
+def _camera(take: Take, name: str, size: int, portrait: bool) -> Camera:
+    if name.startswith("aria"):
+        return ego_camera(take, size)
+    wide = size * 4 // 3
+    return exo_camera(take, name, *((size, wide) if portrait else (wide, size)))
+
+
+def _film(job: _Job, root: Path, settings: Settings) -> int:
+    take = simulate(job.seed, settings.world, job.actions)
+    for name, path in job.files:
+        camera = _camera(take, name, settings.size, portrait=name == job.portrait)
+        frames: Iterable[NDArray[np.uint8]] = render(take, camera, not name.startswith("aria"), settings.frame_counter)
+        if name == job.short:
+            frames = list(frames)[:-1]
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        _encode(root / path, frames, camera, settings.world.fps, job.far_keys)
+    return take.num_frames
+
+
+def _encode(path: Path, frames: Iterable[NDArray[np.uint8]], camera: Camera, fps: int, far_keys: bool) -> None:
+    """H.264 yuv420p, a key frame a second; ``far_keys``: every 250 frames with B-frames, as plain ffmpeg would."""
+    options = {"preset": "ultrafast", "crf": "20", "g": str(fps), "bf": "0"}
+    if far_keys:
+        options = {"preset": "medium", "crf": "20", "g": "250", "sc_threshold": "0"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.thread_count = camera.width, camera.height, "yuv420p", 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _film_all(jobs: list[_Job], root: Path, settings: Settings, workers: int, what: str) -> list[int]:
+    film = partial(_film, root=root, settings=settings)
+    with ProcessPoolExecutor(workers) as pool:
+        return list(tqdm(pool.map(film, jobs, chunksize=4), total=len(jobs), desc=what, unit="take"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the release
+
+
+def _write_release(root: Path, settings: Settings, workers: int) -> None:
+    takes, splits = [], {"train": [], "val": []}  # type: ignore[var-annotated]
+    jobs: list[_Job] = []
+    for split, count in (("train", settings.train_takes), ("val", settings.val_takes)):
+        annotations: dict[str, Any] = {}
+        for index in range(count):
+            seed = SEEDS[split] + settings.seed * 1_000_000 + index
+            trap = index if split == "train" else -1
+            record, job, annotation = _release_take(seed, f"toy_{split}_{index:04d}", trap, settings)
+            takes.append(record)
+            jobs.append(job)
+            annotations[record["take_uid"]] = annotation
+            splits[split].append(record["take_uid"])
+        if split == "train":
+            annotations[str(uuid.UUID(int=7))] = annotations[splits[split][0]]  # a take that takes.json does not list
+        _write_json(
+            root / "annotations" / f"atomic_descriptions_{split}.json",
+            {"ds": "toy", "take_cam_id_map": {}, "annotations": annotations},
+        )
+    frames = _film_all(jobs, root, settings, workers, "ego-exo takes")
+    for take, count in zip(takes, frames, strict=True):
+        take["duration_sec"] = count / settings.world.fps
+    _write_json(root / "takes.json", takes)
+    _write_json(
+        root / "annotations" / "splits.json",
+        {
+            "split_to_take_uids": {**splits, "test": []},
+            "take_uid_to_split": {uid: split for split, uids in splits.items() for uid in uids},
+        },
+    )
+
+
+def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[dict[str, Any], _Job, list[Any]]:
+    """One take's record, films and annotations; ``trap`` 0-8 plants a defect that real releases have."""
+    rng = np.random.default_rng([seed, 3])
+    take = simulate(seed, settings.world)
+    uid = str(uuid.UUID(int=seed + (1 << 64)))
+    ego = "aria02" if trap == 0 else "aria01"
+    exos = ["cam01", "cam02", "cam03", "cam04"][: int(rng.choice([2, 3, 4], p=[0.7, 0.2, 0.1]))]
+    folder = f"takes/{name}/frame_aligned_videos/downscaled/448"
+    streams = {ego: {"rgb": _stream(ego, "214-1", "rgb"), "slam-left": _stream(ego, "1201-1", "slam-left")}}
+    streams |= {cam: {"0": _stream(cam, "0", "rgb")} for cam in exos}
+    filmed = [cam for cam in exos if not (trap == 2 and cam == exos[-1])]
+    best = str(rng.choice(filmed))
+    record = {
+        "take_uid": uid,
+        "take_name": name,
+        "root_dir": f"takes/{name}",
+        "task_name": "Table top",
+        "parent_task_name": "Toy world",
+        "fps": settings.world.fps,
+        "best_exo": None if trap == 3 else best,
+        "is_dropped": False,
+        "frame_aligned_videos": {
+            **streams,
+            "collage": {"0": {"relative_path": None}},
+            "best_exo": {"0": {"relative_path": None}},
+        },
+        "capture": {"cameras": [{"cam_id": cam, "is_ego": cam == ego} for cam in (ego, *exos)]},
+    }
+    files = ((ego, f"{folder}/{ego}_214-1.mp4"), *((cam, f"{folder}/{cam}.mp4") for cam in filmed))
+    job = _Job(
+        seed,
+        files,
+        portrait=exos[-1] if trap == 1 else None,
+        short=exos[0] if trap == 3 else None,
+        far_keys=trap == 7,
+    )
+    actions = take.actions[:1] if trap == 6 else take.actions
+    descriptions = [_description(take, action, best, strings=trap == 8) for action in actions]
+    annotators = [_annotator(uid, 1, descriptions)]
+    if trap == 4:
+        annotators.append(_annotator(uid, 2, [{**d, "text": "C does something else."} for d in descriptions], rejected=True))
+    if trap == 5:
+        annotators.append(_annotator(uid, 2, descriptions[::-2]))
+    return record, job, annotators
+
+
+def _stream(cam: str, stream: str, readable: str) -> dict[str, Any]:
+    file = f"{cam}.mp4" if stream == "0" else f"{cam}_{stream}.mp4"
+    path = f"frame_aligned_videos/{file}"
+    return {"cam_id": cam, "stream_id": stream, "readable_stream_id": readable, "relative_path": path}
+
+
+def _annotator(uid: str, number: int, descriptions: list[Any], rejected: bool = False) -> dict[str, Any]:
+    return {
+        "annotation_uid": f"{uid}-{number}",
+        "annotator_id": str(number),
+        "rejected": rejected,
+        "reject_reason": "wrong take" if rejected else None,
+        "descriptions": descriptions,
+    }
+
+
+def _description(take: Take, action: Action, best: str, strings: bool) -> dict[str, Any]:
+    def flag(value: bool) -> bool | str:
+        return str(int(value)) if strings else value
+
+    return {
+        "text": take.narration(action),
+        "timestamp": round(action.time_s, 5),
+        "subject": "C",
+        "ego_visible": flag(action.ego_visible),
+        "best_exo": None if strings else {"raw_cam_id": best[-1], "cam_id": best},
+        "unsure": flag(False),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# conversations and held-out questions
+
+
+def _write_conversations(root: Path, settings: Settings, workers: int) -> None:
+    for source, count in (("initialisation", settings.initialisation_takes), ("practice", settings.practice_takes)):
+        jobs, records = [], []
+        for index in range(count):
+            seed = SEEDS[source] + settings.seed * 1_000_000 + index
+            rng = np.random.default_rng([seed, 4])
+            take = simulate(seed, settings.world)
+            egocentric = source == "practice" or index % 25 == 24
+            camera = "aria01_214-1" if egocentric else f"cam{rng.integers(1, 5):02d}"
+            path = f"{source}/toy_{source}_{index:04d}/{camera}.mp4"
+            jobs.append(_Job(seed, ((camera, path),)))
+            for ordinal, action in enumerate(take.actions):
+                records.append(_conversation(take, action, source, f"{index:04d}-{ordinal}", path, rng))
+        _film_all(jobs, root, settings, workers, f"{source} takes")
+        _write_jsonl(root / "instructions" / f"{source}.jsonl", records)
+
+
+def _conversation(take: Take, action: Action, source: str, key: str, path: str, rng: np.random.Generator) -> dict[str, Any]:
+    half = 0.5 * CLIP_SHARE * (action.end_s - action.start_s)
+    return {
+        "id": f"{source}/{key}",
+        "video": path,
+        "start": round(action.time_s - half, 4),
+        "end": round(action.time_s + half, 4),
+        "conversations": questions.conversation(take, action, rng, with_caption=1.0 if source == "initialisation" else 0.5),
+        "source": source,
+        "channel": source,
+        "task": "qa",
+        "prompt_level": "base",
+        "template_id": -1,
+        "query": "",
+        "target": "",
+        "video_uid": path,
+        "duration": take.num_frames / take.world.fps,
+        "split": "train",
+    }
+
+
+def _write_held_out(root: Path, settings: Settings) -> None:
+    """Questions about every narrated clip of the validation takes, cut by the release reader."""
+    alpha = read_release(root, "train").alpha
+    release = read_release(root, "val", alpha=alpha)
+    _write_jsonl(root / "instructions" / "held_out.jsonl", _held_out(release, settings))
+
+
+def _held_out(release: Any, settings: Settings) -> Iterator[dict[str, Any]]:
+    takes: dict[str, Take] = {}
+    for clip in release.clips:
+        record = release.takes[clip.take_index]
+        index = int(record.take_name.rsplit("_", 1)[1])
+        seed = SEEDS["val"] + settings.seed * 1_000_000 + index
+        take = takes.setdefault(record.take_name, simulate(seed, settings.world))
+        action = min(take.actions, key=lambda a: abs(a.time_s - clip.time_s))
+        rng = np.random.default_rng([seed, 5, take.actions.index(action)])
+        yield {
+            "id": clip.clip_id,
+            "take": record.take_name,
+            "views": {"ego": str(record.ego.path), "exo": str(record.exos[int(rng.integers(len(record.exos)))].path)},
+            "start": clip.start_s,
+            "end": clip.end_s,
+            "ego_visible": clip.ego_visible,
+            "questions": questions.held_out_questions(take, action, rng),
+        }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,245 @@
+"""Causal language model, with visual tokens spliced into its input embeddings.
+
+Letters: `B` clips, `L` text tokens, `N` visual tokens, `S` = L - 1 + N positions after splicing, `D` width,
+`V` vocabulary, `M` supervised positions in the whole batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+VIDEO_TOKEN_ID = -201
+"""Stands in the text where the visual tokens go; never in the vocabulary."""
+
+IGNORE_INDEX = -100
+"""Label of positions without supervision."""
+
+
+@dataclass
+class LanguageModelConfig:
+    """Where the language model comes from: exactly one of `architecture` and `pretrained`.
+
+    Attributes:
+        architecture: model type in transformers ("mistral", "qwen3", "llama", ...), built with random weights.
+        pretrained: folder or hub name of a model to load, in float32.
+        overrides: settings of `architecture` that differ from its defaults, by their names in transformers.
+    """
+
+    architecture: str | None = None
+    pretrained: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = []
+        if (self.architecture is None) == (self.pretrained is None):
+            problems.append(
+                f"give exactly one of architecture and pretrained, got {self.architecture!r} and {self.pretrained!r}"
+            )
+        if self.pretrained is not None and self.overrides:
+            problems.append(f"overrides ({', '.join(self.overrides)}) go with architecture, not with pretrained")
+        if "vocab_size" in self.overrides:
+            problems.append("vocab_size is set by the tokenizer, remove it from overrides")
+        if problems:
+            raise ValueError("language_model: " + "; ".join(problems))
+
+
+class Spliced(NamedTuple):
+    """Input of the language model after splicing.
+
+    Attributes:
+        embeds: float [B, S, D].
+        attention_mask: bool [B, S], False at padding.
+        labels: int64 [B, S], -100 at visual tokens, padding and unsupervised text.
+    """
+
+    embeds: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+class LanguageModel(nn.Module):
+    """Causal language model of transformers that reads text and visual tokens.
+
+    Architectures whose logits are `lm_head(hidden)`, without scaling or capping, as in Llama, Mistral and Qwen.
+
+    Args:
+        config: the model to build or load.
+        vocab_size: V, of the tokenizer. A loaded model may have more rows than that, not fewer.
+    """
+
+    causal_lm: Any  # a PreTrainedModel that generates; its own annotations are too incomplete to check against
+
+    def __init__(self, config: LanguageModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        if config.pretrained is not None:
+            self.causal_lm = AutoModelForCausalLM.from_pretrained(config.pretrained, dtype=torch.float32)
+            rows = self.causal_lm.config.vocab_size
+            if rows < vocab_size:
+                raise ValueError(
+                    f"language_model: {config.pretrained} has {rows} tokens, the tokenizer {vocab_size}; "
+                    "make language_model.pretrained and the tokenizer agree"
+                )
+        else:
+            assert config.architecture is not None
+            known = {*AutoConfig.for_model(config.architecture).to_dict(), "rope_theta"}
+            unknown = sorted(config.overrides.keys() - known)
+            if unknown:
+                raise ValueError(
+                    f"language_model.overrides: {', '.join(unknown)} unknown to {config.architecture}, "
+                    f"which has {', '.join(sorted(known))}"
+                )
+            model_config = AutoConfig.for_model(config.architecture, vocab_size=vocab_size, **config.overrides)
+            self.causal_lm = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+        # A released model's defaults (sampling, repetition penalty) would leak into greedy decoding.
+        self.causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+
+    @property
+    def dim(self) -> int:
+        """D, width of the input embeddings."""
+        return int(self.causal_lm.config.hidden_size)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Input embeddings: int64 [B, L] to float [B, L, D]."""
+        embeds: Tensor = self.causal_lm.get_input_embeddings()(input_ids)
+        return embeds
+
+    def splice(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None, visual: Tensor) -> Spliced:
+        """Put the visual tokens of each row in the place of its `VIDEO_TOKEN_ID`.
+
+        Args:
+            input_ids: int64 [B, L], padded on either side, with at most one `VIDEO_TOKEN_ID` per row.
+            attention_mask: bool [B, L], False at padding.
+            labels: int64 [B, L], -100 where not supervised, or None for no supervision at all.
+            visual: float [B, N, D], N >= 1.
+
+        Returns:
+            S = L - 1 + N positions. A row without placeholder takes no visual tokens and is padded on the right; its
+            `visual` gets zero gradients rather than none, so that all ranks use the same parameters.
+
+        Raises:
+            ValueError: several placeholders in one row, or shapes that do not fit.
+        """
+        batch, length = input_ids.shape
+        is_placeholder = input_ids == VIDEO_TOKEN_ID
+        count = is_placeholder.sum(1)
+        if visual.ndim != 3 or visual.shape[0] != batch or visual.shape[1] < 1 or visual.shape[2] != self.dim:
+            raise ValueError(f"visual: got {tuple(visual.shape)}, expected ({batch}, at least 1, {self.dim})")
+        if bool((count > 1).any()):
+            raise ValueError(f"input_ids: {int(count.max())} video placeholders in one row, at most 1 is allowed")
+        num_visual = visual.shape[1]
+
+        # Each output position takes one column of [text | visual | padding].
+        position = torch.arange(length - 1 + num_visual, device=input_ids.device)[None]  # [1, S]
+        has_video = count[:, None] == 1
+        start = torch.where(has_video, is_placeholder.int().argmax(1, keepdim=True), length)  # [B, 1]
+        end = start + num_visual
+        column = torch.where(position < start, position, length + position - start)
+        column = torch.where(position >= end, position - num_visual + 1, column)
+        column = torch.where(~has_video & (position >= length), length + num_visual, column)  # [B, S]
+
+        text = self.embed(input_ids.masked_fill(is_placeholder, 0))
+        visual = visual.to(text.dtype)
+        sources = torch.cat([text, visual, text.new_zeros(batch, 1, self.dim)], dim=1)
+        embeds = sources.gather(1, column[..., None].expand(-1, -1, self.dim))
+
+        def place(values: Tensor, at_visual: int, at_padding: int) -> Tensor:
+            extra = values.new_full((batch, num_visual + 1), at_visual)
+            extra[:, -1] = at_padding
+            return torch.cat([values, extra], dim=1).gather(1, column)
+
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+        return Spliced(
+            embeds=embeds,
+            attention_mask=place(attention_mask.bool(), at_visual=True, at_padding=False),
+            labels=place(labels, at_visual=IGNORE_INDEX, at_padding=IGNORE_INDEX),
+        )
+
+    def supervised_logits(self, spliced: Spliced) -> tuple[Tensor, Tensor]:
+        """Next-token logits where there is a label; the head is not applied elsewhere.
+
+        Args:
+            spliced: from `splice`.
+
+        Returns:
+            logits float32 [M, V] and their targets int64 [M], row by row. The logits at position s predict the label
+            at s + 1.
+        """
+        hidden = self._hidden_states(spliced.embeds, spliced.attention_mask)
+        targets = spliced.labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[:, :-1][supervised])
+        return logits.float(), targets[supervised]
+
+    def token_log_likelihood(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, visual: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Score given answers: log p of the supervised tokens, summed per row.
+
+        Args:
+            input_ids, attention_mask, labels, visual: as in `splice`.
+
+        Returns:
+            sum of log p, float32 [B], and number of supervised tokens, int64 [B].
+        """
+        spliced = self.splice(input_ids, attention_mask, labels, visual)
+        logits, targets = self.supervised_logits(spliced)
+        log_p = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+        supervised = spliced.labels[:, 1:] != IGNORE_INDEX
+        row = supervised.nonzero()[:, 0]
+        return log_p.new_zeros(len(input_ids)).index_add(0, row, log_p), supervised.sum(1)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        visual: Tensor,
+        max_new_tokens: int,
+        eos_token_id: int,
+        pad_token_id: int,
+    ) -> list[list[int]]:
+        """Continue prompts greedily.
+
+        Args:
+            input_ids, attention_mask, visual: as in `splice`.
+            max_new_tokens: longest answer.
+            eos_token_id: ends an answer.
+            pad_token_id: fills shorter answers inside the batch.
+
+        Returns:
+            The new token ids of each row, without `eos_token_id` and what follows it.
+        """
+        spliced = self.splice(input_ids, attention_mask, None, visual)
+        # Decoding appends at the right end, so padding has to move to the left.
+        mask, order = spliced.attention_mask.int().sort(dim=1, stable=True)
+        embeds = spliced.embeds.gather(1, order[..., None].expand(-1, -1, self.dim))
+        longest = int(mask.sum(1).max())
+        generated: Tensor = self.causal_lm.generate(
+            inputs_embeds=embeds[:, -longest:],
+            attention_mask=mask[:, -longest:],
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+        )
+        return [_until(eos_token_id, row) for row in generated.tolist()]
+
+    def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """Final hidden states, float [B, S, D]; positions count real tokens, so left padding does not shift them."""
+        outputs = self.causal_lm.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden
+
+
+def _until(stop: int, tokens: Sequence[int]) -> list[int]:
+    return list(tokens[: tokens.index(stop)] if stop in tokens else tokens)

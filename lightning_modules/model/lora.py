@@ -1,0 +1,147 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers, under the layers' own parameter names.
+
+Letters: `r` rank, `I` and `O` input and output width of a linear layer.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+@dataclass
+class LoRAConfig:
+    """Size of the adapters.
+
+    Attributes:
+        rank: r.
+        alpha: the update is scaled by alpha / r.
+        dropout: on the input of the update, in training only.
+    """
+
+    rank: int = 128
+    alpha: float = 256
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"lora: got rank={self.rank}, dropout={self.dropout}; rank must be at least 1, dropout in [0, 1)"
+            )
+
+
+class LoRALinear(nn.Linear):
+    """W x + b + alpha / r * B A dropout(x), where A (`lora_A` [r, I]) and B (`lora_B` [O, r]) are the adapter.
+
+    Made from an existing layer by `add_lora`: `weight` and `bias` stay where they are, so that checkpoints of the
+    plain model load with and without adapters.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora: LoRAConfig
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float [..., I] to float [..., O]."""
+        update = F.linear(F.linear(F.dropout(x, self.lora.dropout, self.training), self.lora_A), self.lora_B)
+        return super().forward(x) + update * self.scale
+
+    @property
+    def scale(self) -> float:
+        """Factor alpha / r of the update."""
+        return self.lora.alpha / self.lora.rank
+
+
+def add_lora(module: nn.Module, config: LoRAConfig) -> list[str]:
+    """Add an adapter to every `nn.Linear` inside `module`, except one named `lm_head`. Nothing is frozen.
+
+    A is Kaiming-uniform and B zero, so outputs do not change at first.
+
+    Args:
+        module: language model, changed in place. Before sharding, as the parameters are new.
+        config: size of the adapters.
+
+    Returns:
+        Names of the adapted layers.
+
+    Raises:
+        ValueError: there are adapters already, or nothing to adapt.
+    """
+    if _adapted(module):
+        raise ValueError("the module has LoRA adapters already")
+    names = []
+    for name, layer in module.named_modules():
+        if type(layer) is not nn.Linear or name.rpartition(".")[2] == "lm_head":
+            continue
+        layer.__class__ = LoRALinear
+        assert isinstance(layer, LoRALinear)
+        layer.lora = config
+        layer.lora_A = nn.Parameter(layer.weight.new_empty(config.rank, layer.in_features))
+        layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, config.rank))
+        nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
+        names.append(name)
+    if not names:
+        raise ValueError("the module has no nn.Linear to add LoRA to")
+    return names
+
+
+@torch.no_grad()
+def merge_lora(module: nn.Module) -> None:
+    """Fold the adapters inside `module` into their layers, which become plain `nn.Linear` again.
+
+    Raises:
+        ValueError: there are no adapters.
+    """
+    for layer in _require_adapted(module).values():
+        update = layer.lora_B.float() @ layer.lora_A.float() * layer.scale
+        layer.weight.copy_(layer.weight.float() + update)
+        del layer.lora_A, layer.lora_B, layer.lora
+        layer.__class__ = nn.Linear  # type: ignore[assignment]
+
+
+def save_peft_adapter(module: nn.Module, folder: str | Path) -> None:
+    """Write the adapters as PEFT does, for `peft.PeftModel.from_pretrained(base, folder)`.
+
+    Args:
+        module: the transformers model itself, since the file holds names relative to it; parameters not sharded.
+        folder: gets `adapter_config.json` and `adapter_model.safetensors`; made if missing.
+
+    Raises:
+        ValueError: there are no adapters.
+    """
+    layers = _require_adapted(module)
+    tensors = {}
+    for name, layer in layers.items():
+        for matrix, value in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            tensors[f"base_model.model.{name}.{matrix}.weight"] = value.detach().cpu().contiguous()
+    config = next(iter(layers.values())).lora
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _adapted(module: nn.Module) -> dict[str, LoRALinear]:
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, LoRALinear)}
+
+
+def _require_adapted(module: nn.Module) -> dict[str, LoRALinear]:
+    layers = _adapted(module)
+    if not layers:
+        raise ValueError("the module has no LoRA adapters")
+    return layers

@@ -1,0 +1,75 @@
+"""The STC connector against VideoLLaMA2's."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_modules.model.projector import STCConnector
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "stc_connector.safetensors"
+CLOSE = {"atol": 5e-5, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    if not GOLDEN.exists():
+        pytest.skip("reference tensors are not part of the repository")
+    return load_file(GOLDEN)
+
+
+def build(golden: dict[str, Tensor], padding: int) -> STCConnector:
+    projector = STCConnector(32, 48, padding=padding).eval()
+    projector.load_state_dict({k.removeprefix("weight."): v for k, v in golden.items() if k.startswith("weight.")})
+    return projector
+
+
+@pytest.mark.parametrize(("padding", "output"), [(1, "output"), (0, "output_v35")])
+def test_equals_videollama2(golden, padding, output):
+    tokens = build(golden, padding)(golden["input"].unflatten(2, (8, 8)))
+    torch.testing.assert_close(tokens, golden[output], **CLOSE)
+
+
+def test_input_gradient_equals_videollama2(golden):
+    features = golden["input"].unflatten(2, (8, 8)).requires_grad_()
+    build(golden, padding=1)(features).square().mean().backward()
+    torch.testing.assert_close(features.grad.flatten(2, 3), golden["input_grad"], atol=1e-7, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "padding", "expected"), [(1, 1, 169), (8, 1, 845), (16, 1, 1521), (16, 0, 1152)]
+)
+def test_num_tokens_of_a_24x24_grid(num_frames, padding, expected):
+    assert STCConnector(4, 4, depth=1, padding=padding).num_tokens(num_frames, 24, 24) == expected
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 2), (4, 5, 6)])
+def test_num_tokens_is_what_forward_returns(padding, shape):
+    projector = STCConnector(4, 6, depth=1, padding=padding)
+    assert projector(torch.randn(2, *shape, 4)).shape == (2, projector.num_tokens(*shape), 6)
+
+
+def test_clips_do_not_see_each_other():
+    torch.manual_seed(0)
+    projector, features = STCConnector(4, 6, depth=1), torch.randn(2, 3, 4, 5, 4)
+    torch.testing.assert_close(projector(features)[1:], projector(features[1:]))
+
+
+def test_parameter_count_at_full_size():
+    with torch.device("meta"):
+        projector = STCConnector(1024, 4096)
+    assert sum(p.numel() for p in projector.parameters()) == 489_188_608
+
+
+def test_rejects_a_clip_that_leaves_no_tokens():
+    with pytest.raises(ValueError, match="1 frames with padding 0"):
+        STCConnector(4, 4, depth=1, padding=0)(torch.zeros(1, 1, 4, 4, 4))
+
+
+@pytest.mark.parametrize("setting", [{"depth": 0}, {"mlp_depth": 0}, {"padding": 2}])
+def test_rejects_settings_it_does_not_have(setting):
+    with pytest.raises(ValueError, match="projector: got"):
+        STCConnector(4, 4, **setting)
