@@ -53,10 +53,10 @@ def answers(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[
 
 
 def options(take: Take, action: Action, rng: np.random.Generator) -> tuple[list[str], int]:
-    """Four captions of one scene: the true one, another verb, another object, both; shuffled, with the true index."""
+    """Four captions: the true one, another verb, another object, both; shuffled, with the true index."""
     used = take.things[action.thing]
     verb = str(rng.choice([v for v in VERBS if v != action.verb]))
-    other = take.things[int(rng.choice([i for i in range(len(take.things)) if i != action.thing]))]
+    other = _pick(_mistakable(take, used), rng)
     candidates = [(action.verb, used), (verb, used), (action.verb, other), (verb, other)]
     order = rng.permutation(4)
     texts = [camera_wearer_text(sentence(v, thing, action.hand)) for v, thing in (candidates[i] for i in order)]
@@ -118,9 +118,18 @@ def _words(text: str) -> Iterable[str]:
     return re.findall(r"[.,?]|[^\s.,?]+", text)
 
 
+def _mistakable(take: Take, used: Thing) -> list[Thing]:
+    """Things to mistake the used one for: the scene's others, else things of the world that share nothing with it."""
+    others = [thing for thing in take.things if thing != used]
+    kinds, colours = KINDS[: take.world.kinds], list(COLOURS)[: take.world.colours]
+    return others or [Thing(k, c) for k in kinds for c in colours if k != used.kind and c != used.colour]
+
+
 def _other_thing(take: Take, used: Thing, rng: np.random.Generator) -> Thing:
-    """An absent mix of colour and kind, or another object of the scene."""
-    others = [t for t in take.things if t != used]
-    swapped = [Thing(used.kind, t.colour) for t in others] + [Thing(t.kind, used.colour) for t in others]
-    pool = others + swapped
-    return pool[int(rng.integers(len(pool)))]
+    """Something the action does not use: another colour, another kind, or both."""
+    other = _pick(_mistakable(take, used), rng)
+    return _pick([other, Thing(used.kind, other.colour), Thing(other.kind, used.colour)], rng)
+
+
+def _pick(things: list[Thing], rng: np.random.Generator) -> Thing:
+    return things[int(rng.integers(len(things)))]

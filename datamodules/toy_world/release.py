@@ -56,11 +56,11 @@ class Settings:
 
     preset: str = "easy"
     seed: int = 0
-    train_takes: int = 200
-    val_takes: int = 50
+    train_takes: int = 150
+    val_takes: int = 40
     initialisation_takes: int = 800
     practice_takes: int = 200
-    size: int = 96
+    size: int = 64
     frame_counter: bool = False
 
     def __post_init__(self) -> None:
@@ -142,7 +142,7 @@ class _Job:
 def _camera(take: Take, name: str, size: int, portrait: bool) -> Camera:
     if name.startswith("aria"):
         return ego_camera(take, size)
-    wide = size * 4 // 3
+    wide = size * 2 // 3 * 2  # 4:3, even
     return exo_camera(take, name, *((size, wide) if portrait else (wide, size)))
 
 
@@ -174,7 +174,7 @@ def _encode(path: Path, frames: Iterable[NDArray[np.uint8]], camera: Camera, fps
 def _film_all(jobs: list[_Job], root: Path, settings: Settings, workers: int, what: str) -> list[int]:
     film = partial(_film, root=root, settings=settings)
     with ProcessPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(film, jobs, chunksize=4), total=len(jobs), desc=what, unit="take"))
+        return list(tqdm(pool.map(film, jobs, chunksize=4), total=len(jobs), desc=what, unit="take", mininterval=1))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -91,11 +91,10 @@ def render(take: Take, camera: Camera, wearer: bool, counter: bool = False) -> I
         image = Image.new("RGB", (2 * camera.width, 2 * camera.height), background)
         draw = ImageDraw.Draw(image)
         for index in order[t]:
-            points, facing, _ = drawn[index]
-            corners = points[t]
-            for face, colour, visible in zip(shapes[index].faces, shapes[index].colours, facing[t], strict=True):
+            outlines, facing, _ = drawn[index]
+            for outline, colour, visible in zip(outlines, shapes[index].colours, facing[t], strict=True):
                 if visible:
-                    draw.polygon([corners[i] for i in face], fill=colour)
+                    draw.polygon(outline[t], fill=colour)
         if counter:
             block = camera.width // 4
             for bit in range(8):
@@ -104,8 +103,8 @@ def render(take: Take, camera: Camera, wearer: bool, counter: bool = False) -> I
         yield np.asarray(image.reduce(2))
 
 
-def _project(shape: _Primitive, axes: Array, camera: Camera) -> tuple[list[list[tuple[float, float]]], Any, Array]:
-    """Image points [T][V], which faces look at the camera and lie before it bool [T][faces], and distance [T]."""
+def _project(shape: _Primitive, axes: Array, camera: Camera) -> tuple[list[Any], Any, Array]:
+    """Outlines [faces][T] as x, y, x, y, ..., which faces look at the camera and lie before it [T][faces], distance [T]."""
     focal = camera.width / np.tan(np.radians(camera.fov_deg) / 2)  # of the picture at twice the size
     seen = np.einsum("tij,tvj->tvi", axes, shape.vertices - camera.position[:, None])
     depth = np.maximum(seen[..., 2], 1e-6)
@@ -114,8 +113,9 @@ def _project(shape: _Primitive, axes: Array, camera: Camera) -> tuple[list[list[
     clockwise = (u[:, b] - u[:, a]) * (v[:, c] - v[:, a]) < (v[:, b] - v[:, a]) * (u[:, c] - u[:, a])
     before = np.stack([seen[:, list(face), 2].min(axis=1) >= NEAR_M for face in shape.faces], axis=1)
     distance = np.linalg.norm(seen.mean(axis=1), axis=-1) + (100.0 if shape.ground else 0.0)
-    points = [list(zip(x, y, strict=True)) for x, y in zip(u.tolist(), v.tolist(), strict=True)]
-    return points, (clockwise & before).tolist(), distance
+    uv = np.stack([u, v], axis=-1)
+    outlines = [uv[:, list(face)].reshape(len(uv), -1).tolist() for face in shape.faces]
+    return outlines, (clockwise & before).tolist(), distance
 
 
 def _unit(vector: Array) -> Array:
@@ -132,7 +132,7 @@ def _wander(rng: np.random.Generator, frames: int, dims: int) -> Array:
 
 
 def _rgb(colour: tuple[float, ...], gain: float) -> tuple[int, int, int]:
-    r, g, b = (int(np.clip(c * gain, 0, 255)) for c in colour)
+    r, g, b = (min(255, max(0, int(c * gain))) for c in colour)
     return r, g, b
 
 
@@ -142,14 +142,10 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
 
     def add(local: Array, faces: list[tuple[int, ...]], at: Array, colour: tuple[float, ...], ground: bool = False) -> None:
         vertices = np.broadcast_to(at[:, None] + local, (frames, len(local), 3)) if local.ndim == 2 else local
-        first = vertices[0]
-        shades = []
-        for face in faces:
-            a, b, c = first[face[0]], first[face[1]], first[face[2]]
-            normal = np.cross(b - a, c - a)
-            bright = 0.72 + 0.28 * float(normal @ LIGHT) / (float(np.linalg.norm(normal)) + 1e-9)
-            shades.append(_rgb(colour, gain * bright))
-        shapes.append(_Primitive(np.asarray(vertices), tuple(faces), tuple(shades), ground))
+        a, b, c = (vertices[0][[face[k] for face in faces]] for k in range(3))
+        bright = 0.72 + 0.28 * _unit(np.cross(b - a, c - a)) @ LIGHT
+        shades = tuple(_rgb(colour, gain * value) for value in bright.tolist())
+        shapes.append(_Primitive(np.asarray(vertices), tuple(faces), shades, ground))
 
     origin = np.zeros((frames, 3))
     xs, ys = np.linspace(-0.62, 0.62, 5), np.linspace(0.0, 0.74, 4)
@@ -160,7 +156,7 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
             add(tile, [(0, 1, 2, 3)], origin, tone, ground=True)
     for index, thing in enumerate(take.things):
         colour = tuple(float(c) for c in COLOURS[thing.colour])
-        for local, faces in _solid(thing.kind, 1.25 * take.world.object_scale):
+        for local, faces in _solid(thing.kind, 1.3 * take.world.object_scale):
             add(local, faces, take.positions[:, index], colour)
     for name in HANDS:
         palm = take.hands[name] + np.array([0.0, -0.055, 0.065])
@@ -224,17 +220,17 @@ def _solid(kind: str, scale: float) -> list[tuple[Array, list[tuple[int, ...]]]]
     """Convex parts of an object standing on z = 0."""
     s = scale
     if kind == "ball":
-        local, faces = _sphere(0.07 * s)
-        return [(local + np.array([0, 0, 0.07 * s]), faces)]
+        local, faces = _sphere(0.065 * s)
+        return [(local + np.array([0, 0, 0.065 * s]), faces)]
     if kind == "box":
-        local, faces = _box(0.13 * s, 0.13 * s, 0.11 * s)
-        return [(local + np.array([0, 0, 0.055 * s]), faces)]
+        local, faces = _box(0.17 * s, 0.15 * s, 0.15 * s)
+        return [(local + np.array([0, 0, 0.075 * s]), faces)]
     if kind == "cone":
         return [_frustum(0.085 * s, 0.004 * s, 0.0, 0.19 * s)]
     if kind == "bottle":
-        return [_frustum(0.042 * s, 0.042 * s, 0.0, 0.15 * s), _frustum(0.018 * s, 0.018 * s, 0.15 * s, 0.26 * s, 6)]
+        return [_frustum(0.045 * s, 0.045 * s, 0.0, 0.19 * s), _frustum(0.02 * s, 0.02 * s, 0.19 * s, 0.34 * s, 6)]
     if kind == "plate":
-        return [_frustum(0.08 * s, 0.13 * s, 0.0, 0.022 * s, 10)]
+        return [_frustum(0.10 * s, 0.17 * s, 0.0, 0.03 * s, 10)]
     parts = []
     for i in range(8):
         angle = 2 * np.pi * i / 8

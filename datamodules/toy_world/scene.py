@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-KINDS = ("ball", "box", "cone", "bottle", "plate", "ring")
+KINDS = ("bottle", "plate", "ball", "box", "cone", "ring")
 COLOURS = {
     "red": (214, 38, 38),
     "green": (40, 168, 62),
@@ -51,10 +51,10 @@ class World:
 
     kinds: int = 4
     colours: int = 5
-    objects: tuple[int, int] = (2, 2)
+    objects: tuple[int, int] = (1, 2)
     actions: int = 6
-    action_s: tuple[float, float] = (1.3, 1.7)
-    fps: int = 10
+    action_s: tuple[float, float] = (1.0, 1.3)
+    fps: int = 8
     ego_fov_deg: float = 62.0
     shake: float = 1.0
     glance: float = 0.05

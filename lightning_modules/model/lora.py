@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
+_PEFT_PREFIX, _PEFT_SUFFIX = "base_model.model.", ".weight"
+
 @dataclass
 class LoRAConfig:
     """Size of the adapters.
@@ -118,7 +120,7 @@ def save_peft_adapter(module: nn.Module, folder: str | Path) -> None:
     tensors = {}
     for name, layer in layers.items():
         for matrix, value in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            tensors[f"base_model.model.{name}.{matrix}.weight"] = value.detach().cpu().contiguous()
+            tensors[f"{_PEFT_PREFIX}{name}.{matrix}{_PEFT_SUFFIX}"] = value.detach().cpu().contiguous()
     config = next(iter(layers.values())).lora
     settings = {
         "peft_type": "LORA",
@@ -134,6 +136,11 @@ def save_peft_adapter(module: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def from_peft_name(name: str) -> str:
+    """Name of an adapter matrix inside the transformers model, from its name in PEFT's file."""
+    return name.removeprefix(_PEFT_PREFIX).removesuffix(_PEFT_SUFFIX)
 
 
 def _adapted(module: nn.Module) -> dict[str, LoRALinear]:

@@ -1,0 +1,120 @@
+"""What the data side hands to the model side: clips as raw pixels, text as tokens.
+
+Letters: ``B`` clips, ``T`` frames, ``S`` side of the square picture in pixels, ``R`` rows of text, ``L`` text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Self
+
+import torch
+from torch import Tensor
+
+VIDEO_TOKEN_ID = -201
+"""Stands in the token ids where the visual tokens of the clip belong; no tokenizer has it."""
+IGNORE_INDEX = -100
+
+
+class _Movable:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Move every tensor to ``device``, in place."""
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, (Tensor, _Movable)):
+                setattr(self, item.name, value.to(device, non_blocking=non_blocking))
+        return self
+
+    def pin_memory(self) -> Self:
+        """Move every tensor to page-locked memory, in place."""
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, (Tensor, _Movable)):
+                setattr(self, item.name, value.pin_memory())
+        return self
+
+
+@dataclass
+class TextBatch(_Movable):
+    """Right-padded rows of text.
+
+    Attributes:
+        input_ids: int64 [R, L] with one ``VIDEO_TOKEN_ID`` per row; 0 where padded.
+        attention_mask: bool [R, L].
+        labels: int64 [R, L]: the token itself where it is supervised, else ``IGNORE_INDEX``.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+@dataclass
+class ClipBatch(_Movable):
+    """One micro-batch of clip-text samples, a row of text for each clip.
+
+    Attributes:
+        ids: B sample names, for messages.
+        text: R = B rows.
+        label_tokens: supervised tokens of the whole global batch divided by its number of micro-batches, counted over
+            all ranks. A sum of token losses divided by it averages over the global batch's tokens once gradients are
+            averaged over ranks and accumulated micro-batches.
+        ego_video, exo_video: uint8 [B, T, S, S, 3], RGB, the same instants in both; None if the stage does not look.
+    """
+
+    ids: list[str]
+    text: TextBatch
+    label_tokens: float
+    ego_video: Tensor | None = None
+    exo_video: Tensor | None = None
+
+    @property
+    def num_frames(self) -> int:
+        """Frames in the batch, over both views."""
+        return sum(video.shape[0] * video.shape[1] for video in (self.ego_video, self.exo_video) if video is not None)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a held-out clip is asked.
+
+    Attributes:
+        clip: row of the clip in the batch.
+        task: ``caption``, ``choice`` or ``qa_<kind>``.
+        question, answer: as a person would write them.
+        options: candidates of a choice; empty else.
+        parts: words of the answer that are scored by themselves, by name.
+    """
+
+    clip: int
+    task: str
+    question: str
+    answer: str
+    options: tuple[str, ...] = ()
+    parts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class QuestionBatch(_Movable):
+    """Held-out clips with questions.
+
+    Attributes:
+        ids: B clip names.
+        ego_visible: B flags: does the egocentric camera see the action?
+        questions: all questions of the clips.
+        prompts: a row for each question without options, ends where the answer begins.
+        prompt_clip: int64 [R], row of the clip.
+        options: a row for each option of each choice, labels on the option.
+        option_clip: int64 [R], row of the clip.
+        ego_video, exo_video: as in ``ClipBatch``.
+    """
+
+    ids: list[str]
+    ego_visible: list[bool]
+    questions: list[Question]
+    prompts: TextBatch
+    prompt_clip: Tensor
+    options: TextBatch
+    option_clip: Tensor
+    ego_video: Tensor | None = None
+    exo_video: Tensor | None = None

@@ -1,0 +1,268 @@
+"""``python -m lightning_modules fit|evaluate|show|report``: experiments from YAML, through LightningCLI.
+
+::
+
+    python -m lightning_modules fit experiments/toy stage1 trainer.max_steps=100
+    python -m lightning_modules fit runs/toy/stage1/config.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from datamodules.clips import ClipConfig, ClipDataModule
+from lightning_modules.config import STAGES, ConfigError, compose, config_hash
+from lightning_modules.handoff import StageHandoff, check_handoff
+from lightning_modules.held_out import chance_levels
+from lightning_modules.model.exo2ego import NetworkConfig
+from lightning_modules.monitor import SamplePanel, TrainingMonitor
+from lightning_modules.report import write_metrics, write_report
+from lightning_modules.stage import Stage, write_predictions
+
+
+class Interrupted(RuntimeError):
+    """Training stopped before its last step."""
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI over a resolved configuration.
+
+    Beside ``model``, ``data`` and ``trainer`` there are the keys that an experiment shares: ``experiment``, ``stage``,
+    ``runs``, ``run_dir``, ``handoffs``, ``data_root``, ``tokenizer``, ``network``, ``clips``, ``threads``, ``checkpoint_every_n_steps``, ``monitor``, ``panel``.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Declare the shared keys, so that they are checked like all others."""
+        parser.add_argument("--experiment", type=str, required=True)
+        parser.add_argument("--stage", type=str, required=True)
+        parser.add_argument("--runs", type=str, default="runs")
+        parser.add_argument("--run_dir", type=str, required=True)
+        parser.add_argument("--handoffs", type=dict[str, str])
+        parser.add_argument("--data_root", type=str)
+        parser.add_argument("--tokenizer", type=str, required=True)
+        parser.add_argument("--threads", type=int | None, default=None)
+        parser.add_argument("--checkpoint_every_n_steps", type=int, default=100)
+        parser.add_argument("--network", type=NetworkConfig)
+        parser.add_argument("--clips", type=ClipConfig)
+        parser.add_lightning_class_args(TrainingMonitor, "monitor")
+        parser.add_lightning_class_args(SamplePanel, "panel")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage of one experiment, checked and ready; no weights or videos are read yet."""
+
+    config: dict[str, Any]
+    trainer: L.Trainer
+    stage: Stage
+    datamodule: ClipDataModule
+
+    @property
+    def name(self) -> str:
+        """``stage0`` to ``stage3``."""
+        return str(self.config["stage"])
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this run goes."""
+        return Path(self.config["run_dir"])
+
+
+def build(config: dict[str, Any]) -> Run:
+    """Check a resolved configuration and make Trainer, stage and data module.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type.
+        ValueError: a value is impossible, or something the stage starts from is missing.
+    """
+    missing = [key for key in ("experiment", "stage", "run_dir", "model", "data") if not config.get(key)]
+    if missing:
+        raise ConfigError(f"configuration: {', '.join(missing)} missing: give an experiment folder and a stage")
+    if config.get("threads"):
+        torch.set_num_threads(int(config["threads"]))
+    run_dir = Path(str(config["run_dir"]))
+    callbacks = [
+        StageHandoff(str(run_dir / "handoff"), str(config["stage"]), config_hash(config)),
+        TQDMProgressBar(refresh_rate=5),
+    ]
+    if (every := int(config.get("checkpoint_every_n_steps", 100))) > 0:
+        checkpoint = ModelCheckpoint(
+            run_dir / "checkpoints", filename="{step:07d}", every_n_train_steps=every, auto_insert_metric_name=False
+        )
+        callbacks.append(checkpoint)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cli = ExperimentCLI(
+                Stage,
+                ClipDataModule,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                run=False,
+                args=config,
+                save_config_callback=None,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                parser_kwargs={"exit_on_error": False},
+                trainer_defaults={"callbacks": callbacks},
+            )
+    except ArgumentError as error:
+        raise ConfigError(_trimmed(str(error))) from None
+    return Run(config, cli.trainer, cli.model, cli.datamodule)
+
+
+def fit(config: dict[str, Any], force: bool) -> None:
+    """Train a stage, go on with an interrupted one, or say that it is finished; then answer the held-out questions."""
+    folder = Path(str(config.get("run_dir", "")))
+    if force:
+        _put_aside(folder)
+    finished = (folder / "handoff" / "manifest.json").is_file()
+    checkpoint = None if finished else max((folder / "checkpoints").glob("*.ckpt"), default=None)
+    if finished or checkpoint:
+        _same_configuration(folder, config, "finished" if finished else "interrupted")
+    if finished and (folder / "metrics.json").is_file():
+        print(f"{config['stage']} of {config['experiment']} is finished ({folder}/handoff); FORCE=1 trains it anew")
+        return
+    run = build(config)
+    if finished:
+        evaluate(config)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    if checkpoint:
+        print(f"{run.name} of {config['experiment']} goes on from {checkpoint}")
+    run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
+    if run.trainer.interrupted or not (folder / "handoff" / "manifest.json").is_file():
+        raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; call it again to go on")
+    _answer(run)
+
+
+def evaluate(config: dict[str, Any]) -> None:
+    """Answer the held-out questions with a finished stage."""
+    folder = Path(str(config.get("run_dir", ""))) / "handoff"
+    manifest = check_handoff(folder)
+    run = build(config)
+    run.stage.init |= {part: str(folder) for part in manifest["parts"]}
+    _answer(run)
+
+
+def _answer(run: Run) -> None:
+    if run.datamodule.held_out is None:
+        return
+    run.trainer.test(run.stage, datamodule=run.datamodule, verbose=False)
+    metrics = run.stage.held_out_metrics()
+    outcomes = run.stage.all_outcomes()
+    if run.trainer.is_global_zero:
+        write_predictions(run.folder / "predictions.jsonl", outcomes)
+        held_out = run.datamodule.held_out_set()
+        write_metrics(run.folder, run.name, len(held_out), metrics, chance_levels(held_out.all_questions()))
+        print(write_report(run.folder.parent))
+
+
+def _same_configuration(folder: Path, config: dict[str, Any], state: str) -> None:
+    file = folder / "config.yaml"
+    before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    old, new = _flat(before), _flat(config)
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if changed:
+        shown = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed[:3])
+        raise ConfigError(
+            f"{folder}: holds a run {state} with another configuration ({shown}{', ...' if len(changed) > 3 else ''}): "
+            "FORCE=1 trains it anew, or set another `runs` folder"
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: json.dumps(value)}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def _put_aside(folder: Path) -> None:
+    for name in ("checkpoints", "metrics.json", "predictions.jsonl"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for events in folder.glob("events.out.tfevents.*"):
+        events.unlink()
+    previous = folder / "handoff.previous"
+    if (folder / "handoff").exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        (folder / "handoff").rename(previous)
+
+
+def _trimmed(message: str) -> str:
+    return " ".join(message.split())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        Exit status: 0 done, 1 training stopped early, 2 wrong input.
+    """
+    parser = argparse.ArgumentParser(prog="python -m lightning_modules", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    helps = {
+        "fit": "train a stage, or go on with it, then answer the held-out questions",
+        "evaluate": "answer the held-out questions with a finished stage",
+        "show": "print the resolved configuration and check it",
+    }
+    for name, text in helps.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("experiment", type=Path, help="folder of the experiment, or a run's config.yaml")
+        command.add_argument("rest", nargs="*", metavar="stage0|..|stage3 key=value", help="stage and overridden keys")
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        if name == "fit":
+            command.add_argument("--force", action="store_true", help="train anew even if finished or begun")
+    report = commands.add_parser("report", help="print the table of all stages of a run")
+    report.add_argument("runs", type=Path, help="folder of an experiment's runs, e.g. runs/toy")
+    report.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "report":
+            print(write_report(options.runs))
+            return 0
+        stage = options.rest.pop(0) if options.rest and "=" not in options.rest[0] else None
+        if stage is None and options.experiment.is_dir():
+            raise ConfigError(f"{options.experiment} is a folder: name a stage after it, {', '.join(STAGES)}")
+        if stage is not None and stage not in STAGES:
+            raise ConfigError(f"stage: got {stage!r}, allowed: {', '.join(STAGES)}")
+        config = compose(options.experiment, stage, options.rest)
+        if options.command == "fit":
+            fit(config, options.force)
+        elif options.command == "evaluate":
+            evaluate(config)
+        else:
+            build(config)
+            print(yaml.safe_dump(config, sort_keys=False), end="")
+    except Interrupted as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        if options.traceback:
+            raise
+        print(f"error: {_last_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _last_line(error: Exception) -> str:
+    """An error's own words; one that comes from a loader's process carries a traceback before them."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    text = lines[-1] if lines and lines[0].startswith("Caught ") else " ".join(lines)
+    return re.sub(r"^[\w.]+(Error|Missing|Video|Stream|Span|File|Damaged): ", "", text)

@@ -1,0 +1,202 @@
+"""What one stage leaves for the next: a folder of safetensors with a manifest, complete or absent.
+
+::
+
+    <run>/handoff/
+      manifest.json                 stage, parts with shapes and types, configuration hash, data fingerprint, metrics
+      <part>.safetensors            parameters of one part by their names inside it
+      adapter/                      the language model's adapters in PEFT's format, in the place of ``lora``
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_modules.model.lora import from_peft_name, save_peft_adapter
+
+if TYPE_CHECKING:
+    from lightning_modules.stage import Stage
+
+FORMAT = 1
+ADAPTER = "adapter"
+
+
+class HandoffError(ValueError):
+    """A hand-off is missing, incomplete, or does not fit; the message names folder, tensors and mend."""
+
+
+def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
+    """Read a hand-off's manifest without touching its tensors.
+
+    Args:
+        folder: ``<run>/handoff``.
+        part: must be among the parts.
+
+    Raises:
+        HandoffError: there is no complete hand-off, it is of another format, or lacks the part.
+    """
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        raise HandoffError(f"hand-off {folder}: not there: run `make {folder.parent.name}` first")
+    try:
+        content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise HandoffError(f"hand-off {manifest}: malformed JSON ({error.msg}): run `make {folder.parent.name} FORCE=1`") from None
+    if content.get("format") != FORMAT:
+        raise HandoffError(
+            f"hand-off {manifest}: field format is {content.get('format')}, this version reads {FORMAT}: "
+            f"run `make {folder.parent.name} FORCE=1`"
+        )
+    if part is not None and part not in content["parts"]:
+        raise HandoffError(f"hand-off {folder}: no part {part!r}, it has {', '.join(content['parts'])}")
+    return content
+
+
+def load_part(into: Mapping[str, Tensor], folder: Path, source: str | None, part: str) -> None:
+    """Copy a part of a hand-off into parameters; names and shapes must agree exactly, and nothing is copied otherwise.
+
+    Args:
+        into: parameters by their names inside the part.
+        folder: ``<run>/handoff``.
+        source: part to read; None reads ``part``.
+        part: name of what is loaded, for messages.
+
+    Raises:
+        HandoffError: names what is missing, unexpected or mis-shaped, and the stage that wrote it.
+    """
+    source = source or part
+    manifest = check_handoff(folder, source)
+    file = folder / ADAPTER / "adapter_model.safetensors" if source == "lora" else folder / f"{source}.safetensors"
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = {from_peft_name(key) if source == "lora" else key: key for key in tensors.keys()}  # noqa: SIM118
+            shapes = {name: tuple(tensors.get_slice(key).get_shape()) for name, key in names.items()}
+            problems = _differences(into, shapes)
+            if problems:
+                raise HandoffError(
+                    f"hand-off {file}: does not fit {part} of this model: {'; '.join(problems)}. It was written by "
+                    f"{manifest['stage']}: give both the same `network`, or run `make {folder.parent.name} FORCE=1`"
+                )
+            with torch.no_grad():
+                for name, key in names.items():
+                    into[name].copy_(tensors.get_tensor(key))
+    except (OSError, SafetensorError) as error:
+        raise HandoffError(f"hand-off {file}: cannot be read ({error}): run `make {folder.parent.name} FORCE=1`") from None
+
+
+def _differences(into: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    wrong = [
+        f"{name} is {list(shape)}, expected {list(into[name].shape)}"
+        for name, shape in shapes.items()
+        if name in into and tuple(into[name].shape) != shape
+    ]
+    groups = (
+        ("missing", sorted(set(into) - set(shapes))),
+        ("unexpected", sorted(set(shapes) - set(into))),
+        ("mis-shaped", wrong),
+    )
+    return [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in groups if names]
+
+
+def write_handoff(folder: Path, model: Any, parts: Iterable[str], manifest: Mapping[str, Any]) -> None:
+    """Write parts of an ``Exo2EgoModel``; the folder appears complete or not at all, and replaces an earlier one.
+
+    Args:
+        folder: ``<run>/handoff``.
+        model: an ``Exo2EgoModel``.
+        parts: names of what to write.
+        manifest: fields beside ``format`` and ``parts``.
+    """
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    described = {}
+    for part in parts:
+        tensors = {name: p.detach().cpu().contiguous() for name, p in model.part(part).items()}
+        if part == "lora":
+            save_peft_adapter(model.language_model.causal_lm, new / ADAPTER)
+        else:
+            save_file(tensors, new / f"{part}.safetensors", metadata={"format": "pt"})
+        described[part] = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
+    text = json.dumps({"format": FORMAT, **manifest, "parts": described}, indent=1)
+    (new / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    for path in [p for p in new.rglob("*") if p.is_file()] + [new]:
+        _sync(path)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def code_version() -> str:
+    """The commit of a checkout, with ``+changes`` when it was edited, else the package version."""
+    here = Path(__file__).resolve().parent
+    try:
+        run = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty=+changes", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return run.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        try:
+            return version("exo2ego")
+        except PackageNotFoundError:
+            return "unknown"
+
+
+class StageHandoff(L.Callback):
+    """Writes a stage's trained parts when its training is complete.
+
+    Args:
+        folder: ``<run>/handoff``.
+        stage: name of the stage, as ``make`` knows it.
+        config_hash: of the resolved configuration.
+    """
+
+    def __init__(self, folder: str, stage: str, config_hash: str) -> None:
+        self.folder, self.stage, self.config_hash = Path(folder), stage, config_hash
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write after the last step; an interrupted run writes nothing."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        if trainer.interrupted or trainer.global_step < stage.total_steps():
+            return
+        if trainer.is_global_zero:
+            manifest = {
+                "stage": self.stage,
+                "step": trainer.global_step,
+                "config_hash": self.config_hash,
+                "data_fingerprint": trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
+                "code_version": code_version(),
+                "started_from": stage.init,
+                "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
+            }
+            parts = [part for part in stage.model.parts if part in stage.trained]
+            write_handoff(self.folder, stage.model, parts, manifest)
+        trainer.strategy.barrier()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

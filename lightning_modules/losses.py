@@ -1,0 +1,132 @@
+"""The three losses of Exo2Ego (arXiv 2503.09143): video-text generation, cycle consistency, guidance.
+
+Letters: ``B`` clips, ``T`` frames, ``h`` and ``w`` patch rows and columns, ``C`` encoder width, ``M`` supervised tokens,
+``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Pool = Literal["none", "time", "all"]
+Axis = Literal["channel", "spatial"]
+Standardize = Literal["ema", "token", "none"]
+
+
+def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
+    """Video-text generation: next-token cross-entropy of the text given the clip.
+
+    Args:
+        logits: float32 [M, V].
+        targets: int64 [M].
+        label_tokens: what to divide the sum by, see ``ClipBatch.label_tokens``.
+
+    Returns:
+        float scalar; averaged over ranks and accumulated micro-batches it is the mean over the global batch's tokens.
+    """
+    return F.cross_entropy(logits, targets, reduction="sum") / label_tokens
+
+
+def cycle_consistency_loss(feature: Tensor, round_trip: Tensor, norm: Literal["none", "channel_std"] = "none") -> Tensor:
+    """L1 distance of features to themselves after a round trip through both mappings.
+
+    The paper writes a norm; averaged over elements here, so that the weight does not depend on the number of patches.
+
+    Args:
+        feature: float [B, T, h, w, C], the target.
+        round_trip: the same shape, after F then G or G then F.
+        norm: ``channel_std`` divides each channel by its standard deviation in ``feature``.
+
+    Returns:
+        float scalar >= 0.
+
+    Raises:
+        ValueError: the round trip changed the shape.
+    """
+    if feature.shape != round_trip.shape:
+        raise ValueError(f"round trip gave {tuple(round_trip.shape)}, expected {tuple(feature.shape)}")
+    if norm == "channel_std":
+        scale = feature.detach().flatten(0, -2).std(0) + 1e-6
+        feature, round_trip = feature / scale, round_trip / scale
+    return F.l1_loss(round_trip, feature)
+
+
+def guidance_kl_loss(target: Tensor, mapped: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none") -> Tensor:
+    """KL(y || F(x)): the exocentric features' distribution against that of the mapped egocentric ones.
+
+    Softmax at temperature tau over the channels of each position (or over the positions of each channel), divergence
+    with the target first, averaged over distributions, times tau squared. The target is detached.
+
+    Args:
+        target: float [B, T, h, w, C], standardised y.
+        mapped: the same shape, F(x) standardised with the same statistics.
+        tau: temperature.
+        axis: ``channel``: distributions over C; ``spatial``: over h and w.
+        pool: average over ``time``, or over ``all`` positions, before the softmax.
+
+    Returns:
+        float32 scalar >= 0.
+    """
+    y, x = (f.float().flatten(2, 3) for f in (target.detach(), mapped))  # [B, T, h * w, C]
+    if pool == "time":
+        y, x = y.mean(1, keepdim=True), x.mean(1, keepdim=True)
+    elif pool == "all":
+        y, x = y.mean((1, 2), keepdim=True), x.mean((1, 2), keepdim=True)
+    if axis == "spatial":
+        y, x = y.transpose(2, 3), x.transpose(2, 3)
+    log_p, log_q = (F.log_softmax(f.flatten(0, 2) / tau, dim=-1) for f in (y, x))
+    return tau**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+class FeatureStandardizer(nn.Module):
+    """Brings features to zero mean and unit deviation per channel, by the statistics of the exocentric ones.
+
+    CLIP features carry a few channels far larger than the rest, on which an unstandardised softmax would spend all its
+    mass. ``ema`` keeps running statistics of the target, averaged over ranks and fixed in evaluation; ``token``
+    standardises each position over its channels; ``none`` leaves features as they are.
+
+    Args:
+        dim: C.
+        kind: which statistics.
+        momentum: share of the running statistics that stays at each update.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    updates: Tensor
+
+    def __init__(self, dim: int, kind: Standardize, momentum: float = 0.99) -> None:
+        super().__init__()
+        self.kind, self.momentum = kind, momentum
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("variance", torch.ones(dim))
+        self.register_buffer("updates", torch.zeros(1))
+
+    @torch.no_grad()
+    def update(self, target: Tensor) -> None:
+        """Take the statistics of float [B, T, h, w, C] in."""
+        if self.kind != "ema" or not self.training:
+            return
+        flat = target.float().flatten(0, -2)
+        moments = torch.stack([flat.mean(0), flat.square().mean(0)])
+        if dist.is_initialized():
+            dist.all_reduce(moments)
+            moments /= dist.get_world_size()
+        keep = torch.where(self.updates > 0, self.momentum, 0.0)
+        variance = (moments[1] - moments[0].square()).clamp(min=0)
+        self.mean.lerp_(moments[0], (1 - keep).expand_as(self.mean))
+        self.variance.lerp_(variance, (1 - keep).expand_as(self.variance))
+        self.updates += 1
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Standardise float [B, T, h, w, C]."""
+        if self.kind == "none":
+            return features
+        if self.kind == "token":
+            return F.layer_norm(features.float(), features.shape[-1:])
+        return (features.float() - self.mean) / (self.variance + 1e-6).sqrt()

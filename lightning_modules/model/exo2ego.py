@@ -1,0 +1,110 @@
+"""The one model that all stages share: two encoders, one projector, two mappings, one language model.
+
+Letters: ``B`` clips, ``T`` frames, ``S`` picture side, ``h`` and ``w`` patch rows and columns, ``C`` encoder width,
+``N`` visual tokens of one stream, ``D`` language model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_modules.model.language_model import LanguageModel, LanguageModelConfig
+from lightning_modules.model.lora import LoRAConfig, add_lora
+from lightning_modules.model.mapping import FeatureMapping, MapperConfig
+from lightning_modules.model.projector import STCConnector
+from lightning_modules.model.vision_encoder import EncoderConfig, VisionEncoder
+
+PARTS = ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model", "lora")
+
+
+@dataclass
+class ProjectorConfig:
+    """Form of the STC connector, see `STCConnector`."""
+
+    depth: int = 4
+    mlp_depth: int = 2
+    padding: int = 1
+
+
+@dataclass
+class NetworkConfig:
+    """Shape of every part.
+
+    Attributes:
+        encoder: tower of both visual encoders.
+        language_model: architecture or released weights.
+        projector: connector shared by both views.
+        mapper: form of F and G.
+        lora: adapters of the language model in stage 3.
+    """
+
+    encoder: EncoderConfig
+    language_model: LanguageModelConfig
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    mapper: MapperConfig = field(default_factory=MapperConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+class Exo2EgoModel(nn.Module):
+    """The parts of Exo2Ego (arXiv 2503.09143) that one stage uses.
+
+    Encoders give patch features; F and G act on these, before the projector; what the language model reads is the
+    concatenation of the projected streams. Where F acts and how x and F(x) join is not stated in the paper.
+
+    Args:
+        network: shapes.
+        vocab_size: of the tokenizer.
+        parts: names out of ``PARTS`` to build; the others are absent and cost nothing.
+    """
+
+    def __init__(self, network: NetworkConfig, vocab_size: int, parts: Collection[str]) -> None:
+        super().__init__()
+        self.parts = tuple(part for part in PARTS if part in parts)
+        dim = network.encoder.width
+        if "exo_encoder" in parts:
+            self.exo_encoder = VisionEncoder(network.encoder)
+        if "ego_encoder" in parts:
+            self.ego_encoder = VisionEncoder(network.encoder)
+        if "ego_to_exo" in parts:
+            self.ego_to_exo = FeatureMapping(dim, network.mapper)
+        if "exo_to_ego" in parts:
+            self.exo_to_ego = FeatureMapping(dim, network.mapper)
+        self.language_model = LanguageModel(network.language_model, vocab_size)
+        if "lora" in parts:
+            add_lora(self.language_model.causal_lm, network.lora)
+        p = network.projector
+        self.projector = STCConnector(dim, self.language_model.dim, p.depth, p.mlp_depth, p.padding)
+
+    def project(self, *streams: Tensor) -> Tensor:
+        """Visual tokens of one or more streams of features, one after the other.
+
+        Args:
+            streams: float [B, T, h, w, C] each.
+
+        Returns:
+            float [B, streams * N, D].
+        """
+        return torch.cat([self.projector(stream) for stream in streams], dim=1)
+
+    def demonstrator_tokens(self, video: Tensor) -> Tensor:
+        """What the language model reads of the demonstrator: uint8 [B, T, S, S, 3] to float [B, N, D]."""
+        return self.project(self.exo_encoder(video))
+
+    def learner_tokens(self, video: Tensor) -> Tensor:
+        """What the language model reads of the learner, x then F(x): uint8 [B, T, S, S, 3] to float [B, 2 * N, D]."""
+        ego = self.ego_encoder(video)
+        return self.project(ego, self.ego_to_exo(ego))
+
+    def part(self, name: str) -> dict[str, nn.Parameter]:
+        """Parameters of one part by their names inside it; tied ones once.
+
+        ``lora`` holds the adapters, named as inside the transformers model, and ``language_model`` the rest.
+        """
+        if name in ("language_model", "lora"):
+            named = dict(self.language_model.causal_lm.named_parameters())
+            return {key: p for key, p in named.items() if key.endswith((".lora_A", ".lora_B")) == (name == "lora")}
+        return dict(self.get_submodule(name).named_parameters())

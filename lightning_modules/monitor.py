@@ -1,0 +1,140 @@
+"""Curves and pictures: what a run writes to TensorBoard beside its losses."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from datamodules.batch import IGNORE_INDEX, ClipBatch, QuestionBatch
+from lightning_modules.held_out import Outcome
+
+if TYPE_CHECKING:
+    from lightning_modules.stage import Stage
+
+
+class TrainingMonitor(L.Callback):
+    """Losses, rates, gradient norm, throughput and data wait, every few optimiser steps.
+
+    Values stay on the device until they are written, so the device is synchronised once per write only.
+
+    Args:
+        every_n_steps: optimiser steps between two writes; losses and norms are averaged in between.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"monitor.every_n_steps: got {every_n_steps}, allowed: 1 or more")
+        self.every_n_steps = every_n_steps
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clocks."""
+        self._clear()
+        self.batch_ended = self.window_began = time.perf_counter()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.waited_s = 0.0
+        self.samples = self.tokens = self.frames = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """The batch has arrived."""
+        self.waited_s += time.perf_counter() - self.batch_ended
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ClipBatch, batch_idx: int
+    ) -> None:
+        """Collect, and write after every ``every_n_steps``-th optimiser step."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        for name, value in stage.step_log.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.samples += len(batch.ids)
+        self.tokens += batch.text.input_ids.numel()
+        self.frames += batch.num_frames
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if stepped and trainer.global_step % self.every_n_steps == 0:
+            self._write(trainer)
+        self.batch_ended = time.perf_counter()
+
+    def _write(self, trainer: L.Trainer) -> None:
+        seconds = time.perf_counter() - self.window_began
+        values = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        for group in trainer.optimizers[0].param_groups:
+            values[f"optim/lr_{group['name']}"] = group["lr"]
+        per_second = {"samples": self.samples, "tokens": self.tokens, "frames": self.frames}
+        values |= {f"perf/{name}_per_s": trainer.world_size * count / seconds for name, count in per_second.items()}
+        values["perf/data_wait"] = self.waited_s / seconds
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        self._clear()
+        self.window_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave validation out of the clocks."""
+        self._clear() if trainer.sanity_checking else None
+        self.batch_ended = time.perf_counter()
+
+
+class SamplePanel(L.Callback):
+    """The first held-out clips as pictures, egocentric left and exocentric right, with true and generated text.
+
+    Args:
+        clips: how many.
+    """
+
+    def __init__(self, clips: int = 4) -> None:
+        self.clips = clips
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: QuestionBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the first batch's first clips."""
+        if batch_idx or not trainer.is_global_zero or not trainer.loggers:
+            return
+        writer = trainer.loggers[0].experiment
+        if not isinstance(writer, SummaryWriter):
+            return
+        outcomes: list[Outcome] = outputs
+        strips = [
+            video[: self.clips].flatten(0, 0) for video in (batch.ego_video, batch.exo_video) if video is not None
+        ]
+        rows = torch.cat([strip.permute(0, 2, 1, 3, 4).flatten(2, 3) for strip in strips], dim=2)  # [clips, S, W, 3]
+        writer.add_image("held_out/clips", rows.flatten(0, 1).cpu(), trainer.global_step, dataformats="HWC")
+        shown = set(batch.ids[: self.clips])
+        lines = ["| clip | view | question | true | generated |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {batch.ids.index(o.clip)} | {o.view} | {o.question} | {o.answer} | {o.prediction} |"
+            for o in outcomes
+            if o.clip in shown
+        ]
+        writer.add_text("held_out/answers", "\n".join(lines), trainer.global_step)
+
+
+def supervised_text(batch: ClipBatch, tokenizer: Any, row: int = 0) -> str:
+    """A row of a batch as text, the supervised tokens in brackets."""
+    pieces: list[tuple[bool, list[int]]] = []
+    ids, labels = batch.text.input_ids[row].tolist(), batch.text.labels[row].tolist()
+    for token, label, real in zip(ids, labels, batch.text.attention_mask[row].tolist(), strict=True):
+        if not real:
+            continue
+        supervised = label != IGNORE_INDEX
+        if not pieces or pieces[-1][0] != supervised:
+            pieces.append((supervised, []))
+        pieces[-1][1].append(token)
+    texts = []
+    for supervised, tokens in pieces:
+        text = " ".join("<video>" if t < 0 else str(tokenizer.decode([t])) for t in tokens)
+        texts.append(f"[{text}]" if supervised else text)
+    return " ".join(texts)

@@ -1,0 +1,344 @@
+"""What the stages share: which parts train, the optimiser, the schedule, and how held-out clips are answered."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from datamodules.batch import ClipBatch, QuestionBatch, TextBatch
+from datamodules.text import load_tokenizer
+from lightning_modules.handoff import HandoffError, check_handoff, load_part
+from lightning_modules.held_out import HeldOutMeans, Outcome, judge_choice, judge_text, score_names
+from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel, NetworkConfig
+
+MAX_ANSWER_TOKENS = 32
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay to zero.
+
+    Attributes:
+        learning_rate: peak.
+        warmup_fraction: share of all steps.
+        weight_decay: on matrices; vectors (norms, biases) are never decayed.
+        betas: of Adam.
+        lr_mult: factor on the rate of single parts.
+    """
+
+    learning_rate: float
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    lr_mult: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if self.learning_rate <= 0:
+            raise ValueError(f"optim.learning_rate: got {self.learning_rate}, allowed: above 0")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"optim.warmup_fraction: got {self.warmup_fraction}, allowed: from 0 to below 1")
+        if unknown := set(self.lr_mult) - set(PARTS):
+            raise ValueError(f"optim.lr_mult: got {', '.join(sorted(unknown))}, allowed: {', '.join(PARTS)}")
+
+
+class Stage(L.LightningModule, ABC):
+    """A training stage: the shared model, what of it trains, and which losses are summed.
+
+    Args:
+        network: shapes of all parts.
+        tokenizer: folder or hub name, the one the data is tokenised with.
+        optim: optimiser and schedule.
+        init: where parts start: part to ``<hand-off folder>`` or ``<hand-off folder>:<part>``; parts not named start as
+            ``network`` says. The hand-offs must exist when the stage is made, before anything is loaded.
+        train: parts that train instead of the stage's own ``trains``.
+        seed: of weights that are drawn and of dropout.
+
+    Raises:
+        HandoffError: a hand-off is missing; the message names the command that writes it.
+        ValueError: ``init`` or ``train`` names a part the stage has not.
+    """
+
+    uses: ClassVar[tuple[str, ...]]
+    """Parts of the model that the stage builds."""
+    trains: ClassVar[tuple[str, ...]]
+    """Parts that train."""
+    views: ClassVar[tuple[str, ...]]
+    """Views that the trained model can be asked about."""
+
+    def __init__(
+        self,
+        network: NetworkConfig,
+        tokenizer: str,
+        optim: OptimConfig,
+        init: dict[str, str] | None = None,
+        train: list[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.network, self.optim, self.init, self.seed = network, optim, dict(init or {}), seed
+        self.trained = tuple(self.trains if train is None else train)
+        for key, names in (("init", self.init), ("train", self.trained)):
+            if unknown := [name for name in names if name not in self.uses]:
+                raise ValueError(f"model.{key}: got {', '.join(unknown)}, allowed: {', '.join(self.uses)}")
+        for source in self.init.values():
+            check_handoff(*_source(source))
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.strict_loading = False  # checkpoints hold trained parts only
+        self.step_log: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------------------ what stages say
+
+    @abstractmethod
+    def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Losses of a micro-batch, already weighted; their sum is minimised."""
+
+    @abstractmethod
+    def visual_tokens(self, video: Tensor, view: str) -> Tensor:
+        """What the language model reads of clips of one view: uint8 [B, T, S, S, 3] to float [B, N, D]."""
+
+    # ---------------------------------------------------------------------------------------------------------- model
+
+    def configure_model(self) -> None:
+        """Build the parts, load hand-offs, freeze what does not train."""
+        if hasattr(self, "model"):
+            return
+        torch.manual_seed(self.seed)
+        self.model = Exo2EgoModel(self.network, len(self.tokenizer), self.uses)
+        for part, source in self.init.items():
+            load_part(self.model.part(part), *_source(source), part)
+        for part in self.model.parts:
+            for parameter in self.model.part(part).values():
+                parameter.requires_grad_(part in self.trained)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Stage:
+        """As ``nn.Module.train``, but frozen parts stay in evaluation mode."""
+        super().train(mode)
+        if hasattr(self, "model"):
+            for part in ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model"):
+                names = (part, "lora") if part == "language_model" else (part,)
+                if part in self.model.parts and not set(names) & set(self.trained):
+                    self.model.get_submodule(part).eval()
+        return self
+
+    def trainable(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """(part, name, parameter) of everything that trains."""
+        for part in self.model.parts:
+            for name, parameter in self.model.part(part).items():
+                if parameter.requires_grad:
+                    yield part, name, parameter
+        of_model = {id(parameter) for parameter in self.model.parameters()}
+        for name, parameter in self.named_parameters():
+            if id(parameter) not in of_model and parameter.requires_grad:
+                yield "stage", name, parameter
+
+    def read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        """Logits float32 [M, V] and targets int64 [M] of the batch's supervised tokens, given float [B, N, D]."""
+        text, language_model = batch.text, self.model.language_model
+        spliced = language_model.splice(text.input_ids, text.attention_mask, text.labels, visual)
+        return language_model.supervised_logits(spliced)
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
+        """Sum of the stage's losses."""
+        losses = self.losses(batch)
+        total = torch.stack(list(losses.values())).sum()
+        self.step_log = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()} | self.step_log
+        self.step_log["train/loss"] = total.detach()
+        return total
+
+    def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
+        """Draw dropout from (seed, step, rank), so that a resumed run draws the same."""
+        done = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(self.seed + 1_000_003 * done + self.global_rank)
+        self.step_log = {}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over a group for each part, matrices apart from vectors; rate by step."""
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for part, _, parameter in self.trainable():
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+        o = self.optim
+        optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": o.learning_rate * o.lr_mult.get(part, 1.0),
+                    "weight_decay": o.weight_decay if matrices else 0.0,
+                    "name": part if matrices else f"{part}_vectors",
+                }
+                for (part, matrices), parameters in groups.items()
+            ],
+            betas=o.betas,
+        )
+        total = self.total_steps()
+        warmup = o.warmup_fraction * total
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, total - warmup))))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole stage.
+
+        Not ``trainer.estimated_stepping_batches``: that builds the loader before its state is restored.
+        """
+        if self.trainer.max_steps >= 0:
+            return self.trainer.max_steps
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return int(datamodule.steps_per_epoch() * (self.trainer.max_epochs or 1))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients and keep the norm for the curves."""
+        parameters = [parameter for _, _, parameter in self.trainable()]
+        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        self.step_log["optim/grad_norm"] = norm.detach()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Report, once, parameters that should train and get no gradient."""
+        if self.trainer.global_step == 0:
+            idle = [f"{part}.{name}" for part, name, parameter in self.trainable() if parameter.grad is None]
+            if idle:
+                rank_zero_warn(f"{len(idle)} trained parameters get no gradient, e.g. {', '.join(idle[:3])}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep only what trains."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        own = {name for name in checkpoint["state_dict"] if not name.startswith("model.")}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained | own}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that does not hold exactly what trains."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        if missing := trained - set(checkpoint["state_dict"]):
+            raise HandoffError(
+                f"checkpoint: {len(missing)} trained tensors are missing, e.g. {min(missing)}: it was written by another "
+                "configuration; train anew with FORCE=1"
+            )
+
+    # ------------------------------------------------------------------------------------------------------- held-out
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self._begin_questions()
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting."""
+        self._begin_questions()
+
+    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> list[Outcome]:
+        """Answer held-out questions."""
+        return self._ask(batch)
+
+    def test_step(self, batch: QuestionBatch, batch_idx: int) -> list[Outcome]:
+        """Answer held-out questions."""
+        return self._ask(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means."""
+        self.log_dict({f"val/{name}": value for name, value in self.means.compute().items()})
+
+    def held_out_metrics(self) -> dict[str, float]:
+        """Means over all held-out clips and ranks since the last start."""
+        return {name: float(value) for name, value in self.means.compute().items()}
+
+    def all_outcomes(self) -> list[Outcome]:
+        """Every answer since the last start, of all ranks, in the order of the clips' names."""
+        gathered: list[list[Outcome]] = [self.outcomes]
+        if dist.is_initialized():
+            gathered = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(gathered, self.outcomes)
+        return sorted((o for outcomes in gathered for o in outcomes), key=lambda o: (o.clip, o.view))
+
+    def _begin_questions(self) -> None:
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.means = HeldOutMeans(score_names(datamodule.held_out_set().all_questions(), self.views)).to(self.device)
+        self.outcomes: list[Outcome] = []
+
+    @torch.no_grad()
+    def _ask(self, batch: QuestionBatch) -> list[Outcome]:
+        outcomes = []
+        for view in self.views:
+            video = batch.ego_video if view == "ego" else batch.exo_video
+            if video is None:
+                continue
+            visual = self.visual_tokens(video, view)
+            texts = iter(self.generate(batch.prompts, visual[batch.prompt_clip]))
+            scores = iter(self.score(batch.options, visual[batch.option_clip]))
+            for question in batch.questions:
+                where = {"clip": batch.ids[question.clip], "ego_visible": batch.ego_visible[question.clip], "view": view}
+                if question.options:
+                    log_p = [next(scores) for _ in question.options]
+                    outcomes.append(judge_choice(question, log_p, **where))
+                else:
+                    outcomes.append(judge_text(question, next(texts), **where))
+        for outcome in outcomes:
+            self.means.add(outcome)
+        self.outcomes += outcomes
+        return outcomes
+
+    def generate(self, prompts: TextBatch, visual: Tensor) -> list[str]:
+        """Greedy answers to R prompts about float [R, N, D]."""
+        eos = int(self.tokenizer.eos_token_id)
+        ids = self.model.language_model.generate(
+            prompts.input_ids, prompts.attention_mask, visual, MAX_ANSWER_TOKENS, eos, eos
+        )
+        return [str(text).strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def score(self, options: TextBatch, visual: Tensor) -> list[tuple[float, int]]:
+        """Log-likelihood and number of tokens of R given answers about float [R, N, D]."""
+        if not len(options.input_ids):
+            return []
+        log_p, count = self.model.language_model.token_log_likelihood(
+            options.input_ids, options.attention_mask, options.labels, visual
+        )
+        return list(zip(log_p.tolist(), count.tolist(), strict=True))
+
+    # -------------------------------------------------------------------------------------------------------- summary
+
+    def describe(self) -> list[dict[str, Any]]:
+        """A row for each part: parameters in all, and trained ones."""
+        rows = []
+        for part in self.model.parts:
+            parameters = self.model.part(part).values()
+            total = sum(p.numel() for p in parameters)
+            rows.append({"part": part, "parameters": total, "trained": total if part in self.trained else 0})
+        return rows
+
+    def on_fit_start(self) -> None:
+        """Print and keep what trains."""
+        lines = [f"{'part':<16}{'parameters':>15}{'trained':>15}"]
+        lines += [f"{r['part']:<16}{r['parameters']:>15,}{r['trained']:>15,}" for r in self.describe()]
+        rank_zero_info("\n".join(lines))
+
+
+def _source(source: str) -> tuple[Path, str | None]:
+    folder, _, part = source.partition(":")
+    return Path(folder), part or None
+
+
+def write_predictions(file: Path, outcomes: list[Outcome]) -> None:
+    """Every answer as a line of JSON."""
+    file.write_text("".join(json.dumps(outcome.record()) + "\n" for outcome in outcomes), encoding="utf-8")
