@@ -248,7 +248,9 @@ class ClipDataModule(L.LightningDataModule, ABC):
         """Frames of evenly spread training clips, uint8 [clips * T, S, S, 3]."""
         assert self.train_set is not None, "setup() comes first"
         chosen = torch.linspace(0, len(self.train_set) - 1, clips).long().tolist()
-        return torch.cat([frames for i in chosen for frames in self.train_set.videos(self.train_set.span(i, 0)).values()])
+        return torch.cat(
+            [frames for i in chosen for frames in self.train_set.videos(self.train_set.span(i, 0)).values()]
+        )
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled micro-batches of this rank."""
@@ -264,14 +266,16 @@ class ClipDataModule(L.LightningDataModule, ABC):
         )
         return ResumableLoader(self.train_set, sampler, self.num_workers)
 
-    def val_dataloader(self) -> DataLoader[QuestionBatch] | list[Any]:
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Held-out questions, the share of this rank."""
         if self.held_out is None:
             return []
         assert self.trainer is not None, "the Trainer calls this"
         dataset = self.held_out_set()
         mine = range(self.trainer.global_rank, len(dataset), self.trainer.world_size)
-        return DataLoader(dataset, sampler=mine, batch_size=32, collate_fn=dataset.collate, num_workers=self.num_workers)
+        return DataLoader(
+            dataset, sampler=mine, batch_size=32, collate_fn=dataset.collate, num_workers=self.num_workers
+        )
 
     test_dataloader = val_dataloader
 
@@ -325,9 +329,7 @@ class HeldOutDataset(Dataset[tuple[_HeldOutClip, dict[str, Tensor]]]):
 
     def collate(self, samples: list[tuple[_HeldOutClip, dict[str, Tensor]]]) -> QuestionBatch:
         """Join clips and encode their questions."""
-        questions = [
-            _question(row, q) for row, (item, _) in enumerate(samples) for q in item.questions
-        ]
+        questions = [_question(row, q) for row, (item, _) in enumerate(samples) for q in item.questions]
         open_ended = [q for q in questions if not q.options]
         offered = [(q, option) for q in questions for option in q.options]
         return QuestionBatch(
@@ -358,7 +360,9 @@ def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno}): mend the line") from None
+                raise ValueError(
+                    f"{where}: malformed JSON ({error.msg} at column {error.colno}): mend the line"
+                ) from None
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
             yield where, record
@@ -375,13 +379,25 @@ def require(record: dict[str, Any], field: str, where: str) -> Any:
     return record[field]
 
 
+def seconds(record: dict[str, Any], field: str, where: str) -> float:
+    """A time of a record.
+
+    Raises:
+        ValueError: it is missing or no number.
+    """
+    value = require(record, field, where)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where}: field {field!r} is {value!r}, expected seconds")
+    return float(value)
+
+
 def _question(clip: int, q: dict[str, Any]) -> Question:
     return Question(clip, q["task"], q["question"], q["answer"], tuple(q.get("options", ())), q.get("parts", {}))
 
 
 def _held_out_clip(root: Path, record: dict[str, Any], where: str) -> _HeldOutClip:
     paths = {view: root / path for view, path in require(record, "views", where).items()}
-    span = Span(paths, float(require(record, "start", where)), float(require(record, "end", where)))
+    span = Span(paths, seconds(record, "start", where), seconds(record, "end", where))
     questions = require(record, "questions", where)
     for question in questions:
         for field in ("task", "question", "answer"):
@@ -389,5 +405,5 @@ def _held_out_clip(root: Path, record: dict[str, Any], where: str) -> _HeldOutCl
     return _HeldOutClip(str(require(record, "id", where)), span, bool(record.get("ego_visible", True)), questions)
 
 
-def _as_is(batch: ClipBatch) -> ClipBatch:
+def _as_is(batch: Any) -> Any:
     return batch

@@ -45,9 +45,7 @@ class EgoExoClipDataset(ClipTextDataset):
         super().__init__(clips, encoder)
         self.release, self.root, self.views = release, root, views
         self.exo_policy, self.instruction, self.seed = exo_policy, instruction, seed
-        counts = [
-            len(release.takes[clip.take_index].exos) if exo_policy == "all" else 1 for clip in release.clips
-        ]
+        counts = [len(release.takes[clip.take_index].exos) if exo_policy == "all" else 1 for clip in release.clips]
         self.clip_of = np.repeat(np.arange(len(counts)), counts)  # sample -> narration
         self.exo_of = np.concatenate([np.arange(count) for count in counts])  # sample -> view, for "all"
 
@@ -57,7 +55,7 @@ class EgoExoClipDataset(ClipTextDataset):
 
     def name(self, index: int) -> str:
         """Take, annotator and narration."""
-        return self.release.clips[self.clip_of[index]].clip_id
+        return str(self.release.clips[self.clip_of[index]].clip_id)
 
     def span(self, index: int, epoch: int) -> Span:
         """Both views over the same seconds of the take."""

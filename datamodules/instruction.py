@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.clip_stream import probe
-from datamodules.clips import ClipConfig, ClipDataModule, ClipTextDataset, Span, read_jsonl, require
+from datamodules.clips import ClipConfig, ClipDataModule, ClipTextDataset, Span, read_jsonl, require, seconds
 from datamodules.text import VIDEO_TAG, EncodedText, TextEncoder, Turn
 
 
@@ -64,8 +64,8 @@ class InstructionDataModule(ClipDataModule):
     """Conversations about clips, one JSON object a line.
 
     Required fields: ``video`` (path below ``root``) and ``conversations``, an even list of ``{"from": "human" | "gpt",
-    "value": text}`` whose first value starts with ``<video>``. ``start`` and ``end`` in seconds select a window, without
-    them the whole file is used. Other fields are carried for other tools and not read.
+    "value": text}`` whose first value starts with ``<video>``. ``start`` and ``end`` in seconds select a window;
+    without them the whole file is used. Other fields are for other tools and not read.
 
     Args:
         sources: instruction files; all their lines together are one epoch.
@@ -92,6 +92,8 @@ class InstructionDataModule(ClipDataModule):
 
 def _conversation(record: dict[str, Any], where: str) -> Conversation:
     values = require(record, "conversations", where)
+    if not isinstance(values, list):
+        raise ValueError(f"{where}: field 'conversations' must be a list of turns")
     if not values or len(values) % 2:
         raise ValueError(f"{where}: field 'conversations' has {len(values)} entries: human and gpt must alternate")
     texts = []
@@ -102,7 +104,11 @@ def _conversation(record: dict[str, Any], where: str) -> Conversation:
         texts.append(entry["value"])
     if VIDEO_TAG not in texts[0]:
         raise ValueError(f"{where}: conversations[0].value lacks {VIDEO_TAG}, the place of the clip")
+    if any(VIDEO_TAG in text for text in texts[1:]):
+        raise ValueError(f"{where}: {VIDEO_TAG} stands for the one clip: only conversations[0].value may hold it")
     texts[0] = texts[0].replace(VIDEO_TAG, "").strip()
-    window = [None if record.get(key) is None else float(record[key]) for key in ("start", "end")]
+    window = [None if record.get(key) is None else seconds(record, key, where) for key in ("start", "end")]
+    if (window[0] is None) != (window[1] is None):
+        raise ValueError(f"{where}: only one of 'start' and 'end' is given: give both, or neither for the whole file")
     turns = tuple(zip(texts[::2], texts[1::2], strict=True))
     return Conversation(str(record.get("id", where)), str(require(record, "video", where)), window[0], window[1], turns)

@@ -37,7 +37,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     if name.startswith((".", "/")) or "/" not in name or Path(name).exists():
         if not (Path(name) / "tokenizer_config.json").is_file():
-            raise ValueError(f"tokenizer: {name} holds no tokenizer_config.json: run `make data`, or name another folder")
+            raise ValueError(
+                f"tokenizer: {name} holds no tokenizer_config.json: run `make data`, or name another folder"
+            )
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer: {name} has no end token (eos_token), so answers could never end")
@@ -66,7 +68,7 @@ class TextEncoder:
         """Rows for instruction tuning: several questions and answers about one clip.
 
         Raises:
-            ValueError: no answer token is left within ``max_text_tokens``.
+            ValueError: no answer token is left within ``max_text_tokens``, or the chat template rewrites earlier turns.
         """
         ids, labels, shown = [], [], ""
         messages: list[dict[str, str]] = []
@@ -75,6 +77,11 @@ class TextEncoder:
             asked = self._render(messages, add_generation_prompt=True)
             messages.append({"role": "assistant", "content": answer})
             answered = self._render(messages, add_generation_prompt=False)
+            if not (asked.startswith(shown) and answered.startswith(asked)):
+                raise ValueError(
+                    f"tokenizer: the chat template shows turn {len(messages) // 2} differently once more follows, so its "
+                    "answers cannot be located: mend chat_template or use one turn per conversation"
+                )
             question_ids = self._tokenise(asked[len(shown) :])
             answer_ids = self._tokenise(answered[len(asked) :])
             ids += question_ids + answer_ids

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import shutil
 import sys
@@ -22,11 +23,13 @@ import lightning as L
 import torch
 import yaml
 from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules.clips import ClipConfig, ClipDataModule
 from lightning_modules.config import STAGES, ConfigError, compose, config_hash
+from lightning_modules.config_errors import explain
 from lightning_modules.handoff import StageHandoff, check_handoff
 from lightning_modules.held_out import chance_levels
 from lightning_modules.model.exo2ego import NetworkConfig
@@ -42,8 +45,8 @@ class Interrupted(RuntimeError):
 class ExperimentCLI(LightningCLI):
     """LightningCLI over a resolved configuration.
 
-    Beside ``model``, ``data`` and ``trainer`` there are the keys that an experiment shares: ``experiment``, ``stage``,
-    ``runs``, ``run_dir``, ``handoffs``, ``data_root``, ``tokenizer``, ``network``, ``clips``, ``threads``, ``checkpoint_every_n_steps``, ``monitor``, ``panel``.
+    Beside ``model``, ``data`` and ``trainer`` there are the keys that the stages of an experiment share, see
+    ``add_arguments_to_parser``.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -93,14 +96,12 @@ def build(config: dict[str, Any]) -> Run:
     missing = [key for key in ("experiment", "stage", "run_dir", "model", "data") if not config.get(key)]
     if missing:
         raise ConfigError(f"configuration: {', '.join(missing)} missing: give an experiment folder and a stage")
-    if config.get("threads"):
-        torch.set_num_threads(int(config["threads"]))
     run_dir = Path(str(config["run_dir"]))
-    callbacks = [
-        StageHandoff(str(run_dir / "handoff"), str(config["stage"]), config_hash(config)),
-        TQDMProgressBar(refresh_rate=5),
-    ]
-    if (every := int(config.get("checkpoint_every_n_steps", 100))) > 0:
+    callbacks: list[L.Callback] = [StageHandoff(str(run_dir / "handoff"), str(config["stage"]), config_hash(config))]
+    if (config.get("trainer") or {}).get("enable_progress_bar") is not False:
+        callbacks.append(TQDMProgressBar(refresh_rate=5))
+    every = config.get("checkpoint_every_n_steps", 100)
+    if isinstance(every, int) and every > 0:
         checkpoint = ModelCheckpoint(
             run_dir / "checkpoints", filename="{step:07d}", every_n_train_steps=every, auto_insert_metric_name=False
         )
@@ -121,26 +122,30 @@ def build(config: dict[str, Any]) -> Run:
                 parser_kwargs={"exit_on_error": False},
                 trainer_defaults={"callbacks": callbacks},
             )
-    except ArgumentError as error:
-        raise ConfigError(_trimmed(str(error))) from None
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(explain(str(error), config)) from None
+    except (MisconfigurationException, ImportError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+    if config.get("threads"):
+        torch.set_num_threads(config["threads"])
     return Run(config, cli.trainer, cli.model, cli.datamodule)
 
 
 def fit(config: dict[str, Any], force: bool) -> None:
     """Train a stage, go on with an interrupted one, or say that it is finished; then answer the held-out questions."""
-    folder = Path(str(config.get("run_dir", "")))
+    run = build(config)
+    folder = run.folder
     if force:
         _put_aside(folder)
     finished = (folder / "handoff" / "manifest.json").is_file()
     checkpoint = None if finished else max((folder / "checkpoints").glob("*.ckpt"), default=None)
     if finished or checkpoint:
         _same_configuration(folder, config, "finished" if finished else "interrupted")
-    if finished and (folder / "metrics.json").is_file():
-        print(f"{config['stage']} of {config['experiment']} is finished ({folder}/handoff); FORCE=1 trains it anew")
-        return
-    run = build(config)
     if finished:
-        evaluate(config)
+        _same_start(folder, run.stage)
+        if not (folder / "metrics.json").is_file():
+            evaluate(config)
+        print(f"{run.name} of {config['experiment']} is finished ({folder}/handoff); FORCE=1 trains it anew")
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
@@ -187,10 +192,22 @@ def _same_configuration(folder: Path, config: dict[str, Any], state: str) -> Non
         )
 
 
+def _same_start(folder: Path, stage: Stage) -> None:
+    started_from = check_handoff(folder / "handoff")["started_from"]
+    changed = sorted(part for part, start in stage.started_from().items() if started_from.get(part) != start)
+    if changed:
+        raise ConfigError(
+            f"{folder}: was trained from another {', '.join(changed)} than {stage.init[changed[0]]} holds now: "
+            "FORCE=1 trains it anew"
+        )
+
+
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(value, dict) or not value:
         return {prefix: json.dumps(value)}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+    return {
+        k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
 
 
 def _put_aside(folder: Path) -> None:
@@ -203,10 +220,6 @@ def _put_aside(folder: Path) -> None:
     if (folder / "handoff").exists():
         shutil.rmtree(previous, ignore_errors=True)
         (folder / "handoff").rename(previous)
-
-
-def _trimmed(message: str) -> str:
-    return " ".join(message.split())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -233,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     report.add_argument("runs", type=Path, help="folder of an experiment's runs, e.g. runs/toy")
     report.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    _quiet()
     try:
         if options.command == "report":
             print(write_report(options.runs))
@@ -259,6 +273,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {_last_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says about devices it did not find and about its own deprecations."""
+    for name in ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _last_line(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """Experiment folders to one configuration: fragments laid over each other, then resolved once.
 
 An experiment is a folder with ``experiment.yaml`` and any of ``stage0.yaml`` to ``stage3.yaml``. Layers, later ones
-winning: everything named by ``extends`` in ``experiment.yaml`` (fragments, or other experiments with their files for the
-same stage), then ``experiment.yaml``, then the stage's file, then ``key=value`` from the command line. Interpolations
+winning: everything named by ``extends`` in ``experiment.yaml`` (fragments, or other experiments with their files for
+the same stage), then ``experiment.yaml``, then the stage's file, then ``key=value`` from the command line. Interpolations
 are resolved after all layers, so an overridden key reaches everything that refers to it.
 """
 
@@ -37,7 +37,7 @@ def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) 
         ConfigError: a file is missing or no YAML, an override has no ``=``, or an interpolation finds nothing.
     """
     files = [experiment] if stage is None else _layers(experiment, stage)
-    merged = OmegaConf.create()
+    merged: Any = OmegaConf.create()
     for file in files:
         layer = _load(file)
         layer.pop("extends", None)
@@ -46,8 +46,11 @@ def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) 
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected key=value, e.g. trainer.max_steps=100")
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"override {override!r}: the value is no YAML ({' '.join(str(error).split())})") from None
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         resolved = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{files[-1]}: {_first_line(error)} (key {error.full_key})") from None

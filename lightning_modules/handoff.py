@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,7 +55,9 @@ def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise HandoffError(f"hand-off {manifest}: malformed JSON ({error.msg}): run `make {folder.parent.name} FORCE=1`") from None
+        raise HandoffError(
+            f"hand-off {manifest}: malformed JSON ({error.msg}): run `make {folder.parent.name} FORCE=1`"
+        ) from None
     if content.get("format") != FORMAT:
         raise HandoffError(
             f"hand-off {manifest}: field format is {content.get('format')}, this version reads {FORMAT}: "
@@ -82,7 +85,7 @@ def load_part(into: Mapping[str, Tensor], folder: Path, source: str | None, part
     file = folder / ADAPTER / "adapter_model.safetensors" if source == "lora" else folder / f"{source}.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors:
-            names = {from_peft_name(key) if source == "lora" else key: key for key in tensors.keys()}  # noqa: SIM118
+            names = {from_peft_name(key) if source == "lora" else key: key for key in tensors.keys()}
             shapes = {name: tuple(tensors.get_slice(key).get_shape()) for name, key in names.items()}
             problems = _differences(into, shapes)
             if problems:
@@ -94,7 +97,9 @@ def load_part(into: Mapping[str, Tensor], folder: Path, source: str | None, part
                 for name, key in names.items():
                     into[name].copy_(tensors.get_tensor(key))
     except (OSError, SafetensorError) as error:
-        raise HandoffError(f"hand-off {file}: cannot be read ({error}): run `make {folder.parent.name} FORCE=1`") from None
+        raise HandoffError(
+            f"hand-off {file}: cannot be read ({error}): run `make {folder.parent.name} FORCE=1`"
+        ) from None
 
 
 def _differences(into: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -108,7 +113,11 @@ def _differences(into: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...
         ("unexpected", sorted(set(shapes) - set(into))),
         ("mis-shaped", wrong),
     )
-    return [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in groups if names]
+    return [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in groups
+        if names
+    ]
 
 
 def write_handoff(folder: Path, model: Any, parts: Iterable[str], manifest: Mapping[str, Any]) -> None:
@@ -131,7 +140,12 @@ def write_handoff(folder: Path, model: Any, parts: Iterable[str], manifest: Mapp
         else:
             save_file(tensors, new / f"{part}.safetensors", metadata={"format": "pt"})
         described[part] = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
-    text = json.dumps({"format": FORMAT, **manifest, "parts": described}, indent=1)
+    digest = hashlib.sha256()
+    for file in sorted(new.rglob("*.safetensors")):
+        with file.open("rb") as content_of:
+            digest.update(hashlib.file_digest(content_of, "sha256").digest())
+    content = {"format": FORMAT, **manifest, "digest": digest.hexdigest()[:16], "parts": described}
+    text = json.dumps(content, indent=1)
     (new / "manifest.json").write_text(text + "\n", encoding="utf-8")
     for path in [p for p in new.rglob("*") if p.is_file()] + [new]:
         _sync(path)
@@ -186,7 +200,7 @@ class StageHandoff(L.Callback):
                 "config_hash": self.config_hash,
                 "data_fingerprint": trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
                 "code_version": code_version(),
-                "started_from": stage.init,
+                "started_from": stage.started_from(),
                 "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
             }
             parts = [part for part in stage.model.parts if part in stage.trained]

@@ -51,7 +51,12 @@ def judge_text(question: Question, prediction: str, **where: Any) -> Outcome:
     if question.task.startswith("qa_"):
         scores["qa"] = scores[question.task]
     return Outcome(
-        task=question.task, question=question.question, answer=question.answer, prediction=prediction, scores=scores, **where
+        task=question.task,
+        question=question.question,
+        answer=question.answer,
+        prediction=prediction,
+        scores=scores,
+        **where,
     )
 
 

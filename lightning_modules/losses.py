@@ -1,7 +1,7 @@
 """The three losses of Exo2Ego (arXiv 2503.09143): video-text generation, cycle consistency, guidance.
 
-Letters: ``B`` clips, ``T`` frames, ``h`` and ``w`` patch rows and columns, ``C`` encoder width, ``M`` supervised tokens,
-``V`` vocabulary.
+Letters: ``B`` clips, ``T`` frames, ``h`` and ``w`` patch rows and columns, ``C`` encoder width, ``M`` supervised
+tokens, ``V`` vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum") / label_tokens
 
 
-def cycle_consistency_loss(feature: Tensor, round_trip: Tensor, norm: Literal["none", "channel_std"] = "none") -> Tensor:
+def cycle_consistency_loss(
+    feature: Tensor, round_trip: Tensor, norm: Literal["none", "channel_std"] = "none"
+) -> Tensor:
     """L1 distance of features to themselves after a round trip through both mappings.
 
     The paper writes a norm; averaged over elements here, so that the weight does not depend on the number of patches.
@@ -56,7 +58,9 @@ def cycle_consistency_loss(feature: Tensor, round_trip: Tensor, norm: Literal["n
     return F.l1_loss(round_trip, feature)
 
 
-def guidance_kl_loss(target: Tensor, mapped: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none") -> Tensor:
+def guidance_kl_loss(
+    target: Tensor, mapped: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none"
+) -> Tensor:
     """KL(y || F(x)): the exocentric features' distribution against that of the mapped egocentric ones.
 
     Softmax at temperature tau over the channels of each position (or over the positions of each channel), divergence

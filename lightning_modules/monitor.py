@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -10,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from datamodules.batch import IGNORE_INDEX, ClipBatch, QuestionBatch
-from lightning_modules.held_out import Outcome
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, QuestionBatch, TextBatch
 
 if TYPE_CHECKING:
     from lightning_modules.stage import Stage
@@ -42,8 +42,13 @@ class TrainingMonitor(L.Callback):
         self.waited_s = 0.0
         self.samples = self.tokens = self.frames = 0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """The batch has arrived."""
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: ClipBatch, batch_idx: int
+    ) -> None:
+        """The batch has arrived; the first one of a run is shown as the model reads it."""
+        if trainer.global_step == 0 and batch_idx == 0 and trainer.is_global_zero:
+            stage: Stage = pl_module  # type: ignore[assignment]
+            print(f"first sample, what is learned in brackets: {supervised_text(batch.text, 0, stage.tokenizer)}")
         self.waited_s += time.perf_counter() - self.batch_ended
 
     def on_train_batch_end(
@@ -75,9 +80,13 @@ class TrainingMonitor(L.Callback):
         self._clear()
         self.window_began = time.perf_counter()
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clocks."""
+        self.validation_began = time.perf_counter()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave validation out of the clocks."""
-        self._clear() if trainer.sanity_checking else None
+        """Go on with the clocks."""
+        self.window_began += time.perf_counter() - self.validation_began
         self.batch_ended = time.perf_counter()
 
 
@@ -103,38 +112,30 @@ class SamplePanel(L.Callback):
         """Write the first batch's first clips."""
         if batch_idx or not trainer.is_global_zero or not trainer.loggers:
             return
-        writer = trainer.loggers[0].experiment
+        writer: Any = getattr(trainer.loggers[0], "experiment", None)
         if not isinstance(writer, SummaryWriter):
             return
-        outcomes: list[Outcome] = outputs
-        strips = [
-            video[: self.clips].flatten(0, 0) for video in (batch.ego_video, batch.exo_video) if video is not None
-        ]
-        rows = torch.cat([strip.permute(0, 2, 1, 3, 4).flatten(2, 3) for strip in strips], dim=2)  # [clips, S, W, 3]
+        stage: Stage = pl_module  # type: ignore[assignment]
+        views = [video[: self.clips] for video in (batch.ego_video, batch.exo_video) if video is not None]
+        rows = torch.cat(
+            [view.permute(0, 2, 1, 3, 4).flatten(2, 3) for view in views], dim=2
+        )  # [clips, S, views*T*S, 3]
         writer.add_image("held_out/clips", rows.flatten(0, 1).cpu(), trainer.global_step, dataformats="HWC")
         shown = set(batch.ids[: self.clips])
         lines = ["| clip | view | question | true | generated |", "|---|---|---|---|---|"]
         lines += [
             f"| {batch.ids.index(o.clip)} | {o.view} | {o.question} | {o.answer} | {o.prediction} |"
-            for o in outcomes
+            for o in stage.outcomes
             if o.clip in shown
         ]
         writer.add_text("held_out/answers", "\n".join(lines), trainer.global_step)
 
 
-def supervised_text(batch: ClipBatch, tokenizer: Any, row: int = 0) -> str:
-    """A row of a batch as text, the supervised tokens in brackets."""
-    pieces: list[tuple[bool, list[int]]] = []
-    ids, labels = batch.text.input_ids[row].tolist(), batch.text.labels[row].tolist()
-    for token, label, real in zip(ids, labels, batch.text.attention_mask[row].tolist(), strict=True):
-        if not real:
-            continue
-        supervised = label != IGNORE_INDEX
-        if not pieces or pieces[-1][0] != supervised:
-            pieces.append((supervised, []))
-        pieces[-1][1].append(token)
-    texts = []
-    for supervised, tokens in pieces:
-        text = " ".join("<video>" if t < 0 else str(tokenizer.decode([t])) for t in tokens)
-        texts.append(f"[{text}]" if supervised else text)
-    return " ".join(texts)
+def supervised_text(text: TextBatch, row: int, tokenizer: Any) -> str:
+    """A row as words, runs of supervised tokens in brackets."""
+    real = text.attention_mask[row]
+    ids, labels = text.input_ids[row][real].tolist(), text.labels[row][real].tolist()
+    words = ["<video>" if token == VIDEO_TOKEN_ID else str(tokenizer.decode([token])) for token in ids]
+    runs = groupby(zip(words, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX)
+    texts = [(supervised, " ".join(word for word, _ in run)) for supervised, run in runs]
+    return " ".join(f"[{text}]" if supervised else text for supervised, text in texts)

@@ -59,7 +59,10 @@ def _table(stages: dict[str, dict[str, Any]]) -> str:
             if name in chance and any(value is not None for value in values):
                 rows.append([view_name, title, *(_per_cent(value) for value in (chance[name], *values))])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths))) + " |" for row in rows]
+    lines = [
+        "| " + " | ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) + " |"
+        for row in rows
+    ]
     rule = "|" + "|".join("-" * (width + 1) + ("-" if i < 2 else ":") for i, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 
 from datamodules.batch import ClipBatch, QuestionBatch, TextBatch
@@ -60,8 +60,8 @@ class Stage(L.LightningModule, ABC):
         network: shapes of all parts.
         tokenizer: folder or hub name, the one the data is tokenised with.
         optim: optimiser and schedule.
-        init: where parts start: part to ``<hand-off folder>`` or ``<hand-off folder>:<part>``; parts not named start as
-            ``network`` says. The hand-offs must exist when the stage is made, before anything is loaded.
+        init: where parts start: part to ``<hand-off folder>`` or ``<hand-off folder>:<part>``; parts not named, or with
+            null, start as ``network`` says. The hand-offs must exist when the stage is made, before anything is loaded.
         train: parts that train instead of the stage's own ``trains``.
         seed: of weights that are drawn and of dropout.
 
@@ -82,12 +82,13 @@ class Stage(L.LightningModule, ABC):
         network: NetworkConfig,
         tokenizer: str,
         optim: OptimConfig,
-        init: dict[str, str] | None = None,
+        init: dict[str, str | None] | None = None,
         train: list[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.network, self.optim, self.init, self.seed = network, optim, dict(init or {}), seed
+        self.network, self.optim, self.seed = network, optim, seed
+        self.init = {part: source for part, source in (init or {}).items() if source is not None}
         self.trained = tuple(self.trains if train is None else train)
         for key, names in (("init", self.init), ("train", self.trained)):
             if unknown := [name for name in names if name not in self.uses]:
@@ -166,7 +167,7 @@ class Stage(L.LightningModule, ABC):
         torch.manual_seed(self.seed + 1_000_003 * done + self.global_rank)
         self.step_log = {}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW over a group for each part, matrices apart from vectors; rate by step."""
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for part, _, parameter in self.trainable():
@@ -234,8 +235,8 @@ class Stage(L.LightningModule, ABC):
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         if missing := trained - set(checkpoint["state_dict"]):
             raise HandoffError(
-                f"checkpoint: {len(missing)} trained tensors are missing, e.g. {min(missing)}: it was written by another "
-                "configuration; train anew with FORCE=1"
+                f"checkpoint: {len(missing)} trained tensors are missing, e.g. {min(missing)}: it was written by "
+                "another configuration; train anew with FORCE=1"
             )
 
     # ------------------------------------------------------------------------------------------------------- held-out
@@ -248,13 +249,13 @@ class Stage(L.LightningModule, ABC):
         """Start counting."""
         self._begin_questions()
 
-    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> list[Outcome]:
+    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Answer held-out questions."""
-        return self._ask(batch)
+        self._ask(batch)
 
-    def test_step(self, batch: QuestionBatch, batch_idx: int) -> list[Outcome]:
+    def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Answer held-out questions."""
-        return self._ask(batch)
+        self._ask(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means."""
@@ -278,8 +279,9 @@ class Stage(L.LightningModule, ABC):
         self.outcomes: list[Outcome] = []
 
     @torch.no_grad()
-    def _ask(self, batch: QuestionBatch) -> list[Outcome]:
-        outcomes = []
+    def _ask(self, batch: QuestionBatch) -> None:
+        """Put a batch's questions about every view; answers go to ``outcomes`` and ``means``."""
+        outcomes: list[Outcome] = []
         for view in self.views:
             video = batch.ego_video if view == "ego" else batch.exo_video
             if video is None:
@@ -288,7 +290,8 @@ class Stage(L.LightningModule, ABC):
             texts = iter(self.generate(batch.prompts, visual[batch.prompt_clip]))
             scores = iter(self.score(batch.options, visual[batch.option_clip]))
             for question in batch.questions:
-                where = {"clip": batch.ids[question.clip], "ego_visible": batch.ego_visible[question.clip], "view": view}
+                row = question.clip
+                where = {"clip": batch.ids[row], "ego_visible": batch.ego_visible[row], "view": view}
                 if question.options:
                     log_p = [next(scores) for _ in question.options]
                     outcomes.append(judge_choice(question, log_p, **where))
@@ -297,7 +300,6 @@ class Stage(L.LightningModule, ABC):
         for outcome in outcomes:
             self.means.add(outcome)
         self.outcomes += outcomes
-        return outcomes
 
     def generate(self, prompts: TextBatch, visual: Tensor) -> list[str]:
         """Greedy answers to R prompts about float [R, N, D]."""
@@ -318,6 +320,10 @@ class Stage(L.LightningModule, ABC):
 
     # -------------------------------------------------------------------------------------------------------- summary
 
+    def started_from(self) -> dict[str, str]:
+        """Digest of the hand-off each part starts from."""
+        return {part: str(check_handoff(_source(source)[0])["digest"]) for part, source in self.init.items()}
+
     def describe(self) -> list[dict[str, Any]]:
         """A row for each part: parameters in all, and trained ones."""
         rows = []
@@ -331,7 +337,7 @@ class Stage(L.LightningModule, ABC):
         """Print and keep what trains."""
         lines = [f"{'part':<16}{'parameters':>15}{'trained':>15}"]
         lines += [f"{r['part']:<16}{r['parameters']:>15,}{r['trained']:>15,}" for r in self.describe()]
-        rank_zero_info("\n".join(lines))
+        rank_zero_only(print)("\n".join(lines))
 
 
 def _source(source: str) -> tuple[Path, str | None]:

@@ -1,4 +1,4 @@
-"""Stage 0: encoder, projector and language model learn to work together; skipped when starting from released weights."""
+"""Stage 0: encoder, projector and language model learn to work together; skipped with released weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ class Initialisation(Stage):
     2411.03313). The head is dropped afterwards.
 
     Args:
-        words_weight: weight of the word loss; 0 for none.
+        words_weight: weight of the word loss; 0 for none. The head's size follows from the data's clips.
         whiten_patches: initialise patch filters and positions from the first frames seen.
-        visual_shape: (N, D) of the visual tokens of a clip, needed by the word head.
         **shared: see ``Stage``.
     """
 
@@ -73,8 +72,8 @@ class Initialisation(Stage):
     def _words_loss(self, visual: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of a softmax over the vocabulary against the words of each row, equally weighted."""
         logits = self.word_head(visual.flatten(1))
-        present = torch.zeros_like(logits).scatter_(1, labels.clamp(min=0), (labels >= 0).to(logits.dtype), reduce="add")
-        present[:, self.tokenizer.eos_token_id] = 0
-        present = (present > 0).to(logits.dtype)
+        eos = int(self.tokenizer.eos_token_id)
+        present = torch.zeros_like(logits).scatter(1, labels.where(labels >= 0, eos), 1.0)
+        present[:, eos] = 0
         share = present / present.sum(1, keepdim=True).clamp(min=1)
         return -(F.log_softmax(logits, dim=-1) * share).sum(1).mean()

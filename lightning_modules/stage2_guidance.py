@@ -110,7 +110,7 @@ class DemonstratorLearnerGuidance(Stage):
             self.step_log["guidance/cycle_exo"] = cycles[-1].detach()
         self.step_log["guidance/kl"] = kl.detach()
 
-        visual = model.project(ego, ego_as_exo)
+        visual = model.learner_view(ego, ego_as_exo)
         losses = {
             "vtg": self.vtg_weight * vtg_loss(*self.read_text(visual, batch), batch.label_tokens),
             "kl": self.kl.weight * kl,

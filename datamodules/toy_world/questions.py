@@ -64,10 +64,10 @@ def options(take: Take, action: Action, rng: np.random.Generator) -> tuple[list[
 
 
 def conversation(take: Take, action: Action, rng: np.random.Generator, with_caption: float) -> list[dict[str, str]]:
-    """Turns about one clip in random order: every question, and the caption with probability ``with_caption``."""
-    turns = [(question, answer) for _, question, answer in answers(take, action, rng)]
-    if rng.random() < with_caption:
-        turns.append((CAPTION_INSTRUCTION, caption(take, action)))
+    """Four turns about one clip in random order; the caption is among them with probability ``with_caption``."""
+    asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
+    captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
+    turns = captions + [asked[i] for i in rng.permutation(len(asked))[: 4 - len(captions)]]
     shuffled = [turns[i] for i in rng.permutation(len(turns))]
     return [
         {"from": speaker, "value": ("<video>\n" if index == 0 and speaker == "human" else "") + value}
@@ -80,11 +80,17 @@ def held_out_questions(take: Take, action: Action, rng: np.random.Generator) -> 
     """What a held-out clip is asked: a caption, a four-way choice and every question."""
     choices, true = options(take, action, rng)
     asked: list[dict[str, Any]] = [
-        {"task": "caption", "question": CAPTION_INSTRUCTION, "answer": caption(take, action), "parts": parts(take, action)},
+        {
+            "task": "caption",
+            "question": CAPTION_INSTRUCTION,
+            "answer": caption(take, action),
+            "parts": parts(take, action),
+        },
         {"task": "choice", "question": CAPTION_INSTRUCTION, "answer": choices[true], "options": choices},
     ]
     return asked + [
-        {"task": f"qa_{kind}", "question": question, "answer": answer} for kind, question, answer in answers(take, action, rng)
+        {"task": f"qa_{kind}", "question": question, "answer": answer}
+        for kind, question, answer in answers(take, action, rng)
     ]
 
 

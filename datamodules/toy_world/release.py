@@ -56,9 +56,9 @@ class Settings:
 
     preset: str = "easy"
     seed: int = 0
-    train_takes: int = 150
-    val_takes: int = 40
-    initialisation_takes: int = 800
+    train_takes: int = 190
+    val_takes: int = 60
+    initialisation_takes: int = 700
     practice_takes: int = 200
     size: int = 64
     frame_counter: bool = False
@@ -116,9 +116,13 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
 def _check_same(root: Path, described: dict[str, Any]) -> None:
     header = root / "world.json"
     if not header.is_file():
-        raise WorldExists(f"{root}: exists but is no generated world (no world.json): move it away or choose another --root")
+        raise WorldExists(
+            f"{root}: exists but is no generated world (no world.json): move it away or choose another --root"
+        )
     found = json.loads(header.read_text())
-    changed = [f"{key}: {found.get(key)} there, {value} asked" for key, value in described.items() if found.get(key) != value]
+    changed = [
+        f"{key}: {found.get(key)} there, {value} asked" for key, value in described.items() if found.get(key) != value
+    ]
     if changed:
         raise WorldExists(f"{root}: holds another world ({'; '.join(changed)}): remove it or choose another --root")
 
@@ -253,7 +257,9 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
     descriptions = [_description(take, action, best, strings=trap == 8) for action in actions]
     annotators = [_annotator(uid, 1, descriptions)]
     if trap == 4:
-        annotators.append(_annotator(uid, 2, [{**d, "text": "C does something else."} for d in descriptions], rejected=True))
+        annotators.append(
+            _annotator(uid, 2, [{**d, "text": "C does something else."} for d in descriptions], rejected=True)
+        )
     if trap == 5:
         annotators.append(_annotator(uid, 2, descriptions[::-2]))
     return record, job, annotators
@@ -310,14 +316,18 @@ def _write_conversations(root: Path, settings: Settings, workers: int) -> None:
         _write_jsonl(root / "instructions" / f"{source}.jsonl", records)
 
 
-def _conversation(take: Take, action: Action, source: str, key: str, path: str, rng: np.random.Generator) -> dict[str, Any]:
+def _conversation(
+    take: Take, action: Action, source: str, key: str, path: str, rng: np.random.Generator
+) -> dict[str, Any]:
     half = 0.5 * CLIP_SHARE * (action.end_s - action.start_s)
     return {
         "id": f"{source}/{key}",
         "video": path,
         "start": round(action.time_s - half, 4),
         "end": round(action.time_s + half, 4),
-        "conversations": questions.conversation(take, action, rng, with_caption=1.0 if source == "initialisation" else 0.5),
+        "conversations": questions.conversation(
+            take, action, rng, with_caption=1.0 if source == "initialisation" else 0.5
+        ),
         "source": source,
         "channel": source,
         "task": "qa",

@@ -104,7 +104,7 @@ def render(take: Take, camera: Camera, wearer: bool, counter: bool = False) -> I
 
 
 def _project(shape: _Primitive, axes: Array, camera: Camera) -> tuple[list[Any], Any, Array]:
-    """Outlines [faces][T] as x, y, x, y, ..., which faces look at the camera and lie before it [T][faces], distance [T]."""
+    """Outlines [faces][T] as x, y, x, y, ...; which faces are in front and face the camera [T][faces]; distance [T]."""
     focal = camera.width / np.tan(np.radians(camera.fov_deg) / 2)  # of the picture at twice the size
     seen = np.einsum("tij,tvj->tvi", axes, shape.vertices - camera.position[:, None])
     depth = np.maximum(seen[..., 2], 1e-6)
@@ -140,7 +140,9 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
     frames, gain, look = take.num_frames, take.look["light"][0], take.look
     shapes = []
 
-    def add(local: Array, faces: list[tuple[int, ...]], at: Array, colour: tuple[float, ...], ground: bool = False) -> None:
+    def add(
+        local: Array, faces: list[tuple[int, ...]], at: Array, colour: tuple[float, ...], ground: bool = False
+    ) -> None:
         vertices = np.broadcast_to(at[:, None] + local, (frames, len(local), 3)) if local.ndim == 2 else local
         a, b, c = (vertices[0][[face[k] for face in faces]] for k in range(3))
         bright = 0.72 + 0.28 * _unit(np.cross(b - a, c - a)) @ LIGHT
@@ -151,7 +153,9 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
     xs, ys = np.linspace(-0.62, 0.62, 5), np.linspace(0.0, 0.74, 4)
     for i in range(4):
         for j in range(3):
-            tile = np.array([(xs[i], ys[j], 0), (xs[i + 1], ys[j], 0), (xs[i + 1], ys[j + 1], 0), (xs[i], ys[j + 1], 0)])
+            tile = np.array(
+                [(xs[i], ys[j], 0), (xs[i + 1], ys[j], 0), (xs[i + 1], ys[j + 1], 0), (xs[i], ys[j + 1], 0)]
+            )
             tone = tuple(c * (1.0 if (i + j) % 2 else 0.9) for c in look["table"])
             add(tile, [(0, 1, 2, 3)], origin, tone, ground=True)
     for index, thing in enumerate(take.things):
@@ -165,7 +169,9 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
         side = 0.05 if name == "left" else -0.05
         thumb, thumb_faces = _box(0.02, 0.06, 0.026)
         add(thumb + np.array([side, 0.05, -0.012]), thumb_faces, palm, look["skin"])
-        arm, arm_faces = _prism(np.tile(np.array(SHOULDER[name]), (frames, 1)), palm + np.array([0.0, -0.06, 0.0]), 0.03)
+        arm, arm_faces = _prism(
+            np.tile(np.array(SHOULDER[name]), (frames, 1)), palm + np.array([0.0, -0.06, 0.0]), 0.03
+        )
         add(arm, arm_faces, origin, look["sleeve"])
     if wearer:
         local, faces = _box(0.36, 0.16, 0.42)
@@ -195,7 +201,10 @@ def _sphere(radius: float, sides: int = 7, rings: int = 4) -> tuple[Array, list[
     points = [(0.0, 0.0, -radius)]
     for k in range(1, rings):
         latitude = np.pi * (k / rings - 0.5)
-        points += [(radius * np.cos(latitude) * np.cos(a), radius * np.cos(latitude) * np.sin(a), radius * np.sin(latitude)) for a in angle]
+        points += [
+            (radius * np.cos(latitude) * np.cos(a), radius * np.cos(latitude) * np.sin(a), radius * np.sin(latitude))
+            for a in angle
+        ]
     points.append((0.0, 0.0, radius))
     faces: list[tuple[int, ...]] = [(0, 1 + (i + 1) % sides, 1 + i) for i in range(sides)]
     for k in range(rings - 2):

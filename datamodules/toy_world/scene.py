@@ -156,7 +156,7 @@ def simulate(seed: int, world: World, actions: int | None = None) -> Take:
 
     count = world.actions if actions is None else actions
     slot_s = rng.uniform(*world.action_s)
-    frames = int(round(count * slot_s * world.fps)) + world.fps // 2
+    frames = round(count * slot_s * world.fps) + world.fps // 2
     positions = np.repeat(at[None], frames, axis=0)
     hands = {name: np.repeat(np.array([REST[name]], dtype=float), frames, axis=0) for name in HANDS}
     gaze_target = np.repeat(at.mean(axis=0)[None], frames, axis=0)
@@ -165,7 +165,7 @@ def simulate(seed: int, world: World, actions: int | None = None) -> Take:
     time_s = 0.0
     for _ in range(count):
         duration_s = slot_s * rng.uniform(0.9, 1.1)
-        start, end = int(round(time_s * world.fps)), min(int(round((time_s + duration_s) * world.fps)), frames)
+        start, end = round(time_s * world.fps), min(round((time_s + duration_s) * world.fps), frames)
         if held is not None:
             thing, hand = held
             verb = str(rng.choice(["puts down", "shakes"], p=[0.6, 0.4]))
@@ -207,7 +207,7 @@ def _end_position(verb: str, at: Array) -> Array:
 
 
 def _motion(verb: str, u: Array, at: Array, rest: Array, was_held: bool, stays_held: bool) -> tuple[Array, Array]:
-    """Object and palm over one action: reach until u = .2, act until .8, draw back unless the object stays in the hand."""
+    """Object and palm over one action: reach until u = .2, act until .8, draw back unless the object stays held."""
     act = smoothstep((u - 0.2) / 0.6)[:, None]
     path = at + act * (_end_position(verb, at) - at)
     palm = path.copy()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ class NetworkConfig:
         projector: connector shared by both views.
         mapper: form of F and G.
         lora: adapters of the language model in stage 3.
+        learner_reads: what the language model reads of an egocentric clip: ``both`` x and F(x), or one of them.
     """
 
     encoder: EncoderConfig
@@ -47,6 +49,7 @@ class NetworkConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     mapper: MapperConfig = field(default_factory=MapperConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    learner_reads: Literal["both", "ego", "mapped"] = "both"
 
 
 class Exo2EgoModel(nn.Module):
@@ -64,6 +67,7 @@ class Exo2EgoModel(nn.Module):
     def __init__(self, network: NetworkConfig, vocab_size: int, parts: Collection[str]) -> None:
         super().__init__()
         self.parts = tuple(part for part in PARTS if part in parts)
+        self.learner_reads = network.learner_reads
         dim = network.encoder.width
         if "exo_encoder" in parts:
             self.exo_encoder = VisionEncoder(network.encoder)
@@ -95,9 +99,14 @@ class Exo2EgoModel(nn.Module):
         return self.project(self.exo_encoder(video))
 
     def learner_tokens(self, video: Tensor) -> Tensor:
-        """What the language model reads of the learner, x then F(x): uint8 [B, T, S, S, 3] to float [B, 2 * N, D]."""
+        """What the language model reads of the learner: uint8 [B, T, S, S, 3] to float [B, N or 2 * N, D]."""
         ego = self.ego_encoder(video)
-        return self.project(ego, self.ego_to_exo(ego))
+        return self.learner_view(ego, self.ego_to_exo(ego) if self.learner_reads != "ego" else ego)
+
+    def learner_view(self, ego: Tensor, ego_as_exo: Tensor) -> Tensor:
+        """Project the streams that ``learner_reads`` names, out of x and F(x)."""
+        streams = {"both": (ego, ego_as_exo), "ego": (ego,), "mapped": (ego_as_exo,)}
+        return self.project(*streams[self.learner_reads])
 
     def part(self, name: str) -> dict[str, nn.Parameter]:
         """Parameters of one part by their names inside it; tied ones once.

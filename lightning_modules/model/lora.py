@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-
 _PEFT_PREFIX, _PEFT_SUFFIX = "base_model.model.", ".weight"
+
 
 @dataclass
 class LoRAConfig:

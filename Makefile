@@ -1,0 +1,81 @@
+# `make help` lists the targets. Any stage takes EXPERIMENT=name, ARGS="key=value ..." and FORCE=1.
+EXPERIMENT ?= toy
+RUNS ?= runs
+ARGS ?=
+PORT ?= 6006
+BASE_PYTHON ?= python3
+VENV ?= .venv
+
+PYTHON := $(VENV)/bin/python
+FIT = $(PYTHON) -m lightning_modules fit experiments/$(EXPERIMENT)
+OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
+# Experiments on the generated world make it first.
+WORLD := $(if $(filter toy% ablations%,$(EXPERIMENT)),data/toy/world.json)
+
+# Spinning threads cost several times their work when cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PYTHONUNBUFFERED = 1
+export TOKENIZERS_PARALLELISM = false
+
+.NOTPARALLEL:
+.PHONY: help setup data stage0 stage1 stage2 stage3 evaluate tensorboard test test-all lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/installed ## create .venv and install, done by every other target on first use
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(BASE_PYTHON) is older: make BASE_PYTHON=python3.12"; exit 2; }
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+data: data/toy/world.json ## generate the default data set
+
+data/toy/world.json: | $(VENV)/installed
+	$(PYTHON) -m datamodules.toy_world --root data/toy
+
+stage0: $(VENV)/installed $(WORLD) ## initialisation: encoder, projector and language model learn to work together
+	$(FIT) stage0 $(OPTIONS)
+
+stage1: $(VENV)/installed $(WORLD) ## Demonstrator Self-Preparation, after stage0 if that is missing
+	@test -f $(RUNS)/$(EXPERIMENT)/stage0/handoff/manifest.json || $(FIT) stage0 runs=$(RUNS)
+	$(FIT) stage1 $(OPTIONS)
+
+stage2: $(VENV)/installed $(WORLD) ## Demonstrator-Learner Guidance, needs stage1
+	$(FIT) stage2 $(OPTIONS)
+
+stage3: $(VENV)/installed $(WORLD) ## Learner Self-Practice, needs stage2
+	$(FIT) stage3 $(OPTIONS)
+
+evaluate: $(VENV)/installed ## answer the held-out questions again with every finished stage, and print the table
+	@for stage in stage0 stage1 stage2 stage3; do \
+	  if [ -f $(RUNS)/$(EXPERIMENT)/$$stage/handoff/manifest.json ]; then \
+	    $(PYTHON) -m lightning_modules evaluate experiments/$(EXPERIMENT) $$stage runs=$(RUNS) $(ARGS) || exit; fi; done
+	@$(PYTHON) -m lightning_modules report $(RUNS)/$(EXPERIMENT)
+
+tensorboard: $(VENV)/installed ## serve the curves of all runs on PORT
+	$(VENV)/bin/tensorboard --logdir $(RUNS) --port $(PORT)
+
+test: $(VENV)/installed ## tests, under 10 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow"
+
+test-all: $(VENV)/installed ## all tests, with the long end-to-end runs
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+
+lint: $(VENV)/installed ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed ## let ruff rewrite
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/installed data/toy/world.json ## measure clip reading and training steps
+	$(PYTHON) tests/bench.py
+
+clean: ## remove runs and the generated data; .venv stays
+	rm -rf $(RUNS) data/toy

@@ -1,0 +1,75 @@
+"""How the shared model wires its parts."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
+
+VOCAB = 40
+MODULES = ("exo_encoder", "ego_encoder", "ego_to_exo", "exo_to_ego")
+
+
+def build(parts=PARTS, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = Exo2EgoModel(tiny.network(**changes), VOCAB, parts).eval()
+    tiny.scatter(model)
+    return model
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES.values(), ids=tiny.STAGES)
+def test_only_what_a_stage_uses_is_built(stage):
+    model = build(stage.uses)
+    assert set(model.parts) == set(stage.uses)
+    assert {name for name in MODULES if hasattr(model, name)} == set(stage.uses) & set(MODULES)
+    adapters = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert bool(adapters) == ("lora" in stage.uses)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_share_nothing_and_leave_nothing_out(tied):
+    model = build(tied=tied)
+    parts = [id(parameter) for part in PARTS for parameter in model.part(part).values()]
+    assert len(parts) == len(set(parts))
+    assert set(parts) == {id(parameter) for parameter in model.parameters()}
+    heads = [name for name in model.part("language_model") if "lm_head" in name or "embed_tokens" in name]
+    assert len(heads) == (1 if tied else 2)
+
+
+def test_adapters_are_a_part_of_their_own():
+    adapted, plain = build(), build([part for part in PARTS if part != "lora"])
+    assert adapted.part("language_model").keys() == plain.part("language_model").keys()
+    assert {name.rpartition(".")[2] for name in adapted.part("lora")} == {"lora_A", "lora_B"}
+    assert not plain.part("lora")
+
+
+def test_learner_tokens_are_x_then_f_of_x():
+    model, video = build(), tiny.video(2, seed=3)
+    ego = model.ego_encoder(video)
+    x, mapped = model.project(ego), model.project(model.ego_to_exo(ego))
+    assert not torch.allclose(x, mapped, atol=1e-3)
+    assert torch.equal(model.learner_tokens(video), torch.cat([x, mapped], dim=1))
+    for reads, expected in (("ego", x), ("mapped", mapped)):
+        model.learner_reads = reads
+        assert torch.equal(model.learner_tokens(video), expected)
+
+
+def test_learner_reads_comes_from_the_network():
+    tokens = {reads: build(learner_reads=reads).learner_tokens(tiny.video(1, 0)).shape[1] for reads in ("both", "ego")}
+    assert tokens["both"] == 2 * tokens["ego"]
+
+
+def test_each_view_has_its_own_encoder():
+    model, video = build(), tiny.video(1, seed=0)
+    demonstrator, learner = model.demonstrator_tokens(video), model.learner_tokens(video)
+    for parameter in model.ego_encoder.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    assert torch.equal(model.demonstrator_tokens(video), demonstrator)
+    assert not torch.allclose(model.learner_tokens(video), learner, atol=1e-3)
+
+
+def test_token_count_is_the_projectors():
+    model = build()
+    count = model.projector.num_tokens(tiny.FRAMES, *model.exo_encoder.grid)
+    assert model.demonstrator_tokens(tiny.video(3, 0)).shape == (3, count, model.language_model.dim)

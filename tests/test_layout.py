@@ -1,0 +1,96 @@
+"""Who may import whom, and the constants that two packages agree on without importing each other."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import datamodules.batch
+import lightning_modules.model.language_model as language_model
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("lightning_modules", "datamodules")
+STAGES = sorted((ROOT / "lightning_modules").glob("stage[0-9]_*.py"))
+
+
+def imports(file):
+    """Dotted names a file imports, one for each name of a ``from`` import; a relative import starts with a dot."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"), str(file))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def roots(file):
+    return {name.split(".")[0] for name in imports(file)}
+
+
+def files(folder):
+    found = sorted((ROOT / folder).rglob("*.py"))
+    assert found, folder
+    return found
+
+
+def importers(package):
+    return {str(file.relative_to(ROOT)) for folder in PACKAGES for file in files(folder) if package in roots(file)}
+
+
+def test_video_files_are_opened_in_one_place_and_written_in_one():
+    assert importers("av") == {"datamodules/clip_stream.py", "datamodules/toy_world/release.py"}
+
+
+def test_open_clip_stays_inside_the_vision_encoder():
+    assert importers("open_clip") == {"lightning_modules/model/vision_encoder.py"}
+
+
+def test_data_knows_nothing_of_models():
+    assert [str(file) for file in files("datamodules") if "lightning_modules" in roots(file)] == []
+
+
+def test_the_model_is_usable_without_lightning_configuration_and_data():
+    forbidden = {"lightning", "pytorch_lightning", "omegaconf", "jsonargparse", "datamodules"}
+    for file in files("lightning_modules/model"):
+        assert roots(file).isdisjoint(forbidden), file
+        ours = {name for name in imports(file) if name.startswith("lightning_modules")}
+        assert all(name.startswith("lightning_modules.model.") for name in ours), file
+
+
+def test_losses_take_tensors_only():
+    assert roots(ROOT / "lightning_modules" / "losses.py").isdisjoint(PACKAGES)
+
+
+def test_stages_do_not_know_each_other_nor_how_data_is_read():
+    assert len(STAGES) == 4
+    modules = {f"lightning_modules.{file.stem}" for file in STAGES}
+    for file in STAGES:
+        names = imports(file)
+        assert not {name for name in names for module in modules if name.startswith(module)}, file
+        assert all(name.startswith("datamodules.batch.") for name in names if name.startswith("datamodules")), file
+        assert "omegaconf" not in roots(file), file
+
+
+def test_imports_are_absolute():
+    for folder in (*PACKAGES, "tests"):
+        for file in files(folder):
+            assert not [name for name in imports(file) if name.startswith(".")], file
+
+
+def test_both_packages_mean_the_same_by_the_same_token():
+    assert datamodules.batch.VIDEO_TOKEN_ID == language_model.VIDEO_TOKEN_ID < 0
+    assert datamodules.batch.IGNORE_INDEX == language_model.IGNORE_INDEX == -100  # what torch's cross entropy skips
+
+
+def test_top_level_folders():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("not a git checkout")
+    folders = {line.split("/")[0] for line in listed.stdout.splitlines() if "/" in line}
+    allowed = {"lightning_modules", "datamodules", "experiments", "tests", "docs"}
+    assert {folder for folder in folders if not folder.startswith(".")} <= allowed

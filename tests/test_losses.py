@@ -1,0 +1,153 @@
+"""Losses against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_modules.losses import FeatureStandardizer, cycle_consistency_loss, guidance_kl_loss, vtg_loss
+
+LN3 = math.log(3)
+KL_QUARTERS = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)  # KL((3/4, 1/4) || (1/2, 1/2))
+
+
+def features(rows, frames=1):
+    """[positions of all frames][channels] to [1, T, 1, w, C]."""
+    values = torch.tensor(rows)
+    return values.view(1, frames, 1, len(values) // frames, -1)
+
+
+def test_vtg_by_hand():
+    logits = torch.tensor([[0.0, 0.0], [0.0, LN3]])  # p(target) 1/2 and 1/4
+    loss = vtg_loss(logits, torch.tensor([0, 0]), label_tokens=2)
+    torch.testing.assert_close(loss, torch.tensor(1.5 * math.log(2)))
+
+
+def test_vtg_of_unequal_micro_batches_averages_to_the_mean_over_all_tokens():
+    logits = torch.randn(7, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets = torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    per_micro_batch = 7 / 2
+    parts = [vtg_loss(logits[rows], targets[rows], per_micro_batch) for rows in (slice(0, 6), slice(6, 7))]
+    averaged = torch.stack(parts).mean()
+    expected = F.cross_entropy(logits, targets)
+    torch.testing.assert_close(averaged, expected)
+    (gradient,) = torch.autograd.grad(averaged, logits, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+
+
+def test_cycle_by_hand():
+    feature = features([[1.0, 2.0], [3.0, 4.0]])
+    round_trip = feature + torch.tensor([0.5, -0.25])
+    torch.testing.assert_close(cycle_consistency_loss(feature, round_trip), torch.tensor(0.375))
+    assert cycle_consistency_loss(feature, feature) == 0
+
+
+def test_cycle_channel_std_weighs_channels_alike():
+    feature = features([[-1.0, -10.0], [1.0, 10.0]])  # sample deviations sqrt 2 and 10 sqrt 2
+    round_trip = feature + torch.tensor([1.0, 10.0])
+    loss = cycle_consistency_loss(feature, round_trip, "channel_std")
+    torch.testing.assert_close(loss, torch.tensor(1 / math.sqrt(2)))
+    assert cycle_consistency_loss(feature, round_trip) == 5.5
+
+
+def test_cycle_refuses_a_changed_shape():
+    with pytest.raises(ValueError, match=r"round trip gave \(1, 1, 1, 1, 2\), expected \(1, 1, 1, 2, 2\)"):
+        cycle_consistency_loss(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "axis", "expected"),
+    [
+        ([[LN3, 0.0], [0.0, 0.0]], "channel", KL_QUARTERS / 2),  # one position of two
+        ([[LN3, 0.0], [LN3, 0.0]], "channel", KL_QUARTERS),
+        ([[LN3, 0.0], [LN3, 0.0]], "spatial", 0.0),  # both positions alike
+        ([[LN3, LN3], [0.0, 0.0]], "spatial", KL_QUARTERS),
+        ([[LN3, LN3], [0.0, 0.0]], "channel", 0.0),
+        ([[LN3, 0.0], [0.0, 0.0]], "spatial", KL_QUARTERS / 2),  # one channel of two
+    ],
+)
+def test_kl_axis_by_hand(rows, axis, expected):
+    loss = guidance_kl_loss(features(rows), torch.zeros(1, 1, 1, 2, 2), axis=axis)
+    torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+def test_kl_has_the_target_first():
+    target, mapped = features([[LN3, 0.0]]), features([[math.log(9), 0.0]])  # (3/4, 1/4) and (9/10, 1/10)
+    expected = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
+    torch.testing.assert_close(guidance_kl_loss(target, mapped), torch.tensor(expected))
+    reverse = 0.9 * math.log(0.9 / 0.75) + 0.1 * math.log(0.1 / 0.25)
+    torch.testing.assert_close(guidance_kl_loss(mapped, target), torch.tensor(reverse))
+
+
+def test_kl_temperature_divides_logits_and_scales_the_loss_by_its_square():
+    target = features([[2 * LN3, 0.0]])
+    loss = guidance_kl_loss(target, torch.zeros_like(target), tau=2.0)
+    torch.testing.assert_close(loss, torch.tensor(4 * KL_QUARTERS))
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        ("none", (81 / 82 * math.log(81 / 41) + 1 / 82 * math.log(1 / 41)) / 4),  # (81/82, 1/82), one position of four
+        ("time", (0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)) / 2),  # averages to 2 ln 3: (9/10, 1/10)
+        ("all", KL_QUARTERS),  # averages to ln 3
+    ],
+)
+def test_kl_pooling_by_hand(pool, expected):
+    target = features([[4 * LN3, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], frames=2)
+    loss = guidance_kl_loss(target, torch.zeros_like(target), pool=pool)
+    torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+def test_kl_moves_the_mapped_features_only():
+    target, mapped = features([[LN3, 0.0]]).requires_grad_(), features([[0.0, 0.0]]).requires_grad_()
+    guidance_kl_loss(target, mapped).backward()
+    assert target.grad is None
+    torch.testing.assert_close(mapped.grad, features([[-0.25, 0.25]]))  # q - p
+
+
+def test_kl_of_equal_features_is_zero():
+    feature = torch.randn(2, 3, 2, 2, 5, generator=torch.Generator().manual_seed(0))
+    for axis in ("channel", "spatial"):
+        assert abs(guidance_kl_loss(feature, feature.clone(), axis=axis)) < 1e-6
+
+
+def test_standardizer_starts_with_the_first_batch_then_averages():
+    standardizer = FeatureStandardizer(2, "ema", momentum=0.9)
+    standardizer.update(features([[1.0, 10.0], [3.0, 30.0]]))
+    torch.testing.assert_close(standardizer.mean, torch.tensor([2.0, 20.0]))
+    torch.testing.assert_close(standardizer.variance, torch.tensor([1.0, 100.0]))
+    standardizer.update(features([[4.0, 20.0], [4.0, 20.0]]))
+    torch.testing.assert_close(standardizer.mean, torch.tensor([2.2, 20.0]))
+    torch.testing.assert_close(standardizer.variance, torch.tensor([0.9, 90.0]))
+    expected = torch.tensor([(4.2 - 2.2) / math.sqrt(0.9), (20 - 90) / math.sqrt(90)])
+    torch.testing.assert_close(standardizer(features([[4.2, -50.0]])).flatten(), expected)
+
+
+def test_standardizer_is_fixed_in_evaluation():
+    standardizer = FeatureStandardizer(1, "ema")
+    standardizer.update(features([[1.0], [3.0]]))
+    standardizer.eval()
+    standardizer.update(features([[100.0], [300.0]]))
+    assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)
+
+
+def test_standardizer_by_token_and_none():
+    feature = features([[1.0, 3.0], [50.0, 10.0]])
+    expected = features([[-1.0, 1.0], [1.0, -1.0]])
+    torch.testing.assert_close(FeatureStandardizer(2, "token")(feature), expected, atol=1e-4, rtol=0)
+    for kind in ("token", "none"):
+        standardizer = FeatureStandardizer(2, kind)
+        standardizer.update(feature)
+        assert standardizer.mean.tolist() == [0.0, 0.0]
+    assert FeatureStandardizer(2, "none")(feature) is feature
+
+
+def test_standardizer_state_travels_with_checkpoints():
+    written = FeatureStandardizer(1, "ema", momentum=0.5)
+    written.update(features([[1.0], [3.0]]))
+    read = FeatureStandardizer(1, "ema", momentum=0.5)
+    read.load_state_dict(written.state_dict())
+    read.update(features([[6.0], [6.0]]))
+    assert (read.mean.item(), read.variance.item()) == (4.0, 0.5)

@@ -1,0 +1,363 @@
+"""What each stage trains, how it steps, and that a resumed run equals an uninterrupted one."""
+
+import math
+import warnings
+
+import lightning as L
+import pytest
+import tiny
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from datamodules import ClipConfig, InstructionDataModule
+from lightning_modules import OptimConfig
+from lightning_modules.handoff import HandoffError, StageHandoff
+from lightning_modules.model.exo2ego import Exo2EgoModel
+from lightning_modules.stage2_guidance import CycleConfig, KLConfig
+
+
+def trainer(max_steps, callbacks=(), **options):
+    return L.Trainer(
+        accelerator="cpu",
+        max_steps=max_steps,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+
+
+def fit(stage, steps=1, callbacks=(), **options):
+    run = trainer(steps, callbacks, **options)
+    batches = [tiny.clip_batch(seed) for seed in range(steps)]
+    run.fit(stage, DataLoader(batches, batch_size=None))
+    assert run.global_step == steps
+    return run
+
+
+def values(stage):
+    return {
+        part: {name: parameter.detach().clone() for name, parameter in stage.model.part(part).items()}
+        for part in stage.model.parts
+    }
+
+
+def moved(before, after):
+    return {part for part in before if any(not torch.equal(before[part][name], after[part][name]) for name in before[part])}
+
+
+# ------------------------------------------------------------------------------------------------------ what trains
+
+
+TRAINED = [
+    ("stage0", None, {"exo_encoder", "projector", "language_model"}),
+    ("stage1", None, {"exo_encoder", "projector"}),
+    ("stage1", ["exo_encoder"], {"exo_encoder"}),
+    ("stage2", None, {"ego_encoder", "projector", "ego_to_exo", "exo_to_ego"}),
+    ("stage2", ["ego_to_exo"], {"ego_to_exo"}),
+    ("stage3", None, {"ego_encoder", "projector", "ego_to_exo", "lora"}),
+    ("stage3", ["lora"], {"lora"}),
+]
+
+
+@pytest.mark.parametrize(("name", "train", "expected"), TRAINED)
+def test_one_step_moves_exactly_what_trains(toy_tokenizer, name, train, expected):
+    stage = tiny.make_stage(name, toy_tokenizer, train=train)
+    stage.configure_model()
+    tiny.scatter(stage.model)
+    before = values(stage)
+    gradients = {}
+
+    class Gradients(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            for part in pl_module.model.parts:
+                gradients[part] = [p.grad is not None for p in pl_module.model.part(part).values()]
+
+    fit(stage, callbacks=[Gradients()])
+    assert moved(before, values(stage)) == expected
+    assert {part for part, has in gradients.items() if all(has)} == expected
+    assert {part for part, has in gradients.items() if not any(has)} == set(stage.uses) - expected
+
+
+@pytest.mark.parametrize("name", tiny.STAGES)
+def test_frozen_parts_stay_in_evaluation_mode(toy_tokenizer, name):
+    stage = tiny.make_stage(name, toy_tokenizer)
+    stage.configure_model()
+    for change in (stage.train, stage.eval, stage.train):  # as around validation
+        change()
+    training = {part for part in set(stage.uses) - {"lora"} if stage.model.get_submodule(part).training}
+    trained = {"language_model" if part == "lora" else part for part in stage.trains}
+    assert training == trained
+    assert all(module.training == (part in trained) for part in training for module in stage.model.get_submodule(part).modules())
+
+
+def test_parts_a_stage_has_not_are_refused(toy_tokenizer):
+    for key, value in (("train", ["lora"]), ("init", {"lora": "somewhere"})):
+        with pytest.raises(ValueError, match=rf"model.{key}: got lora, allowed: exo_encoder, projector, language_model"):
+            tiny.make_stage("stage1", toy_tokenizer, **{key: value})
+
+
+def test_adapters_change_nothing_before_training(toy_tokenizer):
+    stage = tiny.make_stage("stage3", toy_tokenizer)
+    stage.configure_model()
+    parts = [part for part in stage.uses if part != "lora"]
+    plain = Exo2EgoModel(stage.network, len(stage.tokenizer), parts)
+    for part in parts:
+        for name, parameter in plain.part(part).items():
+            parameter.data.copy_(stage.model.part(part)[name])
+    stage.eval(), plain.eval()
+    batch = tiny.clip_batch()
+    visual = stage.visual_tokens(batch.ego_video, "ego")
+    assert torch.equal(visual, plain.learner_tokens(batch.ego_video))
+    logits, _ = stage.read_text(visual, batch)
+    answers = stage.generate(batch.text, visual)
+    scores = stage.score(batch.text, visual)
+    stage.model = plain
+    assert torch.equal(stage.read_text(visual, batch)[0], logits)
+    assert stage.generate(batch.text, visual) == answers
+    assert stage.score(batch.text, visual) == scores
+
+
+def test_parameters_without_gradient_are_reported_once(toy_tokenizer):
+    stage = tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(forward=False, backward=False))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(stage, steps=2)
+    messages = [str(warning.message) for warning in caught if "no gradient" in str(warning.message)]
+    count = len(stage.model.part("exo_to_ego"))
+    assert len(messages) == 1
+    assert messages[0].startswith(f"{count} trained parameters get no gradient, e.g. exo_to_ego.")
+
+
+# --------------------------------------------------------------------------------------------------- losses of stages
+
+
+def test_total_is_the_sum_of_the_weighted_losses(toy_tokenizer):
+    batch = tiny.clip_batch()
+    losses = {}
+    for weight in (1.0, 3.0):
+        stage = tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(weight), kl=KLConfig(weight), vtg_weight=weight)
+        stage.configure_model()
+        tiny.scatter(stage.model)
+        losses[weight] = stage.losses(batch)
+        total = stage.training_step(batch, 0)
+        torch.testing.assert_close(total, sum(losses[weight].values()))
+    assert losses[1.0].keys() == {"vtg", "kl", "cycle"}
+    for name, loss in losses[1.0].items():
+        assert loss > 0
+        torch.testing.assert_close(losses[3.0][name], 3 * loss)
+
+
+def test_cycle_directions_add_up(toy_tokenizer):
+    cycles = {}
+    for forward, backward in ((True, True), (True, False), (False, True)):
+        stage = tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(forward=forward, backward=backward))
+        stage.configure_model()
+        tiny.scatter(stage.model)
+        cycles[forward, backward] = stage.losses(tiny.clip_batch())["cycle"]
+    assert cycles[True, False] != cycles[False, True]
+    torch.testing.assert_close(cycles[True, True], cycles[True, False] + cycles[False, True])
+
+
+def test_stage2_reads_the_demonstrator_without_moving_it(toy_tokenizer):
+    stage = tiny.make_stage("stage2", toy_tokenizer)
+    stage.configure_model()
+    tiny.scatter(stage.model)
+    batch = tiny.clip_batch()
+    before = stage.losses(batch)
+    batch.exo_video = tiny.video(2, seed=99)
+    stage.standardizer.updates.zero_()
+    after = stage.losses(batch)
+    assert torch.equal(before["vtg"], after["vtg"])  # the language model reads x and F(x) only
+    assert before["kl"] != after["kl"]
+
+
+def test_word_loss_by_hand(toy_tokenizer):
+    stage = tiny.make_stage("stage0", toy_tokenizer)
+    size = len(stage.tokenizer)
+    stage.word_head = torch.nn.Linear(1, size)
+    torch.nn.init.zeros_(stage.word_head.weight)
+    with torch.no_grad():
+        stage.word_head.bias.zero_()
+        stage.word_head.bias[7] = math.log(size)  # p(7) = size / (2 size - 1), others 1 / (2 size - 1)
+    labels = torch.tensor([[-100, 6, 7, 7, stage.tokenizer.eos_token_id], [-100, 7, -100, -100, -100]])
+    loss = stage._words_loss(torch.zeros(2, 1, 1), labels)
+    first, second = 0.5 * (math.log(1 / (2 * size - 1)) + math.log(size / (2 * size - 1))), math.log(size / (2 * size - 1))
+    torch.testing.assert_close(loss, torch.tensor(-(first + second) / 2))
+
+
+# ---------------------------------------------------------------------------------------------------------- optimiser
+
+
+def optimiser(toy_tokenizer, optim, max_steps=10, name="stage3"):
+    stage = tiny.make_stage(name, toy_tokenizer, optim=optim)
+    stage.configure_model()
+    stage.trainer = trainer(max_steps)
+    return stage, stage.configure_optimizers()
+
+
+def test_rate_warms_up_then_falls_to_zero_as_a_cosine(toy_tokenizer):
+    _, made = optimiser(toy_tokenizer, OptimConfig(learning_rate=1.0, warmup_fraction=0.2))
+    factor = made["lr_scheduler"]["scheduler"].lr_lambdas[0]
+    expected = {0: 1 / 3, 1: 2 / 3, 2: 1.0, 4: 0.5 * (1 + math.sqrt(0.5)), 6: 0.5, 10: 0.0}
+    assert {step: factor(step) for step in expected} == pytest.approx(expected)
+    assert made["lr_scheduler"]["interval"] == "step"
+
+
+def test_rate_follows_optimiser_steps_in_training(toy_tokenizer):
+    rates = []
+
+    class Rates(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    stage = tiny.make_stage("stage1", toy_tokenizer, learning_rate=1.0)
+    fit(stage, steps=4, callbacks=[Rates()])
+    assert rates == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 4)) for step in (1, 2, 3, 4)])
+
+
+def test_groups_by_part_with_their_own_rate_and_without_decay_of_vectors(toy_tokenizer):
+    optim = OptimConfig(learning_rate=1e-3, warmup_fraction=0.0, weight_decay=0.1, lr_mult={"lora": 5.0, "projector": 0.5})
+    stage, made = optimiser(toy_tokenizer, optim)
+    groups = {group["name"]: group for group in made["optimizer"].param_groups}
+    assert {name: group["lr"] for name, group in groups.items()} == pytest.approx(
+        {
+            "ego_encoder": 1e-3,
+            "ego_encoder_vectors": 1e-3,
+            "projector": 5e-4,
+            "projector_vectors": 5e-4,
+            "ego_to_exo": 1e-3,
+            "ego_to_exo_vectors": 1e-3,
+            "lora": 5e-3,
+        }
+    )
+    for name, group in groups.items():
+        assert group["weight_decay"] == (0.0 if name.endswith("_vectors") else 0.1)
+        assert {p.ndim > 1 for p in group["params"]} == {not name.endswith("_vectors")}
+    held = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for _, _, p in stage.trainable())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_rate": 0.0}, "optim.learning_rate: got 0.0, allowed: above 0"),
+        ({"learning_rate": 1.0, "warmup_fraction": 1.0}, "optim.warmup_fraction: got 1.0"),
+        ({"learning_rate": 1.0, "lr_mult": {"head": 2.0}}, "optim.lr_mult: got head, allowed: exo_encoder"),
+    ],
+)
+def test_impossible_optimisers_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**wrong)
+
+
+def test_gradients_are_clipped_by_their_common_norm(toy_tokenizer):
+    stage = tiny.make_stage("stage1", toy_tokenizer)
+    stage.configure_model()
+    for _, _, parameter in stage.trainable():
+        parameter.grad = torch.ones_like(parameter)
+    count = sum(parameter.numel() for _, _, parameter in stage.trainable())
+    stage.configure_gradient_clipping(None, gradient_clip_val=1.0)
+    torch.testing.assert_close(stage.step_log["optim/grad_norm"], torch.tensor(math.sqrt(count)))
+    clipped = torch.cat([parameter.grad.flatten() for _, _, parameter in stage.trainable()])
+    torch.testing.assert_close(clipped.norm(), torch.tensor(1.0), atol=1e-4, rtol=0)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(("name", "own"), [("stage1", set()), ("stage2", {"mean", "variance", "updates"}), ("stage3", set())])
+def test_checkpoints_hold_trained_tensors_and_the_stages_own(toy_tokenizer, tmp_path, name, own):
+    stage = tiny.make_stage(name, toy_tokenizer)
+    fit(stage).save_checkpoint(tmp_path / "a.ckpt")
+    held = set(torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"])
+    of_model = {key for key in held if key.startswith("model.")}
+    assert of_model == {key for key, parameter in stage.named_parameters() if parameter.requires_grad}
+    assert held - of_model == {f"standardizer.{key}" for key in own}
+
+
+def test_checkpoint_of_another_choice_of_parts_is_refused(toy_tokenizer, tmp_path):
+    fit(tiny.make_stage("stage1", toy_tokenizer, train=["exo_encoder"])).save_checkpoint(tmp_path / "a.ckpt")
+    batches = DataLoader([tiny.clip_batch()], batch_size=None)
+    with pytest.raises(HandoffError, match=r"checkpoint: \d+ trained tensors are missing, e.g. model.projector"):
+        trainer(2).fit(tiny.make_stage("stage1", toy_tokenizer), batches, ckpt_path=tmp_path / "a.ckpt")
+
+
+class Watch(L.Callback):
+    """Keeps the order of the data; breaks the run off when told to, as a crash would."""
+
+    def __init__(self, stop_after=None):
+        self.ids, self.modes, self.stop_after = [], [], stop_after
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.stop_after:
+            raise RuntimeError("power cut")
+        self.ids.append(batch.ids)
+        self.modes.append({name: module.training for name, module in pl_module.model.named_children()})
+
+
+def practise(world, folder, watch, workers, checkpoint=None, dropout=0.1):
+    """Stage 3 over two epochs of three steps of two micro-batches, validated within."""
+    stage = tiny.make_stage("stage3", world / "tokenizer", network=tiny.network(dropout=dropout), seed=5)
+    data = InstructionDataModule(
+        sources=[str(world / "instructions" / "practice.jsonl")],
+        view="ego",
+        root=str(world),
+        tokenizer=str(world / "tokenizer"),
+        clips=ClipConfig(tiny.FRAMES, tiny.SIZE, "crop"),
+        global_batch_size=8,
+        held_out=str(world / "instructions" / "held_out.jsonl"),
+        num_workers=workers,
+    )
+    data.setup("fit")
+    assert data.steps_per_epoch() == 3
+    every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [watch, every, StageHandoff(str(folder / "handoff"), "stage3", "0")]
+    options = {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "accumulate_grad_batches": 2}
+    limits = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1}
+    run = trainer(6, callbacks, **options, **limits)
+    run.fit(stage, datamodule=data, ckpt_path=checkpoint)
+    return stage
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(toy_world, tmp_path_factory):
+    watch = Watch()
+    return practise(toy_world, tmp_path_factory.mktemp("straight"), watch, workers=0), watch
+
+
+def test_frozen_parts_stay_in_evaluation_mode_after_validation(uninterrupted):
+    _, watch = uninterrupted
+    trained = {"ego_encoder": True, "projector": True, "ego_to_exo": True, "language_model": True}
+    assert watch.modes == [trained] * 12  # the language model holds the adapters' dropout
+
+
+@pytest.mark.parametrize(("stop_after", "workers"), [(2, 0), (3, 0), (4, 1)], ids=["in_epoch", "between", "second_epoch"])
+def test_resumed_run_equals_an_uninterrupted_one(uninterrupted, toy_world, tmp_path, stop_after, workers):
+    straight, seen = uninterrupted
+    first, second = Watch(stop_after), Watch()
+    with pytest.raises(RuntimeError, match="power cut"):
+        practise(toy_world, tmp_path, first, workers)
+    assert not (tmp_path / "handoff").exists()
+    (checkpoint,) = tmp_path.glob(f"*step={stop_after}.ckpt")
+    resumed = practise(toy_world, tmp_path, second, workers, checkpoint)
+    assert first.ids == seen.ids[: 2 * stop_after]
+    assert second.ids == seen.ids[2 * stop_after :]
+    assert moved(values(straight), values(resumed)) == set()
+    assert (tmp_path / "handoff" / "manifest.json").is_file()
+
+
+def test_epochs_differ_in_order_and_hold_every_sample_once(uninterrupted):
+    _, watch = uninterrupted
+    epochs = [sum(watch.ids[:6], []), sum(watch.ids[6:], [])]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert len(set(epochs[0])) == 24
+    assert epochs[0] != epochs[1]
+
+
+def test_dropout_takes_part(uninterrupted, toy_world, tmp_path):
+    straight, _ = uninterrupted
+    assert moved(values(straight), values(practise(toy_world, tmp_path, Watch(), workers=0, dropout=0.0)))

@@ -1,0 +1,502 @@
+"""The generated world: what it writes, that it is the same every time, its planted defects, and its ground truth."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+
+from datamodules.clip_stream import probe
+from datamodules.ego_exo4d import read_release
+from datamodules.toy_world import questions, release
+from datamodules.toy_world.release import SEEDS, Settings, WorldExists, generate
+from datamodules.toy_world.render import ego_camera, exo_camera, render
+from datamodules.toy_world.scene import PRESETS, SHAKE_M, VERBS, Thing, simulate
+
+FPS = 8
+SMALL = Settings(train_takes=2, val_takes=1, initialisation_takes=2, practice_takes=1, size=32)
+NARRATION = re.compile(r"(?:C|Camera-wearer) (?P<verb>.+?) the (?P<colour>\w+) (?P<object>\w+) with the (?P<hand>\w+) hand\.")
+
+
+def contents(root):
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def videos(root):
+    return {name: value for name, value in contents(root).items() if name.endswith(".mp4")}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# generation
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small") / "world"
+    assert generate(root, SMALL, workers=2) is True
+    return root
+
+
+def test_an_interrupted_generation_leaves_nothing_and_the_next_one_the_same_world(small_world, tmp_path, monkeypatch):
+    def interrupted(root, settings):
+        assert list(root.rglob("*.mp4"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(release, "_write_held_out", interrupted)
+    root = tmp_path / "data" / "world"
+    with pytest.raises(KeyboardInterrupt):
+        generate(root, SMALL, workers=1)
+    assert not root.exists()
+    monkeypatch.undo()
+    assert generate(root, SMALL, workers=1) is True
+    assert [path.name for path in root.parent.iterdir()] == ["world"]
+    first, second = contents(small_world), contents(root)  # another number of workers
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+def test_another_seed_is_another_world(small_world, tmp_path):
+    root = tmp_path / "world"
+    generate(root, replace(SMALL, seed=1), workers=2)
+    first, second = contents(small_world), contents(root)
+    assert set(videos(small_world).values()).isdisjoint(videos(root).values())
+    for name in ("takes.json", "annotations/atomic_descriptions_train.json", "instructions/practice.jsonl"):
+        assert first[name] != second[name]
+    same = [name for name in first if first[name] == second.get(name)]
+    assert sorted({name.split("/")[0] for name in same}) == ["tokenizer"]
+
+
+def test_no_two_videos_of_a_world_are_equal(toy_world):
+    files = videos(toy_world)
+    # 27 cameras of the release (one listed camera has no file), six takes of stage 0 and four of stage 3
+    release_files = [name for name in files if name.startswith("takes/")]
+    assert len(files) == len(set(files.values())) == len(release_files) + 6 + 4
+
+
+def test_takes_of_all_parts_and_seeds_are_different(tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(release, "_film_all", lambda some, *_: jobs.extend(some) or [60] * len(some))
+    for seed in range(3):
+        settings = Settings(seed=seed, train_takes=5, val_takes=5, initialisation_takes=5, practice_takes=5)
+        release._write_release(tmp_path / str(seed), settings, workers=1)
+        release._write_conversations(tmp_path / str(seed), settings, workers=1)
+    assert len({job.seed for job in jobs}) == len(jobs) == 3 * 4 * 5
+
+
+def test_splits_share_no_take(toy_world):
+    splits = json.loads((toy_world / "annotations" / "splits.json").read_text())["split_to_take_uids"]
+    assert [len(splits[name]) for name in ("train", "val", "test")] == [9, 2, 0]
+    assert not set(splits["train"]) & set(splits["val"])
+    held_out = [json.loads(line) for line in (toy_world / "instructions" / "held_out.jsonl").read_text().splitlines()]
+    assert {record["id"].split("/")[0] for record in held_out} == set(splits["val"])
+    assert all("toy_val_" in path for record in held_out for path in record["views"].values())
+
+
+def test_the_same_world_is_kept_and_another_one_refused(toy_world, toy_settings, tmp_path):
+    before = contents(toy_world)
+    assert generate(toy_world, toy_settings, workers=1) is False
+    with pytest.raises(WorldExists, match=rf"^{toy_world}: holds another world \(size: 64 there, 48 asked\): remove it"):
+        generate(toy_world, replace(toy_settings, size=48), workers=1)
+    with pytest.raises(WorldExists, match=r"seed: 0 there, 5 asked; val_takes: 2 there, 3 asked"):
+        generate(toy_world, replace(toy_settings, seed=5, val_takes=3), workers=1)
+    assert contents(toy_world) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(WorldExists, match="exists but is no generated world"):
+        generate(tmp_path, toy_settings, workers=1)
+    assert contents(tmp_path) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"preset": "none"}, "preset: got 'none', allowed: easy, hard"),
+        ({"val_takes": 0}, "val_takes: got 0, allowed: 1 or more"),
+        ({"size": 33}, "size: got 33, allowed: multiples of 16 from 32"),
+        ({"size": 16}, "size: got 16, allowed: multiples of 16 from 32"),
+    ],
+)
+def test_impossible_settings_are_refused(setting, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Settings(**setting)
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["toy_world", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("datamodules.toy_world", run_name="__main__")
+    return end.value.code
+
+
+def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path, toy_world):
+    assert run(monkeypatch, "--root", tmp_path / "world", "--size", 33) == 2
+    assert capsys.readouterr().err == "error: size: got 33, allowed: multiples of 16 from 32\n"
+    assert not (tmp_path / "world").exists()
+    assert run(monkeypatch, "--root", toy_world, "--preset", "hard") == 2
+    assert re.fullmatch(r"error: .*preset: easy there, hard asked.*\n", capsys.readouterr().err)
+
+
+def test_the_command_keeps_a_world_that_is_there(monkeypatch, capsys, toy_world):
+    counts = ("--train-takes", 9, "--val-takes", 2, "--initialisation-takes", 6, "--practice-takes", 4)
+    assert run(monkeypatch, "--root", toy_world, *counts, "--frame-counter") == 0
+    assert capsys.readouterr().out == f"{toy_world}: already there\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# planted defects
+
+
+@pytest.fixture(scope="module")
+def takes(toy_world):
+    return {take["take_name"][-4:]: take for take in json.loads((toy_world / "takes.json").read_text())[:9]}
+
+
+@pytest.fixture(scope="module")
+def annotations(toy_world):
+    return json.loads((toy_world / "annotations" / "atomic_descriptions_train.json").read_text())["annotations"]
+
+
+@pytest.fixture(scope="module")
+def read(toy_world):
+    return read_release(toy_world, "train", num_frames=lambda path: probe(path).num_frames)
+
+
+def files_of(root, take):
+    return {file.stem.split("_")[0]: file for file in (root / take["root_dir"]).rglob("*.mp4")}
+
+
+def read_take(read, number):
+    (index,) = (i for i, take in enumerate(read.takes) if take.take_name.endswith(number))
+    return read.takes[index], [clip for clip in read.clips if clip.take_index == index]
+
+
+def test_the_wearer_of_the_first_take_has_the_second_pair_of_glasses(toy_world, takes, read):
+    assert "aria02" in files_of(toy_world, takes["0000"])
+    assert read_take(read, "0000")[0].ego.cam_id == "aria02"
+    assert {read_take(read, number)[0].ego.cam_id for number in sorted(takes)[1:]} == {"aria01"}
+    assert all(take.ego.path.endswith("_214-1.mp4") for take in read.takes)
+
+
+def test_one_camera_is_portrait(toy_world, takes):
+    sizes = {}
+    for number, take in takes.items():
+        for cam, file in files_of(toy_world, take).items():
+            sizes[number, cam] = (probe(file).width, probe(file).height)
+    assert [key for key, size in sizes.items() if size == (64, 84)] == [("0001", "cam02")]
+    others = {size for (_, cam), size in sizes.items() if cam.startswith("cam") and size != (64, 84)}
+    assert others == {(84, 64)}
+
+
+def test_one_listed_camera_has_no_file(toy_world, takes, read):
+    missing = {}
+    for number, take in takes.items():
+        listed = {cam for cam in take["frame_aligned_videos"] if cam.startswith("cam")}
+        missing[number] = listed - set(files_of(toy_world, take))
+    assert {number: cams for number, cams in missing.items() if cams} == {"0002": {"cam02"}}
+    assert [view.cam_id for view in read_take(read, "0002")[0].exos] == ["cam01"]
+    assert read.funnel["exo_views_listed"] - read.funnel["exo_views"] == 1
+
+
+def test_one_stream_is_a_frame_short_and_its_take_has_no_best_camera(toy_world, takes, read):
+    for number, take in takes.items():
+        counts = {cam: probe(file).num_frames for cam, file in files_of(toy_world, take).items()}
+        expected = dict.fromkeys(counts, take["duration_sec"] * FPS)
+        if number == "0003":
+            expected["cam01"] -= 1
+        assert counts == expected
+    assert read_take(read, "0003")[0].duration_s == takes["0003"]["duration_sec"] - 1 / FPS
+    assert [number for number, take in takes.items() if take["best_exo"] is None] == ["0003"]
+
+
+def test_annotators_rejected_doubled_and_of_one_narration(takes, annotations, read):
+    listed = {}
+    for number, take in takes.items():
+        listed[number] = [(len(a["descriptions"]), a["rejected"]) for a in annotations[take["take_uid"]]]
+    special = {number: entry for number, entry in listed.items() if entry != [(6, False)]}
+    assert special == {"0004": [(6, False), (6, True)], "0005": [(6, False), (3, False)], "0006": [(1, False)]}
+    clips = {number: len(read_take(read, number)[1]) for number in takes}
+    assert clips == {**dict.fromkeys(takes, 6), "0005": 9, "0006": 1}
+    assert not any("something else" in clip.text for clip in read.clips)
+    assert read.funnel["annotations_listed"] - read.funnel["annotations"] == 1
+    (alone,) = read_take(read, "0006")[1]
+    assert (alone.start_s, alone.end_s) == (max(0.0, alone.time_s - 0.5), alone.time_s + 0.5)  # no gap: one second
+
+
+def test_key_frames_are_a_second_apart_but_in_one_take(toy_world, takes):
+    for number, take in takes.items():
+        for file in files_of(toy_world, take).values():
+            with av.open(str(file)) as container:
+                packets = [packet for packet in container.demux(video=0) if packet.size]
+            keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
+            shown_in_order = all(a.pts < b.pts for a, b in zip(packets, packets[1:], strict=False))
+            assert keys == ([0] if number == "0007" else list(range(0, len(packets), FPS)))
+            assert shown_in_order == (number != "0007")  # B-frames
+
+
+def test_flags_written_as_strings(takes, annotations, read):
+    flags = {}
+    for number, take in takes.items():
+        (first, *_) = annotations[take["take_uid"]]
+        flags[number] = {type(d[flag]) for d in first["descriptions"] for flag in ("ego_visible", "unsure")}
+    assert flags == {**dict.fromkeys(takes, {bool}), "0008": {str}}
+    _, clips = read_take(read, "0008")
+    simulated = simulate(SEEDS["train"] + 8, PRESETS["easy"]).actions
+    assert [clip.ego_visible for clip in clips] == [action.ego_visible for action in simulated]
+    assert not any(clip.unsure or clip.best_exo for clip in clips)
+
+
+def test_one_annotated_take_is_not_listed(toy_world, annotations, read):
+    listed = {take["take_uid"] for take in json.loads((toy_world / "takes.json").read_text())}
+    assert len(set(annotations) - listed) == 1
+    assert (read.funnel["annotated_takes_listed"], read.funnel["annotated_takes"], len(read.takes)) == (10, 9, 9)
+
+
+def test_validation_takes_have_no_defect(toy_world, read):
+    val = read_release(toy_world, "val", alpha=read.alpha)
+    assert (len(val.takes), len(val.clips)) == (2, 12)
+    assert val.funnel["exo_views_listed"] == val.funnel["exo_views"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# questions
+
+
+def test_held_out_answers_agree_with_the_narration(toy_world):
+    val = json.loads((toy_world / "annotations" / "atomic_descriptions_val.json").read_text())["annotations"]
+    records = [json.loads(line) for line in (toy_world / "instructions" / "held_out.jsonl").read_text().splitlines()]
+    assert len(records) == 12
+    for record in records:
+        uid, annotator, description = record["id"].split("/")
+        narrated = val[uid][int(annotator)]["descriptions"][int(description)]
+        truth = NARRATION.fullmatch(narrated["text"]).groupdict()
+        assert record["start"] <= narrated["timestamp"] <= record["end"]
+        asked = {question["task"]: question for question in record["questions"]}
+        assert asked["caption"]["answer"] == "Camera-wearer" + narrated["text"][1:]
+        assert asked["caption"]["parts"] == truth
+        assert {kind: asked[f"qa_{kind}"]["answer"] for kind in truth} == truth
+        named = re.fullmatch(r"Does the camera-wearer use the (\w+ \w+)\?", asked["qa_check"]["question"]).group(1)
+        assert asked["qa_check"]["answer"] == ("yes" if named == f"{truth['colour']} {truth['object']}" else "no")
+        options = asked["choice"]["options"]
+        assert len(options) == len(set(options)) == 4
+        assert options.count(asked["caption"]["answer"]) == 1
+        assert asked["choice"]["answer"] == asked["caption"]["answer"]
+
+
+def actions(preset, seeds):
+    for seed in range(seeds):
+        take = simulate(seed, PRESETS[preset])
+        for number, action in enumerate(take.actions):
+            yield take, action, np.random.default_rng([seed, number])
+
+
+@pytest.mark.parametrize("preset", ["easy", "hard"])
+def test_options_differ_in_verb_and_object_and_the_place_of_the_true_one_is_even(preset):
+    places = []
+    for take, action, rng in actions(preset, 100):
+        options, true = questions.options(take, action, rng)
+        assert options[true] == questions.caption(take, action)
+        read = [NARRATION.fullmatch(option).groupdict() for option in options]
+        assert len({(r["verb"], r["colour"], r["object"]) for r in read}) == 4
+        assert len({r["verb"] for r in read}) == len({(r["colour"], r["object"]) for r in read}) == 2
+        assert {r["hand"] for r in read} == {action.hand}
+        places.append(true)
+    assert len(places) == 600
+    assert all(abs(count - 150) < 40 for count in np.bincount(places, minlength=4))
+
+
+@pytest.mark.parametrize("preset", ["easy", "hard"])
+def test_yes_and_no_are_about_as_frequent_and_right(preset):
+    said = []
+    for take, action, rng in actions(preset, 100):
+        kind, question, answer = questions.answers(take, action, rng)[-1]
+        assert kind == "check"
+        assert (f"the {take.things[action.thing].phrase}?" in question) == (answer == "yes")
+        said.append(answer)
+    assert abs(said.count("yes") / len(said) - 0.5) < 0.06
+
+
+def test_conversations_tell_the_truth_about_a_window_in_the_video(toy_world):
+    lines = [
+        line
+        for source in ("initialisation", "practice")
+        for line in (toy_world / "instructions" / f"{source}.jsonl").read_text().splitlines()
+    ]
+    kinds = {question: kind for kind, question in questions.QUESTIONS.items()}
+    asked = set()
+    for record in map(json.loads, lines):
+        source, index, ordinal = re.split("[/-]", record["id"])
+        take = simulate(SEEDS[source] + int(index), PRESETS["easy"])
+        action = take.actions[int(ordinal)]
+        assert 0 <= action.start_s <= record["start"] < record["end"] <= min(action.end_s, record["duration"])
+        values = [turn["value"] for turn in record["conversations"]]
+        assert values[0].startswith("<video>\n")
+        truth = {**questions.parts(take, action), "caption": questions.caption(take, action)}
+        for question, answer in zip(values[::2], values[1::2], strict=True):
+            question = question.removeprefix("<video>\n")
+            kind = "caption" if question == questions.CAPTION_INSTRUCTION else kinds.get(question, "check")
+            asked.add((source, kind))
+            if kind == "check":
+                assert (f"the {take.things[action.thing].phrase}?" in question) == (answer == "yes")
+            else:
+                assert answer == truth[kind]
+    assert asked == {(s, k) for s in ("initialisation", "practice") for k in (*questions.QUESTIONS, "caption")}
+
+
+def test_the_tokenizer_knows_every_word_of_both_presets(toy_tokenizer):
+    from datamodules.text import load_tokenizer
+
+    tokenizer = load_tokenizer(str(toy_tokenizer))
+    for preset in PRESETS:
+        for take, action, rng in actions(preset, 20):
+            rows = questions.answers(take, action, rng)
+            for text in [questions.caption(take, action), *(text for row in rows for text in row[1:])]:
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                assert tokenizer.unk_token_id not in ids
+                assert tokenizer.decode(ids) == text
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# physics
+
+
+def frames_of(take, action):
+    start = int(round(action.start_s * FPS))
+    return start, min(int(round(action.end_s * FPS)), take.num_frames)
+
+
+@pytest.mark.parametrize("preset", ["easy", "hard"])
+def test_verbs_move_the_object_as_they_say(preset):
+    moved = {verb: [] for verb in VERBS}
+    for take, action, _ in actions(preset, 60):
+        start, end = frames_of(take, action)
+        path = take.positions[start:end, action.thing]
+        before = take.positions[max(start - 1, 0), action.thing]
+        moved[action.verb].append(path[-1] - before)
+        if action.verb == "shakes":
+            assert np.ptp(path[:, 0]) > SHAKE_M
+        others = np.delete(take.positions[start:end], action.thing, axis=1)
+        assert (others == others[:1]).all()
+        assert (np.abs(take.positions[..., 0]) < 0.62).all()
+        assert ((take.positions[..., 1] > 0) & (take.positions[..., 1] < 0.74)).all()  # on the table
+        assert (take.positions[..., 2] >= 0).all()
+    expected = {
+        "picks up": (0, 0, 0.24),
+        "puts down": (0, 0, -0.24),
+        "pushes": (0, 0.26, 0),
+        "pulls": (0, -0.26, 0),
+        "taps": (0, 0, 0),
+        "shakes": (0, 0, 0),
+    }
+    for verb, offsets in moved.items():
+        assert len(offsets) > 10, verb
+        np.testing.assert_allclose(offsets, np.tile(expected[verb], (len(offsets), 1)), atol=1e-9)
+
+
+@pytest.mark.parametrize("preset", ["easy", "hard"])
+def test_a_held_object_stays_in_the_hand_that_took_it(preset):
+    checked = 0
+    for seed in range(60):
+        take = simulate(seed, PRESETS[preset])
+        held = None
+        for action in take.actions:
+            start, end = frames_of(take, action)
+            fifth = int(np.ceil(0.2 * (end - start)))
+            if held is not None:
+                assert action.verb in ("shakes", "puts down")
+                assert (action.thing, action.hand) == held
+            first = start if held is not None else start + fifth
+            last = end - fifth if action.verb == "puts down" else end
+            held = (action.thing, action.hand) if action.verb in ("picks up", "shakes") else None
+            if action.verb in ("picks up", "shakes", "puts down"):
+                between = take.hands[action.hand][first:last] - take.positions[first:last, action.thing]
+                assert np.abs(between).max() < 1e-6
+                checked += 1
+            else:
+                assert (take.hands[action.hand][end:][:1] != take.positions[end:, action.thing][:1]).any() or end == take.num_frames
+    assert checked > 100
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what the cameras see
+
+
+def picture_position(camera, point):
+    """Pinhole by hand: right and down from the middle in half pictures, NaN behind the camera; float [T, 2]."""
+    right = np.cross(camera.forward, camera.up)
+    right /= np.linalg.norm(right, axis=1, keepdims=True)
+    up = np.cross(right, camera.forward)
+    x, y, depth = (((point - camera.position) * axis).sum(axis=1) for axis in (right, up, camera.forward))
+    reach = np.tan(np.radians(camera.fov_deg) / 2) * np.where(depth > 0, depth, np.nan)
+    return np.stack([x / reach, -y / reach * camera.width / camera.height], axis=1)
+
+
+@pytest.mark.parametrize(("preset", "fewest"), [("easy", 0.9), ("hard", 0.7)])
+def test_object_and_hand_are_in_the_ego_picture_when_flagged_visible(preset, fewest):
+    inside = {True: [], False: []}
+    for seed in range(60):
+        take = simulate(seed, PRESETS[preset])
+        camera = ego_camera(take, 64)
+        for action in take.actions:
+            start, end = frames_of(take, action)
+            margin = (end - start) // 6  # as in the clips, the middle of the action
+            for point in (take.positions[:, action.thing], take.hands[action.hand]):
+                at = picture_position(camera, point)[start + margin : end - margin]
+                inside[action.ego_visible].append((np.abs(at) < 1).all(axis=1).mean())
+    assert min(inside[True]) >= fewest
+    assert len(inside[False]) > 20
+    assert np.mean(inside[False]) < 0.5
+
+
+def test_the_object_is_really_drawn_where_it_is_and_little_hidden():
+    seen = []
+    for seed in range(3):
+        take = simulate(seed, PRESETS["easy"])
+        camera = ego_camera(take, 64)
+        for thing in range(len(take.things)):
+            away = take.positions.copy()
+            away[:, thing] = (0.0, -50.0, 0.0)  # behind the camera
+            with_it = np.stack(list(render(take, camera, wearer=False))).astype(int)
+            without = np.stack(list(render(replace(take, positions=away), camera, wearer=False))).astype(int)
+            changed = np.abs(with_it - without).max(axis=-1) > 24
+            at = picture_position(camera, take.positions[:, thing] + np.array([0.0, 0.0, 0.08]))
+            for action in take.actions:
+                if action.thing != thing or not action.ego_visible:
+                    continue
+                start, end = frames_of(take, action)
+                for t in range(start + 1, end - 1):
+                    rows, columns = np.nonzero(changed[t])
+                    seen.append(len(rows) >= 20)
+                    if len(rows) >= 20:
+                        middle = np.array([columns.mean(), rows.mean()]) / 32 - 1
+                        assert np.abs(middle - at[t]).max() < 0.35, (seed, t)
+    assert len(seen) > 80
+    assert np.mean(seen) > 0.9
+
+
+def test_exo_cameras_see_left_and_right_mirrored():
+    take = simulate(0, PRESETS["easy"])
+    cameras = {"ego": ego_camera(take, 64), **{f"cam0{n}": exo_camera(take, f"cam0{n}", 84, 64) for n in range(1, 5)}}
+    for name, camera in cameras.items():
+        left, right = (picture_position(camera, np.tile([[x, 0.2, 0.1]], (take.num_frames, 1))) for x in (-0.2, 0.2))
+        assert ((left[:, 0] < right[:, 0]) == (name == "ego")).all(), name
+
+
+def test_exo_cameras_see_every_object_and_both_hands():
+    for seed in range(20):
+        take = simulate(seed, PRESETS["hard"])
+        for name in ("cam01", "cam02", "cam03", "cam04"):
+            for width, height in ((84, 64), (64, 84)):
+                camera = exo_camera(take, name, width, height)
+                for action in take.actions:
+                    start, end = frames_of(take, action)
+                    at = picture_position(camera, take.positions[:, action.thing])[start:end]
+                    assert (np.abs(at) < 1).all(axis=1).mean() > 0.9, (seed, name)
+
+
+def test_the_narrator_names_things_by_colour_and_kind():
+    assert Thing("ball", "red").phrase == "red ball"
+    assert simulate(3, PRESETS["easy"]).things != simulate(4, PRESETS["easy"]).things
