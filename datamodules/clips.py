@@ -349,16 +349,20 @@ class HeldOutDataset(Dataset[tuple[_HeldOutClip, dict[str, Tensor]]]):
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines of a JSON Lines file with their place, ``<file> line <n>``.
+    """Lines of a JSON Lines file with their place, ``<file> line <n>``; empty lines are passed over.
 
     Raises:
         ValueError: a line that is not a JSON object.
     """
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             where = f"{file} line {number}"
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: no UTF-8 text ({error.reason}): save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{where}: malformed JSON ({error.msg} at column {error.colno}): mend the line"

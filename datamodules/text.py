@@ -62,7 +62,7 @@ class TextEncoder:
         self.tokenizer = load_tokenizer(tokenizer)
         self.max_text_tokens = max_text_tokens
         if self.tokenizer.chat_template is None:
-            raise ValueError(f"tokenizer: {tokenizer} has no chat template (chat_template in tokenizer_config.json)")
+            raise ValueError(f"tokenizer: {tokenizer} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
 
     def conversation(self, turns: Sequence[Turn]) -> EncodedText:
         """Rows for instruction tuning: several questions and answers about one clip.
@@ -79,8 +79,8 @@ class TextEncoder:
             answered = self._render(messages, add_generation_prompt=False)
             if not (asked.startswith(shown) and answered.startswith(asked)):
                 raise ValueError(
-                    f"tokenizer: the chat template shows turn {len(messages) // 2} differently once more follows, so its "
-                    "answers cannot be located: mend chat_template or use one turn per conversation"
+                    f"tokenizer: its chat template rewrites what comes before or in turn {len(messages) // 2}, so its "
+                    "answers cannot be located: mend chat_template, or use conversations of one turn"
                 )
             question_ids = self._tokenise(asked[len(shown) :])
             answer_ids = self._tokenise(answered[len(asked) :])

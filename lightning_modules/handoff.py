@@ -58,10 +58,15 @@ def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
         raise HandoffError(
             f"hand-off {manifest}: malformed JSON ({error.msg}): run `make {folder.parent.name} FORCE=1`"
         ) from None
-    if content.get("format") != FORMAT:
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
         raise HandoffError(
-            f"hand-off {manifest}: field format is {content.get('format')}, this version reads {FORMAT}: "
+            f"hand-off {manifest}: field format is {found}, this version reads {FORMAT}: "
             f"run `make {folder.parent.name} FORCE=1`"
+        )
+    if lacking := [field for field, kind in (("stage", str), ("parts", dict)) if not isinstance(content.get(field), kind)]:
+        raise HandoffError(
+            f"hand-off {manifest}: field {', '.join(lacking)} is missing: run `make {folder.parent.name} FORCE=1`"
         )
     if part is not None and part not in content["parts"]:
         raise HandoffError(f"hand-off {folder}: no part {part!r}, it has {', '.join(content['parts'])}")

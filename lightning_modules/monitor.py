@@ -30,6 +30,7 @@ class TrainingMonitor(L.Callback):
         if every_n_steps < 1:
             raise ValueError(f"monitor.every_n_steps: got {every_n_steps}, allowed: 1 or more")
         self.every_n_steps = every_n_steps
+        self.batch_ended = self.window_began = self.validation_began = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clocks."""

@@ -258,8 +258,12 @@ class Stage(L.LightningModule, ABC):
         self._ask(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means."""
-        self.log_dict({f"val/{name}": value for name, value in self.means.compute().items()})
+        """Log the means, at the number of optimiser steps made; Lightning's own count lags by one inside an epoch."""
+        means = {f"val/{name}": value for name, value in self.means.compute().items()}
+        self.log_dict(means, logger=False)
+        if not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({name: float(value) for name, value in means.items()}, step=self.trainer.global_step)
 
     def held_out_metrics(self) -> dict[str, float]:
         """Means over all held-out clips and ranks since the last start."""

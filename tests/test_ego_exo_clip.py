@@ -140,7 +140,8 @@ def test_both_views_of_every_pair_show_the_instants_asked_for(pairs):
 
 
 def test_a_stream_a_frame_short_bounds_both_views(toy_world, pairs):
-    paths = {view: toy_world / FOLDER.format("toy_train_0003", name) for view, name in (("ego", "aria01_214-1"), ("exo", "cam01"))}
+    names = {"ego": "aria01_214-1", "exo": "cam01"}
+    paths = {view: toy_world / FOLDER.format("toy_train_0003", name) for view, name in names.items()}
     frames = {view: probe(path).num_frames for view, path in paths.items()}
     assert frames["ego"] == frames["exo"] + 1
     (take,) = (take for take in pairs.release.takes if take.take_name == "toy_train_0003")
@@ -250,7 +251,8 @@ def test_a_video_cut_before_its_index_is_named_before_training(copy):
 def test_options_of_the_release_reader_are_passed_on(toy_world, pairs):
     longer = dataset(toy_world, clip_scale=2.0)
     shorter = dataset(toy_world, max_clip_s=0.5)
-    length = [np.median([clip.end_s - clip.start_s for clip in made.release.clips]) for made in (pairs, longer, shorter)]
+    releases = [made.release for made in (pairs, longer, shorter)]
+    length = [np.median([clip.end_s - clip.start_s for clip in read.clips]) for read in releases]
     assert length[1] == pytest.approx(2 * length[0], rel=0.05)
     assert length[2] == pytest.approx(0.5)
     visible = dataset(toy_world, require_ego_visible=True).release.clips

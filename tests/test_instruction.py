@@ -22,9 +22,8 @@ RECORD = {"id": "one", "video": VIDEO, "conversations": TURNS}
 
 
 def module(toy_tokenizer, root, sources, **options):
-    clips = ClipConfig(2, 64, "squash")
-    shared = {"root": str(root), "tokenizer": str(toy_tokenizer), "clips": clips, "global_batch_size": 1, "num_workers": 0}
-    return InstructionDataModule([str(source) for source in sources], **{**shared, **options})
+    shared = {"root": str(root), "tokenizer": str(toy_tokenizer), "clips": ClipConfig(2, 64, "squash")}
+    return InstructionDataModule([str(source) for source in sources], **shared, global_batch_size=1, **options)
 
 
 @pytest.fixture

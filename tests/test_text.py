@@ -47,8 +47,9 @@ def bytes_tokenizer(folder):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=600, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator([f"A: {ANSWER}", f"A: {SECOND[1]}"] * 8, trainer)
     return save(folder, tokenizer, PLAIN_LETTERS, eos_token="<end>")

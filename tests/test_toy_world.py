@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 from dataclasses import replace
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -13,14 +14,17 @@ import pytest
 
 from datamodules.clip_stream import probe
 from datamodules.ego_exo4d import read_release
+from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions, release
 from datamodules.toy_world.release import SEEDS, Settings, WorldExists, generate
 from datamodules.toy_world.render import ego_camera, exo_camera, render
-from datamodules.toy_world.scene import PRESETS, SHAKE_M, VERBS, Thing, simulate
+from datamodules.toy_world.scene import PRESETS, SHAKE_M, VERBS, simulate
 
 FPS = 8
 SMALL = Settings(train_takes=2, val_takes=1, initialisation_takes=2, practice_takes=1, size=32)
-NARRATION = re.compile(r"(?:C|Camera-wearer) (?P<verb>.+?) the (?P<colour>\w+) (?P<object>\w+) with the (?P<hand>\w+) hand\.")
+NARRATION = re.compile(
+    r"(?:C|Camera-wearer) (?P<verb>.+?) the (?P<colour>\w+) (?P<object>\w+) with the (?P<hand>\w+) hand\."
+)
 
 
 def contents(root):
@@ -73,9 +77,8 @@ def test_another_seed_is_another_world(small_world, tmp_path):
 
 def test_no_two_videos_of_a_world_are_equal(toy_world):
     files = videos(toy_world)
-    # 27 cameras of the release (one listed camera has no file), six takes of stage 0 and four of stage 3
-    release_files = [name for name in files if name.startswith("takes/")]
-    assert len(files) == len(set(files.values())) == len(release_files) + 6 + 4
+    assert len([name for name in files if not name.startswith("takes/")]) == 6 + 4
+    assert len(set(files.values())) == len(files) > 11 * 3 + 6 + 4 - 1  # three or more cameras a take, one without file
 
 
 def test_takes_of_all_parts_and_seeds_are_different(tmp_path, monkeypatch):
@@ -100,7 +103,7 @@ def test_splits_share_no_take(toy_world):
 def test_the_same_world_is_kept_and_another_one_refused(toy_world, toy_settings, tmp_path):
     before = contents(toy_world)
     assert generate(toy_world, toy_settings, workers=1) is False
-    with pytest.raises(WorldExists, match=rf"^{toy_world}: holds another world \(size: 64 there, 48 asked\): remove it"):
+    with pytest.raises(WorldExists, match=rf"^{toy_world}: holds another world \(size: 64 there, 48 asked\): remove"):
         generate(toy_world, replace(toy_settings, size=48), workers=1)
     with pytest.raises(WorldExists, match=r"seed: 0 there, 5 asked; val_takes: 2 there, 3 asked"):
         generate(toy_world, replace(toy_settings, seed=5, val_takes=3), workers=1)
@@ -232,7 +235,7 @@ def test_key_frames_are_a_second_apart_but_in_one_take(toy_world, takes):
             with av.open(str(file)) as container:
                 packets = [packet for packet in container.demux(video=0) if packet.size]
             keys = [index for index, packet in enumerate(packets) if packet.is_keyframe]
-            shown_in_order = all(a.pts < b.pts for a, b in zip(packets, packets[1:], strict=False))
+            shown_in_order = all(a.pts < b.pts for a, b in pairwise(packets))
             assert keys == ([0] if number == "0007" else list(range(0, len(packets), FPS)))
             assert shown_in_order == (number != "0007")  # B-frames
 
@@ -241,8 +244,10 @@ def test_flags_written_as_strings(takes, annotations, read):
     flags = {}
     for number, take in takes.items():
         (first, *_) = annotations[take["take_uid"]]
-        flags[number] = {type(d[flag]) for d in first["descriptions"] for flag in ("ego_visible", "unsure")}
-    assert flags == {**dict.fromkeys(takes, {bool}), "0008": {str}}
+        flags[number] = sorted(
+            {type(d[flag]).__name__ for d in first["descriptions"] for flag in ("ego_visible", "unsure")}
+        )
+    assert flags == {number: ["str" if number == "0008" else "bool"] for number in takes}
     _, clips = read_take(read, "0008")
     simulated = simulate(SEEDS["train"] + 8, PRESETS["easy"]).actions
     assert [clip.ego_visible for clip in clips] == [action.ego_visible for action in simulated]
@@ -347,8 +352,6 @@ def test_conversations_tell_the_truth_about_a_window_in_the_video(toy_world):
 
 
 def test_the_tokenizer_knows_every_word_of_both_presets(toy_tokenizer):
-    from datamodules.text import load_tokenizer
-
     tokenizer = load_tokenizer(str(toy_tokenizer))
     for preset in PRESETS:
         for take, action, rng in actions(preset, 20):
@@ -364,20 +367,21 @@ def test_the_tokenizer_knows_every_word_of_both_presets(toy_tokenizer):
 
 
 def frames_of(take, action):
-    start = int(round(action.start_s * FPS))
-    return start, min(int(round(action.end_s * FPS)), take.num_frames)
+    start = round(action.start_s * FPS)
+    return start, min(round(action.end_s * FPS), take.num_frames)
 
 
 @pytest.mark.parametrize("preset", ["easy", "hard"])
 def test_verbs_move_the_object_as_they_say(preset):
-    moved = {verb: [] for verb in VERBS}
+    moved, shaken = {verb: [] for verb in VERBS}, []
     for take, action, _ in actions(preset, 60):
         start, end = frames_of(take, action)
         path = take.positions[start:end, action.thing]
         before = take.positions[max(start - 1, 0), action.thing]
         moved[action.verb].append(path[-1] - before)
         if action.verb == "shakes":
-            assert np.ptp(path[:, 0]) > SHAKE_M
+            shaken.append(np.ptp(path[:, 0]))
+            assert np.ptp(path[:, 1:], axis=0).max() < 1e-9
         others = np.delete(take.positions[start:end], action.thing, axis=1)
         assert (others == others[:1]).all()
         assert (np.abs(take.positions[..., 0]) < 0.62).all()
@@ -394,6 +398,9 @@ def test_verbs_move_the_object_as_they_say(preset):
     for verb, offsets in moved.items():
         assert len(offsets) > 10, verb
         np.testing.assert_allclose(offsets, np.tile(expected[verb], (len(offsets), 1)), atol=1e-9)
+    # two periods over a handful of frames: never at rest, mostly both ways
+    assert min(shaken) > 0.5 * SHAKE_M
+    assert np.median(shaken) > 1.5 * SHAKE_M
 
 
 @pytest.mark.parametrize("preset", ["easy", "hard"])
@@ -415,8 +422,6 @@ def test_a_held_object_stays_in_the_hand_that_took_it(preset):
                 between = take.hands[action.hand][first:last] - take.positions[first:last, action.thing]
                 assert np.abs(between).max() < 1e-6
                 checked += 1
-            else:
-                assert (take.hands[action.hand][end:][:1] != take.positions[end:, action.thing][:1]).any() or end == take.num_frames
     assert checked > 100
 
 
@@ -434,8 +439,8 @@ def picture_position(camera, point):
     return np.stack([x / reach, -y / reach * camera.width / camera.height], axis=1)
 
 
-@pytest.mark.parametrize(("preset", "fewest"), [("easy", 0.9), ("hard", 0.7)])
-def test_object_and_hand_are_in_the_ego_picture_when_flagged_visible(preset, fewest):
+@pytest.mark.parametrize("preset", ["easy", "hard"])
+def test_object_and_hand_are_in_the_ego_picture_when_flagged_visible(preset):
     inside = {True: [], False: []}
     for seed in range(60):
         take = simulate(seed, PRESETS[preset])
@@ -446,12 +451,14 @@ def test_object_and_hand_are_in_the_ego_picture_when_flagged_visible(preset, few
             for point in (take.positions[:, action.thing], take.hands[action.hand]):
                 at = picture_position(camera, point)[start + margin : end - margin]
                 inside[action.ego_visible].append((np.abs(at) < 1).all(axis=1).mean())
-    assert min(inside[True]) >= fewest
+    assert min(inside[True]) > 0.6
+    assert np.mean(inside[True]) > 0.98
     assert len(inside[False]) > 20
-    assert np.mean(inside[False]) < 0.5
+    assert np.mean(inside[False]) < 0.5  # looking away does hide the action
 
 
-def test_the_object_is_really_drawn_where_it_is_and_little_hidden():
+def test_the_used_object_is_drawn_where_it_is():
+    """Leaving it out changes the picture around its place, so it is neither elsewhere nor behind the hands."""
     seen = []
     for seed in range(3):
         take = simulate(seed, PRESETS["easy"])
@@ -468,11 +475,9 @@ def test_the_object_is_really_drawn_where_it_is_and_little_hidden():
                     continue
                 start, end = frames_of(take, action)
                 for t in range(start + 1, end - 1):
-                    rows, columns = np.nonzero(changed[t])
-                    seen.append(len(rows) >= 20)
-                    if len(rows) >= 20:
-                        middle = np.array([columns.mean(), rows.mean()]) / 32 - 1
-                        assert np.abs(middle - at[t]).max() < 0.35, (seed, t)
+                    pixels = np.argwhere(changed[t])[:, ::-1] / 32 - 1
+                    nearest = np.linalg.norm(pixels - at[t], axis=1).min() if len(pixels) else np.inf
+                    seen.append(len(pixels) >= 20 and nearest < 0.2)
     assert len(seen) > 80
     assert np.mean(seen) > 0.9
 
@@ -485,18 +490,16 @@ def test_exo_cameras_see_left_and_right_mirrored():
         assert ((left[:, 0] < right[:, 0]) == (name == "ego")).all(), name
 
 
-def test_exo_cameras_see_every_object_and_both_hands():
+@pytest.mark.parametrize(("width", "height"), [(84, 64), (64, 84)])
+@pytest.mark.parametrize("name", ["cam01", "cam02", "cam03", "cam04"])
+def test_exo_cameras_see_object_and_hand(name, width, height):
+    inside = []
     for seed in range(20):
         take = simulate(seed, PRESETS["hard"])
-        for name in ("cam01", "cam02", "cam03", "cam04"):
-            for width, height in ((84, 64), (64, 84)):
-                camera = exo_camera(take, name, width, height)
-                for action in take.actions:
-                    start, end = frames_of(take, action)
-                    at = picture_position(camera, take.positions[:, action.thing])[start:end]
-                    assert (np.abs(at) < 1).all(axis=1).mean() > 0.9, (seed, name)
-
-
-def test_the_narrator_names_things_by_colour_and_kind():
-    assert Thing("ball", "red").phrase == "red ball"
-    assert simulate(3, PRESETS["easy"]).things != simulate(4, PRESETS["easy"]).things
+        camera = exo_camera(take, name, width, height)
+        for action in take.actions:
+            start, end = frames_of(take, action)
+            for point in (take.positions[:, action.thing], take.hands[action.hand]):
+                at = picture_position(camera, point)[start:end]
+                inside.append((np.abs(at) < 1).all(axis=1).mean())
+    assert np.mean(inside) > 0.97

@@ -57,7 +57,7 @@ class Settings:
     preset: str = "easy"
     seed: int = 0
     train_takes: int = 190
-    val_takes: int = 60
+    val_takes: int = 50
     initialisation_takes: int = 700
     practice_takes: int = 200
     size: int = 64

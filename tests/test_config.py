@@ -1,0 +1,179 @@
+"""Experiments as YAML: layers, interpolation, and that every one of them binds to the code."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from lightning_modules.cli import build
+from lightning_modules.config import STAGES, ConfigError, compose, config_hash
+
+EXPERIMENTS = sorted(
+    path.parent.relative_to(tiny.EXPERIMENTS)
+    for path in tiny.EXPERIMENTS.rglob("experiment.yaml")
+    if path.parent.name != "base"
+)
+TOY = tiny.EXPERIMENTS / "toy"
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_later_layers_win(tmp_path):
+    write(tmp_path / "base", experiment={"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1}, stage1={"b": 2, "f": 2})
+    write(tmp_path / "parts", first={"c": 3, "d": 3}, second={"d": 4})
+    extends = ["../base", "../parts/first.yaml", "../parts/second.yaml"]
+    write(tmp_path / "own", experiment={"extends": extends, "e": 5, "f": 5}, stage1={"f": 6})
+    assert compose(tmp_path / "own", "stage1", ["g=7"]) == {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 6, "g": 7}
+    assert compose(tmp_path / "own", "stage0", ["f=8"]) == {"a": 1, "b": 1, "c": 3, "d": 4, "e": 5, "f": 8}
+
+
+def test_extends_is_transitive_and_merges_nested_keys(tmp_path):
+    write(tmp_path / "one", experiment={"x": {"a": 1, "b": 1}, "list": [1, 2, 3]})
+    write(tmp_path / "two", experiment={"extends": ["../one"], "x": {"b": 2}})
+    write(tmp_path / "three", experiment={"extends": ["../two"], "x": {"c": "${x.b}"}, "list": [4]})
+    assert compose(tmp_path / "three", "stage2") == {"x": {"a": 1, "b": 2, "c": 2}, "list": [4]}
+
+
+def test_interpolation_sees_overrides(tmp_path):
+    write(tmp_path / "one", experiment={"a": 1, "b": "${a}", "c": "path/${a}"})
+    assert compose(tmp_path / "one", "stage0", ["a=5"]) == {"a": 5, "b": 5, "c": "path/5"}
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("null", None), ("[1, a]", [1, "a"]), ("{b: 2}", {"b": 2}), ("x=y", "x=y")])
+def test_overrides_are_yaml(tmp_path, text, value):
+    write(tmp_path / "one", experiment={"a": 0})
+    assert compose(tmp_path / "one", "stage0", [f"a={text}"]) == {"a": value}
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_unknown_experiment_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"no experiment .*/toi: .*there are: .*toy, .*toy_coarse") as caught:
+        compose(tiny.EXPERIMENTS / "toi", "stage1")
+    known = str(caught.value).rpartition("there are: ")[2].split(", ")
+    assert known == sorted(path.name for path in tiny.EXPERIMENTS.iterdir() if (path / "experiment.yaml").is_file())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_steps", "override 'trainer.max_steps': expected key=value"),
+        ("=3", "override '=3': expected key=value"),
+        ("trainer.max_steps=[1", r"override 'trainer.max_steps=\[1': the value is no YAML"),
+        ("run_dir=${nowhere}", "'nowhere' not found .*run_dir"),
+        ("run_dir=${runs", "run_dir"),
+    ],
+)
+def test_wrong_overrides(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose(TOY, "stage1", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_files(tmp_path):
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    write(tmp_path / "one", experiment={"extends": ["missing.yaml"]})
+    for path, stage, message in (
+        ("broken.yaml", None, "broken.yaml: .*line 2"),
+        ("list.yaml", None, "list.yaml: expected keys and values"),
+        ("nowhere.yaml", None, "nowhere.yaml: no such file"),
+        ("one", "stage0", "missing.yaml: no such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compose(tmp_path / path, stage)
+
+
+# -------------------------------------------------------------------------------------------------------- experiments
+
+
+def overrides(world, data=True):
+    """Point an experiment at the generated world and at a CPU, and let every part start fresh."""
+    given = [f"data_root={world}", f"tokenizer={world}/tokenizer", "model.init_args.init=null", "trainer.accelerator=cpu"]
+    given += ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", "trainer.precision=32-true"]
+    given += ["trainer.enable_progress_bar=false", "threads=1"]
+    return given + ([f"data.init_args.held_out={world}/instructions/held_out.jsonl"] if data else [])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
+def test_every_experiment_binds_to_its_classes(toy_world, tmp_path, experiment, stage):
+    given = [*overrides(toy_world), f"runs={tmp_path}"]
+    config = compose(tiny.EXPERIMENTS / experiment, stage, given)
+    if "sources" in config["data"]["init_args"]:
+        given.append(f"data.init_args.sources=[{toy_world}/instructions/practice.jsonl]")
+        config = compose(tiny.EXPERIMENTS / experiment, stage, given)
+    assert config["experiment"] == str(experiment)  # runs of different experiments never share a folder
+    run = build(config)
+    assert type(run.stage) is tiny.STAGES[stage]
+    assert run.folder == tmp_path / experiment / stage
+    assert not list(tmp_path.rglob("*.safetensors"))
+    for part, source in (compose(tiny.EXPERIMENTS / experiment, stage)["model"]["init_args"].get("init") or {}).items():
+        assert part in run.stage.uses
+        assert source is None or source.partition(":")[0].endswith("/handoff")
+
+
+def test_a_shared_key_reaches_everything_that_depends_on_it(toy_world, tmp_path):
+    before = compose(TOY, "stage2", overrides(toy_world))
+    changes = ["clips.image_size=64", "clips.num_frames=6", f"runs={tmp_path}", "seed_everything=11"]
+    run = build(compose(TOY, "stage2", [*overrides(toy_world), *changes]))
+    assert before["clips"]["image_size"] != 64
+    assert run.stage.network.encoder.image_size == run.datamodule.clips.image_size == 64
+    assert run.datamodule.clips.num_frames == 6
+    assert run.stage.seed == run.datamodule.seed == run.config["seed_everything"] == 11
+    assert run.folder == tmp_path / "toy" / "stage2"
+    assert Path(run.trainer.logger.log_dir) == run.folder
+    (handoff,) = [c for c in run.trainer.callbacks if type(c).__name__ == "StageHandoff"]
+    assert handoff.folder == run.folder / "handoff"
+    (checkpoint,) = [c for c in run.trainer.callbacks if type(c).__name__ == "ModelCheckpoint"]
+    assert str(checkpoint.dirpath) == str(run.folder / "checkpoints")
+
+
+def test_runs_reaches_the_handoffs_of_earlier_stages(tmp_path):
+    init = compose(TOY, "stage2", [f"runs={tmp_path}"])["model"]["init_args"]["init"]
+    assert init == {
+        "exo_encoder": f"{tmp_path}/toy/stage1/handoff",
+        "ego_encoder": f"{tmp_path}/toy/stage1/handoff:exo_encoder",
+        "projector": f"{tmp_path}/toy/stage1/handoff",
+        "language_model": f"{tmp_path}/toy/stage0/handoff",
+    }
+    moved = compose(TOY, "stage2", ["handoffs.stage1=elsewhere"])["model"]["init_args"]["init"]
+    assert moved["ego_encoder"] == "elsewhere:exo_encoder"
+
+
+def test_data_root_reaches_tokenizers_and_files(toy_world):
+    config = compose(TOY, "stage3", [f"data_root={toy_world}"])
+    assert config["model"]["init_args"]["tokenizer"] == config["data"]["init_args"]["tokenizer"] == f"{toy_world}/tokenizer"
+    for source in [*config["data"]["init_args"]["sources"], config["data"]["init_args"]["held_out"]]:
+        assert source.startswith(f"{toy_world}/")
+
+
+def test_ablations_share_stages_with_toy_and_change_one_thing(tmp_path):
+    for path in EXPERIMENTS:
+        if path.parts[0] != "ablations":
+            continue
+        config = compose(tiny.EXPERIMENTS / path, "stage3", [f"runs={tmp_path}"])
+        assert config["handoffs"]["stage0"] == f"{tmp_path}/toy/stage0/handoff"
+        assert config["handoffs"]["stage1"] == f"{tmp_path}/toy/stage1/handoff"
+        assert config["handoffs"]["stage2"] == f"{tmp_path}/{path}/stage2/handoff"
+
+
+def test_the_resolved_configuration_is_itself_runnable(toy_world, tmp_path):
+    config = compose(TOY, "stage3", [*overrides(toy_world), f"runs={tmp_path}", "clips.num_frames=2"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False))
+    again = compose(file, None)
+    assert again == config
+    assert config_hash(again) == config_hash(config)
+    assert build(again).datamodule.clips.num_frames == 2
+    assert config_hash(compose(file, None, ["clips.num_frames=3"])) != config_hash(config)

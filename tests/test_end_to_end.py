@@ -1,0 +1,305 @@
+"""All four stages on generated videos through the command line, and what they leave behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_modules import cli
+from lightning_modules.cli import main
+from lightning_modules.handoff import check_handoff
+
+TOY = str(tiny.EXPERIMENTS / "toy")
+STAGES = list(tiny.STAGES)
+
+
+def arguments(stage, world, runs, *more, command="fit", experiment=TOY):
+    return [command, experiment, stage, *tiny.OVERRIDES, f"data_root={world}", f"runs={runs}", *more]
+
+
+def weights(folder):
+    return {path.name: load_file(path) for path in sorted((folder / "handoff").rglob("*.safetensors"))}
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    assert all(one[file].keys() == other[file].keys() for file in one)
+    return all(torch.equal(one[file][key], other[file][key]) for file in one for key in one[file])
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(toy_world, tmp_path_factory):
+    """Folder of runs with all four stages of ``toy``, two steps each."""
+    runs = tmp_path_factory.mktemp("runs")
+    for stage in STAGES:
+        assert main(arguments(stage, toy_world, runs)) == 0
+    return runs
+
+
+@pytest.fixture
+def runs(finished, tmp_path, toy_world):
+    """A copy to change, with the paths in it moved along."""
+    copy = shutil.copytree(finished, tmp_path / "runs")
+    for file in copy.rglob("config.yaml"):
+        file.write_text(file.read_text().replace(str(finished), str(copy)))
+    return copy
+
+
+# ---------------------------------------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_leaves_what_it_trained(finished, stage):
+    folder = finished / "toy" / stage
+    manifest = check_handoff(folder / "handoff")
+    assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains)
+    assert (manifest["stage"], manifest["step"]) == (stage, 2)
+    assert len(manifest["config_hash"]) == len(manifest["data_fingerprint"]) == 16
+    for part in set(manifest["parts"]) - {"lora"}:
+        tensors = load_file(folder / "handoff" / f"{part}.safetensors")
+        assert {name: list(t.shape) for name, t in tensors.items()} == {n: s for n, (_, s) in manifest["parts"][part].items()}
+    assert manifest["metrics"].keys() >= {"val/ego_choice", "val/ego_loss", "val/ego_caption"}
+
+
+def test_stages_start_from_each_other(finished):
+    """Frozen parts are not written again; what trains starts from the stage before, so small steps keep it close."""
+    before, after = (load_file(finished / "toy" / s / "handoff" / "exo_encoder.safetensors") for s in ("stage0", "stage1"))
+    learner = load_file(finished / "toy" / "stage2" / "handoff" / "ego_encoder.safetensors")
+    for name, start in before.items():
+        assert 0 < (after[name] - start).abs().max() < 5e-3  # Adam moves at most about the rate, 5e-4, a step
+        assert (learner[name] - after[name]).abs().max() < 5e-3
+    assert check_handoff(finished / "toy" / "stage3" / "handoff")["started_from"] == {
+        "ego_encoder": f"{finished}/toy/stage2/handoff",
+        "ego_to_exo": f"{finished}/toy/stage2/handoff",
+        "projector": f"{finished}/toy/stage2/handoff",
+        "language_model": f"{finished}/toy/stage0/handoff",
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_answers_every_held_out_question(finished, toy_world, stage):
+    folder = finished / "toy" / stage
+    views = tiny.STAGES[stage].views
+    asked = [json.loads(line) for line in (toy_world / "instructions" / "held_out.jsonl").read_text().splitlines()]
+    answered = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(answered) == len(views) * sum(len(clip["questions"]) for clip in asked)
+    assert {(a["clip"], a["view"]) for a in answered} == {(clip["id"], view) for clip in asked for view in views}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert (metrics["stage"], metrics["clips"]) == (stage, len(asked))
+    for view in views:
+        for name in ("choice", "loss", "caption", "qa"):
+            scores = [a["scores"][name] for a in answered if a["view"] == view and name in a["scores"]]
+            assert metrics["metrics"][f"{view}_{name}"] == pytest.approx(sum(scores) / len(scores), rel=1e-5)
+    assert metrics["chance"]["choice"] == 0.25
+
+
+def test_report_joins_all_stages(finished, capsys):
+    results = json.loads((finished / "toy" / "results.json").read_text())
+    assert list(results) == STAGES
+    table = (finished / "toy" / "results.md").read_text()
+    (choice,) = [line for line in table.splitlines() if line.startswith("| egocentric | four-way choice ")]
+    cells = [cell.strip() for cell in choice.strip("|").split("|")]
+    assert cells[2:] == ["25.0", *(f"{100 * results[stage]['metrics']['ego_choice']:.1f}" for stage in STAGES)]
+    assert main(["report", str(finished / "toy")]) == 0
+    assert capsys.readouterr().out == table
+
+
+LOSSES = {"stage0": {"vtg", "words"}, "stage1": {"vtg"}, "stage2": {"vtg", "kl", "cycle"}, "stage3": {"vtg"}}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_curves_and_pictures(finished, stage):
+    events = EventAccumulator(str(finished / "toy" / stage))
+    events.Reload()
+    tags = events.Tags()
+    losses = {f"train/loss_{name}" for name in LOSSES[stage]}
+    rates = {f"optim/lr_{part}" for part in tiny.STAGES[stage].trains}
+    speed = {f"perf/{name}" for name in ("samples_per_s", "tokens_per_s", "frames_per_s", "data_wait")}
+    for tag in losses | rates | speed | {"train/loss", "optim/grad_norm"}:
+        assert [event.step for event in events.Scalars(tag)] == [1, 2], tag
+    for first in range(2):
+        parts = sum(events.Scalars(tag)[first].value for tag in losses)
+        assert events.Scalars("train/loss")[first].value == pytest.approx(parts, rel=1e-5)
+    assert events.Scalars("optim/grad_norm")[0].value > 0
+    assert 0 <= events.Scalars("perf/data_wait")[0].value < 1
+    assert events.Scalars(min(rates))[1].value == 0.0  # after the last step
+    manifest = check_handoff(finished / "toy" / stage / "handoff")
+    for view in tiny.STAGES[stage].views:
+        (event,) = events.Scalars(f"val/{view}_choice")
+        assert event.step == 2
+        assert event.value == pytest.approx(manifest["metrics"][f"val/{view}_choice"])
+    (picture,) = events.Images("held_out/clips")
+    assert picture.height % tiny.SIZE == 0 and picture.width == 2 * tiny.FRAMES * tiny.SIZE
+    assert "held_out/answers/text_summary" in tags["tensors"]
+    table = events.Tensors("held_out/answers/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "Describe the video." in table and "Camera-wearer" in table
+
+
+# ------------------------------------------------------------------------------------------------------ called again
+
+
+def test_a_finished_stage_is_left_alone(finished, toy_world, capsys):
+    before = contents(finished)
+    assert main(arguments("stage1", toy_world, finished)) == 0
+    shown = capsys.readouterr().out
+    assert "stage1 of toy is finished" in shown and "FORCE=1" in shown
+    assert contents(finished) == before
+
+
+def test_the_saved_configuration_is_that_run(finished, capsys):
+    before = contents(finished)
+    assert main(["fit", str(finished / "toy" / "stage2" / "config.yaml")]) == 0
+    assert "stage2 of toy is finished" in capsys.readouterr().out
+    assert contents(finished) == before
+
+
+def test_a_changed_configuration_is_refused(finished, toy_world, capsys):
+    before = contents(finished)
+    assert main(arguments("stage1", toy_world, finished, "trainer.max_steps=3", "seed_everything=0")) == 2
+    shown = capsys.readouterr().err
+    assert "trainer.max_steps: 2 -> 3" in shown and "seed_everything" not in shown
+    assert "FORCE=1" in shown and len(shown.splitlines()) == 1
+    assert contents(finished) == before
+
+
+def test_force_trains_anew(runs, toy_world):
+    folder = runs / "toy" / "stage1"
+    before = weights(folder)
+    assert main([*arguments("stage1", toy_world, runs, "trainer.max_steps=3"), "--force"]) == 0
+    assert check_handoff(folder / "handoff")["step"] == 3
+    assert not equal(before, weights(folder))
+    assert main([*arguments("stage1", toy_world, runs), "--force"]) == 0
+    assert check_handoff(folder / "handoff")["step"] == 2
+    assert equal(before, weights(folder))  # the same run, bit for bit
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]  # no curve of the runs before
+
+
+def test_evaluate_reproduces_the_metrics_exactly(runs, toy_world):
+    for stage in STAGES:
+        folder = runs / "toy" / stage
+        before = [(folder / name).read_bytes() for name in ("metrics.json", "predictions.jsonl")]
+        for name in ("metrics.json", "predictions.jsonl"):
+            (folder / name).unlink()
+        assert main(arguments(stage, toy_world, runs, command="evaluate")) == 0
+        assert [(folder / name).read_bytes() for name in ("metrics.json", "predictions.jsonl")] == before
+
+
+def test_a_stage_trained_but_not_evaluated_is_only_evaluated(runs, toy_world):
+    folder = runs / "toy" / "stage3"
+    metrics, trained = (folder / "metrics.json").read_bytes(), contents(folder / "handoff")
+    (folder / "metrics.json").unlink()
+    assert main(arguments("stage3", toy_world, runs)) == 0
+    assert (folder / "metrics.json").read_bytes() == metrics
+    assert contents(folder / "handoff") == trained
+
+
+def test_sanity_validation_does_not_disturb_training(runs, toy_world):
+    folder = runs / "toy" / "stage1"
+    before = weights(folder)
+    assert main([*arguments("stage1", toy_world, runs, "trainer.num_sanity_val_steps=1"), "--force"]) == 0
+    assert equal(before, weights(folder))
+
+
+# ------------------------------------------------------------------------------------------------------ interruptions
+
+
+LONG = ["trainer.max_steps=30", "trainer.val_check_interval=10", "checkpoint_every_n_steps=4"]
+
+
+def test_a_killed_stage_goes_on_where_it_stopped(runs, toy_world, tmp_path, capsys):
+    shutil.rmtree(runs / "toy" / "stage3")
+    straight = shutil.copytree(runs, tmp_path / "straight")
+    shared = [f"handoffs.{stage}={runs}/toy/{stage}/handoff" for stage in STAGES[:3]]
+    words = arguments("stage3", toy_world, runs, *LONG, *shared)
+    folder = runs / "toy" / "stage3"
+
+    environment = os.environ | {"PYTHONPATH": str(tiny.EXPERIMENTS.parent)}
+    process = subprocess.Popen([sys.executable, "-m", "lightning_modules", *words], env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoints/*.ckpt")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "handoff").exists()
+    reached = torch.load(max(folder.glob("checkpoints/*.ckpt")), weights_only=False)["global_step"]
+    assert 0 < reached < 30
+
+    assert main([*words, "trainer.max_steps=31"]) == 2
+    assert "interrupted with another configuration (trainer.max_steps: 30 -> 31" in capsys.readouterr().err
+    assert main(words) == 0
+    assert f"stage3 of toy goes on from {folder}/checkpoints/" in capsys.readouterr().out
+    assert main(arguments("stage3", toy_world, straight, *LONG, *shared)) == 0
+    assert equal(weights(folder), weights(straight / "toy" / "stage3"))
+    assert (folder / "predictions.jsonl").read_bytes() == (straight / "toy" / "stage3" / "predictions.jsonl").read_bytes()
+
+
+def test_an_early_stop_is_no_finished_stage(runs, toy_world, monkeypatch, capsys):
+    folder = runs / "toy" / "stage1"
+    shutil.rmtree(folder)
+    build = cli.build
+
+    def stopping(config):
+        run = build(config)
+        monkeypatch.setattr(run.stage, "on_train_batch_end", lambda *_: setattr(run.trainer, "should_stop", True))
+        return run
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "build", stopping)
+        assert main(arguments("stage1", toy_world, runs)) == 1
+    assert "stopped: stage1 stopped at step 1; call it again to go on" in capsys.readouterr().err
+    assert not (folder / "handoff").exists() and not (folder / "metrics.json").exists()
+
+
+def test_a_run_without_held_out_clips(toy_world, tmp_path):
+    assert main(arguments("stage0", toy_world, tmp_path, "data.init_args.held_out=null")) == 0
+    folder = tmp_path / "toy" / "stage0"
+    assert check_handoff(folder / "handoff")["metrics"] == {}
+    assert not (folder / "metrics.json").exists()
+    before = contents(folder / "handoff")
+    assert main(arguments("stage0", toy_world, tmp_path, "data.init_args.held_out=null")) == 0
+    assert contents(folder / "handoff") == before
+
+
+# -------------------------------------------------------------------------------------------------- other experiments
+
+
+ABLATIONS = sorted(path.parent.name for path in (tiny.EXPERIMENTS / "ablations").glob("*/experiment.yaml"))
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_train_from_the_stages_of_toy(finished, toy_world, tmp_path, name):
+    shared = [f"handoffs.{stage}={finished}/toy/{stage}/handoff" for stage in ("stage0", "stage1")]
+    few = ["data.init_args.held_out=null", "trainer.max_steps=1", *shared]
+    removed = {"ego_only": {"ego_to_exo", "exo_to_ego"}, "without_lora": {"lora"}}.get(name, ())
+    for stage in ("stage2", "stage3"):
+        assert main(arguments(stage, toy_world, tmp_path, *few, experiment=str(tiny.EXPERIMENTS / "ablations" / name))) == 0
+        manifest = check_handoff(tmp_path / "ablations" / name / stage / "handoff")
+        assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - set(removed)
+    assert manifest["started_from"]["projector"] == f"{tmp_path}/ablations/{name}/stage2/handoff"
+    assert manifest["started_from"]["language_model"] == f"{finished}/toy/stage0/handoff"
+
+
+@pytest.mark.parametrize("name", ["toy_coarse", "toy_qwen3"])
+def test_other_networks_train_from_the_beginning(toy_world, tmp_path, name):
+    few = ["threads=1", "trainer.max_steps=1", "trainer.limit_val_batches=0", "data.init_args.global_batch_size=2"]
+    few += ["network.mapper.width=8", "network.mapper.num_blocks=1", f"data_root={toy_world}", f"runs={tmp_path}"]
+    few += ["data.init_args.held_out=null", "data.init_args.num_workers=0"]
+    for stage in STAGES:
+        assert main(["fit", str(tiny.EXPERIMENTS / name), stage, *few]) == 0
+        assert set(check_handoff(tmp_path / name / stage / "handoff")["parts"]) == set(tiny.STAGES[stage].trains)

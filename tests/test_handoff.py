@@ -1,0 +1,202 @@
+"""What stages leave for each other: exact, complete or absent, and clear about what does not fit."""
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_modules import handoff
+from lightning_modules.handoff import HandoffError, check_handoff, load_part, write_handoff
+from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
+
+VOCAB = 40
+
+
+def build(seed=0, width=tiny.WIDTH, parts=PARTS):
+    torch.manual_seed(seed)
+    model = Exo2EgoModel(tiny.network(width=width), VOCAB, parts).eval()
+    tiny.scatter(model, seed)
+    return model
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def model():
+    return build()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A hand-off of every part."""
+    folder = tmp_path / "toy" / "stage1" / "handoff"
+    write_handoff(folder, model, PARTS, {"stage": "stage1", "step": 7})
+    return folder
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_part_comes_back_bit_equal(model, folder, part):
+    other = build(seed=1)
+    before = {name: {k: p.clone() for k, p in other.part(name).items()} for name in PARTS}
+    load_part(other.part(part), folder, None, part)
+    for name in PARTS:
+        expected = model.part(name) if name == part else before[name]
+        assert expected.keys() == other.part(name).keys()
+        assert all(torch.equal(expected[key], value) for key, value in other.part(name).items())
+    assert any(not torch.equal(before[part][key], value) for key, value in model.part(part).items())
+
+
+def test_a_part_can_start_from_another_of_equal_shape(model, folder):
+    other = build(seed=1)
+    load_part(other.part("ego_encoder"), folder, "exo_encoder", "ego_encoder")
+    assert all(torch.equal(value, other.part("ego_encoder")[key]) for key, value in model.part("exo_encoder").items())
+
+
+def test_manifest_describes_every_tensor(model, folder):
+    manifest = check_handoff(folder)
+    assert (manifest["format"], manifest["stage"], manifest["step"]) == (1, "stage1", 7)
+    assert tuple(manifest["parts"]) == PARTS
+    for part in PARTS:
+        described = {key: ["float32", list(value.shape)] for key, value in model.part(part).items()}
+        assert manifest["parts"][part] == described
+
+
+def test_nothing_in_it_is_pickled(folder):
+    assert {path.suffix for path in files(folder)} == {".json", ".safetensors"}
+    assert [path.name for path in folder.parent.iterdir()] == ["handoff"]
+
+
+def test_adapter_opens_with_peft(model, folder):
+    peft = pytest.importorskip("peft")
+    base = build(seed=3, parts=[part for part in PARTS if part != "lora"])
+    load_part(base.part("language_model"), folder, None, "language_model")
+    ids = torch.arange(1, 13).view(2, 6)
+    with torch.no_grad():
+        bare = copy.deepcopy(base.language_model.causal_lm)(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base.language_model.causal_lm, folder / "adapter").eval()(ids).logits
+        expected = model.language_model.causal_lm(ids).logits
+    torch.testing.assert_close(adapted, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(bare, expected, atol=1e-2)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
+def test_missing_handoff_names_the_command_that_writes_it(tmp_path, stage):
+    with pytest.raises(HandoffError, match=rf"hand-off .*/{stage}/handoff: not there: run `make {stage}` first"):
+        check_handoff(tmp_path / stage / "handoff")
+
+
+def test_missing_part_lists_those_there(model, tmp_path):
+    write_handoff(tmp_path / "handoff", model, ["projector", "lora"], {"stage": "stage1"})
+    with pytest.raises(HandoffError, match=r"no part 'exo_encoder', it has projector, lora"):
+        check_handoff(tmp_path / "handoff", "exo_encoder")
+
+
+def test_other_format_is_refused(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(HandoffError, match=r"manifest.json: field format is 2, this version reads 1: run `make stage1 FORCE=1`"):
+        check_handoff(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"format": 1}', '{"format": 1, "parts": {"projector": {}}}'])
+def test_malformed_manifest_is_refused(folder, text):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(HandoffError, match=r"manifest.json: .*run `make stage1 FORCE=1`"):
+        check_handoff(folder)
+
+
+def rewrite(folder, part, change):
+    file = folder / f"{part}.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_loaded(folder):
+    def change(tensors):
+        tensors["readout.9.weight"] = tensors.pop("readout.0.weight")
+        tensors["readout.2.bias"] = torch.zeros(5)
+
+    rewrite(folder, "projector", change)
+    other = build(seed=1)
+    before = {key: value.clone() for key, value in other.part("projector").items()}
+    with pytest.raises(HandoffError) as caught:
+        load_part(other.part("projector"), folder, None, "projector")
+    message = str(caught.value)
+    assert "projector.safetensors: does not fit projector of this model" in message
+    assert "1 missing (readout.0.weight)" in message
+    assert "1 unexpected (readout.9.weight)" in message
+    assert "1 mis-shaped (readout.2.bias is [5], expected [32])" in message
+    assert "written by stage1" in message and "run `make stage1 FORCE=1`" in message
+    assert all(torch.equal(before[key], value) for key, value in other.part("projector").items())
+
+
+def test_another_model_size_names_a_few_tensors_only(folder):
+    with pytest.raises(HandoffError, match=r"mis-shaped \((?:[\w.]+ is \[[\d, ]+\], expected \[[\d, ]+\](?:, )?){3}, \.\.\.\)"):
+        load_part(build(width=64).part("exo_encoder"), folder, None, "exo_encoder")
+
+
+@pytest.mark.parametrize("part", ["exo_encoder", "lora"])
+@pytest.mark.parametrize("keep", [0, 4, 0.5])
+def test_truncated_tensors_are_refused(folder, part, keep):
+    file = folder / ("adapter/adapter_model.safetensors" if part == "lora" else f"{part}.safetensors")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
+    with pytest.raises(HandoffError, match=rf"hand-off {file}: cannot be read \(.+\): run `make stage1 FORCE=1`"):
+        load_part(build().part(part), folder, None, part)
+
+
+def test_removed_file_is_reported(folder):
+    (folder / "projector.safetensors").unlink()
+    with pytest.raises(HandoffError, match=r"projector.safetensors: cannot be read .*run `make stage1 FORCE=1`"):
+        load_part(build().part("projector"), folder, None, "projector")
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def test_failed_write_keeps_the_previous_handoff(folder, monkeypatch):
+    before = files(folder)
+    calls = []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return save_file(*args, **kwargs)
+
+    monkeypatch.setattr(handoff, "save_file", failing)
+    with pytest.raises(OSError, match="No space left"):
+        write_handoff(folder, build(seed=2), PARTS, {"stage": "stage1"})
+    assert len(calls) == 2
+    assert files(folder) == before
+
+
+def test_first_write_that_fails_leaves_no_handoff(model, tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(handoff, "save_file", failing)
+    folder = tmp_path / "stage1" / "handoff"
+    with pytest.raises(OSError, match="No space left"):
+        write_handoff(folder, model, PARTS, {"stage": "stage1"})
+    with pytest.raises(HandoffError, match="run `make stage1` first"):
+        check_handoff(folder)
+
+
+def test_new_handoff_replaces_the_previous_one_whole(folder):
+    write_handoff(folder, build(seed=2), ["projector"], {"stage": "stage1"})
+    assert set(map(str, files(folder))) == {"manifest.json", "projector.safetensors"}
+    other = build(seed=5)
+    load_part(other.part("projector"), folder, None, "projector")
+    expected = build(seed=2).part("projector")
+    assert all(torch.equal(expected[key], value) for key, value in other.part("projector").items())
+    assert [path.name for path in folder.parent.iterdir()] == ["handoff"]

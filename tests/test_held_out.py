@@ -1,0 +1,136 @@
+"""Scores of held-out answers by hand."""
+
+import json
+
+import pytest
+import torch
+
+from datamodules.batch import Question
+from lightning_modules.held_out import HeldOutMeans, chance_levels, judge_choice, judge_text, normalise, score_names
+from lightning_modules.report import write_metrics, write_report
+
+CAPTION = Question(
+    0,
+    "caption",
+    "Describe the video.",
+    "Camera-wearer picks up the red cup.",
+    parts={"verb": "picks up", "object": "cup", "colour": "red"},
+)
+OPTIONS = ("a", "b", "c", "d")
+CHOICE = Question(0, "choice", "Which?", "c", options=OPTIONS)
+WHERE = {"clip": "clip7", "ego_visible": False, "view": "ego"}
+
+
+def test_normalise():
+    assert normalise("  Camera-wearer  picks up,\nthe Red cup. ") == "camera-wearer picks up the red cup"
+
+
+@pytest.mark.parametrize(
+    ("prediction", "scores"),
+    [
+        ("camera-wearer picks up the red cup", (1, 1, 1, 1)),
+        ("Camera-wearer picks up the red cup. .", (1, 1, 1, 1)),
+        ("Camera-wearer picks the red cup up.", (0, 0, 1, 1)),  # the verb's words must stand together
+        ("Camera-wearer picks up the cupboard, reddish.", (0, 1, 0, 0)),  # whole words only
+        ("", (0, 0, 0, 0)),
+    ],
+)
+def test_caption_by_hand(prediction, scores):
+    outcome = judge_text(CAPTION, prediction, **WHERE)
+    names = ("caption", "caption_verb", "caption_object", "caption_colour")
+    assert outcome.scores == dict(zip(names, map(float, scores), strict=True))
+    record = outcome.record()
+    assert {key: record[key] for key in WHERE} == WHERE
+    assert (record["prediction"], record["answer"], record["task"]) == (prediction, CAPTION.answer, "caption")
+    json.dumps(record)
+
+
+def test_questions_count_once_more_together():
+    assert judge_text(Question(0, "qa_hand", "?", "left"), "Left.", **WHERE).scores == {"qa_hand": 1.0, "qa": 1.0}
+
+
+def test_choice_is_by_mean_log_likelihood():
+    log_p = [(-4.0, 2), (-3.0, 1), (-4.5, 3), (-9.0, 4)]  # -2, -3, -1.5, -2.25 a token
+    right = judge_choice(CHOICE, log_p, **WHERE)
+    assert (right.prediction, right.scores) == ("c", {"choice": 1.0, "loss": 1.5})
+    log_p[0] = (-2.0, 2)
+    wrong = judge_choice(CHOICE, log_p, **WHERE)
+    assert (wrong.prediction, wrong.scores) == ("a", {"choice": 0.0, "loss": 1.5})
+
+
+def test_chance_is_the_most_frequent_answer():
+    questions = [
+        *(Question(0, "qa_hand", "?", answer) for answer in ("left", "Left.", "right", "left")),
+        *(Question(0, "qa_verb", "?", answer) for answer in ("taps", "lifts")),
+        *(Question(0, "caption", "?", answer, parts={"verb": verb}) for answer, verb in (("a", "x"), ("b", "x"), ("c", "y"))),
+        CHOICE,
+        Question(0, "choice", "?", "a", options=("a", "b")),
+    ]
+    assert chance_levels(questions) == pytest.approx(
+        {
+            "qa_hand": 3 / 4,
+            "qa_verb": 1 / 2,
+            "qa": (3 + 1) / 6,
+            "caption": 1 / 3,
+            "caption_verb": 2 / 3,
+            "choice": (1 / 4 + 1 / 2) / 2,
+        }
+    )
+
+
+def test_score_names_cover_what_judging_gives():
+    names = score_names([CAPTION, CHOICE, Question(0, "qa_hand", "?", "left")], ("exo", "ego"))
+    scores = ["caption", "caption_verb", "caption_object", "caption_colour", "choice", "loss", "qa_hand", "qa"]
+    assert names == [f"{view}_{score}" for view in ("exo", "ego") for score in scores]
+
+
+def test_means_by_hand():
+    means = HeldOutMeans(score_names([CHOICE, Question(0, "qa_hand", "?", "left")], ("ego", "exo")))
+    means.add(judge_choice(CHOICE, [(-2.0, 1), (-1.0, 1), (-1.5, 1), (-9.0, 1)], **WHERE))
+    means.add(judge_choice(CHOICE, [(-2.0, 1), (-1.0, 1), (-0.5, 1), (-9.0, 1)], **WHERE))
+    for answer in ("left", "right", "right", "right"):
+        means.add(judge_text(Question(0, "qa_hand", "?", "left"), answer, **(WHERE | {"view": "exo"})))
+    expected = {"ego_choice": 0.5, "ego_loss": 1.0, "exo_qa_hand": 0.25, "exo_qa": 0.25}
+    assert {name: float(value) for name, value in means.compute().items()} == expected  # nothing that did not occur
+
+
+def test_means_over_ranks_weigh_clips_not_ranks():
+    states = []
+    for scores in ([1.0, 1.0, 1.0], [0.0]):
+        means = HeldOutMeans(["ego_qa"])
+        means.update([("ego_qa", score) for score in scores])
+        states.append((means.total, means.count))
+    together = HeldOutMeans(["ego_qa"])
+    together.total, together.count = (torch.stack(state).sum(0) for state in zip(*states, strict=True))
+    assert float(together.compute()["ego_qa"]) == 0.75
+    assert HeldOutMeans(["ego_qa"])._reductions["total"] is together._reductions["count"]  # both sum over ranks
+
+
+def test_report_table(tmp_path):
+    chance = {"caption": 0.1, "choice": 0.25, "qa": 0.5, "qa_hand": 0.5}
+    write_metrics(_stage(tmp_path, 1), "stage1", 40, {"exo_caption": 0.5, "exo_choice": 1.0, "ego_choice": 0.3}, chance)
+    write_metrics(_stage(tmp_path, 3), "stage3", 40, {"ego_choice": 0.875, "ego_qa_hand": 2 / 3, "ego_loss": 1.0}, chance)
+    table = write_report(tmp_path)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[0] == ["view", "held-out, 40 clips", "chance", "stage1", "stage3"]
+    assert cells[2:] == [
+        ["exocentric", "caption, exact match", "10.0", "50.0", ""],
+        ["exocentric", "four-way choice", "25.0", "100.0", ""],
+        ["egocentric", "four-way choice", "25.0", "30.0", "87.5"],
+        ["egocentric", "questions, hand", "50.0", "", "66.7"],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert (tmp_path / "results.md").read_text() == table + "\n"
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["stage3"]["metrics"] == {"ego_choice": 0.875, "ego_qa_hand": 2 / 3, "ego_loss": 1.0}
+
+
+def test_report_without_stages_says_what_to_run(tmp_path):
+    with pytest.raises(ValueError, match="no stage has been evaluated: run `make stage1` first"):
+        write_report(tmp_path)
+
+
+def _stage(folder, number):
+    path = folder / f"stage{number}"
+    path.mkdir()
+    return path
