@@ -267,12 +267,13 @@ class ClipDataModule(L.LightningDataModule, ABC):
         return ResumableLoader(self.train_set, sampler, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Held-out questions, the share of this rank."""
+        """Held-out questions in a fixed order, the share of this rank."""
         if self.held_out is None:
             return []
         assert self.trainer is not None, "the Trainer calls this"
         dataset = self.held_out_set()
-        mine = range(self.trainer.global_rank, len(dataset), self.trainer.world_size)
+        order = np.random.default_rng(0).permutation(len(dataset))  # so that the first batches show many takes
+        mine = order[self.trainer.global_rank :: self.trainer.world_size].tolist()
         return DataLoader(
             dataset, sampler=mine, batch_size=32, collate_fn=dataset.collate, num_workers=self.num_workers
         )

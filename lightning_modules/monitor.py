@@ -123,9 +123,9 @@ class SamplePanel(L.Callback):
         )  # [clips, S, views*T*S, 3]
         writer.add_image("held_out/clips", rows.flatten(0, 1).cpu(), trainer.global_step, dataformats="HWC")
         shown = set(batch.ids[: self.clips])
-        lines = ["| clip | view | question | true | generated |", "|---|---|---|---|---|"]
+        lines = ["| clip | view | task | question | true | answer |", "|---|---|---|---|---|---|"]
         lines += [
-            f"| {batch.ids.index(o.clip)} | {o.view} | {o.question} | {o.answer} | {o.prediction} |"
+            f"| {batch.ids.index(o.clip)} | {o.view} | {o.task} | {o.question} | {o.answer} | {o.prediction} |"
             for o in stage.outcomes
             if o.clip in shown
         ]

@@ -306,7 +306,10 @@ def test_a_malformed_line_is_named(tmp_path):
     with pytest.raises(ValueError, match=rf"^{file} line 2: malformed JSON \(.* at column \d+\): mend the line$"):
         next(lines)
     file.write_text('{"a": 1}\n\n{"a": 2]\n')
-    with pytest.raises(ValueError, match="line 2: malformed JSON"):
+    with pytest.raises(ValueError, match="line 3: malformed JSON"):
+        list(read_jsonl(file))
+    file.write_bytes('{"a": "\u00e9"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match="line 1: no UTF-8 text"):
         list(read_jsonl(file))
     file.write_text('{"a": 2]\n')
     with pytest.raises(ValueError, match=r"line 1: malformed JSON .*at column 8"):

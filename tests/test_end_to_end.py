@@ -36,6 +36,10 @@ def equal(one, other):
     return all(torch.equal(one[file][key], other[file][key]) for file in one for key in one[file])
 
 
+def digest(folder):
+    return check_handoff(folder / "handoff")["digest"]
+
+
 def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
@@ -81,11 +85,13 @@ def test_stages_start_from_each_other(finished):
     for name, start in before.items():
         assert 0 < (after[name] - start).abs().max() < 5e-3  # Adam moves at most about the rate, 5e-4, a step
         assert (learner[name] - after[name]).abs().max() < 5e-3
+    digests = {stage: digest(finished / "toy" / stage) for stage in STAGES}
+    assert len(set(digests.values())) == 4
     assert check_handoff(finished / "toy" / "stage3" / "handoff")["started_from"] == {
-        "ego_encoder": f"{finished}/toy/stage2/handoff",
-        "ego_to_exo": f"{finished}/toy/stage2/handoff",
-        "projector": f"{finished}/toy/stage2/handoff",
-        "language_model": f"{finished}/toy/stage0/handoff",
+        "ego_encoder": digests["stage2"],
+        "ego_to_exo": digests["stage2"],
+        "projector": digests["stage2"],
+        "language_model": digests["stage0"],
     }
 
 
@@ -187,6 +193,18 @@ def test_force_trains_anew(runs, toy_world):
     events = EventAccumulator(str(folder))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]  # no curve of the runs before
+
+
+def test_a_stage_whose_start_was_trained_anew_is_refused(runs, toy_world, capsys):
+    changed = "model.init_args.optim.learning_rate=1e-4"
+    assert main([*arguments("stage1", toy_world, runs, changed), "--force"]) == 0
+    before = contents(runs / "toy" / "stage2")
+    capsys.readouterr()
+    assert main(["fit", str(runs / "toy" / "stage2" / "config.yaml")]) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert "was trained from another ego_encoder, exo_encoder, projector than" in shown
+    assert f"{runs}/toy/stage1/handoff" in shown and "FORCE=1" in shown
+    assert contents(runs / "toy" / "stage2") == before
 
 
 def test_evaluate_reproduces_the_metrics_exactly(runs, toy_world):
@@ -291,8 +309,8 @@ def test_ablations_train_from_the_stages_of_toy(finished, toy_world, tmp_path, n
         assert main(arguments(stage, toy_world, tmp_path, *few, experiment=str(tiny.EXPERIMENTS / "ablations" / name))) == 0
         manifest = check_handoff(tmp_path / "ablations" / name / stage / "handoff")
         assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - set(removed)
-    assert manifest["started_from"]["projector"] == f"{tmp_path}/ablations/{name}/stage2/handoff"
-    assert manifest["started_from"]["language_model"] == f"{finished}/toy/stage0/handoff"
+    assert manifest["started_from"]["projector"] == digest(tmp_path / "ablations" / name / "stage2")
+    assert manifest["started_from"]["language_model"] == digest(finished / "toy" / "stage0")
 
 
 @pytest.mark.parametrize("name", ["toy_coarse", "toy_qwen3"])
