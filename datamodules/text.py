@@ -62,7 +62,9 @@ class TextEncoder:
         self.tokenizer = load_tokenizer(tokenizer)
         self.max_text_tokens = max_text_tokens
         if self.tokenizer.chat_template is None:
-            raise ValueError(f"tokenizer: {tokenizer} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
+            raise ValueError(
+                f"tokenizer: {tokenizer} has no chat template: put one in chat_template.jinja or tokenizer_config.json"
+            )
 
     def conversation(self, turns: Sequence[Turn]) -> EncodedText:
         """Rows for instruction tuning: several questions and answers about one clip.

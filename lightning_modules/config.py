@@ -2,8 +2,8 @@
 
 An experiment is a folder with ``experiment.yaml`` and any of ``stage0.yaml`` to ``stage3.yaml``. Layers, later ones
 winning: everything named by ``extends`` in ``experiment.yaml`` (fragments, or other experiments with their files for
-the same stage), then ``experiment.yaml``, then the stage's file, then ``key=value`` from the command line. Interpolations
-are resolved after all layers, so an overridden key reaches everything that refers to it.
+the same stage), then ``experiment.yaml``, then the stage's file, then ``key=value`` from the command line.
+Interpolations are resolved after all layers, so an overridden key reaches everything that refers to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""jsonargparse's reports on a wrong configuration, shortened to one line: the key as written, the value, what is allowed."""
+"""jsonargparse's reports on a wrong configuration as one line: the key as written, the value, what is allowed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ import lightning as L
 
 from lightning_modules.monitor import SamplePanel, TrainingMonitor
 
-_UNION = re.compile(r'^(?:Parser key "(?P<key>[\w.]+)": )?Does not validate against any of the Union subtypes .*? Errors: - ')
+_UNION = re.compile(
+    r'^(?:Parser key "(?P<key>[\w.]+)": )?Does not validate against any of the Union subtypes .*? Errors: - '
+)
 _DUMP = re.compile(r"(?: - Expected a <class 'NoneType'>)? Given value type: .*$")
 _CLASS = re.compile(r"^Problem with given class_path '(?P<path>[\w.]+)': ")
 _UNKNOWN = re.compile(r"^(?:Group '(?P<group>[\w.]+)' does not accept option|Option) '(?P<key>[\w.]+)'")
 _VALUE = re.compile(r'^Parser key "(?P<key>[\w.]+)": Expected an? (?P<type>.*?)\. Got value: (?P<value>.*)$')
-_OPTIONAL = re.compile(r"Errors: - Expected an? (?P<type>.*?) - Expected a <class 'NoneType'> .* Given value: (?P<value>.*)$")
+_OPTIONAL = re.compile(
+    r"Errors: - Expected an? (?P<type>.*?) - Expected a <class 'NoneType'> .* Given value: (?P<value>.*)$"
+)
 _SHOWN = 12
 
 

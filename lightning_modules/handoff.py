@@ -64,7 +64,11 @@ def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
             f"hand-off {manifest}: field format is {found}, this version reads {FORMAT}: "
             f"run `make {folder.parent.name} FORCE=1`"
         )
-    if lacking := [field for field, kind in (("stage", str), ("parts", dict)) if not isinstance(content.get(field), kind)]:
+    if lacking := [
+        field
+        for field, kind in (("stage", str), ("parts", dict), ("digest", str))
+        if not isinstance(content.get(field), kind)
+    ]:
         raise HandoffError(
             f"hand-off {manifest}: field {', '.join(lacking)} is missing: run `make {folder.parent.name} FORCE=1`"
         )

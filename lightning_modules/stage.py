@@ -226,12 +226,19 @@ class Stage(L.LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only what trains."""
+        checkpoint["started_from"] = self.started_from()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         own = {name for name in checkpoint["state_dict"] if not name.startswith("model.")}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained | own}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that does not hold exactly what trains."""
+        """Refuse a checkpoint that lacks something that trains, or began from other hand-offs than there are now."""
+        before, now = checkpoint["started_from"], self.started_from()
+        if changed := sorted(part for part in now if before.get(part) != now[part]):
+            raise HandoffError(
+                f"checkpoint: it began from another {', '.join(changed)} than {self.init[changed[0]]} holds now: "
+                "train anew with FORCE=1"
+            )
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         if missing := trained - set(checkpoint["state_dict"]):
             raise HandoffError(

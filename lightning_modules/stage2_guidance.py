@@ -26,7 +26,7 @@ class CycleConfig:
     """Cycle consistency, both ways.
 
     Attributes:
-        weight: of the sum of both directions; 0 leaves G without a loss.
+        weight: of the sum of both directions; with 0, G is not run.
         forward, backward: which directions count: x -> F -> G -> x and y -> G -> F -> y.
         detach_target: keep the gradient out of the target x, which could otherwise shrink to lower the loss.
         norm: ``channel_std`` weighs all channels alike.
@@ -76,6 +76,8 @@ class DemonstratorLearnerGuidance(Stage):
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
+        if cycle.weight and not (cycle.forward or cycle.backward):
+            raise ValueError("model.cycle: got forward and backward false, allowed: one of them true, or weight 0")
         self.vtg_weight, self.cycle, self.kl = vtg_weight, cycle, kl
         self.standardizer = FeatureStandardizer(self.network.encoder.width, kl.standardize)
 
@@ -84,37 +86,45 @@ class DemonstratorLearnerGuidance(Stage):
         return self.model.learner_tokens(video)
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Video-text generation on x and F(x), cycle consistency, KL(y || F(x))."""
+        """Video-text generation on x and F(x), KL(y || F(x)), cycle consistency."""
         assert batch.ego_video is not None and batch.exo_video is not None
         model = self.model
         ego = model.ego_encoder(batch.ego_video)  # paper x
         with torch.no_grad():
             exo = model.exo_encoder(batch.exo_video)  # paper y
-        ego_as_exo, exo_as_ego = model.ego_to_exo(ego), model.exo_to_ego(exo)  # F(x), G(y)
+        ego_as_exo = model.ego_to_exo(ego)  # F(x)
+        logits, targets = self.read_text(model.learner_view(ego, ego_as_exo), batch)
+        losses = {
+            "vtg": self.vtg_weight * vtg_loss(logits, targets, batch.label_tokens),
+            "kl": self.kl.weight * self._guidance(ego, ego_as_exo, exo),
+        }
+        if self.cycle.weight:
+            losses["cycle"] = self.cycle.weight * self._cycles(ego, ego_as_exo, exo)
+        return losses
+
+    def _guidance(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor) -> Tensor:
+        """KL(y || F(x)); the curves also show KL(y || x) and how far F is from the identity."""
         self.standardizer.update(exo)
         target, mapped, unmapped = (self.standardizer(feature) for feature in (exo, ego_as_exo, ego))
         kl = guidance_kl_loss(target, mapped, self.kl.tau, self.kl.axis, self.kl.pool)
         with torch.no_grad():
-            self.step_log["guidance/kl_without_mapping"] = guidance_kl_loss(
-                target, unmapped, self.kl.tau, self.kl.axis, self.kl.pool
-            )
-            self.step_log["guidance/mapping_change"] = (ego_as_exo - ego).norm() / ego.norm()
-
-        cycles = []
-        if self.cycle.forward:
-            ego_target = ego.detach() if self.cycle.detach_target else ego
-            cycles.append(cycle_consistency_loss(ego_target, model.exo_to_ego(ego_as_exo), self.cycle.norm))
-            self.step_log["guidance/cycle_ego"] = cycles[-1].detach()
-        if self.cycle.backward:
-            cycles.append(cycle_consistency_loss(exo, model.ego_to_exo(exo_as_ego), self.cycle.norm))
-            self.step_log["guidance/cycle_exo"] = cycles[-1].detach()
-        self.step_log["guidance/kl"] = kl.detach()
-
-        visual = model.learner_view(ego, ego_as_exo)
-        losses = {
-            "vtg": self.vtg_weight * vtg_loss(*self.read_text(visual, batch), batch.label_tokens),
-            "kl": self.kl.weight * kl,
+            without_mapping = guidance_kl_loss(target, unmapped, self.kl.tau, self.kl.axis, self.kl.pool)
+            change = (ego_as_exo - ego).norm() / ego.norm()
+        self.step_log |= {
+            "guidance/kl": kl.detach(),
+            "guidance/kl_without_mapping": without_mapping,
+            "guidance/mapping_change": change,
         }
-        if cycles:
-            losses["cycle"] = self.cycle.weight * torch.stack(cycles).sum()
-        return losses
+        return kl
+
+    def _cycles(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor) -> Tensor:
+        """Sum of the directions: G(F(x)) against x, F(G(y)) against y."""
+        model, directions = self.model, {}
+        if self.cycle.forward:
+            target = ego.detach() if self.cycle.detach_target else ego
+            directions["ego"] = cycle_consistency_loss(target, model.exo_to_ego(ego_as_exo), self.cycle.norm)
+        if self.cycle.backward:
+            round_trip = model.ego_to_exo(model.exo_to_ego(exo))
+            directions["exo"] = cycle_consistency_loss(exo, round_trip, self.cycle.norm)
+        self.step_log |= {f"guidance/cycle_{view}": loss.detach() for view, loss in directions.items()}
+        return torch.stack(list(directions.values())).sum()

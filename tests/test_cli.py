@@ -40,8 +40,16 @@ def refused(toy_world, tmp_path, capsys):
 UNKNOWN = [
     ("stage0", "trainr.max_steps=3", r"trainr: no such key, did you mean: trainer$"),
     ("stage0", "trainer.max_stepz=3", r"trainer.max_stepz: no such key in trainer, did you mean: max_steps, "),
-    ("stage0", "network.mapper.widht=3", r"network.mapper.widht: no such key in network.mapper, allowed: kind, width, "),
-    ("stage0", "clips.num_frame=3", r"clips.num_frame: no such key in clips, allowed: num_frames, image_size, frame_fit$"),
+    (
+        "stage0",
+        "network.mapper.widht=3",
+        r"network.mapper.widht: no such key in network.mapper, allowed: kind, width, ",
+    ),
+    (
+        "stage0",
+        "clips.num_frame=3",
+        r"clips.num_frame: no such key in clips, allowed: num_frames, image_size, frame_fit$",
+    ),
     ("stage0", "model.init_args.word_weight=3", r"model.init_args.word_weight: no such key .*\bwords_weight\b"),
     ("stage0", "model.init_args.optim.lr=3", r"model.init_args.optim.lr: no such key .*\blearning_rate\b"),
     ("stage2", "model.init_args.kl.axes=channel", r"model.init_args.kl.axes: no such key .*\baxis\b"),
@@ -56,17 +64,29 @@ WRONG = [
     ("stage0", "network.mapper.kind=unet", r"network.mapper.kind: got unet, allowed: resnet, cyclegan, linear$"),
     ("stage0", "clips.num_frames=2.5", r"clips.num_frames: got 2.5, allowed: int$"),
     ("stage0", "clips.frame_fit=stretch", r"clips.frame_fit: got stretch, allowed: pad, crop, squash$"),
-    ("stage0", "model.init_args.optim.learning_rate=fast", r"model.init_args.optim.learning_rate: got fast, allowed: float$"),
+    (
+        "stage0",
+        "model.init_args.optim.learning_rate=fast",
+        r"model.init_args.optim.learning_rate: got fast, allowed: float$",
+    ),
     ("stage0", "data.init_args.view=top", r"data.init_args.view: got top, allowed: ego, exo$"),
     ("stage2", "model.init_args.kl.axis=time", r"model.init_args.kl.axis: got time, allowed: channel, spatial$"),
     ("stage0", "clips.num_frames=0", r"clips.num_frames: got 0, allowed: 1 or more$"),
     ("stage0", "network.encoder.width=31", r"encoder: width 31 is not a multiple of heads 2"),
     ("stage0", "network.lora.rank=0", r"lora: got rank=0, .*rank must be at least 1"),
     ("stage0", "model.init_args.optim.learning_rate=-1", r"optim.learning_rate: got -1.0, allowed: above 0$"),
-    ("stage0", "model.init_args.train=[lora]", r"model.train: got lora, allowed: exo_encoder, projector, language_model$"),
+    (
+        "stage0",
+        "model.init_args.train=[lora]",
+        r"model.train: got lora, allowed: exo_encoder, projector, language_model$",
+    ),
     ("stage0", "data.init_args.global_batch_size=0", r"data.global_batch_size: got 0, allowed: 1 or more$"),
     ("stage0", "monitor.every_n_steps=0", r"monitor.every_n_steps: got 0, allowed: 1 or more$"),
-    ("stage0", "model.class_path=lightning_modules.Nope", r"model.class_path: got lightning_modules.Nope, which does not exist"),
+    (
+        "stage0",
+        "model.class_path=lightning_modules.Nope",
+        r"model.class_path: got lightning_modules.Nope, which does not exist",
+    ),
     ("stage0", "data.class_path=datamodules.Nope", r"data.class_path: got datamodules.Nope, which does not exist"),
     ("stage0", "trainer.accelerator=abacus", r"invalid accelerator name: .*abacus.*Available names are: .*cpu"),
     ("stage0", "trainer.max_steps", r"override 'trainer.max_steps': expected key=value"),
@@ -87,7 +107,9 @@ def test_a_folder_without_stage_is_refused(refused):
 
 
 def test_unknown_experiment_lists_the_known_ones(refused):
-    assert re.search(r"no experiment .*there are: .*\btoy\b", refused("fit", "stage0", experiment=str(tiny.EXPERIMENTS / "toi")))
+    assert re.search(
+        r"no experiment .*there are: .*\btoy\b", refused("fit", "stage0", experiment=str(tiny.EXPERIMENTS / "toi"))
+    )
 
 
 def test_show_prints_a_configuration_that_runs(toy_world, tmp_path, capsys):
@@ -99,7 +121,7 @@ def test_show_prints_a_configuration_that_runs(toy_world, tmp_path, capsys):
 
 
 def test_traceback_on_request(toy_world, tmp_path):
-    with pytest.raises(ValueError, match="clips.num_frames: got 0"):
+    with pytest.raises(ValueError, match=r"clips.num_frames: got 0"):
         words = ["show", TOY, "stage0", *tiny.OVERRIDES, f"data_root={toy_world}", f"runs={tmp_path}"]
         main([*words, "clips.num_frames=0", "--traceback"])
 
@@ -119,7 +141,9 @@ def test_missing_handoff(refused, tmp_path, stage, needed):
 
 
 def test_evaluating_an_untrained_stage(refused):
-    assert re.search(r"hand-off .*/toy/stage0/handoff: not there: run `make stage0` first$", refused("evaluate", "stage0"))
+    assert re.search(
+        r"hand-off .*/toy/stage0/handoff: not there: run `make stage0` first$", refused("evaluate", "stage0")
+    )
 
 
 def test_handoff_of_another_model_size(refused, toy_world, tmp_path):
@@ -153,7 +177,9 @@ def test_missing_data_folder(refused, toy_world, tmp_path):
 def test_missing_data_file(refused, broken_world, stage, file):
     path = broken_world / "instructions" / f"{file}.jsonl"
     path.unlink()
-    assert re.search(rf"no file {path}: run `make data`, or set data.init_args", refused("fit", stage, world=broken_world))
+    assert re.search(
+        rf"no file {path}: run `make data`, or set data.init_args", refused("fit", stage, world=broken_world)
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -48,7 +48,9 @@ def test_interpolation_sees_overrides(tmp_path):
     assert compose(tmp_path / "one", "stage0", ["a=5"]) == {"a": 5, "b": 5, "c": "path/5"}
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("null", None), ("[1, a]", [1, "a"]), ("{b: 2}", {"b": 2}), ("x=y", "x=y")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("null", None), ("[1, a]", [1, "a"]), ("{b: 2}", {"b": 2}), ("x=y", "x=y")]
+)
 def test_overrides_are_yaml(tmp_path, text, value):
     write(tmp_path / "one", experiment={"a": 0})
     assert compose(tmp_path / "one", "stage0", [f"a={text}"]) == {"a": value}
@@ -99,7 +101,12 @@ def test_wrong_files(tmp_path):
 
 def overrides(world, data=True):
     """Point an experiment at the generated world and at a CPU, and let every part start fresh."""
-    given = [f"data_root={world}", f"tokenizer={world}/tokenizer", "model.init_args.init=null", "trainer.accelerator=cpu"]
+    given = [
+        f"data_root={world}",
+        f"tokenizer={world}/tokenizer",
+        "model.init_args.init=null",
+        "trainer.accelerator=cpu",
+    ]
     given += ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", "trainer.precision=32-true"]
     given += ["trainer.enable_progress_bar=false", "threads=1"]
     return given + ([f"data.init_args.held_out={world}/instructions/held_out.jsonl"] if data else [])
@@ -153,7 +160,11 @@ def test_runs_reaches_the_handoffs_of_earlier_stages(tmp_path):
 
 def test_data_root_reaches_tokenizers_and_files(toy_world):
     config = compose(TOY, "stage3", [f"data_root={toy_world}"])
-    assert config["model"]["init_args"]["tokenizer"] == config["data"]["init_args"]["tokenizer"] == f"{toy_world}/tokenizer"
+    assert (
+        config["model"]["init_args"]["tokenizer"]
+        == config["data"]["init_args"]["tokenizer"]
+        == f"{toy_world}/tokenizer"
+    )
     for source in [*config["data"]["init_args"]["sources"], config["data"]["init_args"]["held_out"]]:
         assert source.startswith(f"{toy_world}/")
 

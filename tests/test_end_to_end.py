@@ -74,13 +74,17 @@ def test_stage_leaves_what_it_trained(finished, stage):
     assert len(manifest["config_hash"]) == len(manifest["data_fingerprint"]) == 16
     for part in set(manifest["parts"]) - {"lora"}:
         tensors = load_file(folder / "handoff" / f"{part}.safetensors")
-        assert {name: list(t.shape) for name, t in tensors.items()} == {n: s for n, (_, s) in manifest["parts"][part].items()}
+        assert {name: list(t.shape) for name, t in tensors.items()} == {
+            n: s for n, (_, s) in manifest["parts"][part].items()
+        }
     assert manifest["metrics"].keys() >= {"val/ego_choice", "val/ego_loss", "val/ego_caption"}
 
 
 def test_stages_start_from_each_other(finished):
     """Frozen parts are not written again; what trains starts from the stage before, so small steps keep it close."""
-    before, after = (load_file(finished / "toy" / s / "handoff" / "exo_encoder.safetensors") for s in ("stage0", "stage1"))
+    before, after = (
+        load_file(finished / "toy" / s / "handoff" / "exo_encoder.safetensors") for s in ("stage0", "stage1")
+    )
     learner = load_file(finished / "toy" / "stage2" / "handoff" / "ego_encoder.safetensors")
     for name, start in before.items():
         assert 0 < (after[name] - start).abs().max() < 5e-3  # Adam moves at most about the rate, 5e-4, a step
@@ -247,7 +251,9 @@ def test_a_killed_stage_goes_on_where_it_stopped(runs, toy_world, tmp_path, caps
     folder = runs / "toy" / "stage3"
 
     environment = os.environ | {"PYTHONPATH": str(tiny.EXPERIMENTS.parent)}
-    process = subprocess.Popen([sys.executable, "-m", "lightning_modules", *words], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_modules", *words], env=environment, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 120
     while not list(folder.glob("checkpoints/*.ckpt")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -264,7 +270,9 @@ def test_a_killed_stage_goes_on_where_it_stopped(runs, toy_world, tmp_path, caps
     assert f"stage3 of toy goes on from {folder}/checkpoints/" in capsys.readouterr().out
     assert main(arguments("stage3", toy_world, straight, *LONG, *shared)) == 0
     assert equal(weights(folder), weights(straight / "toy" / "stage3"))
-    assert (folder / "predictions.jsonl").read_bytes() == (straight / "toy" / "stage3" / "predictions.jsonl").read_bytes()
+    assert (folder / "predictions.jsonl").read_bytes() == (
+        straight / "toy" / "stage3" / "predictions.jsonl"
+    ).read_bytes()
 
 
 def test_an_early_stop_is_no_finished_stage(runs, toy_world, monkeypatch, capsys):
@@ -306,7 +314,10 @@ def test_ablations_train_from_the_stages_of_toy(finished, toy_world, tmp_path, n
     few = ["data.init_args.held_out=null", "trainer.max_steps=1", *shared]
     removed = {"ego_only": {"ego_to_exo", "exo_to_ego"}, "without_lora": {"lora"}}.get(name, ())
     for stage in ("stage2", "stage3"):
-        assert main(arguments(stage, toy_world, tmp_path, *few, experiment=str(tiny.EXPERIMENTS / "ablations" / name))) == 0
+        assert (
+            main(arguments(stage, toy_world, tmp_path, *few, experiment=str(tiny.EXPERIMENTS / "ablations" / name)))
+            == 0
+        )
         manifest = check_handoff(tmp_path / "ablations" / name / stage / "handoff")
         assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - set(removed)
     assert manifest["started_from"]["projector"] == digest(tmp_path / "ablations" / name / "stage2")

@@ -102,7 +102,9 @@ def test_missing_part_lists_those_there(model, tmp_path):
 def test_other_format_is_refused(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
-    with pytest.raises(HandoffError, match=r"manifest.json: field format is 2, this version reads 1: run `make stage1 FORCE=1`"):
+    with pytest.raises(
+        HandoffError, match=r"manifest.json: field format is 2, this version reads 1: run `make stage1 FORCE=1`"
+    ):
         check_handoff(folder)
 
 
@@ -140,7 +142,9 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_loaded(folder):
 
 
 def test_another_model_size_names_a_few_tensors_only(folder):
-    with pytest.raises(HandoffError, match=r"mis-shaped \((?:[\w.]+ is \[[\d, ]+\], expected \[[\d, ]+\](?:, )?){3}, \.\.\.\)"):
+    with pytest.raises(
+        HandoffError, match=r"mis-shaped \((?:[\w.]+ is \[[\d, ]+\], expected \[[\d, ]+\](?:, )?){3}, \.\.\.\)"
+    ):
         load_part(build(width=64).part("exo_encoder"), folder, None, "exo_encoder")
 
 

@@ -62,7 +62,10 @@ def test_chance_is_the_most_frequent_answer():
     questions = [
         *(Question(0, "qa_hand", "?", answer) for answer in ("left", "Left.", "right", "left")),
         *(Question(0, "qa_verb", "?", answer) for answer in ("taps", "lifts")),
-        *(Question(0, "caption", "?", answer, parts={"verb": verb}) for answer, verb in (("a", "x"), ("b", "x"), ("c", "y"))),
+        *(
+            Question(0, "caption", "?", answer, parts={"verb": verb})
+            for answer, verb in (("a", "x"), ("b", "x"), ("c", "y"))
+        ),
         CHOICE,
         Question(0, "choice", "?", "a", options=("a", "b")),
     ]
@@ -109,7 +112,9 @@ def test_means_over_ranks_weigh_clips_not_ranks():
 def test_report_table(tmp_path):
     chance = {"caption": 0.1, "choice": 0.25, "qa": 0.5, "qa_hand": 0.5}
     write_metrics(_stage(tmp_path, 1), "stage1", 40, {"exo_caption": 0.5, "exo_choice": 1.0, "ego_choice": 0.3}, chance)
-    write_metrics(_stage(tmp_path, 3), "stage3", 40, {"ego_choice": 0.875, "ego_qa_hand": 2 / 3, "ego_loss": 1.0}, chance)
+    write_metrics(
+        _stage(tmp_path, 3), "stage3", 40, {"ego_choice": 0.875, "ego_qa_hand": 2 / 3, "ego_loss": 1.0}, chance
+    )
     table = write_report(tmp_path)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert cells[0] == ["view", "held-out, 40 clips", "chance", "stage1", "stage3"]
