@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def _layers(folder: Path, stage: str) -> list[Path]:
         raise ConfigError(f"no experiment {folder}: no such file {head}; there are: {', '.join(known) or 'none'}")
     files: list[Path] = []
     for name in _load(head).get("extends", []):
-        base = folder / name
+        base = Path(os.path.normpath(folder / name))
         files += _layers(base, stage) if base.is_dir() else [base]
     own = folder / f"{stage}.yaml"
     return [*files, head, *([own] if own.is_file() else [])]

@@ -56,10 +56,10 @@ class Settings:
 
     preset: str = "easy"
     seed: int = 0
-    train_takes: int = 190
+    train_takes: int = 160
     val_takes: int = 50
-    initialisation_takes: int = 700
-    practice_takes: int = 200
+    initialisation_takes: int = 600
+    practice_takes: int = 160
     size: int = 64
     frame_counter: bool = False
 
