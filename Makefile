@@ -12,8 +12,8 @@ OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
 # Experiments on the generated world make it first.
 WORLD := $(if $(filter toy% ablations%,$(EXPERIMENT)),data/toy/world.json)
 
-# Spinning threads cost several times their work when cores are shared.
-export OMP_WAIT_POLICY ?= PASSIVE
+# Threads that spin for long steal time from the decoding process, those that never spin are slow: spin briefly.
+export GOMP_SPINCOUNT ?= 10000
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
