@@ -332,3 +332,13 @@ def test_other_networks_train_from_the_beginning(toy_world, tmp_path, name):
     for stage in STAGES:
         assert main(["fit", str(tiny.EXPERIMENTS / name), stage, *few]) == 0
         assert set(check_handoff(tmp_path / name / stage / "handoff")["parts"]) == set(tiny.STAGES[stage].trains)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["toy", "toy_coarse", "toy_qwen3"])
+def test_every_backbone_runs_at_its_own_size(experiment, toy_world, tmp_path):
+    small = ["trainer.max_steps=2", "trainer.val_check_interval=2", "data.init_args.global_batch_size=4"]
+    for stage in STAGES:
+        folder = str(tiny.EXPERIMENTS / experiment)
+        assert main(["fit", folder, stage, *small, f"data_root={toy_world}", f"runs={tmp_path}"]) == 0
+    assert (tmp_path / experiment / "results.md").read_text().count("stage") == len(STAGES)
