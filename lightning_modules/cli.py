@@ -34,8 +34,8 @@ from lightning_modules.handoff import StageHandoff, check_handoff
 from lightning_modules.held_out import chance_levels
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.monitor import SamplePanel, TrainingMonitor
-from lightning_modules.report import write_metrics, write_report
-from lightning_modules.stage import Stage, write_predictions
+from lightning_modules.report import write_metrics, write_predictions, write_report
+from lightning_modules.stage import Stage
 
 
 class Interrupted(RuntimeError):

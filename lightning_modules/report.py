@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning_modules.config import STAGES
+from lightning_modules.held_out import Outcome
 
 SCORES = {
     "caption": "caption, exact match",
@@ -24,6 +26,11 @@ def write_metrics(folder: Path, stage: str, clips: int, metrics: dict[str, float
     """Write ``metrics.json`` of one stage."""
     content = {"stage": stage, "clips": clips, "metrics": metrics, "chance": chance}
     (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_predictions(file: Path, outcomes: Iterable[Outcome]) -> None:
+    """Write every answer as a line of JSON."""
+    file.write_text("".join(json.dumps(outcome.record()) + "\n" for outcome in outcomes), encoding="utf-8")
 
 
 def write_report(runs: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -354,8 +353,3 @@ class Stage(L.LightningModule, ABC):
 def _source(source: str) -> tuple[Path, str | None]:
     folder, _, part = source.partition(":")
     return Path(folder), part or None
-
-
-def write_predictions(file: Path, outcomes: list[Outcome]) -> None:
-    """Every answer as a line of JSON."""
-    file.write_text("".join(json.dumps(outcome.record()) + "\n" for outcome in outcomes), encoding="utf-8")
