@@ -18,7 +18,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data stage0 stage1 stage2 stage3 evaluate tensorboard test test-all lint format bench clean
+.PHONY: help setup data stage0 stage1 stage2 stage3 plan evaluate tensorboard test test-all lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,8 @@ data/toy/world.json: | $(VENV)/installed
 stage0: $(VENV)/installed $(WORLD) ## initialisation: encoder, projector and language model learn to work together
 	$(FIT) stage0 $(OPTIONS)
 
-stage1: $(VENV)/installed $(WORLD) ## Demonstrator Self-Preparation, after stage0 if that is missing
-	@test -f $(RUNS)/$(EXPERIMENT)/stage0/handoff/manifest.json || $(FIT) stage0 runs=$(RUNS)
+stage1: $(VENV)/installed $(WORLD) ## Demonstrator Self-Preparation; in the generated world after stage0 if that is missing
+	@$(if $(WORLD),test -f $(RUNS)/$(EXPERIMENT)/stage0/handoff/manifest.json || $(FIT) stage0 runs=$(RUNS))
 	$(FIT) stage1 $(OPTIONS)
 
 stage2: $(VENV)/installed $(WORLD) ## Demonstrator-Learner Guidance, needs stage1
@@ -49,6 +49,9 @@ stage2: $(VENV)/installed $(WORLD) ## Demonstrator-Learner Guidance, needs stage
 
 stage3: $(VENV)/installed $(WORLD) ## Learner Self-Practice, needs stage2
 	$(FIT) stage3 $(OPTIONS)
+
+plan: $(VENV)/installed ## what EXPERIMENT costs: parameters, memory, operations, hours; allocates nothing
+	@$(PYTHON) -m lightning_modules plan experiments/$(EXPERIMENT) $(ARGS)
 
 evaluate: $(VENV)/installed ## answer the held-out questions again with every finished stage, and print the table
 	@for stage in stage0 stage1 stage2 stage3; do \
@@ -74,7 +77,7 @@ format: $(VENV)/installed ## let ruff rewrite
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/installed data/toy/world.json ## measure clip reading and training steps
+bench: $(VENV)/installed data/toy/world.json ## measure memory of the loss, clip reading and training steps
 	$(PYTHON) tests/bench.py
 
 clean: ## remove runs and the generated data; .venv stays

@@ -1,12 +1,16 @@
-"""Conversations to token ids and label masks, through the chat template of whatever tokenizer is given."""
+"""Conversations to token ids and label masks, in the prompt style that the language model knows."""
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, TextBatch
@@ -14,6 +18,69 @@ from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, TextBatch
 VIDEO_TAG = "<video>"
 Turn = tuple[str, str]
 """A question and its answer."""
+
+
+def _template(question: str, answer: str) -> str:
+    """A chat template from the Jinja expressions of one question and one answer, both called ``text``."""
+    return (
+        "{{ bos_token }}{% for message in messages %}{% set text = message.content %}"
+        "{% if message.role == 'user' %}{{ " + question + " }}"
+        "{% elif message.role == 'assistant' %}{{ " + answer + " }}{% endif %}{% endfor %}"
+    )
+
+
+_PLAIN = _template(r"text + ('' if text[-1] == '\n' else ' ')", "text + eos_token")
+_TEMPLATES = {
+    "chat": None,
+    "mistral": _template("'[INST] ' + text + ' [/INST]'", "text + eos_token"),
+    "mistral_sys": _template(
+        r"'[INST] ' + ('<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' if loop.index == 2 else '')"
+        " + text + ' [/INST]'",
+        "' ' + text + ' ' + eos_token",
+    ),
+    "plain": _PLAIN,
+}
+_HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
+_ANSWER = "\ue000{}\ue001"  # put into a template for each answer; private characters, refused in texts
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    r"""How questions and answers are written for the language model.
+
+    Attributes:
+        style: ``chat``: the tokenizer's own chat template.
+            ``mistral``: ``<s>[INST] <video>\n{q} [/INST]{a}</s>``, then ``[INST] {q} [/INST]{a}</s>`` for each turn.
+            ``mistral_sys``: ``<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n<video>\n{q} [/INST] {a} </s>``, then
+            ``[INST] {q} [/INST] {a} </s>``; the form of VideoLLaMA2's first release, for comparing with its numbers.
+            ``plain``: ``<s><video>\n{q} {a}</s>``, then ``{q} {a}</s>``; without a question ``<s><video>\n{a}</s>``.
+            ``<s>`` and ``</s>`` stand for the tokenizer's begin and end tokens; without a begin token there is none.
+        system: text of the system message; ``mistral_sys`` needs one, ``mistral`` and ``plain`` have no place for it.
+    """
+
+    style: Literal["chat", "mistral", "mistral_sys", "plain"] = "chat"
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a system text without a place, and a place without a system text."""
+        if self.style == "mistral_sys" and not (self.system or "").strip():
+            raise ValueError(
+                f"data.prompt.system: got {self.system!r}, but style mistral_sys needs a system text and none comes "
+                "with this repository: set data.init_args.prompt.system to the one the model was trained with"
+            )
+        if self.style in ("mistral", "plain") and self.system is not None:
+            raise ValueError(
+                f"data.prompt.system: style {self.style} has no place for a system text: remove it, or set "
+                "data.init_args.prompt.style to chat or mistral_sys"
+            )
+
+
+CHAT = PromptConfig()
+"""The tokenizer's own chat template without a system text."""
+
+
+class TextTooLong(ValueError):
+    """Nothing can be learned from a row: no answer token is left within the limit, or an answer is empty."""
 
 
 @dataclass(frozen=True)
@@ -29,18 +96,51 @@ class EncodedText:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a name means a repository of the Hugging Face hub: it reads ``owner/name``, and no such folder exists.
+
+    Every other name means a local folder, for which nothing touches the network.
+    """
+    return re.fullmatch(_HUB_NAME, name, re.ASCII) is not None and not Path(name).is_dir()
+
+
+def download_command(path: Path) -> str | None:
+    """The command that fetches a repository of the Hugging Face hub to the folder ``.../<owner>/<name>``.
+
+    Returns:
+        None if the folder's last two components do not look like a repository's. They do below a folder ``weights``;
+        elsewhere the name needs a capital, a hyphen or a dot, which folders of this project's own making lack.
+    """
+    repository = "/".join(path.parts[-2:])
+    released = path.parts[-3:-2] == ("weights",) or re.search("[A-Z.-]", path.name)
+    if not (released and re.fullmatch(_HUB_NAME, repository, re.ASCII)):
+        return None
+    return f".venv/bin/hf download {repository} --local-dir {shlex.quote(str(path))}"
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A Hugging Face tokenizer by folder or hub name.
+    """A Hugging Face tokenizer by local folder or hub name, see ``is_hub_name``.
 
     Raises:
-        ValueError: the folder holds none, or it has no end token.
+        ValueError: there is no such folder, it holds no tokenizer that can be read, the hub cannot be reached or has
+            none of that name, or the tokenizer has no end token.
     """
-    if name.startswith((".", "/")) or "/" not in name or Path(name).exists():
-        if not (Path(name) / "tokenizer_config.json").is_file():
-            raise ValueError(
-                f"tokenizer: {name} holds no tokenizer_config.json: run `make data`, or name another folder"
-            )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    from_hub, folder = is_hub_name(name), Path(name)
+    if not from_hub and not (folder / "tokenizer_config.json").is_file():
+        problem = f"{name} holds no tokenizer_config.json" if folder.is_dir() else f"no folder {name}"
+        raise ValueError(
+            f"tokenizer: {problem}: run `{download_command(folder) or 'make data'}`, or name another folder"
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=not from_hub)
+    except Exception as error:  # the libraries below raise of many kinds, some with pages of text
+        reason = " ".join(str(error).split())[:200]
+        if not from_hub:
+            raise ValueError(f"tokenizer: {name} cannot be read ({reason}): mend it, or name another folder") from error
+        raise ValueError(
+            f"tokenizer: {name} is no folder and cannot be fetched from the hub ({reason}): mend the name, or run "
+            f"`{download_command(Path('weights') / name)}` where there is a network and give weights/{name} instead"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer: {name} has no end token (eos_token), so answers could never end")
     return tokenizer
@@ -49,59 +149,71 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 class TextEncoder:
     """Turns questions and answers about a clip into rows of tokens.
 
-    The clip's tag stands at the front of the first question, as in VideoLLaMA2. Text is tokenised piece by piece at
-    the borders of tag and answers, in training and evaluation alike, so that both see the same tokens. Labels cover
-    the answers and the end token after each.
+    The clip's tag stands at the front of the first question, as in VideoLLaMA2. A conversation is rendered by a chat
+    template in which a mark stands for each answer, so templates may treat a turn by its place among the others; what
+    is in front of the mark is what generation starts from. Text is tokenised piece by piece at the borders of tag and
+    answers, in training and evaluation alike, so that both see the same tokens.
+
+    Labels cover each answer up to and with the end token after it. They begin at the spaces (not line breaks) that the
+    template puts right before the answer, since a space belongs to the token of the word behind it; a SentencePiece
+    tokenizer writes one itself in front of every piece, so there the template's is left out. White space around texts
+    is dropped; else they are taken as given.
 
     Args:
-        tokenizer: folder or hub name of a Hugging Face tokenizer with a chat template.
-        max_text_tokens: rows are cut to this many tokens, the clip counted as one.
+        tokenizer: folder or hub name of a Hugging Face tokenizer.
+        max_text_tokens: rows are cut at the end to this many tokens of text; the clip's tokens do not count and are
+            never cut. Prompts are not cut.
+        prompt: how questions and answers are written.
+
+    Raises:
+        ValueError: the tokenizer is missing or has no chat template that can be used; the message says why.
     """
 
-    def __init__(self, tokenizer: str, max_text_tokens: int) -> None:
-        self.tokenizer = load_tokenizer(tokenizer)
+    def __init__(self, tokenizer: str, max_text_tokens: int, prompt: PromptConfig = CHAT) -> None:
+        if max_text_tokens < 1:
+            raise ValueError(f"data.max_text_tokens: got {max_text_tokens}, allowed: 1 or more")
+        self.name, self.tokenizer = tokenizer, load_tokenizer(tokenizer)
         self.max_text_tokens = max_text_tokens
-        if self.tokenizer.chat_template is None:
+        if prompt.style == "chat" and self.tokenizer.chat_template is None:
             raise ValueError(
-                f"tokenizer: {tokenizer} has no chat template: put one in chat_template.jinja or tokenizer_config.json"
+                f"tokenizer: {tokenizer} has no chat template: put one in chat_template.jinja or "
+                "tokenizer_config.json, or set data.init_args.prompt.style"
             )
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        special = sorted({*self.tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._end = re.compile(rf"\s*({'|'.join(map(re.escape, special))})")
+        self._reserved = re.compile("|".join(map(re.escape, [VIDEO_TAG, *_ANSWER.split("{}"), *special])))
+        self._prefixes_space = "".join(self.tokenizer.tokenize("a")).startswith("▁")  # as SentencePiece does
+        self._template = _TEMPLATES[prompt.style]
+        self._system = None if prompt.system is None else self._accept(prompt.system)
+        self._frames(["?"], self._template, self._system)  # so that an unfit template stops a run at its start
 
     def conversation(self, turns: Sequence[Turn]) -> EncodedText:
         """Rows for instruction tuning: several questions and answers about one clip.
 
         Raises:
-            ValueError: no answer token is left within ``max_text_tokens``, or the chat template rewrites earlier turns.
+            TextTooLong: no answer token is left within ``max_text_tokens``, or an answer is empty.
+            ValueError: a text holds the clip's tag or a special token, or the chat template does not fit.
         """
-        ids, labels, shown = [], [], ""
-        messages: list[dict[str, str]] = []
-        for question, answer in turns:
-            messages.append({"role": "user", "content": question if messages else f"{VIDEO_TAG}\n{question}"})
-            asked = self._render(messages, add_generation_prompt=True)
-            messages.append({"role": "assistant", "content": answer})
-            answered = self._render(messages, add_generation_prompt=False)
-            if not (asked.startswith(shown) and answered.startswith(asked)):
-                raise ValueError(
-                    f"tokenizer: its chat template rewrites what comes before or in turn {len(messages) // 2}, so its "
-                    "answers cannot be located: mend chat_template, or use conversations of one turn"
-                )
-            question_ids = self._tokenise(asked[len(shown) :])
-            answer_ids = self._tokenise(answered[len(asked) :])
-            ids += question_ids + answer_ids
-            labels += [IGNORE_INDEX] * len(question_ids) + answer_ids
-            shown = answered
-        return self._cut(ids, labels)
+        return self._row(turns, self._template, self._system)
 
     def plain(self, caption: str) -> EncodedText:
-        """A clip and its caption without any instruction; the caption and the end token are supervised."""
-        bos = self.tokenizer.bos_token or ""
-        before = self._tokenise(f"{bos}{VIDEO_TAG}\n")
-        answer = [*self._tokenise(caption), int(self.tokenizer.eos_token_id)]
-        return self._cut(before + answer, [IGNORE_INDEX] * len(before) + answer)
+        """A clip and its caption without any instruction, in style ``plain`` whatever the style of questions.
+
+        Raises:
+            TextTooLong: the caption is empty.
+            ValueError: it holds the clip's tag or a special token.
+        """
+        return self._row([("", caption)], _PLAIN, None)
 
     def prompt(self, question: str) -> EncodedText:
-        """What generation starts from; nothing is supervised."""
-        messages = [{"role": "user", "content": f"{VIDEO_TAG}\n{question}"}]
-        ids = self._tokenise(self._render(messages, add_generation_prompt=True))
+        """What generation starts from: a conversation of that one question up to its answer; nothing is supervised.
+
+        Raises:
+            ValueError: the question holds the clip's tag or a special token.
+        """
+        ((before, _, _),) = self._frames([question], self._template, self._system)
+        ids = self._tokenise(before)
         return EncodedText(ids, [IGNORE_INDEX] * len(ids))
 
     @staticmethod
@@ -118,22 +230,89 @@ class TextEncoder:
             labels[index, :count] = torch.tensor(row.labels)
         return TextBatch(ids, mask, labels)
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-        return str(text)
+    def _row(self, turns: Sequence[Turn], template: str | None, system: str | None) -> EncodedText:
+        ids: list[int] = []
+        labels: list[int] = []
+        frames = self._frames([question for question, _ in turns], template, system)
+        for number, ((before, space, end), (_, given)) in enumerate(zip(frames, turns, strict=True), start=1):
+            answer = self._accept(given)
+            if not answer:
+                raise TextTooLong(f"the answer of turn {number} is empty, so there is nothing to learn: give one")
+            unsupervised = self._tokenise(before)
+            supervised = self._tokenise(space + answer + end)
+            ids += unsupervised + supervised
+            labels += [IGNORE_INDEX] * len(unsupervised) + supervised
+        first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
+        if first > self.max_text_tokens:  # of the tokens before it, one is the clip's
+            raise TextTooLong(
+                f"the first answer begins after {first - 1} of {len(ids) - 1} text tokens, beyond max_text_tokens="
+                f"{self.max_text_tokens}: raise data.init_args.max_text_tokens, or shorten the question"
+            )
+        length = self.max_text_tokens + 1
+        assert VIDEO_TOKEN_ID in ids[:first], "the clip stands in front of the first answer"
+        return EncodedText(ids[:length], labels[:length])
+
+    def _frames(self, questions: Sequence[str], template: str | None, system: str | None) -> list[tuple[str, str, str]]:
+        """For each answer: the text before it, the spaces right before it, and the end token after it.
+
+        The first text before an answer holds the clip's tag.
+        """
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for index, question in enumerate(questions):
+            text = self._accept(question)
+            messages.append({"role": "user", "content": text if index else f"{VIDEO_TAG}\n{text}"})
+            messages.append({"role": "assistant", "content": _ANSWER.format(index)})
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=template,
+                tokenize=False,
+                date_string="26 Jul 2024",  # Llama 3's default: with today's, training and evaluation would differ
+            )
+        except TemplateError as error:
+            advice = "" if system is None else " or remove data.init_args.prompt.system"
+            raise self._unfit(f"refuses a conversation ({' '.join(str(error).split())})", advice) from error
+        before, *rest = re.split(_ANSWER.format(r"(\d+)"), str(rendered))
+        if rest[::2] != [str(index) for index in range(len(questions))]:
+            raise self._unfit("leaves out, repeats or reorders answers")
+        if before.count(VIDEO_TAG) != 1 or any(VIDEO_TAG in text for text in rest):
+            raise self._unfit(f"does not show the first question once, in front of its answer, with its {VIDEO_TAG}")
+        if system is not None and system not in before:
+            raise self._unfit("leaves out the system text", " or remove data.init_args.prompt.system")
+        frames = []
+        for after in rest[1::2]:
+            end, eos = self._end.match(after), self.tokenizer.eos_token
+            if end is None:
+                raise self._unfit(f"puts no end token after an answer, such as {eos}, so answers could never end")
+            if end[1] != eos:
+                raise self._unfit(
+                    f"ends answers with {end[1]}, but generation stops at eos_token {eos}",
+                    f" or set eos_token to {end[1]} in tokenizer_config.json",
+                )
+            asked = before.rstrip(" ")
+            space = before[len(asked) :]
+            frames.append((asked, space[1:] if self._prefixes_space else space, end[0]))
+            before = after[end.end() :]
+        return frames
+
+    def _unfit(self, problem: str, advice: str = "") -> ValueError:
+        return ValueError(
+            f"tokenizer: the chat template of {self.name} {problem}: mend chat_template{advice}, or set "
+            "data.init_args.prompt.style to mistral or plain"
+        )
+
+    def _accept(self, text: str) -> str:
+        if reserved := self._reserved.search(text):
+            raise ValueError(
+                f"text holds {reserved[0]!r}, which stands for the clip or is a special token of {self.name}: "
+                f"remove or respell it in {text[:80]!r}"
+            )
+        return text.strip()
 
     def _tokenise(self, text: str) -> list[int]:
         before, tag, after = text.partition(VIDEO_TAG)
-        ids = self.tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
-        if tag:
-            ids = [*ids, VIDEO_TOKEN_ID, *(self._tokenise(after) if after else [])]
-        return list(ids)
+        ids = self._ids(before)
+        return [*ids, VIDEO_TOKEN_ID, *self._ids(after)] if tag else ids
 
-    def _cut(self, ids: list[int], labels: list[int]) -> EncodedText:
-        row = EncodedText(ids[: self.max_text_tokens], labels[: self.max_text_tokens])
-        if not row.label_tokens:
-            raise ValueError(
-                f"no answer token within max_text_tokens={self.max_text_tokens} of {len(ids)} tokens: "
-                "raise data.init_args.max_text_tokens or shorten the question"
-            )
-        return row
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from lightning_modules.handoff import StageHandoff, check_handoff
 from lightning_modules.held_out import chance_levels
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.monitor import SamplePanel, TrainingMonitor
+from lightning_modules.plan import PlanConfig, plan_stage, plan_table
 from lightning_modules.report import write_metrics, write_predictions, write_report
 from lightning_modules.stage import Stage
 
@@ -56,6 +58,8 @@ class ExperimentCLI(LightningCLI):
         parser.add_argument("--runs", type=str, default="runs")
         parser.add_argument("--run_dir", type=str, required=True)
         parser.add_argument("--handoffs", type=dict[str, str])
+        parser.add_argument("--weights", type=str)
+        parser.add_argument("--start", type=dict[str, str | list[str] | None])
         parser.add_argument("--data_root", type=str)
         parser.add_argument("--tokenizer", type=str, required=True)
         parser.add_argument("--threads", type=int | None, default=None)
@@ -64,6 +68,7 @@ class ExperimentCLI(LightningCLI):
         parser.add_argument("--clips", type=ClipConfig)
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(SamplePanel, "panel")
+        parser.add_argument("--plan", type=PlanConfig, default=PlanConfig())
 
 
 @dataclass(frozen=True)
@@ -93,11 +98,10 @@ def build(config: dict[str, Any]) -> Run:
         ConfigError: a key is unknown, or a value has the wrong type.
         ValueError: a value is impossible, or something the stage starts from is missing.
     """
-    missing = [key for key in ("experiment", "stage", "run_dir", "model", "data") if not config.get(key)]
-    if missing:
-        raise ConfigError(f"configuration: {', '.join(missing)} missing: give an experiment folder and a stage")
-    run_dir = Path(str(config["run_dir"]))
-    callbacks: list[L.Callback] = [StageHandoff(str(run_dir / "handoff"), str(config["stage"]), config_hash(config))]
+    run_dir = Path(str(config.get("run_dir")))
+    callbacks: list[L.Callback] = [
+        StageHandoff(str(run_dir / "handoff"), str(config.get("stage")), config_hash(config))
+    ]
     if (config.get("trainer") or {}).get("enable_progress_bar") is not False:
         callbacks.append(TQDMProgressBar(refresh_rate=5))
     every = config.get("checkpoint_every_n_steps", 100)
@@ -106,10 +110,47 @@ def build(config: dict[str, Any]) -> Run:
             run_dir / "checkpoints", filename="{step:07d}", every_n_train_steps=every, auto_insert_metric_name=False
         )
         callbacks.append(checkpoint)
+    cli = _checked(config, ExperimentCLI, callbacks)
+    if config.get("threads"):
+        torch.set_num_threads(config["threads"])
+    trainer, stage, datamodule = cli.trainer, cli.model, cli.datamodule
+    if stage.frozen_dtype != torch.float32 and trainer.precision != "bf16-mixed":
+        raise ConfigError(
+            f"model.init_args.frozen_dtype: {config['model']['init_args']['frozen_dtype']} needs "
+            f"trainer.precision: bf16-mixed, got {trainer.precision}"
+        )
+    stage.check(datamodule.clips, datamodule.encoder.max_text_tokens)
+    if datamodule.micro_batch_size is not None:
+        if trainer.accumulate_grad_batches != 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, but it follows from "
+                "data.init_args.micro_batch_size and the number of devices: remove one of them"
+            )
+        trainer.accumulate_grad_batches = datamodule.accumulation(trainer.world_size)
+    return Run(config, trainer, stage, datamodule)
+
+
+def stage_only(config: dict[str, Any]) -> Stage:
+    """Check a resolved configuration and make the stage alone; nothing that it names needs to be there."""
+    stage: Stage = _checked(config, _StageOnlyCLI, []).model
+    return stage
+
+
+class _StageOnlyCLI(ExperimentCLI):
+    def instantiate_classes(self) -> None:
+        config = self.config.clone()
+        config.pop("data")
+        self.model = self.parser.instantiate_classes(config).model
+
+
+def _checked(config: dict[str, Any], kind: type[ExperimentCLI], callbacks: list[L.Callback]) -> ExperimentCLI:
+    missing = [key for key in ("experiment", "stage", "run_dir", "model", "data") if not config.get(key)]
+    if missing:
+        raise ConfigError(f"configuration: {', '.join(missing)} missing: give an experiment folder and a stage")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            cli = ExperimentCLI(
+            return kind(
                 Stage,
                 ClipDataModule,
                 subclass_mode_model=True,
@@ -126,9 +167,6 @@ def build(config: dict[str, Any]) -> Run:
         raise ConfigError(explain(str(error), config)) from None
     except (MisconfigurationException, ImportError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
-    if config.get("threads"):
-        torch.set_num_threads(config["threads"])
-    return Run(config, cli.trainer, cli.model, cli.datamodule)
 
 
 def fit(config: dict[str, Any], force: bool) -> None:
@@ -160,10 +198,10 @@ def fit(config: dict[str, Any], force: bool) -> None:
 def evaluate(config: dict[str, Any]) -> None:
     """Answer the held-out questions with a finished stage."""
     folder = Path(str(config.get("run_dir", ""))) / "handoff"
-    manifest = check_handoff(folder)
-    run = build(config)
-    run.stage.init |= {part: str(folder) for part in manifest["parts"]}
-    _answer(run)
+    learned = {part: str(folder) for part in check_handoff(folder)["parts"]}
+    arguments = config["model"]["init_args"]
+    arguments = arguments | {"init": (arguments.get("init") or {}) | learned}
+    _answer(build(config | {"model": config["model"] | {"init_args": arguments}}))
 
 
 def _answer(run: Run) -> None:
@@ -177,6 +215,26 @@ def _answer(run: Run) -> None:
         held_out = run.datamodule.held_out_set()
         write_metrics(run.folder, run.name, len(held_out), metrics, chance_levels(held_out.all_questions()))
         print(write_report(run.folder.parent))
+
+
+def plan(experiment: Path, stages: Sequence[str], overrides: list[str]) -> None:
+    """Print what stages cost.
+
+    Raises:
+        ConfigError: one does not fit its devices; the message names the keys to change.
+    """
+    configs = [compose(experiment, stage, overrides) for stage in stages]
+    plans = [plan_stage(config, stage_only(config)) for config in configs]
+    assumed = [PlanConfig(**(config.get("plan") or {})) for config in configs]
+    print(plan_table(plans, assumed))
+    problems = []
+    for plan, assumption in zip(plans, assumed, strict=True):
+        try:
+            plan.require_fit(assumption.gpu_memory_gib)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
 
 
 def _same_configuration(folder: Path, config: dict[str, Any], state: str) -> None:
@@ -197,7 +255,7 @@ def _same_start(folder: Path, stage: Stage) -> None:
     changed = sorted(part for part, start in stage.started_from().items() if started_from.get(part) != start)
     if changed:
         raise ConfigError(
-            f"{folder}: was trained from another {', '.join(changed)} than {stage.init[changed[0]]} holds now: "
+            f"{folder}: was trained from another {', '.join(changed)} than {stage.sources[changed[0]].where} holds: "
             "FORCE=1 trains it anew"
         )
 
@@ -234,6 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
         "fit": "train a stage, or go on with it, then answer the held-out questions",
         "evaluate": "answer the held-out questions with a finished stage",
         "show": "print the resolved configuration and check it",
+        "plan": "print what the stages cost, without allocating anything",
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -252,18 +311,21 @@ def main(arguments: list[str] | None = None) -> int:
             print(write_report(options.runs))
             return 0
         stage = options.rest.pop(0) if options.rest and "=" not in options.rest[0] else None
-        if stage is None and options.experiment.is_dir():
-            raise ConfigError(f"{options.experiment} is a folder: name a stage after it, {', '.join(STAGES)}")
         if stage is not None and stage not in STAGES:
             raise ConfigError(f"stage: got {stage!r}, allowed: {', '.join(STAGES)}")
+        if options.command == "plan":
+            plan(options.experiment, [stage] if stage else STAGES, options.rest)
+            return 0
+        if stage is None and options.experiment.is_dir():
+            raise ConfigError(f"{options.experiment} is a folder: name a stage after it, {', '.join(STAGES)}")
         config = compose(options.experiment, stage, options.rest)
         if options.command == "fit":
             fit(config, options.force)
         elif options.command == "evaluate":
             evaluate(config)
         else:
-            build(config)
             print(yaml.safe_dump(config, sort_keys=False), end="")
+            build(config)
     except Interrupted as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1

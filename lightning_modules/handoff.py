@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lightning_modules.model.lora import from_peft_name, save_peft_adapter
+from lightning_modules.stored import StoredTensor, UnreadableWeights, open_tensors
 
 if TYPE_CHECKING:
     from lightning_modules.stage import Stage
@@ -77,56 +75,19 @@ def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
     return content
 
 
-def load_part(into: Mapping[str, Tensor], folder: Path, source: str | None, part: str) -> None:
-    """Copy a part of a hand-off into parameters; names and shapes must agree exactly, and nothing is copied otherwise.
-
-    Args:
-        into: parameters by their names inside the part.
-        folder: ``<run>/handoff``.
-        source: part to read; None reads ``part``.
-        part: name of what is loaded, for messages.
+def open_part(folder: Path, part: str) -> dict[str, StoredTensor]:
+    """Tensors of one part of a hand-off, by their names inside the part.
 
     Raises:
-        HandoffError: names what is missing, unexpected or mis-shaped, and the stage that wrote it.
+        HandoffError: the hand-off or its file is missing, incomplete or damaged.
     """
-    source = source or part
-    manifest = check_handoff(folder, source)
-    file = folder / ADAPTER / "adapter_model.safetensors" if source == "lora" else folder / f"{source}.safetensors"
+    check_handoff(folder, part)
+    file = folder / ADAPTER / "adapter_model.safetensors" if part == "lora" else folder / f"{part}.safetensors"
     try:
-        with safe_open(file, framework="pt") as tensors:
-            names = {from_peft_name(key) if source == "lora" else key: key for key in tensors.keys()}
-            shapes = {name: tuple(tensors.get_slice(key).get_shape()) for name, key in names.items()}
-            problems = _differences(into, shapes)
-            if problems:
-                raise HandoffError(
-                    f"hand-off {file}: does not fit {part} of this model: {'; '.join(problems)}. It was written by "
-                    f"{manifest['stage']}: give both the same `network`, or run `make {folder.parent.name} FORCE=1`"
-                )
-            with torch.no_grad():
-                for name, key in names.items():
-                    into[name].copy_(tensors.get_tensor(key))
-    except (OSError, SafetensorError) as error:
-        raise HandoffError(
-            f"hand-off {file}: cannot be read ({error}): run `make {folder.parent.name} FORCE=1`"
-        ) from None
-
-
-def _differences(into: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    wrong = [
-        f"{name} is {list(shape)}, expected {list(into[name].shape)}"
-        for name, shape in shapes.items()
-        if name in into and tuple(into[name].shape) != shape
-    ]
-    groups = (
-        ("missing", sorted(set(into) - set(shapes))),
-        ("unexpected", sorted(set(shapes) - set(into))),
-        ("mis-shaped", wrong),
-    )
-    return [
-        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for kind, names in groups
-        if names
-    ]
+        stored = open_tensors(file)
+    except UnreadableWeights as error:
+        raise HandoffError(f"hand-off {error}: run `make {folder.parent.name} FORCE=1`") from None
+    return {from_peft_name(name) if part == "lora" else name: tensor for name, tensor in stored.items()}
 
 
 def write_handoff(folder: Path, model: Any, parts: Iterable[str], manifest: Mapping[str, Any]) -> None:

@@ -6,20 +6,27 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from datamodules.batch import ClipBatch, QuestionBatch, TextBatch
+from datamodules.clips import ClipConfig
 from datamodules.text import load_tokenizer
-from lightning_modules.handoff import HandoffError, check_handoff, load_part
+from lightning_modules.handoff import HandoffError
 from lightning_modules.held_out import HeldOutMeans, Outcome, judge_choice, judge_text, score_names
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel, NetworkConfig
+from lightning_modules.model.language_model import transformers_config
+from lightning_modules.report import markdown_table
+from lightning_modules.sources import FoundPart, find_part
+from lightning_modules.stored import fill
 
 MAX_ANSWER_TOKENS = 32
 
@@ -55,17 +62,20 @@ class OptimConfig:
 class Stage(L.LightningModule, ABC):
     """A training stage: the shared model, what of it trains, and which losses are summed.
 
+    Making a stage reads nothing; ``check`` looks at everything it will read.
+
     Args:
         network: shapes of all parts.
         tokenizer: folder or hub name, the one the data is tokenised with.
         optim: optimiser and schedule.
-        init: where parts start: part to ``<hand-off folder>`` or ``<hand-off folder>:<part>``; parts not named, or with
-            null, start as ``network`` says. The hand-offs must exist when the stage is made, before anything is loaded.
+        init: where parts start: part to a source as ``find_part`` takes it, or to a list of sources of which the first
+            that holds the part is taken. Parts not named, or with null, start at random.
         train: parts that train instead of the stage's own ``trains``.
         seed: of weights that are drawn and of dropout.
+        frozen_dtype: type of the parts that do not train. The trained ones are float32.
+        activation_checkpointing: compute activations inside the blocks of every part twice rather than hold them.
 
     Raises:
-        HandoffError: a hand-off is missing; the message names the command that writes it.
         ValueError: ``init`` or ``train`` names a part the stage has not.
     """
 
@@ -81,22 +91,26 @@ class Stage(L.LightningModule, ABC):
         network: NetworkConfig,
         tokenizer: str,
         optim: OptimConfig,
-        init: dict[str, str | None] | None = None,
+        init: dict[str, str | list[str] | None] | None = None,
         train: list[str] | None = None,
         seed: int = 0,
+        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.network, self.optim, self.seed = network, optim, seed
-        self.init = {part: source for part, source in (init or {}).items() if source is not None}
+        self.tokenizer_name, self.activation_checkpointing = tokenizer, activation_checkpointing
+        self.frozen_dtype: torch.dtype = getattr(torch, frozen_dtype)
+        sources = {**(init or {})}
+        sources.setdefault("language_model", network.language_model.pretrained)
+        self.init = {part: [s] if isinstance(s, str) else s for part, s in sources.items() if s is not None}
         self.trained = tuple(self.trains if train is None else train)
         for key, names in (("init", self.init), ("train", self.trained)):
             if unknown := [name for name in names if name not in self.uses]:
                 raise ValueError(f"model.{key}: got {', '.join(unknown)}, allowed: {', '.join(self.uses)}")
-        for source in self.init.values():
-            check_handoff(*_source(source))
-        self.tokenizer = load_tokenizer(tokenizer)
         self.strict_loading = False  # checkpoints hold trained parts only
         self.step_log: dict[str, Tensor] = {}
+        self.num_frames = 0
 
     # ------------------------------------------------------------------------------------------------ what stages say
 
@@ -110,18 +124,102 @@ class Stage(L.LightningModule, ABC):
 
     # ---------------------------------------------------------------------------------------------------------- model
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, read on first use."""
+        return load_tokenizer(self.tokenizer_name)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the language model knows."""
+        given = self.network.language_model.overrides.get("vocab_size")
+        return len(self.tokenizer) if given is None else int(given)
+
+    def on_meta(self) -> Exo2EgoModel:
+        """The model with shapes and without memory."""
+        with torch.device("meta"):
+            return Exo2EgoModel(self.network, self.vocab_size, self.uses)
+
+    @cached_property
+    def sources(self) -> dict[str, FoundPart]:
+        """What each part of ``init`` starts from; names and shapes agree with the model, nothing is read yet.
+
+        Raises:
+            HandoffError: a hand-off is missing or does not fit; the message names the command that writes it.
+            ReleasedError: released weights are missing or do not fit; the message names the command that fetches them.
+        """
+        found = {part: find_part(sources, part, self.network) for part, sources in self.init.items()}
+        if found:
+            model = self.on_meta()
+            for part, source in found.items():
+                source.require_fit(model.part(part))
+        return found
+
+    def check(self, clips: ClipConfig, max_text_tokens: int) -> None:
+        """Look at everything that the stage will read, and at whether the data suits the model.
+
+        Args:
+            clips: of the data.
+            max_text_tokens: longest text of the data.
+
+        Raises:
+            ValueError: something is missing or does not fit; see also ``sources``.
+        """
+        model, encoder = self.network.language_model, self.network.encoder
+        if clips.image_size != encoder.image_size:
+            raise ValueError(
+                f"clips.image_size: got {clips.image_size}, but network.encoder.image_size is {encoder.image_size}: "
+                "make them agree"
+            )
+        if len(self.tokenizer) > self.vocab_size:
+            raise ValueError(
+                f"tokenizer: {self.tokenizer_name} has {len(self.tokenizer)} tokens, but "
+                f"network.language_model.overrides.vocab_size is {self.vocab_size}: make them agree"
+            )
+        settings = transformers_config(model, self.vocab_size)
+        if settings.vocab_size < len(self.tokenizer):
+            raise ValueError(
+                f"language_model: {model.pretrained} has {settings.vocab_size} tokens, the tokenizer "
+                f"{len(self.tokenizer)}; make network.language_model.pretrained and tokenizer agree"
+            )
+        visual = self.network.visual_tokens(clips.num_frames) * self.streams
+        longest = settings.max_position_embeddings
+        if visual + max_text_tokens > longest:
+            raise ValueError(
+                f"data.max_text_tokens: {max_text_tokens} of text and {visual} visual tokens exceed the "
+                f"{longest} positions of the language model: lower data.init_args.max_text_tokens to at most "
+                f"{longest - visual}"
+            )
+        self.num_frames = clips.num_frames
+        assert self.sources is not None
+
+    @property
+    def streams(self) -> int:
+        """Streams of visual tokens that the language model reads."""
+        return 2 if "ego_to_exo" in self.uses and self.network.learner_reads == "both" else 1
+
     def configure_model(self) -> None:
-        """Build the parts, load hand-offs, freeze what does not train."""
+        """Build the parts, read their weights, freeze what does not train."""
         if hasattr(self, "model"):
             return
         torch.manual_seed(self.seed)
-        self.model = Exo2EgoModel(self.network, len(self.tokenizer), self.uses)
-        for part, source in self.init.items():
-            load_part(self.model.part(part), *_source(source), part)
-        for part in self.model.parts:
-            for parameter in self.model.part(part).values():
-                parameter.requires_grad_(part in self.trained)
+        model = Exo2EgoModel(self.network, self.vocab_size, self.uses, empty=self.sources)
+        for part in model.parts:
+            trained = part in self.trained
+            model.allocate(part, torch.float32 if trained else self.frozen_dtype)
+            if part in self.sources:
+                rank_zero_only(print)(self.sources[part].line)
+                fill(model.part(part), self.sources[part].tensors)
+            for parameter in model.part(part).values():
+                parameter.requires_grad_(trained)
+        if self.activation_checkpointing:
+            model.checkpoint_activations()
+        self.attach(model)
         self.train(self.training)
+
+    def attach(self, model: Exo2EgoModel) -> None:
+        """Take a model; stages with layers of their own make them here."""
+        self.model = model
 
     def train(self, mode: bool = True) -> Stage:
         """As ``nn.Module.train``, but frozen parts stay in evaluation mode."""
@@ -235,7 +333,7 @@ class Stage(L.LightningModule, ABC):
         before, now = checkpoint["started_from"], self.started_from()
         if changed := sorted(part for part in now if before.get(part) != now[part]):
             raise HandoffError(
-                f"checkpoint: it began from another {', '.join(changed)} than {self.init[changed[0]]} holds now: "
+                f"checkpoint: it began from another {', '.join(changed)} than {self.sources[changed[0]].where} holds: "
                 "train anew with FORCE=1"
             )
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -331,8 +429,8 @@ class Stage(L.LightningModule, ABC):
     # -------------------------------------------------------------------------------------------------------- summary
 
     def started_from(self) -> dict[str, str]:
-        """Digest of the hand-off each part starts from."""
-        return {part: str(check_handoff(_source(source)[0])["digest"]) for part, source in self.init.items()}
+        """Digest of what each part starts from."""
+        return {part: source.digest for part, source in self.sources.items()}
 
     def describe(self) -> list[dict[str, Any]]:
         """A row for each part: parameters in all, and trained ones."""
@@ -345,11 +443,11 @@ class Stage(L.LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Print and keep what trains."""
-        lines = [f"{'part':<16}{'parameters':>15}{'trained':>15}"]
-        lines += [f"{r['part']:<16}{r['parameters']:>15,}{r['trained']:>15,}" for r in self.describe()]
-        rank_zero_only(print)("\n".join(lines))
-
-
-def _source(source: str) -> tuple[Path, str | None]:
-    folder, _, part = source.partition(":")
-    return Path(folder), part or None
+        rows = self.describe()
+        together = {"part": "together", **{key: sum(row[key] for row in rows) for key in ("parameters", "trained")}}
+        cells = [[row["part"], f"{row['parameters']:,}", f"{row['trained']:,}"] for row in [*rows, together]]
+        table = markdown_table([["part", "parameters", "trained"], *cells])
+        rank_zero_only(print)(table)
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("model/parts", table, self.global_step)

@@ -4,6 +4,7 @@ CPU time, not wall time, methods interleaved in random order, medians: ratios su
 """
 
 import csv
+import gc
 import random
 import statistics
 import tempfile
@@ -15,9 +16,11 @@ import av
 import numpy as np
 import torch
 
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.clip_stream import ClipReader, segment_midpoints
 from lightning_modules.cli import build
 from lightning_modules.config import STAGES, compose
+from lightning_modules.model.language_model import LanguageModel, LanguageModelConfig, Spliced
 
 
 def write_video(path: Path, size: int, seconds: int, gop: int) -> None:
@@ -104,7 +107,58 @@ def bench_steps() -> None:
             print(f"| {stage} | {seconds:.2f} | {values['samples_per_s']:.0f} | {100 * values['data_wait']:.0f} % |")
 
 
+def bench_vtg_memory() -> None:
+    """Peak memory of loss and backward with logits at supervised positions only, against logits at all positions."""
+    print("\nvideo-text generation, vocabulary 32,000, 3,000 visual and 80 text tokens, 24 of them supervised, float32")
+    print("| clips | logits where supervised | logits everywhere | ratio | largest difference of gradients |")
+    print("|---:|---:|---:|---:|---:|")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "sliding_window": None, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    model = LanguageModel(LanguageModelConfig("mistral", overrides=sizes), 32_000)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)  # frozen, as in stages 1 and 2: gradients reach the visual tokens
+
+    def supervised(spliced: Spliced) -> torch.Tensor:
+        logits, targets = model.supervised_logits(spliced)
+        return torch.nn.functional.cross_entropy(logits, targets)
+
+    def everywhere(spliced: Spliced) -> torch.Tensor:
+        mask, labels = spliced.attention_mask, spliced.labels
+        loss: torch.Tensor = model.causal_lm(inputs_embeds=spliced.embeds, attention_mask=mask, labels=labels).loss
+        return loss
+
+    for clips in (1, 2, 4):
+        ids = torch.randint(3, 32_000, (clips, 81))
+        ids[:, 1] = VIDEO_TOKEN_ID
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        labels[:, -24:] = ids[:, -24:]
+        visual = torch.randn(clips, 3000, 256)
+        peaks, gradients = [], []
+        for loss_of in (supervised, everywhere):
+            tokens = visual.clone().requires_grad_()
+            spliced = model.splice(ids, ids != 0, labels, tokens)
+            before = _reset_peak_mib()
+            loss_of(spliced).backward()
+            peaks.append(_peak_mib() - before)
+            gradients.append(tokens.grad)
+        difference = float((gradients[0] - gradients[1]).abs().max())
+        print(f"| {clips} | {peaks[0]:,.0f} MiB | {peaks[1]:,.0f} MiB | {peaks[1] / peaks[0]:.1f} | {difference:.1e} |")
+
+
+def _reset_peak_mib() -> float:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the resident set
+    return _peak_mib()
+
+
+def _peak_mib() -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    bench_vtg_memory()
     bench_reader()
     bench_steps()

@@ -61,7 +61,11 @@ WRONG = [
     ("stage0", "threads=all", r"threads: got all, allowed: int or null$"),
     ("stage0", "checkpoint_every_n_steps=often", r"checkpoint_every_n_steps: got often, allowed: int$"),
     ("stage0", "network.mapper.width=wide", r"network.mapper.width: got wide, allowed: int$"),
-    ("stage0", "network.mapper.kind=unet", r"network.mapper.kind: got unet, allowed: resnet, cyclegan, linear$"),
+    (
+        "stage0",
+        "network.mapper.kind=unet",
+        r"network.mapper.kind: got unet, allowed: resnet, cyclegan, attention",
+    ),
     ("stage0", "clips.num_frames=2.5", r"clips.num_frames: got 2.5, allowed: int$"),
     ("stage0", "clips.frame_fit=stretch", r"clips.frame_fit: got stretch, allowed: pad, crop, squash$"),
     (
@@ -152,7 +156,7 @@ def test_handoff_of_another_model_size(refused, toy_world, tmp_path):
     folder = tmp_path / "runs" / "toy" / "stage0" / "handoff"
     write_handoff(folder, Exo2EgoModel(tiny.network(), size, parts), parts, {"stage": "stage0"})
     message = refused("fit", "stage1", "network.encoder.width=64")
-    assert f"{folder}/exo_encoder.safetensors: does not fit exo_encoder of this model" in message
+    assert f"hand-off {folder}: does not fit exo_encoder of this model" in message
     assert "mis-shaped (tower.class_embedding is [32], expected [64], " in message
     assert "written by stage0: give both the same `network`, or run `make stage0 FORCE=1`" in message
     assert not (tmp_path / "runs" / "toy" / "stage1" / "handoff").exists()
@@ -208,11 +212,12 @@ def test_missing_field_is_named(refused, broken_world):
     assert refused("fit", "stage0", world=broken_world) == f"{path} line 5: field 'video' is missing"
 
 
-@pytest.mark.parametrize("file", ["takes.json", "annotations/atomic_descriptions_train.json"])
-def test_malformed_release_is_named(refused, broken_world, file):
-    path = broken_world / file
+@pytest.mark.parametrize("file", ["index.json", "groups.jsonl", "clips.jsonl"])
+def test_a_damaged_index_is_named(refused, broken_world, file):
+    path = broken_world / "ego_exo_clip" / file
     path.write_text(path.read_text()[:-20])
-    assert re.search(rf"{path}.*JSON", refused("fit", "stage1", "model.init_args.init=null", world=broken_world))
+    message = refused("fit", "stage1", "model.init_args.init=null", world=broken_world)
+    assert re.search(rf"{path}\b.*(make data|mend the line)", message)
 
 
 def test_too_few_samples_for_a_batch(refused):

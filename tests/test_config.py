@@ -1,5 +1,6 @@
 """Experiments as YAML: layers, interpolation, and that every one of them binds to the code."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,8 @@ def overrides(world, data=True):
         "trainer.accelerator=cpu",
     ]
     given += ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", "trainer.precision=32-true"]
-    given += ["trainer.enable_progress_bar=false", "threads=1"]
+    given += ["trainer.enable_progress_bar=false", "threads=1", "model.init_args.frozen_dtype=float32"]
+    given += [f"data.init_args.root={world}"]
     return given + ([f"data.init_args.held_out={world}/instructions/held_out.jsonl"] if data else [])
 
 
@@ -125,9 +127,13 @@ def test_every_experiment_binds_to_its_classes(toy_world, tmp_path, experiment, 
     assert type(run.stage) is tiny.STAGES[stage]
     assert run.folder == tmp_path / experiment / stage
     assert not list(tmp_path.rglob("*.safetensors"))
-    for part, source in (compose(tiny.EXPERIMENTS / experiment, stage)["model"]["init_args"].get("init") or {}).items():
+    for part, sources in (
+        compose(tiny.EXPERIMENTS / experiment, stage)["model"]["init_args"].get("init") or {}
+    ).items():
         assert part in run.stage.uses
-        assert source is None or source.partition(":")[0].endswith("/handoff")
+        for source in [sources] if isinstance(sources, str) else sources or []:
+            handoff = source.partition(":")[0].endswith("/handoff")
+            assert handoff or re.fullmatch(r"weights/[\w.-]+/[\w.-]+|open_clip:[\w-]+/\w+", source)
 
 
 def test_a_shared_key_reaches_everything_that_depends_on_it(toy_world, tmp_path):

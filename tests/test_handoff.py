@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_modules import handoff
-from lightning_modules.handoff import HandoffError, check_handoff, load_part, write_handoff
+from lightning_modules.handoff import HandoffError, check_handoff, write_handoff
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
+from lightning_modules.sources import find_part
+from lightning_modules.stored import fill
 
 VOCAB = 40
 
@@ -20,6 +22,13 @@ def build(seed=0, width=tiny.WIDTH, parts=PARTS):
     model = Exo2EgoModel(tiny.network(width=width), VOCAB, parts).eval()
     tiny.scatter(model, seed)
     return model
+
+
+def load_part(into, folder, source, part):
+    """As a stage does."""
+    found = find_part([f"{folder}:{source or part}"], part, tiny.network())
+    found.require_fit(into)
+    fill(into, found.tensors)
 
 
 def files(folder):
@@ -133,7 +142,7 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_loaded(folder):
     with pytest.raises(HandoffError) as caught:
         load_part(other.part("projector"), folder, None, "projector")
     message = str(caught.value)
-    assert "projector.safetensors: does not fit projector of this model" in message
+    assert "handoff: does not fit projector of this model" in message
     assert "1 missing (readout.0.weight)" in message
     assert "1 unexpected (readout.9.weight)" in message
     assert "1 mis-shaped (readout.2.bias is [5], expected [32])" in message
@@ -160,7 +169,7 @@ def test_truncated_tensors_are_refused(folder, part, keep):
 
 def test_removed_file_is_reported(folder):
     (folder / "projector.safetensors").unlink()
-    with pytest.raises(HandoffError, match=r"projector.safetensors: cannot be read .*run `make stage1 FORCE=1`"):
+    with pytest.raises(HandoffError, match=r"projector.safetensors: no such file: run `make stage1 FORCE=1`"):
         load_part(build().part("projector"), folder, None, "projector")
 
 

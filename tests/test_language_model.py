@@ -196,17 +196,22 @@ def test_generate_ignores_the_sampling_defaults_of_a_saved_model(tmp_path, model
     saved.causal_lm.generation_config.repetition_penalty = 5.0
     saved.causal_lm.save_pretrained(tmp_path)
     loaded = LanguageModel(LanguageModelConfig(pretrained=str(tmp_path)), VOCAB_SIZE).eval()
+    loaded.load_state_dict(model.state_dict())
     assert loaded.generate(*arguments) == model.generate(*arguments)
 
 
-def test_pretrained_is_loaded_and_has_to_cover_the_tokenizer(tmp_path, model):
+def test_pretrained_gives_shape_and_vocabulary(tmp_path, model):
     model.causal_lm.save_pretrained(tmp_path)
-    config = LanguageModelConfig(pretrained=str(tmp_path))
-    loaded = LanguageModel(config, VOCAB_SIZE - 1).state_dict()
-    assert loaded.keys() == model.state_dict().keys()
-    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
-    with pytest.raises(ValueError, match="has 40 tokens, the tokenizer 41"):
-        LanguageModel(config, VOCAB_SIZE + 1)
+    built = LanguageModel(LanguageModelConfig(pretrained=str(tmp_path)), vocab_size=5).state_dict()
+    assert {name: value.shape for name, value in built.items()} == {
+        name: value.shape for name, value in model.state_dict().items()
+    }
+
+
+def test_vocabulary_is_that_of_the_tokenizer_unless_given():
+    for overrides, expected in (({}, VOCAB_SIZE), ({"vocab_size": 77}, 77)):
+        config = LanguageModelConfig("llama", overrides={**TINY, **overrides})
+        assert LanguageModel(config, VOCAB_SIZE).causal_lm.config.vocab_size == expected
 
 
 @pytest.mark.parametrize(
@@ -215,7 +220,6 @@ def test_pretrained_is_loaded_and_has_to_cover_the_tokenizer(tmp_path, model):
         ({}, "exactly one of architecture and pretrained"),
         ({"architecture": "llama", "pretrained": "x"}, "exactly one of architecture and pretrained"),
         ({"pretrained": "x", "overrides": {"hidden_size": 8}}, r"overrides \(hidden_size\) go with architecture"),
-        ({"architecture": "llama", "overrides": {"vocab_size": 8}}, "vocab_size is set by the tokenizer"),
     ],
 )
 def test_config_names_what_is_wrong(settings, message):
@@ -227,3 +231,34 @@ def test_unknown_override_is_named():
     config = LanguageModelConfig("llama", overrides={**TINY, "hiden_size": 8})
     with pytest.raises(ValueError, match=r"overrides: hiden_size unknown to llama, which has .*hidden_size"):
         LanguageModel(config, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LanguageModelConfig("lama"), r"language_model.architecture: lama is no model of transformers"),
+        (LanguageModelConfig(pretrained="./nowhere"), r"language_model.pretrained: ./nowhere cannot be read"),
+    ],
+)
+def test_unknown_models_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModel(config, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("architecture", list(OVERRIDES))
+def test_supervised_logits_equal_logits_at_all_positions_in_loss_and_gradients(architecture):
+    model = build(architecture).train()
+    ids, mask, labels = as_batch(ROWS, "right")
+    visual = visual_tokens(len(ROWS)).requires_grad_()
+    logits, targets = model.supervised_logits(model.splice(ids, mask, labels, visual))
+    ours = torch.nn.functional.cross_entropy(logits, targets)
+    ours.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()} | {"visual": visual.grad.clone()}
+    model.zero_grad()
+    visual.grad = None
+    spliced = model.splice(ids, mask, labels, visual)
+    plain = model.causal_lm(inputs_embeds=spliced.embeds, attention_mask=spliced.attention_mask, labels=spliced.labels)
+    plain.loss.backward()
+    torch.testing.assert_close(ours, plain.loss, atol=1e-6, rtol=0)
+    for name, p in [*model.named_parameters(), ("visual", visual)]:
+        torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-5)

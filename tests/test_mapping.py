@@ -4,13 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from checkpointing import assert_checkpointing_changes_nothing
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "cyclegan_resnet9.safetensors"
-CLOSE = {"atol": 5e-5, "rtol": 1e-4}
+CLOSE = {"atol": 1e-5, "rtol": 0}
+KINDS = ["resnet", "cyclegan", "attention", "linear"]
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +55,41 @@ def test_cyclegan_input_gradient_equals_the_reference(golden):
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "expected"),
-    [("resnet", 256, 182_233_088), ("resnet", 512, 727_796_736), ("cyclegan", 256, 207_377_920)],
+    ("kind", "dim", "width", "expected"),
+    [
+        ("resnet", 1024, 256, 182_233_088),
+        ("resnet", 1024, 512, 727_796_736),
+        ("resnet", 1152, 256, 182_298_752),
+        ("cyclegan", 1024, 256, 207_377_920),
+        # stem and head, and 12 w^2 + 13 w in each of nine layers
+        ("attention", 1024, 256, 2 * 1024 * 256 + 256 + 1024 + 9 * (12 * 256**2 + 13 * 256)),
+        ("linear", 1024, 256, 1024**2 + 1024),
+    ],
 )
-def test_parameter_count_at_full_size(kind, width, expected):
+def test_parameter_count_at_full_size(kind, dim, width, expected):
     with torch.device("meta"):
-        mapping = FeatureMapping(1024, MapperConfig(kind=kind, width=width))
+        mapping = FeatureMapping(dim, MapperConfig(kind=kind, width=width))
     assert sum(p.numel() for p in mapping.parameters()) == expected
 
 
-@pytest.mark.parametrize("kind", ["resnet", "linear"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_on_the_meta_device(kind):
+    with torch.device("meta"):
+        mapping = FeatureMapping(1152, MapperConfig(kind=kind))
+        features = torch.empty(1, 2, 27, 27, 1152)
+    mapped = mapping(features)
+    assert mapped.is_meta and mapped.shape == features.shape
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("resnet", 3), ("cyclegan", 3), ("attention", 3), ("linear", 0)])
+def test_recomputing_the_blocks_changes_nothing(kind, blocks):
+    torch.manual_seed(0)
+    mapping = randomised(FeatureMapping(6, MapperConfig(kind=kind, width=8, num_blocks=3)))
+    assert len(mapping.blocks()) == blocks
+    assert_checkpointing_changes_nothing(mapping, torch.randn(1, 2, 9, 8, 6))
+
+
+@pytest.mark.parametrize("kind", ["resnet", "attention", "linear"])
 @pytest.mark.parametrize("norm", ["group", "instance"])
 def test_residual_mapping_starts_as_the_identity_and_can_leave_it(kind, norm):
     features = torch.randn(2, 3, 8, 8, 6)
@@ -87,21 +115,51 @@ def test_linear_is_one_matrix_at_every_position():
     torch.testing.assert_close(mapping(features), torch.einsum("bthwc,dc->bthwd", features, matrix) + bias)
 
 
-def test_frames_are_mapped_one_by_one():
+def test_attention_is_a_pre_norm_transformer_over_the_patches_of_a_frame():
     torch.manual_seed(0)
-    features = torch.randn(2, 3, 8, 8, 6)
-    mapping = randomised(FeatureMapping(6, MapperConfig(width=8, num_blocks=2)))
+    features = torch.randn(1, 1, 2, 3, 6, dtype=torch.float64)
+    mapping = randomised(FeatureMapping(6, MapperConfig(kind="attention", width=128, num_blocks=2))).double()
+    x = mapping.model.stem(features.flatten(1, 3))  # [1, patches, width]
+    for layer in mapping.model.layers:
+        normed, attention = F.layer_norm(x, (128,), layer.norm1.weight, layer.norm1.bias), layer.self_attn
+        qkv = F.linear(normed, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = qkv.reshape(1, 6, 3, 2, 64).permute(2, 0, 3, 1, 4)  # [1, heads, patches, 64] each
+        mixed = torch.softmax(q @ k.transpose(2, 3) / 8, dim=3) @ v
+        x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+        hidden = F.gelu(layer.linear1(F.layer_norm(x, (128,), layer.norm2.weight, layer.norm2.bias)))
+        x = x + layer.linear2(hidden)
+    expected = features + mapping.model.head(x).view_as(features)
+    torch.testing.assert_close(mapping(features), expected)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 3), (27, 27)])
+def test_attention_takes_any_grid_and_follows_a_permutation_of_the_patches(grid):
+    torch.manual_seed(0)
+    features = torch.randn(2, 1, *grid, 6, dtype=torch.float64)
+    mapping = randomised(FeatureMapping(6, MapperConfig(kind="attention", width=8, num_blocks=1))).double()
+    torch.testing.assert_close(mapping(features), mapping(features.flip(2, 3)).flip(2, 3))
+
+
+@pytest.mark.parametrize("kind", ["resnet", "cyclegan", "attention"])
+def test_frames_are_mapped_one_by_one(kind):
+    torch.manual_seed(0)
+    features = torch.randn(2, 3, 8, 8, 6, dtype=torch.float64)
+    mapping = randomised(FeatureMapping(6, MapperConfig(kind=kind, width=8, num_blocks=2))).double()
     expected = torch.stack([torch.cat([mapping(frame[None, None])[0] for frame in clip]) for clip in features])
-    torch.testing.assert_close(mapping(features), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mapping(features), expected)
 
 
-def test_grid_that_does_not_divide_is_extended_by_its_border_and_cut_back():
+@pytest.mark.parametrize("kind", ["resnet", "cyclegan"])
+@pytest.mark.parametrize(("rows", "columns", "extended"), [(9, 10, (12, 12)), (27, 27, (28, 28)), (8, 11, (8, 12))])
+def test_grid_that_does_not_divide_is_extended_by_its_border_and_cut_back(kind, rows, columns, extended):
     torch.manual_seed(0)
-    features = torch.randn(1, 1, 9, 10, 6)
-    mapping = randomised(FeatureMapping(6, MapperConfig(width=8, num_blocks=1)))
-    rows, columns = torch.arange(12).clamp(max=8), torch.arange(12).clamp(max=9)
-    by_hand = mapping(features[:, :, rows][:, :, :, columns])[:, :, :9, :10]
-    torch.testing.assert_close(mapping(features), by_hand)
+    features = torch.randn(1, 1, rows, columns, 6)
+    mapping = randomised(FeatureMapping(6, MapperConfig(kind=kind, width=8, num_blocks=1)))
+    row, column = (torch.arange(n).clamp(max=size - 1) for n, size in zip(extended, (rows, columns), strict=True))
+    by_hand = mapping(features[:, :, row][:, :, :, column])[:, :, :rows, :columns]
+    mapped = mapping(features)
+    assert mapped.shape == features.shape
+    torch.testing.assert_close(mapped, by_hand)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +174,9 @@ def test_smallest_grid_runs_and_a_smaller_one_is_explained(kind, num_downsamplin
         mapping(torch.randn(1, 1, smallest, smallest - 1, 6))
 
 
-def test_every_parameter_gets_a_gradient():
-    mapping = randomised(FeatureMapping(6, MapperConfig(width=8, num_blocks=2)))
+@pytest.mark.parametrize("kind", ["resnet", "attention", "linear"])
+def test_every_parameter_gets_a_gradient(kind):
+    mapping = randomised(FeatureMapping(6, MapperConfig(kind=kind, width=8, num_blocks=2)))
     mapping(torch.randn(1, 2, 8, 8, 6)).square().mean().backward()
     assert [name for name, p in mapping.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -128,3 +187,5 @@ def test_wrong_settings_come_in_one_message():
     assert "width" not in str(error.value)
     with pytest.raises(ValueError, match="width is 24, allowed with group norm"):
         MapperConfig(width=24)
+    with pytest.raises(ValueError, match="width is 200, not divisible by its 3 heads: use a multiple of 64"):
+        MapperConfig(kind="attention", width=200)

@@ -8,12 +8,16 @@ import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from datamodules import ClipConfig, InstructionDataModule
 from lightning_modules import OptimConfig
 from lightning_modules.handoff import HandoffError, StageHandoff
 from lightning_modules.model.exo2ego import Exo2EgoModel
+from lightning_modules.model.language_model import LanguageModelConfig
+from lightning_modules.sources import FoundPart
 from lightning_modules.stage2_guidance import CycleConfig, KLConfig
 
 
@@ -143,13 +147,14 @@ def test_parameters_without_gradient_are_reported_once(toy_tokenizer):
 def test_a_checkpoint_that_began_from_another_handoff_is_refused(toy_tokenizer, monkeypatch):
     stage = tiny.make_stage("stage1", toy_tokenizer)
     stage.configure_model()
-    stage.init = {"exo_encoder": "runs/x/stage0/handoff"}
+    where = "hand-off runs/x/stage0/handoff"
+    stage.sources = {"exo_encoder": FoundPart("exo_encoder", where, {}, "", "", "")}
     monkeypatch.setattr(stage, "started_from", lambda: {"exo_encoder": "then"})
     checkpoint = {"state_dict": stage.state_dict()}
     stage.on_save_checkpoint(checkpoint)
     stage.on_load_checkpoint(checkpoint)
     monkeypatch.setattr(stage, "started_from", lambda: {"exo_encoder": "now"})
-    with pytest.raises(ValueError, match=r"another exo_encoder than runs/x/stage0/handoff holds now: .*FORCE=1"):
+    with pytest.raises(ValueError, match=r"another exo_encoder than hand-off runs/x/stage0/handoff holds: .*FORCE=1"):
         stage.on_load_checkpoint(checkpoint)
 
 
@@ -393,3 +398,123 @@ def test_epochs_differ_in_order_and_hold_every_sample_once(uninterrupted):
 def test_dropout_takes_part(uninterrupted, toy_world, tmp_path):
     straight, _ = uninterrupted
     assert moved(values(straight), values(practise(toy_world, tmp_path, Watch(), workers=0, dropout=0.0)))
+
+
+# --------------------------------------------------------------------------------------------------------- full size
+
+
+@pytest.mark.parametrize("name", tiny.STAGES)
+def test_checkpointed_activations_change_no_bit(toy_tokenizer, name):
+    gradients, losses = [], []
+    for checkpointing in (False, True):
+        stage = tiny.make_stage(name, toy_tokenizer, activation_checkpointing=checkpointing)
+        stage.configure_model()
+        tiny.scatter(stage.model)
+        stage.train()
+        torch.manual_seed(3)  # dropout of the adapters
+        loss = stage.training_step(tiny.clip_batch(), 0)
+        loss.backward()
+        losses.append(loss)
+        gradients.append({n: p.grad for n, p in stage.model.named_parameters() if p.grad is not None})
+    assert torch.equal(*losses)
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert all(torch.equal(value, gradients[1][key]) for key, value in gradients[0].items())
+
+
+def test_checkpointing_reaches_blocks_of_every_part(toy_tokenizer):
+    stage = tiny.make_stage("stage2", toy_tokenizer)
+    stage.configure_model()
+    stage.model.checkpoint_activations()
+    blocks = stage.model.blocks()
+    assert set(blocks) == set(stage.uses)
+    assert {part: len(found) for part, found in blocks.items()} == {
+        "exo_encoder": 1,
+        "ego_encoder": 1,
+        "projector": 2,
+        "ego_to_exo": 1,
+        "exo_to_ego": 1,
+        "language_model": 2,
+    }
+    assert all("forward" in vars(block) for found in blocks.values() for block in found)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_frozen_parts_in_bfloat16(toy_tokenizer, name):
+    losses = {}
+    for frozen in ("float32", "bfloat16"):
+        stage = tiny.make_stage(name, toy_tokenizer, frozen_dtype=frozen)
+        stage.configure_model()
+        for part in stage.uses:
+            expected = torch.float32 if part in stage.trains else getattr(torch, frozen)
+            assert {p.dtype for p in stage.model.part(part).values()} == {expected}, part
+        assert all(buffer.dtype != torch.bfloat16 for buffer in stage.buffers())
+        tiny.scatter(stage.model)
+        before = values(stage)
+        losses[frozen] = stage.losses(tiny.clip_batch())["vtg"] if frozen == "float32" else None
+        if frozen == "bfloat16":
+            with torch.autocast("cpu", torch.bfloat16):
+                losses[frozen] = stage.losses(tiny.clip_batch())["vtg"].float()
+            fit(stage, precision="bf16-mixed")
+            assert moved(before, values(stage)) == set(stage.trains)
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], atol=0.02, rtol=0.02)
+
+
+def test_a_stage_starts_from_a_pretrained_language_model(toy_tokenizer, tmp_path):
+    plain = tiny.make_stage("stage1", toy_tokenizer, seed=1)
+    plain.configure_model()
+    plain.model.language_model.causal_lm.save_pretrained(tmp_path)
+    network = tiny.network()
+    network.language_model = LanguageModelConfig(pretrained=str(tmp_path))
+    stage = tiny.make_stage("stage1", toy_tokenizer, network=network)
+    stage.configure_model()
+    ours, expected = stage.model.part("language_model"), plain.model.part("language_model")
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in ours.items())
+    assert stage.started_from().keys() == {"language_model"}
+
+
+CLIPS = ClipConfig(num_frames=tiny.FRAMES, image_size=tiny.SIZE)
+
+
+def test_data_that_does_not_suit_the_model_is_refused_before_anything_is_read(toy_tokenizer):
+    stage = tiny.make_stage("stage2", toy_tokenizer)
+    longest = 4096 * 32  # positions of transformers' Mistral
+    with pytest.raises(ValueError, match=r"clips.image_size: got 32, but network.encoder.image_size is 16"):
+        stage.check(ClipConfig(num_frames=tiny.FRAMES, image_size=32), 100)
+    with pytest.raises(ValueError, match=r"2 visual tokens exceed the 131072 positions .* to at most 131070"):
+        stage.check(CLIPS, longest)
+    stage.check(CLIPS, longest - 2)
+    stage.network.language_model.overrides["vocab_size"] = 3
+    with pytest.raises(ValueError, match=r"has \d+ tokens, but network.language_model.overrides.vocab_size is 3"):
+        stage.check(CLIPS, 100)
+
+
+def test_sources_are_looked_at_before_anything_is_read(toy_tokenizer, tmp_path):
+    stage = tiny.make_stage("stage1", toy_tokenizer, init={"projector": str(tmp_path / "stage0" / "handoff")})
+    with pytest.raises(HandoffError, match=r"stage0/handoff: not there: run `make stage0` first"):
+        stage.check(CLIPS, 100)
+
+
+def test_what_trains_is_printed_and_kept(toy_tokenizer, tmp_path, capsys):
+    stage = tiny.make_stage("stage3", toy_tokenizer)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    run = L.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=logger,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(stage, DataLoader([tiny.clip_batch()], batch_size=None))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines}
+    lora = sum(p.numel() for p in stage.model.part("lora").values())
+    assert cells["lora"] == [f"{lora:,}"] * 2
+    assert cells["language_model"][1] == "0"
+    trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
+    assert cells["together"] == [f"{sum(p.numel() for p in stage.model.parameters()):,}", f"{trained:,}"]
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    text = events.Tensors("model/parts/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.splitlines() == lines

@@ -1,4 +1,4 @@
-"""The CLIP towers against open_clip's own and Hugging Face's."""
+"""The towers against open_clip's own and Hugging Face's."""
 
 import json
 import math
@@ -6,16 +6,23 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from checkpointing import assert_checkpointing_changes_nothing
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import QuickGELU
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lightning_modules.model.vision_encoder import EncoderConfig, VisionEncoder, hf_clip_to_open_clip
+from lightning_modules.model.vision_encoder import EncoderConfig, VisionEncoder, hf_clip_sources, tower_sources
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "clip_rename.json"
 CONFIG = EncoderConfig(image_size=28, patch_size=7, width=64, layers=3, heads=2)
+SO400M = "vit_so400m_patch14_siglip_378"
+SIGLIP = EncoderConfig(28, 7, 64, 3, 2, mlp_ratio=3.7362, timm=SO400M, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+TOWERS = pytest.mark.parametrize("config", [CONFIG, SIGLIP], ids=["clip", "timm"])
 
 
 def random_video(*shape: int) -> Tensor:
@@ -40,6 +47,24 @@ def hugging_face_tower() -> CLIPVisionModel:
     return tower
 
 
+def load(encoder: VisionEncoder, tower: dict[str, Tensor]) -> VisionEncoder:
+    """Load a whole released tower into an encoder."""
+    encoder.load_state_dict({ours: tower[name] for ours, name in tower_sources(tower, encoder.config).items()})
+    return encoder.eval()
+
+
+def open_clip_timm_tower(config: EncoderConfig) -> TimmModel:
+    """open_clip's wrapper around a tower of the size that the encoder has, with the pooling head."""
+    with torch.device("meta"):
+        tower = TimmModel(config.timm, embed_dim=1152, pool="map", proj="none")
+    sizes = {"embed_dim": config.width, "depth": config.layers, "num_heads": config.heads}
+    sizes |= {"img_size": config.image_size, "patch_size": config.patch_size, "mlp_ratio": config.mlp_ratio}
+    tower.trunk = timm.create_model(config.timm, num_classes=0, global_pool="map", **sizes)
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return tower.eval()
+
+
 def normalised(video: Tensor) -> Tensor:
     mean, std = torch.tensor(CONFIG.image_mean), torch.tensor(CONFIG.image_std)
     return ((video / 255 - mean) / std).permute(0, 3, 1, 2)
@@ -49,8 +74,8 @@ def normalised(video: Tensor) -> Tensor:
 def test_equals_hugging_face_second_to_last_hidden_state(prefix):
     video, reference = random_video(2, 3), hugging_face_tower()
     state = {prefix + name.removeprefix("vision_model."): value for name, value in reference.state_dict().items()}
-    encoder = VisionEncoder(CONFIG).eval()
-    encoder.load_clip(hf_clip_to_open_clip(state))
+    tower = {name: torch.cat([state[key] for key in keys]) for name, keys in hf_clip_sources(state).items()}
+    encoder = load(VisionEncoder(CONFIG), tower)
     with torch.no_grad():
         hidden = reference(normalised(video.flatten(0, 1)), output_hidden_states=True).hidden_states[-2]
         features = encoder(video)
@@ -65,29 +90,92 @@ def test_equals_open_clip_with_its_own_preprocessing():
     video = random_video(1, 2)
     preprocess = open_clip.image_transform(28, is_train=False)
     pixels = torch.stack([preprocess(Image.fromarray(frame.numpy())) for frame in video[0]])
-    encoder = VisionEncoder(CONFIG).eval()
-    encoder.load_clip(clip.visual.state_dict())
+    encoder = load(VisionEncoder(CONFIG), clip.visual.state_dict())
     with torch.no_grad():
         outputs = clip.visual.forward_intermediates(pixels, indices=[1], intermediates_only=True, output_fmt="NLC")
         features = encoder(video)
     torch.testing.assert_close(features, outputs["image_intermediates"][0].reshape(1, 2, 4, 4, 64))
 
 
-def test_every_parameter_gets_a_gradient():
-    encoder = VisionEncoder(CONFIG)
+@pytest.mark.parametrize("prefix", ["", "trunk."])
+def test_timm_tower_equals_open_clips(prefix):
+    torch.manual_seed(0)
+    reference, video = open_clip_timm_tower(SIGLIP), random_video(2, 3)
+    encoder = load(VisionEncoder(SIGLIP), {prefix + name: p for name, p in reference.trunk.state_dict().items()})
+    pixels = (video.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        outputs = reference.forward_intermediates(pixels, indices=[-2], intermediates_only=True, output_fmt="NLC")
+        features = encoder(video)
+    expected = outputs["image_intermediates"][0].reshape(2, 3, 4, 4, 64)
+    torch.testing.assert_close(features, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SIGLIP, EncoderConfig(28, 7, 64, 3, 2, timm="vit_base_patch16_224")])
+def test_every_parameter_gets_a_gradient(config):
+    encoder = VisionEncoder(config)
     encoder(random_video(1, 1)).square().mean().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_parameter_count_of_vit_l_336():
+def test_vit_l_336_is_filled_by_the_391_tensors_of_hugging_face():
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     with torch.device("meta"):
         encoder = VisionEncoder(EncoderConfig(image_size=336, patch_size=14, width=1024, layers=24, heads=16))
-    assert round(sum(p.numel() for p in encoder.parameters()) / 1e6, 2) == 290.91
+        released = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=336, patch_size=14)).state_dict()
+    assert sum(p.numel() for p in encoder.parameters()) == 290_909_184
     assert (encoder.grid, encoder.dim) == ((24, 24), 1024)
+    assert all(isinstance(block.mlp.gelu, QuickGELU) for block in encoder.blocks())
+    assert len(released) == 391
+    assert tower_sources(hf_clip_sources(released), encoder.config).keys() == encoder.state_dict().keys()
 
 
-def test_features_take_the_dtype_of_the_parameters_and_buffers_stay_out_of_checkpoints():
-    encoder = VisionEncoder(CONFIG).to(torch.bfloat16)
+def test_siglip2_so400m_is_open_clips_without_the_parts_not_used():
+    settings = open_clip.get_model_config("ViT-SO400M-14-SigLIP2-378")["vision_cfg"]
+    assert settings["timm_model_name"] == SO400M
+    config = EncoderConfig(378, 14, width=1152, layers=27, heads=16, mlp_ratio=3.7362, timm=SO400M)
+    with torch.device("meta"):
+        encoder = VisionEncoder(config)
+        reference = TimmModel(SO400M, 1152, settings["image_size"], settings["timm_pool"], settings["timm_proj"])
+    released, sources = reference.state_dict(), tower_sources(reference.state_dict(), config)
+    shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
+    assert {ours: released[name].shape for ours, name in sources.items()} == shapes
+    assert shapes["tower.blocks.25.mlp.fc1.weight"] == (4304, 1152)
+    pruned = {name.split(".")[1] for name in released.keys() - set(sources.values())}
+    assert pruned == {"blocks", "norm", "attn_pool"}
+    assert encoder.grid == (27, 27)
+    assert sum(p.numel() for p in encoder.parameters()) == 397_745_440
+
+
+def test_activation_follows_the_configuration():
+    exact = EncoderConfig(28, 7, 64, 3, 2, quick_gelu=False)
+    for config, activation in ((CONFIG, QuickGELU), (exact, torch.nn.GELU)):
+        assert all(type(block.mlp.gelu) is activation for block in VisionEncoder(config).blocks())
+
+
+@TOWERS
+def test_recomputing_the_blocks_changes_nothing(config):
+    torch.manual_seed(0)
+    encoder = VisionEncoder(config)
+    assert len(encoder.blocks()) == 2
+    assert_checkpointing_changes_nothing(encoder, random_video(1, 2))
+
+
+@TOWERS
+def test_built_on_the_meta_device_only_the_pixel_statistics_have_values(config):
+    with torch.device("meta"):
+        encoder = VisionEncoder(config)
+        video = torch.empty(2, 3, 28, 28, 3, dtype=torch.uint8)
+    assert all(tensor.is_meta for tensor in encoder.state_dict().values())
+    torch.testing.assert_close(encoder.mean.flatten(), 255 * torch.tensor(config.image_mean))
+    torch.testing.assert_close(encoder.std.flatten(), 255 * torch.tensor(config.image_std))
+    features = encoder(video)
+    assert features.is_meta and features.shape == (2, 3, 4, 4, 64)
+    assert encoder.to("meta").mean.is_meta
+
+
+@TOWERS
+def test_features_take_the_dtype_of_the_parameters_and_buffers_stay_out_of_checkpoints(config):
+    encoder = VisionEncoder(config).to(torch.bfloat16)
     assert encoder(random_video(1, 1)).dtype == torch.bfloat16
     assert all(name.startswith("tower.") for name in encoder.state_dict())
 
@@ -110,6 +198,12 @@ def test_config_problems_come_in_one_message():
         EncoderConfig(image_size=30, patch_size=7, width=64, layers=1, heads=3)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "hf-hub:timm/vit_base_patch16_siglip_224", "no_such_model"])
+def test_timm_names_other_than_vision_transformers_are_refused(name):
+    with pytest.raises(ValueError, match=f"timm '{name}' is no vision transformer of timm"):
+        EncoderConfig(28, 7, 64, 3, 2, timm=name)
+
+
 @pytest.mark.parametrize("width", [32, 64, 192])
 def test_whitened_filters_give_uncorrelated_tokens_as_strong_as_positions(width):
     # 3 x 7 x 7 patches have 147 values, so 192 filters need random combinations.
@@ -126,6 +220,16 @@ def test_whitened_filters_give_uncorrelated_tokens_as_strong_as_positions(width)
     correlation = tokens[:, : min(width, 147)].T @ tokens[:, : min(width, 147)] / len(tokens)
     off_diagonal = correlation - correlation.diag().diag()
     assert off_diagonal.abs().max() < 1e-3 * correlation.diag().mean()
+
+
+@pytest.mark.parametrize(("name", "prefix_tokens"), [(SO400M, 0), ("vit_base_patch16_224", 1)])
+def test_timm_tower_is_whitened_as_clips(name, prefix_tokens):
+    clip, other = VisionEncoder(CONFIG), VisionEncoder(EncoderConfig(28, 7, 64, 3, 2, timm=name))
+    for encoder in (clip, other):
+        encoder.whiten_patches(random_video(8), torch.Generator().manual_seed(0))
+    assert torch.equal(other.tower.patch_embed.proj.weight, clip.tower.conv1.weight)
+    assert not other.tower.patch_embed.proj.bias.any()
+    assert torch.equal(other.tower.pos_embed[0], clip.tower.positional_embedding[1 - prefix_tokens :])
 
 
 def test_whitened_filters_start_with_the_strongest_direction():
@@ -156,26 +260,29 @@ def test_rename_follows_the_reference_map():
     if not GOLDEN.exists():
         pytest.skip("the reference map is not part of the repository")
     entries = json.loads(GOLDEN.read_text())["map"]
+    expected = {entry["open_clip"]: tuple(entry["hf"]) for entry in entries if entry["op"] != "transpose_optional"}
     names = [name for entry in entries for name in entry["hf"]]
-    state = {name: torch.full((2, 3) if "visual_projection" in name else (2,), i) for i, name in enumerate(names)}
-    state["vision_model.embeddings.position_ids"] = torch.arange(5)
-    renamed = hf_clip_to_open_clip(state)
-    assert renamed.keys() == {entry["open_clip"] for entry in entries}
-    for entry in entries:
-        sources = [state[name] for name in entry["hf"]]
-        expected = sources[0].T if entry["op"] == "transpose_optional" else torch.cat(sources)
-        assert torch.equal(renamed[entry["open_clip"]], expected), entry
+    assert "vision_model.post_layernorm.weight" in names and "visual_projection.weight" in names
+    assert hf_clip_sources([*names, "vision_model.embeddings.position_ids"]) == expected
 
 
 @pytest.mark.parametrize("missing", ["q", "k", "v"])
 def test_rename_rejects_an_incomplete_attention(missing):
-    state = hugging_face_tower().state_dict()
-    name = next(key for key in state if key.endswith(f"layers.1.self_attn.{missing}_proj.bias"))
-    del state[name]
+    names = list(hugging_face_tower().state_dict())
+    names.remove(next(name for name in names if name.endswith(f"layers.1.self_attn.{missing}_proj.bias")))
     with pytest.raises(ValueError, match="self_attn"):
-        hf_clip_to_open_clip(state)
+        hf_clip_sources(names)
 
 
 def test_rename_rejects_other_models():
     with pytest.raises(ValueError, match=r"cannot place text_model\.final_layer_norm\.bias"):
-        hf_clip_to_open_clip({"text_model.final_layer_norm.bias": torch.zeros(2)})
+        hf_clip_sources(["text_model.final_layer_norm.bias"])
+
+
+def test_only_the_parts_that_are_not_kept_are_left_out():
+    blocks = [f"transformer.resblocks.{block}.ln_1.bias" for block in (1, 2, 3)]
+    kept = {f"tower.{name}": name for name in (blocks[0], blocks[2], "ln_pre.bias")}
+    assert tower_sources([*blocks, "ln_pre.bias", "ln_post.bias", "proj"], CONFIG) == kept
+    blocks = [f"trunk.blocks.{block}.norm1.bias" for block in (1, 2, 3)]
+    kept = {"tower.blocks.1.norm1.bias": blocks[0], "tower.blocks.3.norm1.bias": blocks[2], "tower.other": "other"}
+    assert tower_sources([*blocks, "trunk.norm.bias", "head.proj.weight", "other"], SIGLIP) == kept

@@ -6,17 +6,21 @@ Letters: ``B`` clips, ``T`` frames, ``S`` picture side, ``h`` and ``w`` patch ro
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_modules.model.language_model import LanguageModel, LanguageModelConfig
 from lightning_modules.model.lora import LoRAConfig, add_lora
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
-from lightning_modules.model.projector import STCConnector
+from lightning_modules.model.projector import STCConnector, stc_tokens
 from lightning_modules.model.vision_encoder import EncoderConfig, VisionEncoder
 
 PARTS = ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model", "lora")
@@ -51,6 +55,15 @@ class NetworkConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     learner_reads: Literal["both", "ego", "mapped"] = "both"
 
+    def visual_tokens(self, num_frames: int) -> int:
+        """N, visual tokens of one stream of a clip of ``num_frames`` frames.
+
+        Raises:
+            ValueError: the projector would leave none.
+        """
+        side = self.encoder.image_size // self.encoder.patch_size
+        return stc_tokens(self.projector.padding, num_frames, side, side)
+
 
 class Exo2EgoModel(nn.Module):
     """The parts of Exo2Ego (arXiv 2503.09143) that one stage uses.
@@ -62,26 +75,64 @@ class Exo2EgoModel(nn.Module):
         network: shapes.
         vocab_size: of the tokenizer.
         parts: names out of ``PARTS`` to build; the others are absent and cost nothing.
+        empty: parts that get no memory until ``allocate``, since their weights are read from files.
     """
 
-    def __init__(self, network: NetworkConfig, vocab_size: int, parts: Collection[str]) -> None:
+    exo_encoder: VisionEncoder
+    ego_encoder: VisionEncoder
+    ego_to_exo: FeatureMapping
+    exo_to_ego: FeatureMapping
+
+    def __init__(
+        self, network: NetworkConfig, vocab_size: int, parts: Collection[str], empty: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.parts = tuple(part for part in PARTS if part in parts)
         self.learner_reads = network.learner_reads
-        dim = network.encoder.width
-        if "exo_encoder" in parts:
-            self.exo_encoder = VisionEncoder(network.encoder)
-        if "ego_encoder" in parts:
-            self.ego_encoder = VisionEncoder(network.encoder)
-        if "ego_to_exo" in parts:
-            self.ego_to_exo = FeatureMapping(dim, network.mapper)
-        if "exo_to_ego" in parts:
-            self.exo_to_ego = FeatureMapping(dim, network.mapper)
-        self.language_model = LanguageModel(network.language_model, vocab_size)
+        dim, p = network.encoder.width, network.projector
+        for part in ("exo_encoder", "ego_encoder"):
+            if part in parts:
+                with _memory_for(part, empty):
+                    self.add_module(part, VisionEncoder(network.encoder))
+        for part in ("ego_to_exo", "exo_to_ego"):
+            if part in parts:
+                with _memory_for(part, empty):
+                    self.add_module(part, FeatureMapping(dim, network.mapper))
+        with _memory_for("language_model", empty):
+            self.language_model = LanguageModel(network.language_model, vocab_size)
         if "lora" in parts:
-            add_lora(self.language_model.causal_lm, network.lora)
-        p = network.projector
-        self.projector = STCConnector(dim, self.language_model.dim, p.depth, p.mlp_depth, p.padding)
+            with _memory_for("lora", empty):
+                add_lora(self.language_model.causal_lm, network.lora)
+        with _memory_for("projector", empty):
+            self.projector = STCConnector(dim, self.language_model.dim, p.depth, p.mlp_depth, p.padding)
+
+    def allocate(self, part: str, dtype: torch.dtype) -> None:
+        """Give a part its type, and memory of undefined content to those of its parameters that have none."""
+        allocated: dict[int, nn.Parameter] = {}
+        chosen = {id(parameter) for parameter in self.part(part).values()}
+        for module in list(self.modules()):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) not in chosen:
+                    continue
+                if not parameter.is_meta:
+                    parameter.data = parameter.data.to(dtype)
+                    continue
+                if id(parameter) not in allocated:  # tied ones stay tied
+                    memory = torch.empty_like(parameter, dtype=dtype, device="cpu")
+                    allocated[id(parameter)] = nn.Parameter(memory, parameter.requires_grad)
+                setattr(module, name, allocated[id(parameter)])
+        if part == "language_model":
+            self.language_model.restore_buffers()
+
+    def blocks(self) -> dict[str, list[nn.Module]]:
+        """The repeated units of each part, of which the activations of one at a time need to be held."""
+        modules = [part for part in self.parts if part != "lora"]
+        return {part: self.get_submodule(part).blocks() for part in modules}  # type: ignore[operator]
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the input of every block for the backward pass, and compute the rest anew there; same results."""
+        for block in chain.from_iterable(self.blocks().values()):
+            block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
 
     def project(self, *streams: Tensor) -> Tensor:
         """Visual tokens of one or more streams of features, one after the other.
@@ -117,3 +168,13 @@ class Exo2EgoModel(nn.Module):
             named = dict(self.language_model.causal_lm.named_parameters())
             return {key: p for key, p in named.items() if key.endswith((".lora_A", ".lora_B")) == (name == "lora")}
         return dict(self.get_submodule(name).named_parameters())
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if torch.is_grad_enabled():
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
+
+
+def _memory_for(part: str, empty: Collection[str]) -> AbstractContextManager[object]:
+    return torch.device("meta") if part in empty else nullcontext()

@@ -6,6 +6,7 @@ Letters: `B` clips, `L` text tokens, `N` visual tokens, `S` = L - 1 + N position
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +22,13 @@ IGNORE_INDEX = -100
 
 @dataclass
 class LanguageModelConfig:
-    """Where the language model comes from: exactly one of `architecture` and `pretrained`.
+    """Shape of the language model: exactly one of `architecture` and `pretrained`.
 
     Attributes:
-        architecture: model type in transformers ("mistral", "qwen3", "llama", ...), built with random weights.
-        pretrained: folder or hub name of a model to load, in float32.
-        overrides: settings of `architecture` that differ from its defaults, by their names in transformers.
+        architecture: model type in transformers ("mistral", "qwen3", "llama", ...).
+        pretrained: folder or hub name of a causal language model; a stage also starts from its weights.
+        overrides: settings of `architecture` that differ from its defaults, by their names in transformers. Without
+            `vocab_size`, that of the tokenizer is taken.
     """
 
     architecture: str | None = None
@@ -41,10 +43,35 @@ class LanguageModelConfig:
             )
         if self.pretrained is not None and self.overrides:
             problems.append(f"overrides ({', '.join(self.overrides)}) go with architecture, not with pretrained")
-        if "vocab_size" in self.overrides:
-            problems.append("vocab_size is set by the tokenizer, remove it from overrides")
         if problems:
             raise ValueError("language_model: " + "; ".join(problems))
+
+
+def transformers_config(config: LanguageModelConfig, vocab_size: int) -> Any:
+    """The transformers configuration of a language model, without its weights.
+
+    Raises:
+        ValueError: the architecture is unknown to transformers, one of its overrides to the architecture, or a model
+            named by `pretrained` cannot be read.
+    """
+    if config.pretrained is not None:
+        local = Path(config.pretrained).is_dir()
+        try:
+            return AutoConfig.from_pretrained(config.pretrained, local_files_only=local)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"language_model.pretrained: {config.pretrained} cannot be read ({reason})") from None
+    assert config.architecture is not None
+    try:
+        known = {*AutoConfig.for_model(config.architecture).to_dict(), "rope_theta"}
+    except ValueError:
+        raise ValueError(f"language_model.architecture: {config.architecture} is no model of transformers") from None
+    if unknown := sorted(config.overrides.keys() - known):
+        raise ValueError(
+            f"language_model.overrides: {', '.join(unknown)} unknown to {config.architecture}, "
+            f"which has {', '.join(sorted(known))}"
+        )
+    return AutoConfig.for_model(config.architecture, **{"vocab_size": vocab_size, **config.overrides})
 
 
 class Spliced(NamedTuple):
@@ -62,40 +89,38 @@ class Spliced(NamedTuple):
 
 
 class LanguageModel(nn.Module):
-    """Causal language model of transformers that reads text and visual tokens.
+    """Causal language model of transformers that reads text and visual tokens; its weights are drawn at random.
 
     Architectures whose logits are `lm_head(hidden)`, without scaling or capping, as in Llama, Mistral and Qwen.
 
     Args:
-        config: the model to build or load.
-        vocab_size: V, of the tokenizer. A loaded model may have more rows than that, not fewer.
+        config: the model to build.
+        vocab_size: V, where `config` does not give it.
+
+    Raises:
+        ValueError: the architecture is unknown to transformers, or one of its overrides to the architecture.
     """
 
     causal_lm: Any  # a PreTrainedModel that generates; its own annotations are too incomplete to check against
 
     def __init__(self, config: LanguageModelConfig, vocab_size: int) -> None:
         super().__init__()
-        if config.pretrained is not None:
-            self.causal_lm = AutoModelForCausalLM.from_pretrained(config.pretrained, dtype=torch.float32)
-            rows = self.causal_lm.config.vocab_size
-            if rows < vocab_size:
-                raise ValueError(
-                    f"language_model: {config.pretrained} has {rows} tokens, the tokenizer {vocab_size}; "
-                    "make language_model.pretrained and the tokenizer agree"
-                )
-        else:
-            assert config.architecture is not None
-            known = {*AutoConfig.for_model(config.architecture).to_dict(), "rope_theta"}
-            unknown = sorted(config.overrides.keys() - known)
-            if unknown:
-                raise ValueError(
-                    f"language_model.overrides: {', '.join(unknown)} unknown to {config.architecture}, "
-                    f"which has {', '.join(sorted(known))}"
-                )
-            model_config = AutoConfig.for_model(config.architecture, vocab_size=vocab_size, **config.overrides)
-            self.causal_lm = AutoModelForCausalLM.from_config(model_config)  # type: ignore[no-untyped-call]
+        self.causal_lm = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            transformers_config(config, vocab_size), dtype=torch.float32
+        )
         # A released model's defaults (sampling, repetition penalty) would leak into greedy decoding.
         self.causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+
+    def restore_buffers(self) -> None:
+        """Compute again what no checkpoint holds, after the model was built on the meta device."""
+        for module in self.causal_lm.modules():
+            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                for name, buffer in type(module)(module.config).named_buffers(recurse=False):
+                    setattr(module, name, buffer)
+
+    def blocks(self) -> list[nn.Module]:
+        """Decoder layers, the units of activation checkpointing."""
+        return list(self.causal_lm.get_decoder().layers)
 
     @property
     def dim(self) -> int:

@@ -62,7 +62,8 @@ class LoRALinear(nn.Linear):
 def add_lora(module: nn.Module, config: LoRAConfig) -> list[str]:
     """Add an adapter to every `nn.Linear` inside `module`, except one named `lm_head`. Nothing is frozen.
 
-    A is Kaiming-uniform and B zero, so outputs do not change at first.
+    A is Kaiming-uniform and B zero, so outputs do not change at first. Both are float32 and on the default device,
+    whatever the layers are.
 
     Args:
         module: language model, changed in place. Before sharding, as the parameters are new.
@@ -83,8 +84,8 @@ def add_lora(module: nn.Module, config: LoRAConfig) -> list[str]:
         layer.__class__ = LoRALinear
         assert isinstance(layer, LoRALinear)
         layer.lora = config
-        layer.lora_A = nn.Parameter(layer.weight.new_empty(config.rank, layer.in_features))
-        layer.lora_B = nn.Parameter(layer.weight.new_zeros(layer.out_features, config.rank))
+        layer.lora_A = nn.Parameter(torch.empty(config.rank, layer.in_features, dtype=torch.float32))
+        layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, config.rank, dtype=torch.float32))
         nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
         names.append(name)
     if not names:

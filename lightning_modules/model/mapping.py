@@ -18,15 +18,17 @@ class MapperConfig:
 
     Attributes:
         kind: `resnet`, residual blocks between strided and transposed convolutions, suited to features; `cyclegan`,
-            the image generator of CycleGAN unchanged; `linear`, one fully connected layer per position.
-        width: channels after the stem; each down-sampling doubles them. Not used by `linear`.
-        num_blocks: residual blocks at the coarsest grid. Not used by `linear`.
-        num_downsamplings: halvings of the grid. Not used by `linear`.
+            the image generator of CycleGAN unchanged; `attention`, a transformer over the patches of a frame;
+            `linear`, one fully connected layer per position.
+        width: channels after the stem; each down-sampling doubles them. `attention` has one head per 64 of them.
+            Not used by `linear`.
+        num_blocks: residual blocks at the coarsest grid, or transformer layers. Not used by `linear`.
+        num_downsamplings: halvings of the grid in `resnet` and `cyclegan`.
         residual: learn the difference to the input, starting from the identity. `cyclegan` never does.
-        norm: normalisation in `resnet`. `cyclegan` always has `instance`.
+        norm: normalisation in `resnet`. `cyclegan` always has `instance`, `attention` layer normalisation.
     """
 
-    kind: Literal["resnet", "cyclegan", "linear"] = "resnet"
+    kind: Literal["resnet", "cyclegan", "attention", "linear"] = "resnet"
     width: int = 256
     num_blocks: int = 9
     num_downsamplings: int = 2
@@ -34,9 +36,10 @@ class MapperConfig:
     norm: Literal["group", "instance"] = "group"
 
     def __post_init__(self) -> None:
+        kinds, norms = ("resnet", "cyclegan", "attention", "linear"), ("group", "instance")
         problems = [
             f"{key} is {getattr(self, key)!r}, allowed: {', '.join(allowed)}"
-            for key, allowed in (("kind", ("resnet", "cyclegan", "linear")), ("norm", ("group", "instance")))
+            for key, allowed in (("kind", kinds), ("norm", norms))
             if getattr(self, key) not in allowed
         ]
         problems += [
@@ -48,8 +51,15 @@ class MapperConfig:
             widths = [self.width * 2**i for i in range(self.num_downsamplings + 1)]
             if any(width > 32 and width % 32 for width in widths):
                 problems.append(f"width is {self.width}, allowed with group norm: multiples of 32 and powers of 2")
+        if self.kind == "attention" and self.width % self.num_heads:
+            problems.append(f"width is {self.width}, not divisible by its {self.num_heads} heads: use a multiple of 64")
         if problems:
             raise ValueError("mapper: " + "; ".join(problems))
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads in `attention`."""
+        return max(1, self.width // 64)
 
 
 class FeatureMapping(nn.Module):
@@ -58,7 +68,8 @@ class FeatureMapping(nn.Module):
     Every frame is mapped by itself, as an image of C channels. The paper names a nine-block CycleGAN generator and
     leaves its use on features open. `resnet` departs from that generator where it is made for pixels: 1x1 stem and
     head, since patches are semantic already; no tanh, since features are unbounded; group instead of instance norm,
-    which would erase each frame's channel means; and F(x) = x + D(x) with D = 0 at the start.
+    which would erase each frame's channel means; and F(x) = x + D(x) with D = 0 at the start. `attention` (named as
+    future work) adds no positions, since the features carry the encoder's, and so takes any grid.
 
     Args:
         dim: C.
@@ -68,13 +79,17 @@ class FeatureMapping(nn.Module):
     def __init__(self, dim: int, mapper: MapperConfig) -> None:
         super().__init__()
         self.residual = mapper.residual and mapper.kind != "cyclegan"
-        self.num_downsamplings = 0 if mapper.kind == "linear" else mapper.num_downsamplings
+        self.num_downsamplings = mapper.num_downsamplings if mapper.kind in ("resnet", "cyclegan") else 0
         self.stride = 2**self.num_downsamplings
         # Reflection padding needs more pixels than it adds: 1 in the blocks, 3 around CycleGAN's 7x7 kernels.
-        self.min_size = {"resnet": 2 * self.stride, "cyclegan": max(4, 2 * self.stride), "linear": 1}[mapper.kind]
+        self.min_size = {"resnet": 2 * self.stride, "cyclegan": max(4, 2 * self.stride)}.get(mapper.kind, 1)
         self.model: nn.Module
+        last: nn.Module
         if mapper.kind == "linear":
             self.model = last = nn.Conv2d(dim, dim, kernel_size=1)
+        elif mapper.kind == "attention":
+            self.model = _PatchTransformer(dim, mapper)
+            last = self.model.head
         elif mapper.kind == "resnet":
             norm = _group_norm if mapper.norm == "group" else nn.InstanceNorm2d
             layers, last = _generator(dim, mapper, kernel_size=1, norm=norm, bias=False)
@@ -86,6 +101,10 @@ class FeatureMapping(nn.Module):
         if self.residual:
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
+
+    def blocks(self) -> list[nn.Module]:
+        """Residual blocks or transformer layers, the repeated units for activation checkpointing and sharding."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock | nn.TransformerEncoderLayer)]
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features of one view.
@@ -129,6 +148,34 @@ class ResidualBlock(nn.Module):
         """Float [B, C, H, W] to the same shape."""
         out: Tensor = x + self.conv_block(x)
         return out
+
+
+class _PatchTransformer(nn.Module):
+    """Pre-norm transformer over all patches of an image: float [B, C, H, W] to the same shape."""
+
+    def __init__(self, dim: int, mapper: MapperConfig) -> None:
+        super().__init__()
+        self.stem = nn.Linear(dim, mapper.width)
+        self.layers = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    mapper.width,
+                    mapper.num_heads,
+                    dim_feedforward=4 * mapper.width,
+                    dropout=0.0,
+                    activation=F.gelu,
+                    batch_first=True,
+                    norm_first=True,
+                )
+                for _ in range(mapper.num_blocks)
+            )
+        )
+        self.head = nn.Linear(mapper.width, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.head(self.layers(self.stem(x.flatten(2).transpose(1, 2))))  # [B, H * W, C]
+        mapped: Tensor = patches.transpose(1, 2).reshape(x.shape)
+        return mapped
 
 
 def _generator(

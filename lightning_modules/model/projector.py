@@ -42,17 +42,12 @@ class STCConnector(nn.Module):
             self.readout.extend([nn.GELU(), nn.Linear(out_dim, out_dim)])
 
     def num_tokens(self, num_frames: int, rows: int, columns: int) -> int:
-        """N for a clip of `num_frames` frames of `rows` x `columns` patches.
+        """N for a clip, see `stc_tokens`."""
+        return stc_tokens(self.padding, num_frames, rows, columns)
 
-        Raises:
-            ValueError: an axis is too short, so no token would be left.
-        """
-        count = 1
-        for name, size in (("frames", num_frames), ("patch rows", rows), ("patch columns", columns)):
-            if size + 2 * self.padding < 2:
-                raise ValueError(f"projector: {size} {name} with padding {self.padding}; at least 2 are needed")
-            count *= (size + 2 * self.padding) // 2
-        return count
+    def blocks(self) -> list[nn.Module]:
+        """RegNet blocks of both stages, the repeated units for activation checkpointing and sharding."""
+        return [*self.s1.children(), *self.s2.children()]
 
     def forward(self, features: Tensor) -> Tensor:
         """Turn patch features into visual tokens.
@@ -73,6 +68,20 @@ class STCConnector(nn.Module):
         assert x.shape[1] == expected, (x.shape, expected)
         tokens: Tensor = self.readout(x)
         return tokens
+
+
+def stc_tokens(padding: int, num_frames: int, rows: int, columns: int) -> int:
+    """N of an `STCConnector` for a clip of `num_frames` frames of `rows` x `columns` patches.
+
+    Raises:
+        ValueError: an axis is too short, so no token would be left.
+    """
+    count = 1
+    for name, size in (("frames", num_frames), ("patch rows", rows), ("patch columns", columns)):
+        if size + 2 * padding < 2:
+            raise ValueError(f"projector: {size} {name} with padding {padding}; at least 2 are needed")
+        count *= (size + 2 * padding) // 2
+    return count
 
 
 def _reg_stage(depth: int, in_dim: int, out_dim: int) -> RegStage:

@@ -1,0 +1,412 @@
+"""What an experiment will cost, before it costs anything: ``make plan EXPERIMENT=name``.
+
+The stage's own losses run forward and backward on the meta device, which has shapes and no memory. Operations are
+counted as they are called, so frozen parts cost what autograd really does for them: no weight gradients, but the full
+backward of attention. Saved tensors are counted as autograd saves them.
+
+Letters: ``B`` clips, ``N`` visual tokens, ``D`` language model width, ``L`` text tokens, ``M`` supervised tokens,
+``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from datamodules.batch import ClipBatch, TextBatch
+from lightning_modules.report import markdown_table
+from lightning_modules.stage import Stage
+
+_GIB = 2**30
+_SLACK, _CONTEXT_GIB = 1.1, 1.5
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What the plan cannot know from the rest of the configuration.
+
+    Attributes:
+        samples: training samples of an epoch; None leaves steps and hours out.
+        text_tokens: L, text tokens of a usual sample.
+        label_tokens: M, supervised ones among them.
+        gpu_memory_gib: memory of one device; None leaves the check out.
+        peak_tflops: dense bfloat16 peak of one device (A100 and A800: 312, H100 and H200: 989); None leaves hours out.
+        mfu: share of the peak that is reached.
+    """
+
+    samples: int | None = None
+    text_tokens: int = 80
+    label_tokens: int = 24
+    gpu_memory_gib: float | None = None
+    peak_tflops: float | None = None
+    mfu: float = 0.4
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not 0 < self.label_tokens < self.text_tokens:
+            raise ValueError(
+                f"plan.label_tokens: got {self.label_tokens}, allowed: 1 to text_tokens - 1 = {self.text_tokens - 1}"
+            )
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"plan.mfu: got {self.mfu}, allowed: above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Cost of one stage.
+
+    Attributes:
+        name: ``stage0`` to ``stage3``.
+        parts: parameters of each part, and whether it trains.
+        visual_tokens, text_tokens: read by the language model for one sample.
+        flops, flops_recomputed: of one sample, forward and backward, without and with checkpointed activations.
+        activations, activations_checkpointed: bytes that autograd holds for one sample; with checkpointing that is the
+            blocks' inputs, ``transient`` not included.
+        transient: bytes of the largest block, which exist while it is computed anew.
+        states: bytes of weights, gradients and optimiser on one device.
+        checkpointing: whether activations are checkpointed.
+        devices, micro_batch, accumulate: how a global batch is split.
+        steps, warmup_steps: of the whole stage; None if the number of samples is unknown.
+        samples: seen in the whole stage.
+    """
+
+    name: str
+    parts: dict[str, tuple[int, bool]]
+    visual_tokens: int
+    text_tokens: int
+    flops: int
+    flops_recomputed: int
+    activations: int
+    activations_checkpointed: int
+    transient: int
+    states: int
+    checkpointing: bool
+    devices: int
+    micro_batch: int
+    accumulate: int
+    steps_per_epoch: int | None
+    steps: int | None
+    warmup_steps: int | None
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimiser step."""
+        return self.devices * self.micro_batch * self.accumulate
+
+    def needed(self, micro_batch: int, checkpointing: bool) -> float:
+        """Bytes on one device, with a tenth of slack for the allocator and the device's own context."""
+        held = self.activations_checkpointed + self.transient if checkpointing else self.activations
+        return _SLACK * (self.states + micro_batch * held) + _CONTEXT_GIB * _GIB
+
+    def hours(self, peak_tflops: float, mfu: float) -> float | None:
+        """Duration of the stage; recomputation does not count as useful work."""
+        if self.steps is None:
+            return None
+        return self.steps * self.global_batch * self.flops / (self.devices * peak_tflops * 1e12 * mfu) / 3600
+
+    def require_fit(self, memory_gib: float | None) -> None:
+        """Compare with the memory of one device.
+
+        Raises:
+            ValueError: it does not fit; the message names the keys to change. Never with None.
+        """
+        needed = self.needed(self.micro_batch, self.checkpointing)
+        if memory_gib is None or needed <= memory_gib * _GIB:
+            return
+        mends = []
+        if not self.checkpointing:
+            mends.append("set model.init_args.activation_checkpointing: true")
+        largest = max((b for b in range(1, self.micro_batch) if self.needed(b, True) <= memory_gib * _GIB), default=0)
+        if largest:
+            sizes = [b for b in range(largest, 0, -1) if self.global_batch % (self.devices * b) == 0]
+            mends.append(f"lower data.init_args.micro_batch_size to {sizes[0]}")
+        if self.states > memory_gib * _GIB / _SLACK / 2:
+            mends.append("shard weights and optimiser over the devices (trainer.strategy)")
+            if any(count and not trained for count, trained in self.parts.values()):
+                mends.append("keep frozen parts in bfloat16 (model.init_args.frozen_dtype)")
+        raise ValueError(
+            f"{self.name}: needs {needed / _GIB:.0f} GiB a device, plan.gpu_memory_gib is {memory_gib:g}: "
+            f"{', or '.join(mends) or 'use a smaller model'}"
+        )
+
+
+def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
+    """Count what one stage costs.
+
+    Args:
+        config: resolved configuration.
+        stage: made from it; its model is built on the meta device here.
+    """
+    assumed = PlanConfig(**(config.get("plan") or {}))
+    data, trainer = config["data"]["init_args"], config["trainer"]
+    devices = _devices(trainer)
+    micro_batch, accumulate = _split(data, trainer, devices)
+    stage.num_frames = num_frames = config["clips"]["num_frames"]
+    low_precision = str(trainer.get("precision", "32-true")).startswith("bf16")
+    probe = _Probe(stage, num_frames, assumed, torch.bfloat16 if low_precision else torch.float32)
+    held, inputs, transient = probe.saved_bytes()
+    flops = probe.flops()
+    stage.model.checkpoint_activations()
+    samples = assumed.samples
+    steps_per_epoch = None if samples is None else samples // int(data["global_batch_size"])
+    steps = trainer.get("max_steps", -1)
+    if steps < 0:
+        steps = None if steps_per_epoch is None else steps_per_epoch * trainer["max_epochs"]
+    parts = {
+        part: (sum(p.numel() for p in stage.model.part(part).values()), part in stage.trained)
+        for part in stage.model.parts
+    }
+    trained = sum(count for count, trains in parts.values() if trains)
+    frozen = sum(count for count, trains in parts.values() if not trains)
+    strategy = str(trainer.get("strategy", "auto"))
+    return StagePlan(
+        name=str(config["stage"]),
+        parts=parts,
+        visual_tokens=stage.network.visual_tokens(num_frames) * stage.streams,
+        text_tokens=assumed.text_tokens,
+        flops=flops,
+        flops_recomputed=probe.flops(),
+        activations=held,
+        activations_checkpointed=inputs,
+        transient=transient,
+        states=_state_bytes(trained, frozen, stage.frozen_dtype.itemsize, strategy, devices),
+        checkpointing=stage.activation_checkpointing,
+        devices=devices,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        warmup_steps=None if steps is None else math.ceil(stage.optim.warmup_fraction * steps),
+    )
+
+
+def plan_table(plans: Sequence[StagePlan], assumed: Sequence[PlanConfig]) -> str:
+    """Markdown: parameters of each part, then the costs, a column for each stage."""
+    parts = list(dict.fromkeys(part for plan in plans for part in plan.parts))
+    rows = [["million parameters", *(plan.name for plan in plans)]]
+    rows += [[part, *(_count(plan.parts.get(part)) for plan in plans)] for part in parts]
+    rows += [["together", *(f"{sum(n for n, _ in p.parts.values()) / 1e6:,.1f}" for p in plans)]]
+    rows += [["trained", *(f"{sum(n for n, t in p.parts.values() if t) / 1e6:,.1f}" for p in plans)]]
+    costs: list[tuple[str, Callable[[StagePlan, PlanConfig], str | None]]] = [
+        ("visual tokens", lambda p, a: f"{p.visual_tokens:,}"),
+        ("with text", lambda p, a: f"{p.visual_tokens + p.text_tokens:,}"),
+        ("TFLOP a sample", lambda p, a: f"{p.flops / 1e12:.3g}"),
+        ("with recomputation", lambda p, a: f"{p.flops_recomputed / 1e12:.3g}" if p.checkpointing else None),
+        ("global batch", lambda p, a: f"{p.global_batch:,}"),
+        ("devices x micro-batch x accumulated", lambda p, a: f"{p.devices} x {p.micro_batch} x {p.accumulate}"),
+        ("steps an epoch", lambda p, a: None if p.steps_per_epoch is None else f"{p.steps_per_epoch:,}"),
+        ("steps", lambda p, a: None if p.steps is None else f"{p.steps:,}"),
+        ("of them warm-up", lambda p, a: None if p.warmup_steps is None else f"{p.warmup_steps:,}"),
+        ("GiB of weights and optimiser", lambda p, a: f"{p.states / _GIB:.2f}"),
+        ("GiB a sample, everything held", lambda p, a: f"{p.activations / _GIB:.2f}"),
+        ("GiB a sample, checkpointed", lambda p, a: f"{p.activations_checkpointed / _GIB:.2f}"),
+        ("and while recomputing", lambda p, a: f"{p.transient / _GIB:.2f}"),
+        ("GiB a device", lambda p, a: f"{p.needed(p.micro_batch, p.checkpointing) / _GIB:.1f}"),
+        ("of", lambda p, a: None if a.gpu_memory_gib is None else f"{a.gpu_memory_gib:g}"),
+        ("hours", lambda p, a: _hours(p, a)),
+    ]
+    rows.append(["cost", *("" for _ in plans)])
+    for title, value in costs:
+        values = [value(plan, a) for plan, a in zip(plans, assumed, strict=True)]
+        if any(v is not None for v in values):
+            rows.append([title, *(v or "" for v in values)])
+    return markdown_table(rows)
+
+
+def _count(part: tuple[int, bool] | None) -> str:
+    if part is None:
+        return ""
+    return f"{part[0] / 1e6:,.2f}{' *' if part[1] else '  '}"
+
+
+def _hours(plan: StagePlan, assumed: PlanConfig) -> str | None:
+    if assumed.peak_tflops is None or plan.steps is None:
+        return None
+    return f"{plan.hours(assumed.peak_tflops, assumed.mfu):,.1f}"
+
+
+def _devices(trainer: dict[str, Any]) -> int:
+    devices = trainer.get("devices", 1)
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"trainer.devices: got {devices!r}; a plan needs a number: make plan ARGS=trainer.devices=8")
+    return devices * int(trainer.get("num_nodes", 1))
+
+
+def _split(data: dict[str, Any], trainer: dict[str, Any], devices: int) -> tuple[int, int]:
+    """Micro-batch and accumulation."""
+    together, micro_batch = int(data["global_batch_size"]), data.get("micro_batch_size")
+    per_device = together // devices
+    if micro_batch is None:
+        micro_batch = per_device // int(trainer.get("accumulate_grad_batches") or 1)
+    if micro_batch < 1 or together % (devices * micro_batch):
+        raise ValueError(
+            f"data.init_args.micro_batch_size: {together} samples do not split into {devices} devices times "
+            f"{micro_batch}: allowed are divisors of {per_device}"
+        )
+    return micro_batch, per_device // micro_batch
+
+
+def _state_bytes(trained: int, frozen: int, frozen_size: int, strategy: str, devices: int) -> int:
+    """Float32 weights, gradients, two moments and a bfloat16 copy while computing; DDP adds buckets of gradients."""
+    if "fsdp" in strategy.lower():
+        return (16 * trained + frozen_size * frozen) // devices
+    buckets = 4 if devices > 1 else 0
+    return (18 + buckets) * trained + frozen_size * frozen
+
+
+def _convolution_backward_flop(
+    grad_out: Shape, x: Shape, weight: Shape, *settings: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Gradients of input and weight cost a forward each; torch's own count takes depthwise kernels for dense ones."""
+    transposed, wanted = settings[4], settings[7]
+    positions = math.prod((x if transposed else grad_out)[2:])
+    return int(2 * x[0] * positions * math.prod(weight) * sum(wanted[:2]))
+
+
+def _attention_backward_flop(
+    grad_out: Shape, query: Shape, key: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Twice the forward; that a fused kernel computes the weights anew is no useful work."""
+    return int(8 * math.prod(query) * key[2])
+
+
+Shape = Sequence[int]
+_FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.convolution_backward: _convolution_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward_flop,
+}
+
+
+class _Probe:
+    """One sample through a stage's losses on the meta device."""
+
+    def __init__(self, stage: Stage, num_frames: int, assumed: PlanConfig, dtype: torch.dtype) -> None:
+        self.stage, self.assumed = stage, assumed
+        stage.attach(stage.on_meta())
+        stage.to("meta")
+        for parameter in stage.parameters():
+            parameter.data = parameter.data.to(dtype)
+        for part in stage.model.parts:
+            for parameter in stage.model.part(part).values():
+                parameter.requires_grad_(part in stage.trained)
+        stage.train()
+        side = stage.network.encoder.image_size
+        length = assumed.text_tokens
+        with torch.device("meta"):
+            video = torch.empty(1, num_frames, side, side, 3, dtype=torch.uint8)
+            ids = torch.empty(1, length, dtype=torch.int64)
+            text = TextBatch(ids, torch.empty(1, length, dtype=torch.bool), ids)
+            self.batch = ClipBatch(["meta"], text, float(assumed.label_tokens), video, video)
+        stage.read_text = self._read_text  # type: ignore[method-assign]
+
+    def flops(self) -> int:
+        """Operations of forward and backward, a multiplication and an addition counted as two."""
+        with _flash_attention(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            self._loss().backward()
+        return int(counter.get_total_flops())
+
+    def saved_bytes(self) -> tuple[int, int, int]:
+        """Bytes that autograd holds after forward; with checkpointed blocks; and of the largest block inside."""
+        seen: set[int] = {storage(p) for p in self.stage.parameters()} | {storage(b) for b in self.stage.buffers()}
+        outside = inputs = 0
+        inside: list[int] = []  # a block's call each
+        running = False
+        entered: list[Tensor] = []
+        kept: list[Tensor] = []  # so that no two storages share an address
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal outside
+            if storage(tensor) not in seen:
+                seen.add(storage(tensor))
+                kept.append(tensor)
+                size = tensor.untyped_storage().nbytes()
+                if running:
+                    inside[-1] += size
+                else:
+                    outside += size
+            return tensor
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal running, entered
+            running = True
+            inside.append(0)
+            entered = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+        counted: set[int] = set()
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal inputs, running
+            running = False
+            if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
+                for tensor in entered:
+                    if storage(tensor) not in counted:
+                        counted.add(storage(tensor))
+                        kept.append(tensor)
+                        inputs += tensor.untyped_storage().nbytes()
+
+        with _hooks(self.stage.model, enter, leave), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            with _flash_attention():
+                loss = self._loss()
+        del loss
+        return outside + sum(inside), outside + inputs, max(inside, default=0)
+
+    def _loss(self) -> Tensor:
+        self.stage.step_log = {}
+        return torch.stack(list(self.stage.losses(self.batch).values())).sum()
+
+    def _read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        """As ``Stage.read_text``, with supervision at the end of the row, whose place then needs no values."""
+        model = self.stage.model.language_model
+        text = model.embed(batch.text.input_ids)
+        embeds = torch.cat([visual.to(text.dtype), text], dim=1)
+        length, labels = embeds.shape[1], self.assumed.label_tokens
+        mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")
+        decoder = model.causal_lm.get_decoder()
+        hidden = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        logits = model.causal_lm.get_output_embeddings()(hidden[0, -labels - 1 : -1])
+        return logits.float(), torch.empty(labels, dtype=torch.int64, device="meta")
+
+
+def storage(tensor: Tensor) -> int:
+    """What two views of the same memory share; the meta device has no addresses."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def _hooks(model: Any, enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
+    handles = []
+    for blocks in model.blocks().values():
+        for block in blocks:
+            handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(block.register_forward_hook(leave, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _flash_attention() -> Iterator[None]:
+    """Attention as a GPU computes it: a fused kernel that holds no matrix of weights."""
+    usual = nn.functional.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if repeats := query.shape[1] // key.shape[1] - 1:
+            key, value = (tensor.repeat_interleave(1 + repeats, dim=1) for tensor in (key, value))
+        attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        return attended
+
+    nn.functional.scaled_dot_product_attention = fused  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = usual

@@ -1,0 +1,198 @@
+"""The plan against what real steps do, and against figures worked out by hand for the full size."""
+
+import math
+
+import pytest
+import tiny
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from datamodules.batch import ClipBatch
+from lightning_modules.cli import main, stage_only
+from lightning_modules.config import compose
+from lightning_modules.plan import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
+
+TEXT, LABELS = 5, 3  # of the first row of tiny.clip_batch, its placeholder apart
+SEVEN_B = tiny.EXPERIMENTS / "exo2ego_7b"
+
+
+def config(name, **changes):
+    return {
+        "stage": name,
+        "experiment": "tiny",
+        "clips": {"num_frames": tiny.FRAMES, "image_size": tiny.SIZE},
+        "data": {"init_args": {"global_batch_size": 8}},
+        "trainer": {"devices": 2, "max_epochs": 3},
+        "plan": {"samples": 100, "text_tokens": TEXT, "label_tokens": LABELS},
+        **changes,
+    }
+
+
+def one_clip():
+    """The first clip of the batch that the other tests train on."""
+    batch = tiny.clip_batch()
+    text = batch.text
+    text.input_ids, text.labels, text.attention_mask = text.input_ids[:1], text.labels[:1], text.attention_mask[:1]
+    return ClipBatch(batch.ids[:1], text, 3.0, batch.ego_video[:1], batch.exo_video[:1], readable=batch.readable[:1])
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_operations_are_those_of_a_real_step(toy_tokenizer, name):
+    real = tiny.make_stage(name, toy_tokenizer)
+    real.configure_model()
+    real.train()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know that fused kernel
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            sum(real.losses(one_clip()).values()).backward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    planned = plan_stage(config(name), tiny.make_stage(name, toy_tokenizer))
+    assert planned.flops == counter.get_total_flops()
+    assert planned.flops < planned.flops_recomputed < 4 / 3 * planned.flops
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_held_bytes_are_those_of_a_real_step(toy_tokenizer, name):
+    real = tiny.make_stage(name, toy_tokenizer, activation_checkpointing=True)
+    real.configure_model()
+    real.train()
+    batch = one_clip()
+    known = {p.untyped_storage()._cdata for p in (*real.parameters(), *real.buffers(), batch.ego_video)}
+    held = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage()._cdata not in known and tensor.is_floating_point():
+            held[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = real.losses(batch)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    assert losses
+    planned = plan_stage(config(name), tiny.make_stage(name, toy_tokenizer))
+    assert planned.activations_checkpointed == pytest.approx(size, rel=0.15)  # the real one pads and splices rows
+    assert planned.activations_checkpointed + planned.transient < planned.activations
+
+
+def test_frozen_parts_cost_no_weight_gradients(toy_tokenizer):
+    flops = {}
+    for train in (["exo_encoder", "projector"], ["projector"]):
+        planned = plan_stage(config("stage1"), tiny.make_stage("stage1", toy_tokenizer, train=train))
+        flops[len(train)] = planned.flops
+        assert {part for part, (_, trained) in planned.parts.items() if trained} == set(train)
+    assert flops[1] < flops[2]
+
+
+def test_steps_and_split_follow_from_the_configuration(toy_tokenizer):
+    planned = plan_stage(config("stage1"), tiny.make_stage("stage1", toy_tokenizer))
+    assert (planned.devices, planned.micro_batch, planned.accumulate, planned.global_batch) == (2, 4, 1, 8)
+    assert (planned.steps_per_epoch, planned.steps, planned.warmup_steps) == (12, 36, 0)
+    split = config("stage1", data={"init_args": {"global_batch_size": 8, "micro_batch_size": 1}})
+    assert plan_stage(split, tiny.make_stage("stage1", toy_tokenizer)).accumulate == 4
+    bad = config("stage1", data={"init_args": {"global_batch_size": 8, "micro_batch_size": 3}})
+    with pytest.raises(ValueError, match=r"micro_batch_size: 8 samples do not split into 2 devices times 3"):
+        plan_stage(bad, tiny.make_stage("stage1", toy_tokenizer))
+    with pytest.raises(ValueError, match=r"trainer.devices: got 'auto'"):
+        plan_stage(config("stage1", trainer={"devices": "auto"}), tiny.make_stage("stage1", toy_tokenizer))
+
+
+def plan_of(**changes):
+    settings = {
+        "name": "stage2",
+        "parts": {"projector": (10**9, True), "language_model": (7 * 10**9, False)},
+        "visual_tokens": 100,
+        "text_tokens": 20,
+        "flops": 10**14,
+        "flops_recomputed": 13 * 10**13,
+        "activations": 10 * 2**30,
+        "activations_checkpointed": 2**30,
+        "transient": 2**29,
+        "states": 30 * 2**30,
+        "checkpointing": True,
+        "devices": 4,
+        "micro_batch": 16,
+        "accumulate": 1,
+        "steps_per_epoch": 1000,
+        "steps": 2000,
+        "warmup_steps": 60,
+    }
+    return StagePlan(**settings | changes)
+
+
+def test_hours_are_samples_times_operations_over_what_devices_do():
+    # 2000 steps x 64 samples x 100 TFLOP over 4 devices x 100 TFLOP/s x 0.5
+    assert plan_of().hours(100, 0.5) == pytest.approx(2000 * 64 * 100 / 200 / 3600)
+    assert plan_of(steps=None).hours(100, 0.5) is None
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_the_keys_to_change():
+    # 1.1 x (30 + 16 x 1.5) + 1.5 = 60.9 GiB; with 8 clips a device 47.7
+    plan_of().require_fit(61)
+    plan_of().require_fit(None)
+    with pytest.raises(ValueError, match=r"stage2: needs 61 GiB .* is 48: lower data.*micro_batch_size to 8, or"):
+        plan_of().require_fit(48)
+    with pytest.raises(ValueError, match=r"needs \d+ GiB .*: set model.init_args.activation_checkpointing: true"):
+        plan_of(checkpointing=False).require_fit(100)
+    with pytest.raises(ValueError, match=r"shard weights.*\(trainer.strategy\), or keep frozen parts in bfloat16"):
+        plan_of(states=100 * 2**30).require_fit(48)
+
+
+def test_the_table_shows_every_stage():
+    table = plan_table([plan_of(), plan_of(name="stage3", steps=None)], [PlanConfig(peak_tflops=100), PlanConfig()])
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()}
+    assert rows["million parameters"] == ["stage2", "stage3"]
+    assert rows["projector"] == ["1,000.00 *", "1,000.00 *"]
+    assert rows["trained"] == ["1,000.0", "1,000.0"]
+    assert rows["devices x micro-batch x accumulated"] == ["4 x 16 x 1"] * 2
+    assert rows["hours"] == [f"{plan_of().hours(100, 0.4):,.1f}", ""]
+
+
+@pytest.mark.parametrize("changes", [{"label_tokens": 80}, {"label_tokens": 0}, {"mfu": 0.0}])
+def test_impossible_assumptions_are_refused(changes):
+    with pytest.raises(ValueError, match=r"plan\.\w+: got .*, allowed: "):
+        PlanConfig(**changes)
+
+
+# ---------------------------------------------------------------------------------------------------------- full size
+
+
+COUNTS = {
+    "exo_encoder": 290_909_184,  # 23 of 24 blocks, patches, positions, class token, first norm
+    "ego_encoder": 290_909_184,
+    "projector": 489_188_608,
+    "language_model": 7_241_732_096,
+    "lora": 335_544_320,
+}
+
+
+@pytest.fixture(scope="module")
+def seven_b():
+    return {name: stage_only(compose(SEVEN_B, name)) for name in ("stage1", "stage2", "stage3")}
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_parameters_of_the_paper_s_model(seven_b, name):
+    stage = seven_b[name]
+    model = stage.on_meta()
+    counts = {part: sum(p.numel() for p in model.part(part).values()) for part in model.parts}
+    assert counts.keys() == set(stage.uses)
+    mappings = {counts.pop(part) for part in ("ego_to_exo", "exo_to_ego") if part in counts}
+    assert {round(count / 1e6, 2) for count in mappings} <= {182.23}
+    assert counts == {part: COUNTS[part] for part in counts}
+    assert len(model.part("language_model")) == 291 and len(model.part("projector")) == 113
+    assert stage.network.visual_tokens(16) * stage.streams == (1521 if name == "stage1" else 3042)
+
+
+def test_costs_of_the_paper_s_second_stage(capsys):
+    # 150.3 TFLOP and 46 hours by the closed formulas, which apply the head at every position; GiB counted apart.
+    assert main(["plan", str(SEVEN_B), "stage2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines if line.startswith("|")}
+    assert float(rows["TFLOP a sample"]) == pytest.approx(150.3, rel=0.02)
+    assert float(rows["with recomputation"]) == pytest.approx(150.3 + 63.0, rel=0.1)
+    assert float(rows["GiB a sample, checkpointed"]) == pytest.approx(2.4, rel=0.1)
+    assert float(rows["hours"]) == pytest.approx(46, rel=0.02)
+    assert rows["steps an epoch"] == str(f"{1_100_000 // 256:,}")
+    assert rows["of them warm-up"] == str(math.ceil(0.03 * 2 * (1_100_000 // 256)))
