@@ -3,6 +3,7 @@ EXPERIMENT ?= toy
 RUNS ?= runs
 ARGS ?=
 PORT ?= 6006
+INDEX ?= $(ROOT)/ego_exo_clip
 BASE_PYTHON ?= python3
 VENV ?= .venv
 
@@ -18,7 +19,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data stage0 stage1 stage2 stage3 plan evaluate tensorboard test test-all lint format bench clean
+.PHONY: help setup data ego-exoclip data-check reencode stage0 stage1 stage2 stage3 plan evaluate tensorboard test test-all lint format bench bench-clips bench-index clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +37,18 @@ data: data/toy/world.json ## generate the default data set
 
 data/toy/world.json: | $(VENV)/installed
 	$(PYTHON) -m datamodules.toy_world --root data/toy
+
+ego-exoclip: $(VENV)/installed ## index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..."
+	@test -n "$(EGOEXO4D)" || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
+	$(PYTHON) -m datamodules.build_pairs ego-exo4d $(EGOEXO4D) $(ARGS)
+
+data-check: $(VENV)/installed ## read the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."
+	@test -n "$(ROOT)" || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }
+	$(PYTHON) -m datamodules.data_check $(INDEX) --root $(ROOT) $(ARGS)
+
+reencode: $(VENV)/installed ## write the videos of INDEX below ROOT=folder anew to OUT=folder, cheap to read clips from
+	@test -n "$(ROOT)" && test -n "$(OUT)" || { echo "error: name both folders: make reencode ROOT=/data/egoexo4d OUT=/data/egoexo4d_336"; exit 2; }
+	$(PYTHON) -m datamodules.reencode --root $(ROOT) --index $(INDEX) --out $(OUT) $(ARGS)
 
 stage0: $(VENV)/installed $(WORLD) ## initialisation: encoder, projector and language model learn to work together
 	$(FIT) stage0 $(OPTIONS)
@@ -79,6 +92,12 @@ format: $(VENV)/installed ## let ruff rewrite
 
 bench: $(VENV)/installed data/toy/world.json ## measure memory of the loss, clip reading and training steps
 	$(PYTHON) tests/bench.py
+
+bench-clips: $(VENV)/installed ## measure clip reading against other readers, pip install '.[bench]' for all of them
+	$(PYTHON) tests/bench_clips.py $(ARGS)
+
+bench-index: $(VENV)/installed ## measure building and holding an index of 1.1 million pairs
+	$(PYTHON) tests/bench_index.py $(ARGS)
 
 clean: ## remove runs and the generated data; .venv stays
 	rm -rf $(RUNS) data/toy

@@ -1,26 +1,68 @@
-"""Clips, texts and questions as batches; nothing here knows a model."""
+"""Clips, texts and questions as batches; nothing here knows a model.
 
-from datamodules.batch import ClipBatch, Question, QuestionBatch, TextBatch
-from datamodules.clip_stream import ClipDecodeError, ClipReader, read_views
-from datamodules.clips import ClipConfig, ClipDataModule
-from datamodules.ego_exo4d import ReleaseError, read_release
-from datamodules.ego_exo_clip import EgoExoClipDataModule
-from datamodules.instruction import InstructionDataModule
-from datamodules.text import TextEncoder
+Names are imported when they are first used, so that what needs no torch, such as building an index, starts without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datamodules.assembly101 import Assembly101
+    from datamodules.batch import ClipBatch, Question, QuestionBatch, TextBatch
+    from datamodules.build_pairs import BuildOptions, build_index
+    from datamodules.clip_stream import ClipDecodeError, ClipReader, read_views
+    from datamodules.clips import ClipConfig, ClipDataModule
+    from datamodules.ego_exo4d import EgoExo4D
+    from datamodules.ego_exo_clip import EgoExoClipDataModule
+    from datamodules.instruction import InstructionDataModule
+    from datamodules.pair_index import PairIndex, PairSource, SourceError
+    from datamodules.text import TextEncoder
 
 __all__ = [
+    "Assembly101",
+    "BuildOptions",
     "ClipBatch",
     "ClipConfig",
     "ClipDataModule",
     "ClipDecodeError",
     "ClipReader",
+    "EgoExo4D",
     "EgoExoClipDataModule",
     "InstructionDataModule",
+    "PairIndex",
+    "PairSource",
     "Question",
     "QuestionBatch",
-    "ReleaseError",
+    "SourceError",
     "TextBatch",
     "TextEncoder",
-    "read_release",
+    "build_index",
     "read_views",
 ]
+
+_MODULES = {
+    "assembly101": ("Assembly101",),
+    "batch": ("ClipBatch", "Question", "QuestionBatch", "TextBatch"),
+    "build_pairs": ("BuildOptions", "build_index"),
+    "clip_stream": ("ClipDecodeError", "ClipReader", "read_views"),
+    "clips": ("ClipConfig", "ClipDataModule"),
+    "ego_exo4d": ("EgoExo4D",),
+    "ego_exo_clip": ("EgoExoClipDataModule",),
+    "instruction": ("InstructionDataModule",),
+    "pair_index": ("PairIndex", "PairSource", "SourceError"),
+    "text": ("TextEncoder",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -58,8 +58,13 @@ class ClipBatch(_Movable):
         text: R = B rows.
         label_tokens: supervised tokens of the whole global batch divided by its number of micro-batches, counted over
             all ranks. A sum of token losses divided by it averages over the global batch's tokens once gradients are
-            averaged over ranks and accumulated micro-batches.
+            averaged over ranks and accumulated micro-batches. Texts that are too long are left out; the tokens of clips
+            that cannot be read are counted, because no other rank knows of them: their losses are missing from the sum,
+            the other samples keep their weight.
         ego_video, exo_video: uint8 [B, T, S, S, 3], RGB, the same instants in both; None if the stage does not look.
+        readable: bool [B]. Where false, the pictures are zeros, no token is supervised, and the sample takes no part in
+            any loss. By default all are.
+        skipped: a line for each sample that is not readable: its name and why.
     """
 
     ids: list[str]
@@ -67,6 +72,13 @@ class ClipBatch(_Movable):
     label_tokens: float
     ego_video: Tensor | None = None
     exo_video: Tensor | None = None
+    readable: Tensor = None  # type: ignore[assignment]
+    skipped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Without a mask, all samples are readable."""
+        if self.readable is None:
+            self.readable = torch.ones(len(self.ids), dtype=torch.bool, device=self.text.input_ids.device)
 
     @property
     def num_frames(self) -> int:

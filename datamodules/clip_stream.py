@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import math
 import os
+import stat
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import av
 import numpy as np
@@ -35,6 +37,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 Fit = Literal["pad", "crop", "squash"]
+Result = TypeVar("Result")
 
 FITS: tuple[Fit, ...] = ("pad", "crop", "squash")
 PAD_RGB = (122, 116, 104)  # CLIP's mean colour, so that padding is about zero after normalisation
@@ -118,6 +121,12 @@ class Damaged(ClipDecodeError):
     mend = "re-download it or remove the take"
 
 
+class TimedOut(ClipDecodeError):
+    """Reading did not come to an end within the reader's time limit."""
+
+    mend = "check the disk or network that holds the file, re-encode it or remove the take"
+
+
 class _NeedsFullDecode(Exception):
     """Seeking cannot produce the wanted frames; only decoding from the start of the file can."""
 
@@ -177,6 +186,7 @@ class _OpenVideo:
     fps: float
     header_end_s: float
     pixel_aspect: float
+    nal_length_bytes: int | None
 
     @property
     def frame_s(self) -> float:
@@ -184,6 +194,21 @@ class _OpenVideo:
 
     def time_s(self, tick: int) -> float:
         return (tick - self.start_tick) * self.tick_s
+
+    def is_torn(self, packet: Packet[VideoStream]) -> bool:
+        """Whether zeros stand where the coding rules them out, as where a block of the file was never written.
+
+        A decoder takes them for a picture that hardly changes.
+        """
+        if self.nal_length_bytes is None:
+            return False
+        data, end = bytes(packet), 0
+        while end < len(data):
+            begin = end + self.nal_length_bytes
+            end = begin + int.from_bytes(data[end:begin], "big")
+            if end == begin or end > len(data) or data.find(b"\0\0\0", begin, end - 8) >= 0:
+                return True
+        return False
 
     def last_tick_shown_by(self, time_s: float) -> int:
         tolerance_s = min(1e-3, 0.1 * self.frame_s)
@@ -197,34 +222,32 @@ class ClipReader:
     it then starts again with no open files.
     """
 
-    def __init__(self, max_open: int = 16) -> None:
+    def __init__(self, max_open: int = 16, timeout_s: float | None = None) -> None:
         """Open nothing yet.
 
         Args:
             max_open: files kept open, at 5-25 MB each depending on the picture size.
+            timeout_s: longest time that one call may take, None for no limit. A limit costs a short-lived thread a
+                call. One that hangs in the operating system or in the decoder cannot be stopped: its thread is left
+                behind with the files that were open, and the reader starts again without them.
 
         Raises:
-            ValueError: ``max_open`` is below 1.
+            ValueError: ``max_open`` is below 1, or ``timeout_s`` is not above 0.
         """
         if max_open < 1:
             raise ValueError(f"max_open is {max_open}; a reader needs to hold at least 1 file open")
-        self.max_open = max_open
-        self._forget()
+        if timeout_s is not None and not timeout_s > 0:
+            raise ValueError(f"timeout_s is {timeout_s}; a time limit must be above 0 seconds")
+        self.max_open, self.timeout_s = max_open, timeout_s
+        self._files = _OpenFiles(max_open)
 
-    def __getstate__(self) -> dict[str, int]:
-        """Pickle the setting only: open files belong to one process."""
-        return {"max_open": self.max_open}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        """Restore as a reader with no open files."""
-        self.max_open = state["max_open"]
-        self._forget()
+    def __reduce__(self) -> tuple[type[ClipReader], tuple[int, float | None]]:
+        """Pickle the settings only: open files belong to one process."""
+        return ClipReader, (self.max_open, self.timeout_s)
 
     def close(self) -> None:
         """Close every file. The reader stays usable."""
-        for video in self._videos.values():
-            video.container.close()
-        self._forget()
+        self._files.close()
 
     def read(
         self,
@@ -259,20 +282,8 @@ class ClipReader:
         times = np.asarray(times_s, dtype=np.float64).ravel().tolist()
         if not times or not all(map(math.isfinite, times)):
             raise EmptySpan(f"cannot read frames at times {times}", path, *(span_s or (None, None)))
-        start_s, end_s = span_s or (min(times), max(times))
-        name = os.fspath(path)
-        try:
-            video = self._open(name)
-            limits = [video.last_tick_shown_by(time_s) for time_s in times]
-            if min(limits) < video.start_tick:
-                raise SpanOutsideFile(f"{min(times):.3f} s is before the first frame at 0 s", path)
-            return self._read_limits(video, limits, size, fit)
-        except ClipDecodeError as error:
-            self._drop(name)
-            raise type(error)(error.reason, path, start_s, end_s) from error.__cause__
-        except av.error.FFmpegError as error:
-            self._drop(name)
-            raise Damaged(_words(error), path, start_s, end_s) from error
+        span_s = span_s or (min(times), max(times))
+        return self._bounded(path, span_s, lambda files: files.read(os.fspath(path), times, size, fit))
 
     def usable_end_s(self, path: str | os.PathLike[str], start_s: float, end_s: float) -> float:
         """Check a span against the file and clamp an end that lies less than one frame past it.
@@ -280,7 +291,7 @@ class ClipReader:
         Args:
             path: video file.
             start_s: start of the span in seconds on the file's clock.
-            end_s: its end.
+            end_s: its end; infinity stands for the end of the file.
 
         Returns:
             ``end_s``, or the end of the file if that comes first.
@@ -290,27 +301,85 @@ class ClipReader:
             SpanOutsideFile: the start is negative, or start or end lie too far past the end of the file.
             ClipDecodeError: the file cannot be opened.
         """
-        if not (math.isfinite(start_s) and math.isfinite(end_s) and end_s > start_s):
+        if not (math.isfinite(start_s) and end_s > start_s):
             raise EmptySpan("the end must come after the start", path, start_s, end_s)
-        video = self._open(os.fspath(path))
+        return self._bounded(path, (start_s, end_s), lambda files: files.usable_end_s(os.fspath(path), start_s, end_s))
+
+    def _bounded(
+        self, path: str | os.PathLike[str], span_s: tuple[float, float], call: Callable[[_OpenFiles], Result]
+    ) -> Result:
+        """Call with the open files, within the time limit; errors name path and span."""
+        try:
+            return call(self._files) if self.timeout_s is None else self._call_in_thread(call, self.timeout_s)
+        except (ClipDecodeError, av.error.FFmpegError) as error:
+            self._files.drop(os.fspath(path))
+            if isinstance(error, ClipDecodeError):
+                raise type(error)(error.reason, path, *span_s) from error.__cause__
+            raise Damaged(_words(error), path, *span_s) from error
+
+    def _call_in_thread(self, call: Callable[[_OpenFiles], Result], timeout_s: float) -> Result:
+        files = self._files
+        results: list[Result] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(call(files))
+            except BaseException as error:
+                errors.append(error)
+            if files is not self._files:  # too late
+                files.close()
+
+        thread = threading.Thread(target=run, name="clip reader", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if errors:
+            raise errors[0]
+        if results:
+            return results[0]
+        self._files = _OpenFiles(self.max_open)
+        raise TimedOut(f"no answer within {timeout_s:g} s")
+
+
+class _OpenFiles:
+    """Open videos with their decoders and scalers, used by one thread at a time."""
+
+    def __init__(self, max_open: int) -> None:
+        self._max_open = max_open
+        self._forget()
+
+    def close(self) -> None:
+        for video in self._videos.values():
+            video.container.close()
+        self._forget()
+
+    def drop(self, name: str) -> None:
+        video = self._videos.pop(name, None)
+        if video is not None:
+            video.container.close()
+
+    def read(self, name: str, times: list[float], size: int, fit: Fit) -> Clip:
+        video = self._open(name)
+        limits = [video.last_tick_shown_by(time_s) for time_s in times]
+        if min(limits) < video.start_tick:
+            raise SpanOutsideFile(f"{min(times):.3f} s is before the first frame at 0 s")
+        return self._read_limits(video, limits, size, fit)
+
+    def usable_end_s(self, name: str, start_s: float, end_s: float) -> float:
+        video = self._open(name)
         file_end_s = video.header_end_s
         if end_s > file_end_s:  # headers of variable-rate files may fall short of the last frame
             file_end_s = max(file_end_s, _last_frame_end_s(video))
         if start_s < -min(1e-3, 0.1 * video.frame_s):
-            raise SpanOutsideFile("the span begins before the first frame at 0 s", path, start_s, end_s)
-        if start_s >= file_end_s or end_s > file_end_s + video.frame_s:
-            raise SpanOutsideFile(f"the video ends at {file_end_s:.3f} s", path, start_s, end_s)
+            raise SpanOutsideFile("the span begins before the first frame at 0 s")
+        if start_s >= file_end_s or file_end_s + video.frame_s < end_s < math.inf:
+            raise SpanOutsideFile(f"the video ends at {file_end_s:.3f} s")
         return min(end_s, file_end_s)
 
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._videos: OrderedDict[str, _OpenVideo] = OrderedDict()
         self._converters: dict[tuple[int, int, str, float, int, Fit], _Converter] = {}
-
-    def _drop(self, name: str) -> None:
-        video = self._videos.pop(name, None)
-        if video is not None:
-            video.container.close()
 
     def _open(self, name: str) -> _OpenVideo:
         if self._pid != os.getpid():  # a forked process shares the file offsets of its parent: never read through them
@@ -320,8 +389,8 @@ class ClipReader:
         if video is not None and video.stamp == stamp:
             self._videos.move_to_end(name)
             return video
-        self._drop(name)
-        while len(self._videos) >= self.max_open:
+        self.drop(name)
+        while len(self._videos) >= self._max_open:
             self._videos.popitem(last=False)[1].container.close()
         video = _open_video(name, stamp)
         self._videos[name] = video
@@ -330,8 +399,6 @@ class ClipReader:
     def _read_limits(self, video: _OpenVideo, limits: list[int], size: int, fit: Fit) -> Clip:
         ascending = sorted(set(limits))
         canvas = np.empty((len(limits), size, size, 3), dtype=np.uint8)
-        if fit == "pad":
-            canvas.reshape(len(limits), size, size * 3)[:] = np.tile(np.array(PAD_RGB, dtype=np.uint8), size)
         try:
             chosen = self._decode_by_seeking(video, ascending, limits, canvas, fit)
         except _NeedsFullDecode:
@@ -355,7 +422,7 @@ class ClipReader:
     def _decode_from_start(
         self, video: _OpenVideo, ascending: list[int], limits: list[int], canvas: np.ndarray, fit: Fit
     ) -> dict[int, int]:
-        self._drop(video.path)
+        self.drop(video.path)
         fresh = self._open(video.path)  # a fresh container stands at its first packet, whatever its index knows
         packets, at_end = _take_until(fresh, fresh.container.demux(fresh.stream), ascending[-1])
         picks = _choose(fresh, packets, at_end, ascending)
@@ -410,11 +477,12 @@ class _Converter:
             self._crop = _crop_graph(width, height, pixel_format, _even(side / pixel_aspect), _even(side))
         even = not (self._scaled[0] % 2 or self._scaled[1] % 2)
         self._step_format = _YUV_STEP.get(pixel_format) if even else None
+        self._pad = np.tile(np.array(PAD_RGB, dtype=np.uint8), (size, 1))  # a row of the border
         self._scale = VideoReformatter()
         self._to_rgb = VideoReformatter()
 
     def write(self, frame: VideoFrame, out: np.ndarray) -> None:
-        """Convert ``frame`` and write it to the centre of ``out``, uint8 [size, size, 3]."""
+        """Convert ``frame`` and write it to the centre of ``out``, uint8 [size, size, 3], on ``PAD_RGB``."""
         quarter_turns = (frame.rotation // 90) % 4
         if self._crop is not None:
             self._crop.vpush(frame)
@@ -431,7 +499,10 @@ class _Converter:
         if quarter_turns:
             pixels = np.rot90(pixels, quarter_turns)
         top, left = (out.shape[0] - pixels.shape[0]) // 2, (out.shape[1] - pixels.shape[1]) // 2
-        out[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
+        bottom, right = top + pixels.shape[0], left + pixels.shape[1]
+        for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, right:]):
+            border[:] = self._pad[: border.shape[1]]
+        out[top:bottom, left:right] = pixels
 
 
 def segment_midpoints(start_s: float, end_s: float, num_frames: int) -> np.ndarray:
@@ -472,7 +543,7 @@ def read_views(
         reader: this process's reader.
         paths: video file of each view.
         start_s: start of the span in seconds on the take's clock.
-        end_s: its end, not included.
+        end_s: its end, not included; infinity stands for the end of the shortest view.
         num_frames: N, at the middles of N equal parts of the span.
         size: side of the square output in pixels.
         fit: how pictures are made square, see ``ClipReader.read``.
@@ -542,6 +613,8 @@ def _stamp(name: str) -> tuple[int, int]:
         raise FileMissing(_words(error), name) from error
     except OSError as error:
         raise NotAVideo(_words(error), name) from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+        raise NotAVideo("no regular file", name)
     if status.st_size == 0:
         raise NotAVideo("the file is empty (0 bytes)", name)
     return status.st_mtime_ns, status.st_size
@@ -590,7 +663,17 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> _
         fps=float(rate),
         header_end_s=float(min((claim_s for claim_s in claims_s if claim_s > 0), default=0)),
         pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0,
+        nal_length_bytes=_nal_length_bytes(codec),
     )
+
+
+def _nal_length_bytes(codec: VideoCodecContext) -> int | None:
+    """Bytes of the length in front of each unit of H.264 and HEVC packets in MP4 or Matroska; None for others."""
+    at = {"h264": 4, "hevc": 21}.get(codec.name)
+    extra = codec.extradata or b""
+    if at is None or len(extra) <= at or extra[0] != 1:  # without a configuration record, start codes divide the units
+        return None
+    return 1 + (extra[at] & 3)
 
 
 def _last_frame_end_s(video: _OpenVideo) -> float:
@@ -724,21 +807,19 @@ def _decode(
     for packet in chain(packets, (None,)):
         if packet is not None:
             pts = cast(int, packet.pts)
-            if packet.is_corrupt:
+            if packet.is_corrupt or video.is_torn(packet):
                 raise Damaged(f"corrupt packet at {video.time_s(pts):.3f} s", video.path)
             if exact_start and pts < first_pts:
                 continue
             if may_skip and skipping == (pts in wanted):
                 skipping = not skipping
                 codec.skip_frame = "NONREF" if skipping else "DEFAULT"
-        for frame in codec.decode(packet):
+        for frame in codec.decode(packet):  # to the last one: wanted frames may refer to one that is displayed later
             if frame.is_corrupt:
                 raise Damaged(f"corrupt picture at {video.time_s(cast(int, frame.pts)):.3f} s", video.path)
             if frame.pts in missing:
                 missing.remove(frame.pts)
                 yield frame
-        if not missing:
-            break
     codec.flush_buffers()
     if missing:
         raise _NeedsFullDecode

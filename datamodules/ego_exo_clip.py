@@ -1,4 +1,4 @@
-"""Ego-ExoClip: synchronised ego-exo clips with a narration each, cut out of an Ego-Exo4D release (stages 1 and 2)."""
+"""Ego-ExoClip: synchronised ego-exo clips with a narration each, out of an index of pairs (stages 1 and 2)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from datamodules.clip_stream import probe
 from datamodules.clips import VIEWS, ClipConfig, ClipDataModule, ClipTextDataset, Span
-from datamodules.ego_exo4d import Release, exo_views, read_release
+from datamodules.pair_index import PairIndex, read_header
 from datamodules.text import EncodedText, TextEncoder
 
 ExoPolicy = Literal["all", "best", "random"]
@@ -19,9 +19,12 @@ ExoPolicy = Literal["all", "best", "random"]
 class EgoExoClipDataset(ClipTextDataset):
     """Pairs of one narration's egocentric clip and one of its exocentric clips.
 
+    Everything about a million pairs lies in a few arrays that worker processes share (``PairIndex``); nothing is kept
+    for a pair itself, its number gives its narration and its view.
+
     Args:
-        release: takes and narrated clips.
-        root: the release's folder.
+        pairs: the index.
+        root: folder that its paths are relative to.
         views: which views to decode.
         exo_policy: ``all``: a sample for each exocentric view; ``best``: one, the annotated best view; ``random``: one,
             drawn anew each epoch.
@@ -29,11 +32,14 @@ class EgoExoClipDataset(ClipTextDataset):
         seed: of the random view.
         clips: frames of a clip.
         encoder: text to tokens.
+
+    Raises:
+        ValueError: ``exo_policy`` is none of the three.
     """
 
     def __init__(
         self,
-        release: Release,
+        pairs: PairIndex,
         root: Path,
         views: Sequence[str],
         exo_policy: ExoPolicy,
@@ -43,91 +49,101 @@ class EgoExoClipDataset(ClipTextDataset):
         encoder: TextEncoder,
     ) -> None:
         super().__init__(clips, encoder)
-        self.release, self.root, self.views = release, root, views
+        if exo_policy not in ("all", "best", "random"):
+            raise ValueError(f"data.exo_policy: got {exo_policy!r}, allowed: all, best, random")
+        self.pairs, self.root, self.views = pairs, root, views
         self.exo_policy, self.instruction, self.seed = exo_policy, instruction, seed
-        counts = [len(release.takes[clip.take_index].exos) if exo_policy == "all" else 1 for clip in release.clips]
-        self.clip_of = np.repeat(np.arange(len(counts)), counts)  # sample -> narration
-        self.exo_of = np.concatenate([np.arange(count) for count in counts])  # sample -> view, for "all"
+        counts = pairs.num_exos() if exo_policy == "all" else np.ones(len(pairs), dtype=np.int64)
+        self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # of each narration
 
     def __len__(self) -> int:
         """Number of pairs."""
-        return len(self.clip_of)
+        return int(self.first_pair[-1])
 
     def name(self, index: int) -> str:
         """Take, annotator and narration."""
-        return str(self.release.clips[self.clip_of[index]].clip_id)
+        return self.pairs.clip_ids[self._clip(index)]
+
+    def groups(self) -> NDArray[np.int32]:
+        """The take of every pair, int32 [len], ascending: samples of one take read the same files."""
+        return np.repeat(self.pairs.clip_groups, np.diff(self.first_pair))
 
     def span(self, index: int, epoch: int) -> Span:
         """Both views over the same seconds of the take."""
-        clip = self.release.clips[self.clip_of[index]]
-        take = self.release.takes[clip.take_index]
+        pairs, clip = self.pairs, self._clip(index)
+        ego, end = (int(pairs.first_view[pairs.clip_groups[clip] + more]) for more in (0, 1))
         if self.exo_policy == "all":
-            exo = take.exos[self.exo_of[index]]
+            exo = ego + 1 + index - int(self.first_pair[clip])
+        elif self.exo_policy == "best":
+            exo = int(pairs.best_views[clip])
         else:
-            (exo,) = exo_views(take, clip, self.exo_policy, np.random.default_rng([self.seed, epoch, index]))
-        files = {"ego": take.ego.path, "exo": exo.path}
-        return Span({view: self.root / files[view] for view in self.views}, clip.start_s, clip.end_s)
+            exo = ego + 1 + int(np.random.default_rng([self.seed, epoch, index]).integers(end - ego - 1))
+        chosen = {view: {"ego": ego, "exo": exo}[view] for view in self.views}
+        return Span(
+            {view: self.root / pairs.view_paths[number] for view, number in chosen.items()},
+            float(pairs.start_s[clip]),
+            float(pairs.end_s[clip]),
+            {view: float(pairs.view_offsets_s[number]) for view, number in chosen.items()},
+        )
 
     def text(self, index: int, epoch: int) -> EncodedText:
         """The narration, the wearer spelled out."""
-        caption = self.release.clips[self.clip_of[index]].text
+        caption = self.pairs.texts[self._clip(index)]
         if self.instruction is None:
             return self.encoder.plain(caption)
         return self.encoder.conversation([(self.instruction, caption)])
 
+    def _clip(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return int(np.searchsorted(self.first_pair, index, side="right")) - 1
+
 
 class EgoExoClipDataModule(ClipDataModule):
-    """Clip-text pairs of an Ego-Exo4D release, cut by the EgoVLP rule with alpha fitted on the training split.
+    """Clip-text pairs of an index of synchronised recordings, such as one of an Ego-Exo4D release.
 
     Args:
+        index: folder that ``python -m datamodules.build_pairs`` wrote; it fixes the narrations and their seconds.
         views: views that the stage looks at, ``ego`` and ``exo``.
         exo_policy: which exocentric views of a narration become samples, see ``EgoExoClipDataset``.
         instruction: question put before every caption; null trains on bare captions.
-        resolution: subfolder of ``downscaled`` that holds the videos; null reads the full-size files.
-        clip_scale: factor on every clip's length; 1 is the EgoVLP rule.
-        min_clip_s, max_clip_s: bounds on a clip's length.
-        require_ego_visible: leave out narrations flagged as not visible to the wearer's camera.
-        drop_unsure: leave out narrations flagged as unsure.
-        **shared: see ``ClipDataModule``; ``root`` is the release's folder.
+        **shared: see ``ClipDataModule``; ``root`` is the folder that the index's paths are relative to.
+
+    Raises:
+        ValueError: there is no index, or no view.
     """
 
     def __init__(
         self,
+        index: str,
         views: list[Literal["ego", "exo"]],
         exo_policy: ExoPolicy = "all",
         instruction: str | None = None,
-        resolution: str | None = "448",
-        clip_scale: float = 1.0,
-        min_clip_s: float = 0.0,
-        max_clip_s: float | None = None,
-        require_ego_visible: bool = False,
-        drop_unsure: bool = False,
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
         if not views:
             raise ValueError(f"data.views: got none, allowed: {', '.join(VIEWS)}")
+        self.index = Path(index)
+        try:
+            read_header(self.index)
+        except ValueError as error:
+            raise ValueError(f"data.index: {error}") from None
         self.views, self.exo_policy, self.instruction = views, exo_policy, instruction
-        self.reading: dict[str, Any] = {
-            "resolution": resolution,
-            "clip_scale": clip_scale,
-            "min_clip_s": min_clip_s,
-            "max_clip_s": max_clip_s,
-            "require_ego_visible": require_ego_visible,
-            "drop_unsure": drop_unsure,
-        }
 
     def read(self) -> EgoExoClipDataset:
-        """Read the release and open every file's header."""
-        release = read_release(self.root, "train", num_frames=_num_frames, **self.reading)
+        """Read the index; no video is opened."""
         return EgoExoClipDataset(
-            release, self.root, self.views, self.exo_policy, self.instruction, self.seed, self.clips, self.encoder
+            PairIndex.read(self.index),
+            self.root,
+            self.views,
+            self.exo_policy,
+            self.instruction,
+            self.seed,
+            self.clips,
+            self.encoder,
         )
 
     def annotation_files(self) -> list[Path]:
-        """Takes and training narrations."""
-        return [self.root / "takes.json", self.root / "annotations" / "atomic_descriptions_train.json"]
-
-
-def _num_frames(path: Path) -> int:
-    return probe(path).num_frames
+        """Takes and narrated clips of the index."""
+        return [self.index / "groups.jsonl", self.index / "clips.jsonl"]

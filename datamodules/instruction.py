@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.clip_stream import probe
-from datamodules.clips import ClipConfig, ClipDataModule, ClipTextDataset, Span, read_jsonl, require, seconds
+from datamodules.clips import ClipConfig, ClipDataModule, ClipTextDataset, Span
+from datamodules.jsonl import read_jsonl, require, seconds
 from datamodules.text import VIDEO_TAG, EncodedText, TextEncoder, Turn
 
 

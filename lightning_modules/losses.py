@@ -1,5 +1,8 @@
 """The three losses of Exo2Ego (arXiv 2503.09143): video-text generation, cycle consistency, guidance.
 
+Clips that could not be read are masked (``ClipBatch.readable``): they add nothing to a loss and give no gradient, while
+the other clips keep their weight, so that it matters neither how a batch is split nor which ranks know of the failure.
+
 Letters: ``B`` clips, ``T`` frames, ``h`` and ``w`` patch rows and columns, ``C`` encoder width, ``M`` supervised
 tokens, ``V`` vocabulary.
 """
@@ -33,7 +36,7 @@ def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
 
 
 def cycle_consistency_loss(
-    feature: Tensor, round_trip: Tensor, norm: Literal["none", "channel_std"] = "none"
+    feature: Tensor, round_trip: Tensor, readable: Tensor, norm: Literal["none", "channel_std"] = "none"
 ) -> Tensor:
     """L1 distance of features to themselves after a round trip through both mappings.
 
@@ -42,6 +45,7 @@ def cycle_consistency_loss(
     Args:
         feature: float [B, T, h, w, C], the target.
         round_trip: the same shape, after F then G or G then F.
+        readable: bool [B], the clips that count.
         norm: ``channel_std`` divides each channel by its standard deviation in ``feature``.
 
     Returns:
@@ -53,13 +57,27 @@ def cycle_consistency_loss(
     if feature.shape != round_trip.shape:
         raise ValueError(f"round trip gave {tuple(round_trip.shape)}, expected {tuple(feature.shape)}")
     if norm == "channel_std":
-        scale = feature.detach().flatten(0, -2).std(0) + 1e-6
+        scale = _channel_deviation(feature.detach(), readable) + 1e-6
         feature, round_trip = feature / scale, round_trip / scale
-    return F.l1_loss(round_trip, feature)
+    return F.l1_loss(where_readable(readable, round_trip, feature), feature)
+
+
+def _channel_deviation(feature: Tensor, readable: Tensor) -> Tensor:
+    """Standard deviation of each channel over the readable clips, 0 if there are none: float [C]."""
+    zero = feature.new_zeros((), dtype=torch.float32)
+    positions = readable.sum() * (feature[0].numel() // feature.shape[-1])
+    mean = where_readable(readable, feature.float(), zero).sum((0, 1, 2, 3)) / positions.clamp(min=1)
+    squares = where_readable(readable, (feature - mean).square(), zero).sum((0, 1, 2, 3))
+    return (squares / (positions - 1).clamp(min=1)).sqrt()
+
+
+def where_readable(readable: Tensor, feature: Tensor, other: Tensor) -> Tensor:
+    """Feature, float [B, T, h, w, C], with the clips that are not readable taken from ``other``."""
+    return torch.where(readable[:, None, None, None, None], feature, other)
 
 
 def guidance_kl_loss(
-    target: Tensor, mapped: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none"
+    target: Tensor, mapped: Tensor, readable: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none"
 ) -> Tensor:
     """KL(y || F(x)): the exocentric features' distribution against that of the mapped egocentric ones.
 
@@ -69,6 +87,7 @@ def guidance_kl_loss(
     Args:
         target: float [B, T, h, w, C], standardised y.
         mapped: the same shape, F(x) standardised with the same statistics.
+        readable: bool [B], the clips that count.
         tau: temperature.
         axis: ``channel``: distributions over C; ``spatial``: over h and w.
         pool: average over ``time``, or over ``all`` positions, before the softmax.
@@ -76,7 +95,8 @@ def guidance_kl_loss(
     Returns:
         float32 scalar >= 0.
     """
-    y, x = (f.float().flatten(2, 3) for f in (target.detach(), mapped))  # [B, T, h * w, C]
+    target = target.detach()
+    y, x = (f.float().flatten(2, 3) for f in (target, where_readable(readable, mapped, target)))  # [B, T, h * w, C]
     if pool == "time":
         y, x = y.mean(1, keepdim=True), x.mean(1, keepdim=True)
     elif pool == "all":
@@ -112,20 +132,22 @@ class FeatureStandardizer(nn.Module):
         self.register_buffer("updates", torch.zeros(1))
 
     @torch.no_grad()
-    def update(self, target: Tensor) -> None:
-        """Take the statistics of float [B, T, h, w, C] in."""
+    def update(self, target: Tensor, readable: Tensor) -> None:
+        """Take in the statistics of float [B, T, h, w, C] of all ranks, of the clips that bool [B] marks."""
         if self.kind != "ema" or not self.training:
             return
-        flat = target.float().flatten(0, -2)
-        moments = torch.stack([flat.mean(0), flat.square().mean(0)])
+        flat = where_readable(readable, target.float(), target.new_zeros(())).flatten(0, -2)
+        clips = readable.sum().to(flat.dtype)
+        sums = torch.cat([flat.sum(0), flat.square().sum(0), clips[None]])
         if dist.is_initialized():
-            dist.all_reduce(moments)
-            moments /= dist.get_world_size()
-        keep = torch.where(self.updates > 0, self.momentum, 0.0)
-        variance = (moments[1] - moments[0].square()).clamp(min=0)
-        self.mean.lerp_(moments[0], (1 - keep).expand_as(self.mean))
-        self.variance.lerp_(variance, (1 - keep).expand_as(self.variance))
-        self.updates += 1
+            dist.all_reduce(sums)
+        clips = sums[-1]
+        positions = clips.clamp(min=1) * (len(flat) // len(target))
+        mean, square = (sums[:-1] / positions).chunk(2)
+        keep = torch.where(self.updates > 0, self.momentum, 0.0).where(clips > 0, 1.0)
+        self.mean.lerp_(mean, (1 - keep).expand_as(self.mean))
+        self.variance.lerp_((square - mean.square()).clamp(min=0), (1 - keep).expand_as(self.variance))
+        self.updates += clips > 0
 
     def forward(self, features: Tensor) -> Tensor:
         """Standardise float [B, T, h, w, C]."""

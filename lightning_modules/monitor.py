@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 
 class TrainingMonitor(L.Callback):
-    """Losses, rates, gradient norm, throughput and data wait, every few optimiser steps.
+    """Losses, rates, gradient norm, throughput, data wait and skipped samples, every few optimiser steps.
 
-    Values stay on the device until they are written, so the device is synchronised once per write only.
+    Samples that were skipped are counted over all ranks from the start of the process on, and each is named once by the
+    rank that met it. Values stay on the device until they are written, so it is synchronised once per write only.
 
     Args:
         every_n_steps: optimiser steps between two writes; losses and norms are averaged in between.
@@ -35,6 +36,8 @@ class TrainingMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clocks."""
         self._clear()
+        self.seen = self.skipped = 0
+        self.named: set[str] = set()
         self.batch_ended = self.window_began = time.perf_counter()
 
     def _clear(self) -> None:
@@ -46,10 +49,16 @@ class TrainingMonitor(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: ClipBatch, batch_idx: int
     ) -> None:
-        """The batch has arrived; the first one of a run is shown as the model reads it."""
+        """The batch has arrived: name what it lacks; the first one of a run is shown as the model reads it."""
         if trainer.global_step == 0 and batch_idx == 0 and trainer.is_global_zero:
             stage: Stage = pl_module  # type: ignore[assignment]
             print(f"first sample, what is learned in brackets: {supervised_text(batch.text, 0, stage.tokenizer)}")
+        self.seen += len(batch.ids)
+        self.skipped += len(batch.skipped)
+        for reason in batch.skipped:
+            if reason not in self.named:
+                self.named.add(reason)
+                print(f"skipped sample {reason}")
         self.waited_s += time.perf_counter() - self.batch_ended
 
     def on_train_batch_end(
@@ -65,10 +74,10 @@ class TrainingMonitor(L.Callback):
         self.frames += batch.num_frames
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.every_n_steps == 0:
-            self._write(trainer)
+            self._write(trainer, stage.device)
         self.batch_ended = time.perf_counter()
 
-    def _write(self, trainer: L.Trainer) -> None:
+    def _write(self, trainer: L.Trainer, device: torch.device) -> None:
         seconds = time.perf_counter() - self.window_began
         values = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         for group in trainer.optimizers[0].param_groups:
@@ -76,6 +85,8 @@ class TrainingMonitor(L.Callback):
         per_second = {"samples": self.samples, "tokens": self.tokens, "frames": self.frames}
         values |= {f"perf/{name}_per_s": trainer.world_size * count / seconds for name, count in per_second.items()}
         values["perf/data_wait"] = self.waited_s / seconds
+        counts: Any = trainer.strategy.reduce(torch.tensor([self.seen, self.skipped], device=device), reduce_op="sum")
+        values |= {"data/skipped": float(counts[1]), "data/skipped_share": float(counts[1] / counts[0])}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         self._clear()

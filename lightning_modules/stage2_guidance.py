@@ -17,6 +17,7 @@ from lightning_modules.losses import (
     cycle_consistency_loss,
     guidance_kl_loss,
     vtg_loss,
+    where_readable,
 )
 from lightning_modules.stage import Stage
 
@@ -96,35 +97,35 @@ class DemonstratorLearnerGuidance(Stage):
         logits, targets = self.read_text(model.learner_view(ego, ego_as_exo), batch)
         losses = {
             "vtg": self.vtg_weight * vtg_loss(logits, targets, batch.label_tokens),
-            "kl": self.kl.weight * self._guidance(ego, ego_as_exo, exo),
+            "kl": self.kl.weight * self._guidance(ego, ego_as_exo, exo, batch.readable),
         }
         if self.cycle.weight:
-            losses["cycle"] = self.cycle.weight * self._cycles(ego, ego_as_exo, exo)
+            losses["cycle"] = self.cycle.weight * self._cycles(ego, ego_as_exo, exo, batch.readable)
         return losses
 
-    def _guidance(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor) -> Tensor:
+    def _guidance(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, readable: Tensor) -> Tensor:
         """KL(y || F(x)); the curves also show KL(y || x) and how far F is from the identity."""
-        self.standardizer.update(exo)
+        self.standardizer.update(exo, readable)
         target, mapped, unmapped = (self.standardizer(feature) for feature in (exo, ego_as_exo, ego))
-        kl = guidance_kl_loss(target, mapped, self.kl.tau, self.kl.axis, self.kl.pool)
+        kl = guidance_kl_loss(target, mapped, readable, self.kl.tau, self.kl.axis, self.kl.pool)
         with torch.no_grad():
-            without_mapping = guidance_kl_loss(target, unmapped, self.kl.tau, self.kl.axis, self.kl.pool)
-            change = (ego_as_exo - ego).norm() / ego.norm()
+            without_mapping = guidance_kl_loss(target, unmapped, readable, self.kl.tau, self.kl.axis, self.kl.pool)
+            change, size = (where_readable(readable, f, f.new_zeros(())).norm() for f in (ego_as_exo - ego, ego))
         self.step_log |= {
             "guidance/kl": kl.detach(),
             "guidance/kl_without_mapping": without_mapping,
-            "guidance/mapping_change": change,
+            "guidance/mapping_change": change / size.clamp(min=1e-12),
         }
         return kl
 
-    def _cycles(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor) -> Tensor:
+    def _cycles(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, readable: Tensor) -> Tensor:
         """Sum of the directions: G(F(x)) against x, F(G(y)) against y."""
         model, directions = self.model, {}
         if self.cycle.forward:
             target = ego.detach() if self.cycle.detach_target else ego
-            directions["ego"] = cycle_consistency_loss(target, model.exo_to_ego(ego_as_exo), self.cycle.norm)
+            directions["ego"] = cycle_consistency_loss(target, model.exo_to_ego(ego_as_exo), readable, self.cycle.norm)
         if self.cycle.backward:
             round_trip = model.ego_to_exo(model.exo_to_ego(exo))
-            directions["exo"] = cycle_consistency_loss(exo, round_trip, self.cycle.norm)
+            directions["exo"] = cycle_consistency_loss(exo, round_trip, readable, self.cycle.norm)
         self.step_log |= {f"guidance/cycle_{view}": loss.detach() for view, loss in directions.items()}
         return torch.stack(list(directions.values())).sum()

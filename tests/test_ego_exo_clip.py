@@ -6,14 +6,16 @@ pixels which instant a camera shows.
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from datamodules.clip_stream import ClipReader, Damaged, FileMissing, NotAVideo, probe, read_views, segment_midpoints
+from datamodules.clip_stream import ClipReader, Damaged, FileMissing, probe, read_views, segment_midpoints
 from datamodules.clips import ClipConfig, ResumableLoader
 from datamodules.ego_exo_clip import EgoExoClipDataModule
 
@@ -25,7 +27,8 @@ FOLDER = "takes/{}/frame_aligned_videos/downscaled/448/{}.mp4"
 def module(root, views=("ego", "exo"), **options):
     clips = ClipConfig(FRAMES, SIDE, "squash")
     shared = {"root": str(root), "tokenizer": str(root / "tokenizer"), "clips": clips, "global_batch_size": 4}
-    made = EgoExoClipDataModule(list(views), **{**shared, **options})
+    given = {"index": str(root / "ego_exo_clip"), "views": list(views), **shared, **options}
+    made = EgoExoClipDataModule(**given)
     made.setup("fit")
     return made
 
@@ -45,8 +48,18 @@ def numbers_on(frames):
     return [number_on(picture) for picture in frames]
 
 
-def take_of(pairs, index):
-    return pairs.release.takes[pairs.release.clips[pairs.clip_of[index]].take_index]
+def lines(root, name):
+    return [json.loads(line) for line in (root / "ego_exo_clip" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def clip_of(pairs, index):
+    """The index's line of a sample."""
+    (found,) = (clip for clip in lines(pairs.root, "clips") if clip["clip_id"] == pairs.name(index))
+    return found
+
+
+def take_name(pairs, index):
+    return next(iter(pairs.span(index, 0).paths.values())).relative_to(pairs.root).parts[1]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +70,15 @@ def pairs(toy_world):
 @pytest.fixture
 def copy(toy_world, tmp_path):
     """The world with one take, in a folder that a test may break."""
-    for part in ("annotations", "tokenizer", "takes/toy_train_0001"):
+    for part in ("ego_exo_clip", "tokenizer", "takes/toy_train_0001"):
         shutil.copytree(toy_world / part, tmp_path / part)
-    shutil.copy(toy_world / "takes.json", tmp_path)
+    uid = lines(tmp_path, "groups")[1]["group_id"]
+    counts = {}
+    for name in ("groups", "clips"):
+        kept = [line for line in lines(tmp_path, name) if line["group_id"] == uid]
+        (tmp_path / "ego_exo_clip" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        counts[name] = len(kept)
+    (tmp_path / "ego_exo_clip" / "index.json").write_text(json.dumps({"schema_version": 1, **counts}))
     return tmp_path
 
 
@@ -68,33 +87,56 @@ def copy(toy_world, tmp_path):
 
 
 def test_all_is_a_sample_for_every_camera_that_filmed_a_narration(toy_world, pairs):
-    assert len(pairs.release.clips) == NARRATIONS
+    listed = lines(toy_world, "clips")
+    folders = {
+        group["group_id"]: (toy_world / group["views"]["ego"]["path"]).parent for group in lines(toy_world, "groups")
+    }
+    assert len(listed) == NARRATIONS
     expected = []
-    for clip in pairs.release.clips:
-        name = pairs.release.takes[clip.take_index].take_name
-        files = sorted((toy_world / "takes" / name).rglob("cam*.mp4"))
-        expected += [(clip.clip_id, str(file.relative_to(toy_world))) for file in files]
+    for clip in listed:
+        expected += [(clip["clip_id"], file) for file in sorted(folders[clip["group_id"]].glob("cam*.mp4"))]
     spans = [pairs.span(index, 0) for index in range(len(pairs))]
-    found = [(pairs.name(i), str(span.paths["exo"].relative_to(toy_world))) for i, span in enumerate(spans)]
-    assert found == expected
-    assert len(set(found)) == len(pairs) > 2 * NARRATIONS
+    assert [(pairs.name(i), span.paths["exo"]) for i, span in enumerate(spans)] == expected
+    assert len(set(expected)) == len(pairs) > 2 * NARRATIONS
+
+
+@pytest.mark.parametrize("policy", ["all", "best"])
+def test_groups_are_the_takes_of_the_samples(toy_world, policy):
+    chosen = dataset(toy_world, exo_policy=policy)
+    groups = chosen.groups()
+    assert (groups.dtype, groups.shape) == (np.int32, (len(chosen),))
+    names = [take_name(chosen, index) for index in range(len(chosen))]
+    assert [f"toy_train_{group:04d}" for group in groups] == names
+
+
+def test_a_sample_that_does_not_exist_is_refused(pairs):
+    for index in (-1, len(pairs)):
+        with pytest.raises(IndexError):
+            pairs.span(index, 0)
 
 
 def test_best_is_a_sample_for_every_narration(toy_world):
     best = dataset(toy_world, exo_policy="best")
+    groups = {group["group_id"]: group for group in lines(toy_world, "groups")}
     assert len(best) == NARRATIONS
-    for index, clip in enumerate(best.release.clips):
-        take = best.release.takes[clip.take_index]
-        name = clip.best_exo or take.best_exo
-        assert best.span(index, 0).paths["exo"] == toy_world / FOLDER.format(take.take_name, name)
+    for index, clip in enumerate(lines(toy_world, "clips")):
+        name = clip["best_exo"] or groups[clip["group_id"]]["best_exo"]
+        assert best.name(index) == clip["clip_id"]
+        assert best.span(index, 0).paths["exo"] == toy_world / FOLDER.format(take_name(best, index), name)
 
 
 def test_best_falls_back_to_the_take_where_the_narration_names_none(toy_world):
     best = dataset(toy_world, exo_policy="best")
+    groups = {Path(group["views"]["ego"]["path"]).parts[1]: group for group in lines(toy_world, "groups")}
     for name, of_take, of_clip in (("toy_train_0003", None, "cam01"), ("toy_train_0008", "cam01", None)):
-        index = next(i for i in range(len(best)) if take_of(best, i).take_name == name)
-        assert (take_of(best, index).best_exo, best.release.clips[index].best_exo) == (of_take, of_clip)
+        index = next(i for i in range(len(best)) if take_name(best, i) == name)
+        assert (groups[name]["best_exo"], clip_of(best, index)["best_exo"]) == (of_take, of_clip)
         assert best.span(index, 0).paths["exo"] == toy_world / FOLDER.format(name, "cam01")
+
+
+def test_another_policy_is_refused(toy_world):
+    with pytest.raises(ValueError, match=r"^data\.exo_policy: got 'first', allowed: all, best, random$"):
+        dataset(toy_world, exo_policy="first")
 
 
 def test_random_depends_on_seed_epoch_and_sample_only(toy_world):
@@ -109,13 +151,13 @@ def test_random_depends_on_seed_epoch_and_sample_only(toy_world):
     assert draws(dataset(toy_world, exo_policy="random", seed=2), 0, forwards) != first
     assert draws(dataset(toy_world, exo_policy="random", seed=1), 0, backwards) == first
     for index in forwards:
-        listed = {toy_world / view.path for view in take_of(drawn, index).exos}
+        listed = {path for path in drawn.span(index, 0).paths["ego"].parent.glob("cam*.mp4")}
         assert {drawn.span(index, epoch).paths["exo"] for epoch in range(40)} == listed
 
 
 def test_text_is_the_caption_alone_or_the_answer_to_an_instruction(toy_world, pairs):
     asked = dataset(toy_world, instruction="Describe the video.")
-    caption = pairs.release.clips[pairs.clip_of[5]].text
+    caption = clip_of(pairs, 5)["text"]
     assert caption.startswith("Camera-wearer ")
     assert pairs.text(5, 0) == pairs.encoder.plain(caption)
     assert asked.text(5, 0) == pairs.encoder.conversation([("Describe the video.", caption)])
@@ -134,7 +176,7 @@ def test_both_views_of_every_pair_show_the_instants_asked_for(pairs):
         assert ego == exo, (index, span)
         times_s = segment_midpoints(span.start_s, span.end_s, FRAMES)
         assert ego == [int((time_s + 1e-3) * FPS) for time_s in times_s], (index, span)
-        seen.setdefault(take_of(pairs, index).take_name, set()).update(ego)
+        seen.setdefault(take_name(pairs, index), set()).update(ego)
     assert len(seen) == 9  # so also the portrait camera, the short stream and the far key frames
     assert all(len(numbers) > 15 for name, numbers in seen.items() if name != "toy_train_0006")
 
@@ -144,9 +186,10 @@ def test_a_stream_a_frame_short_bounds_both_views(toy_world, pairs):
     paths = {view: toy_world / FOLDER.format("toy_train_0003", name) for view, name in names.items()}
     frames = {view: probe(path).num_frames for view, path in paths.items()}
     assert frames["ego"] == frames["exo"] + 1
-    (take,) = (take for take in pairs.release.takes if take.take_name == "toy_train_0003")
-    assert take.duration_s == frames["exo"] / FPS
-    assert max(clip.end_s for clip in pairs.release.clips if clip.take_uid == take.take_uid) <= take.duration_s
+    take = lines(toy_world, "groups")[3]
+    assert (take["num_frames"], take["duration"]) == (frames["exo"], frames["exo"] / FPS)
+    ends_s = [clip["end"] for clip in lines(toy_world, "clips") if clip["group_id"] == take["group_id"]]
+    assert max(ends_s) <= take["duration"]
     end_s = frames["ego"] / FPS  # by the egocentric stream, a frame past the end of the other
     views = read_views(ClipReader(), paths, end_s - 1.0, end_s, 7, SIDE, "squash")
     last = frames["exo"] - 1
@@ -170,6 +213,26 @@ def test_a_take_with_one_key_frame_is_read_anywhere(toy_world):
     for path in paths.values():
         clip = ClipReader().read(path, [(number + 0.5) / FPS for number in wanted], SIDE, "squash")
         assert numbers_on(clip.frames) == clip.frame_numbers.tolist() == wanted
+
+
+def test_a_frame_offset_moves_one_view_only(copy):
+    """The camera's file is 3 frames behind, as the index is told: each of its frames is 3 numbers later."""
+    before = dataset(copy)
+    expected = [numbers_on(before.videos(before.span(index, 0))["exo"]) for index in range(len(before))]
+    (group,) = lines(copy, "groups")
+    group["frame_offset"] = {"cam02": 3}
+    (copy / "ego_exo_clip" / "groups.jsonl").write_text(json.dumps(group))
+    after = dataset(copy)
+    assert len(after) == len(before) == 12
+    last_s = (group["num_frames"] - 3) / FPS
+    for index in range(len(after)):
+        span = after.span(index, 0)
+        videos = after.videos(span)
+        shift = 3 if span.paths["exo"].name == "cam02.mp4" else 0
+        assert numbers_on(videos["exo"]) == [number + shift for number in numbers_on(videos["ego"])], index
+        assert span.end_s <= last_s
+        if span.end_s < last_s:
+            assert numbers_on(videos["exo"]) == [number + shift for number in expected[index]]
 
 
 def test_batches_of_the_loader_pair_the_views_row_by_row(pairs, toy_world):
@@ -240,31 +303,44 @@ def test_a_truncated_video_is_named(copy):
     assert str(path) in str(error.value)
 
 
-def test_a_video_cut_before_its_index_is_named_before_training(copy):
-    path = copy / FOLDER.format("toy_train_0001", "cam01")
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(NotAVideo) as error:
-        dataset(copy)
-    assert str(path) in str(error.value)
+# --------------------------------------------------------------------------------------------------------------------
+# the index
 
 
-def test_options_of_the_release_reader_are_passed_on(toy_world, pairs):
-    longer = dataset(toy_world, clip_scale=2.0)
-    shorter = dataset(toy_world, max_clip_s=0.5)
-    releases = [made.release for made in (pairs, longer, shorter)]
-    length = [np.median([clip.end_s - clip.start_s for clip in read.clips]) for read in releases]
-    assert length[1] == pytest.approx(2 * length[0], rel=0.05)
-    assert length[2] == pytest.approx(0.5)
-    visible = dataset(toy_world, require_ego_visible=True).release.clips
-    assert [clip.clip_id for clip in visible] == [clip.clip_id for clip in pairs.release.clips if clip.ego_visible]
-    assert len(visible) < NARRATIONS
+def test_no_index_is_one_error_before_anything_is_read(copy):
+    (copy / "ego_exo_clip" / "index.json").unlink()
+    with pytest.raises(ValueError, match=rf"^data\.index: no index in {copy}/ego_exo_clip .*`make ego-exoclip"):
+        EgoExoClipDataModule(
+            index=str(copy / "ego_exo_clip"),
+            views=["ego"],
+            root=str(copy),
+            tokenizer=str(copy / "tokenizer"),
+            clips=ClipConfig(FRAMES, SIDE, "squash"),
+            global_batch_size=4,
+        )
 
 
-def test_the_fingerprint_is_of_takes_and_training_narrations(copy):
+def test_the_index_may_lie_elsewhere(copy, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "index"
+    (copy / "ego_exo_clip").rename(elsewhere)
+    moved = dataset(copy, index=str(elsewhere))
+    assert moved.videos(moved.span(0, 0)).keys() == {"ego", "exo"}
+
+
+def test_reading_opens_no_video(copy):
+    shutil.rmtree(copy / "takes")
+    assert len(dataset(copy)) == 12
+
+
+def test_the_fingerprint_is_of_takes_and_narrated_clips(copy):
     made = module(copy)
     before = made.fingerprint()
-    (copy / "annotations" / "atomic_descriptions_val.json").unlink()
+    header = copy / "ego_exo_clip" / "index.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"built": "elsewhere"}))
     assert made.fingerprint() == before
-    takes = copy / "takes.json"
-    takes.write_text(takes.read_text() + "\n")
-    assert made.fingerprint() != before
+    for name in ("groups", "clips"):
+        file = copy / "ego_exo_clip" / f"{name}.jsonl"
+        text = file.read_text()
+        file.write_text(text + "\n")
+        assert made.fingerprint() != before
+        file.write_text(text)

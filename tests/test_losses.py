@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning_modules.losses import FeatureStandardizer, cycle_consistency_loss, guidance_kl_loss, vtg_loss
 
 LN3 = math.log(3)
+READABLE = torch.tensor([True])
 KL_QUARTERS = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)  # KL((3/4, 1/4) || (1/2, 1/2))
 
 
@@ -39,21 +40,21 @@ def test_vtg_of_unequal_micro_batches_averages_to_the_mean_over_all_tokens():
 def test_cycle_by_hand():
     feature = features([[1.0, 2.0], [3.0, 4.0]])
     round_trip = feature + torch.tensor([0.5, -0.25])
-    torch.testing.assert_close(cycle_consistency_loss(feature, round_trip), torch.tensor(0.375))
-    assert cycle_consistency_loss(feature, feature) == 0
+    torch.testing.assert_close(cycle_consistency_loss(feature, round_trip, READABLE), torch.tensor(0.375))
+    assert cycle_consistency_loss(feature, feature, READABLE) == 0
 
 
 def test_cycle_channel_std_weighs_channels_alike():
     feature = features([[-1.0, -10.0], [1.0, 10.0]])  # sample deviations sqrt 2 and 10 sqrt 2
     round_trip = feature + torch.tensor([1.0, 10.0])
-    loss = cycle_consistency_loss(feature, round_trip, "channel_std")
+    loss = cycle_consistency_loss(feature, round_trip, READABLE, "channel_std")
     torch.testing.assert_close(loss, torch.tensor(1 / math.sqrt(2)))
-    assert cycle_consistency_loss(feature, round_trip) == 5.5
+    assert cycle_consistency_loss(feature, round_trip, READABLE) == 5.5
 
 
 def test_cycle_refuses_a_changed_shape():
     with pytest.raises(ValueError, match=r"round trip gave \(1, 1, 1, 1, 2\), expected \(1, 1, 1, 2, 2\)"):
-        cycle_consistency_loss(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 2))
+        cycle_consistency_loss(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 2), READABLE)
 
 
 @pytest.mark.parametrize(
@@ -68,21 +69,21 @@ def test_cycle_refuses_a_changed_shape():
     ],
 )
 def test_kl_axis_by_hand(rows, axis, expected):
-    loss = guidance_kl_loss(features(rows), torch.zeros(1, 1, 1, 2, 2), axis=axis)
+    loss = guidance_kl_loss(features(rows), torch.zeros(1, 1, 1, 2, 2), READABLE, axis=axis)
     torch.testing.assert_close(loss, torch.tensor(expected))
 
 
 def test_kl_has_the_target_first():
     target, mapped = features([[LN3, 0.0]]), features([[math.log(9), 0.0]])  # (3/4, 1/4) and (9/10, 1/10)
     expected = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
-    torch.testing.assert_close(guidance_kl_loss(target, mapped), torch.tensor(expected))
+    torch.testing.assert_close(guidance_kl_loss(target, mapped, READABLE), torch.tensor(expected))
     reverse = 0.9 * math.log(0.9 / 0.75) + 0.1 * math.log(0.1 / 0.25)
-    torch.testing.assert_close(guidance_kl_loss(mapped, target), torch.tensor(reverse))
+    torch.testing.assert_close(guidance_kl_loss(mapped, target, READABLE), torch.tensor(reverse))
 
 
 def test_kl_temperature_divides_logits_and_scales_the_loss_by_its_square():
     target = features([[2 * LN3, 0.0]])
-    loss = guidance_kl_loss(target, torch.zeros_like(target), tau=2.0)
+    loss = guidance_kl_loss(target, torch.zeros_like(target), READABLE, tau=2.0)
     torch.testing.assert_close(loss, torch.tensor(4 * KL_QUARTERS))
 
 
@@ -96,13 +97,13 @@ def test_kl_temperature_divides_logits_and_scales_the_loss_by_its_square():
 )
 def test_kl_pooling_by_hand(pool, expected):
     target = features([[4 * LN3, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], frames=2)
-    loss = guidance_kl_loss(target, torch.zeros_like(target), pool=pool)
+    loss = guidance_kl_loss(target, torch.zeros_like(target), READABLE, pool=pool)
     torch.testing.assert_close(loss, torch.tensor(expected))
 
 
 def test_kl_moves_the_mapped_features_only():
     target, mapped = features([[LN3, 0.0]]).requires_grad_(), features([[0.0, 0.0]]).requires_grad_()
-    guidance_kl_loss(target, mapped).backward()
+    guidance_kl_loss(target, mapped, READABLE).backward()
     assert target.grad is None
     torch.testing.assert_close(mapped.grad, features([[-0.25, 0.25]]))  # q - p
 
@@ -110,15 +111,15 @@ def test_kl_moves_the_mapped_features_only():
 def test_kl_of_equal_features_is_zero():
     feature = torch.randn(2, 3, 2, 2, 5, generator=torch.Generator().manual_seed(0))
     for axis in ("channel", "spatial"):
-        assert abs(guidance_kl_loss(feature, feature.clone(), axis=axis)) < 1e-6
+        assert abs(guidance_kl_loss(feature, feature.clone(), READABLE.repeat(2), axis=axis)) < 1e-6
 
 
 def test_standardizer_starts_with_the_first_batch_then_averages():
     standardizer = FeatureStandardizer(2, "ema", momentum=0.9)
-    standardizer.update(features([[1.0, 10.0], [3.0, 30.0]]))
+    standardizer.update(features([[1.0, 10.0], [3.0, 30.0]]), READABLE)
     torch.testing.assert_close(standardizer.mean, torch.tensor([2.0, 20.0]))
     torch.testing.assert_close(standardizer.variance, torch.tensor([1.0, 100.0]))
-    standardizer.update(features([[4.0, 20.0], [4.0, 20.0]]))
+    standardizer.update(features([[4.0, 20.0], [4.0, 20.0]]), READABLE)
     torch.testing.assert_close(standardizer.mean, torch.tensor([2.2, 20.0]))
     torch.testing.assert_close(standardizer.variance, torch.tensor([0.9, 90.0]))
     expected = torch.tensor([(4.2 - 2.2) / math.sqrt(0.9), (20 - 90) / math.sqrt(90)])
@@ -127,9 +128,9 @@ def test_standardizer_starts_with_the_first_batch_then_averages():
 
 def test_standardizer_is_fixed_in_evaluation():
     standardizer = FeatureStandardizer(1, "ema")
-    standardizer.update(features([[1.0], [3.0]]))
+    standardizer.update(features([[1.0], [3.0]]), READABLE)
     standardizer.eval()
-    standardizer.update(features([[100.0], [300.0]]))
+    standardizer.update(features([[100.0], [300.0]]), READABLE)
     assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)
 
 
@@ -139,15 +140,68 @@ def test_standardizer_by_token_and_none():
     torch.testing.assert_close(FeatureStandardizer(2, "token")(feature), expected, atol=1e-4, rtol=0)
     for kind in ("token", "none"):
         standardizer = FeatureStandardizer(2, kind)
-        standardizer.update(feature)
+        standardizer.update(feature, READABLE)
         assert standardizer.mean.tolist() == [0.0, 0.0]
     assert FeatureStandardizer(2, "none")(feature) is feature
 
 
 def test_standardizer_state_travels_with_checkpoints():
     written = FeatureStandardizer(1, "ema", momentum=0.5)
-    written.update(features([[1.0], [3.0]]))
+    written.update(features([[1.0], [3.0]]), READABLE)
     read = FeatureStandardizer(1, "ema", momentum=0.5)
     read.load_state_dict(written.state_dict())
-    read.update(features([[6.0], [6.0]]))
+    read.update(features([[6.0], [6.0]]), READABLE)
     assert (read.mean.item(), read.variance.item()) == (4.0, 0.5)
+
+
+# ------------------------------------------------------------------------------------- clips that could not be read
+
+ONE_OF_TWO = torch.tensor([True, False])
+
+
+def two_clips(seed):
+    return torch.randn(2, 1, 2, 2, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def cycle(target, other, readable):
+    return cycle_consistency_loss(target, other, readable)
+
+
+def cycle_per_channel(target, other, readable):
+    return cycle_consistency_loss(target, other, readable, "channel_std")
+
+
+@pytest.mark.parametrize("loss", [cycle, cycle_per_channel, guidance_kl_loss])
+def test_an_unreadable_clip_adds_nothing_and_leaves_the_weight_of_the_others(loss):
+    target, other = two_clips(0), two_clips(1).requires_grad_()
+    masked = loss(target, other, ONE_OF_TWO)
+    torch.testing.assert_close(masked, loss(target[:1], other[:1], READABLE) / 2)
+    (gradient,) = torch.autograd.grad(masked, other)
+    (alone,) = torch.autograd.grad(loss(target[:1], other[:1], READABLE), other)
+    torch.testing.assert_close(gradient, alone / 2)
+    assert gradient[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("loss", [cycle, cycle_per_channel, guidance_kl_loss])
+def test_without_any_readable_clip_losses_and_gradients_are_zero(loss):
+    target, other = two_clips(0), two_clips(1).requires_grad_()
+    nothing = loss(target, other, torch.tensor([False, False]))
+    (gradient,) = torch.autograd.grad(nothing, other)
+    assert nothing == 0
+    assert gradient.abs().max() == 0
+
+
+def test_standardizer_leaves_unreadable_clips_out():
+    standardizer = FeatureStandardizer(1, "ema", momentum=0.5)
+    clips = torch.cat([features([[1.0], [3.0]]), features([[100.0], [300.0]])])
+    standardizer.update(clips, ONE_OF_TWO)
+    assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)
+    standardizer.update(clips, torch.tensor([False, False]))
+    assert (standardizer.mean.item(), standardizer.variance.item(), standardizer.updates.item()) == (2.0, 1.0, 1.0)
+
+
+def test_standardizer_starts_with_the_first_readable_batch():
+    standardizer = FeatureStandardizer(1, "ema", momentum=0.5)
+    standardizer.update(features([[9.0], [9.0]]), ~READABLE)
+    standardizer.update(features([[1.0], [3.0]]), READABLE)
+    assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)

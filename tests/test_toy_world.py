@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import runpy
+import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 
@@ -12,8 +17,10 @@ import av
 import numpy as np
 import pytest
 
+from datamodules.build_pairs import build_index, select_clips
 from datamodules.clip_stream import probe
-from datamodules.ego_exo4d import read_release
+from datamodules.ego_exo4d import EgoExo4D
+from datamodules.pair_index import PairIndex
 from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions, release
 from datamodules.toy_world.release import SEEDS, Settings, WorldExists, generate
@@ -47,11 +54,12 @@ def small_world(tmp_path_factory):
 
 
 def test_an_interrupted_generation_leaves_nothing_and_the_next_one_the_same_world(small_world, tmp_path, monkeypatch):
-    def interrupted(root, settings):
+    def interrupted(root, *_):
         assert list(root.rglob("*.mp4"))
+        assert (root / "ego_exo_clip" / "index.json").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(release, "_write_held_out", interrupted)
+    monkeypatch.setattr(release, "_write_held_out", interrupted)  # the last but the tokenizer
     root = tmp_path / "data" / "world"
     with pytest.raises(KeyboardInterrupt):
         generate(root, SMALL, workers=1)
@@ -165,7 +173,12 @@ def annotations(toy_world):
 
 @pytest.fixture(scope="module")
 def read(toy_world):
-    return read_release(toy_world, "train", num_frames=lambda path: probe(path).num_frames)
+    return select_clips(EgoExo4D(toy_world), probe_workers=1)
+
+
+@pytest.fixture(scope="module")
+def counts(read):
+    return {(row["of"], row["filter"]): (row["in"], row["out"]) for row in read.funnel.rows()}
 
 
 def files_of(root, take):
@@ -173,18 +186,19 @@ def files_of(root, take):
 
 
 def read_take(read, number):
-    (index,) = (i for i, take in enumerate(read.takes) if take.take_name.endswith(number))
-    return read.takes[index], [clip for clip in read.clips if clip.take_index == index]
+    """The take whose name ends so, and its clips."""
+    (take,) = (take for take in read.takes if f"toy_train_{number}/" in take.group.egos[0].path)
+    return take.group, take.clips
 
 
 def test_the_wearer_of_the_first_take_has_the_second_pair_of_glasses(toy_world, takes, read):
     assert "aria02" in files_of(toy_world, takes["0000"])
-    assert read_take(read, "0000")[0].ego.cam_id == "aria02"
-    assert {read_take(read, number)[0].ego.cam_id for number in sorted(takes)[1:]} == {"aria01"}
-    assert all(take.ego.path.endswith("_214-1.mp4") for take in read.takes)
+    assert read_take(read, "0000")[0].egos[0].cam == "aria02"
+    assert {read_take(read, number)[0].egos[0].cam for number in sorted(takes)[1:]} == {"aria01"}
+    assert all(take.group.egos[0].path.endswith("_214-1.mp4") for take in read.takes)
 
 
-def test_one_camera_is_portrait(toy_world, takes):
+def test_one_camera_is_portrait(toy_world, takes, read):
     sizes = {}
     for number, take in takes.items():
         for cam, file in files_of(toy_world, take).items():
@@ -192,16 +206,18 @@ def test_one_camera_is_portrait(toy_world, takes):
     assert [key for key, size in sizes.items() if size == (64, 84)] == [("0001", "cam02")]
     others = {size for (_, cam), size in sizes.items() if cam.startswith("cam") and size != (64, 84)}
     assert others == {(84, 64)}
+    assert {(view.width, view.height) for view in read_take(read, "0001")[0].exos} == {(84, 64), (64, 84)}
 
 
-def test_one_listed_camera_has_no_file(toy_world, takes, read):
+def test_one_listed_camera_has_no_file(toy_world, takes, read, counts):
     missing = {}
     for number, take in takes.items():
         listed = {cam for cam in take["frame_aligned_videos"] if cam.startswith("cam")}
         missing[number] = listed - set(files_of(toy_world, take))
     assert {number: cams for number, cams in missing.items() if cams} == {"0002": {"cam02"}}
-    assert [view.cam_id for view in read_take(read, "0002")[0].exos] == ["cam01"]
-    assert read.funnel["exo_views_listed"] - read.funnel["exo_views"] == 1
+    assert [view.cam for view in read_take(read, "0002")[0].exos] == ["cam01"]
+    listed, opened = counts["exo views", "that can be opened"]
+    assert listed - opened == 1
 
 
 def test_one_stream_is_a_frame_short_and_its_take_has_no_best_camera(toy_world, takes, read):
@@ -215,7 +231,7 @@ def test_one_stream_is_a_frame_short_and_its_take_has_no_best_camera(toy_world, 
     assert [number for number, take in takes.items() if take["best_exo"] is None] == ["0003"]
 
 
-def test_annotators_rejected_doubled_and_of_one_narration(takes, annotations, read):
+def test_annotators_rejected_doubled_and_of_one_narration(takes, annotations, read, counts):
     listed = {}
     for number, take in takes.items():
         listed[number] = [(len(a["descriptions"]), a["rejected"]) for a in annotations[take["take_uid"]]]
@@ -223,10 +239,11 @@ def test_annotators_rejected_doubled_and_of_one_narration(takes, annotations, re
     assert special == {"0004": [(6, False), (6, True)], "0005": [(6, False), (3, False)], "0006": [(1, False)]}
     clips = {number: len(read_take(read, number)[1]) for number in takes}
     assert clips == {**dict.fromkeys(takes, 6), "0005": 9, "0006": 1}
-    assert not any("something else" in clip.text for clip in read.clips)
-    assert read.funnel["annotations_listed"] - read.funnel["annotations"] == 1
+    assert not any("something else" in clip.narration.text for take in read.takes for clip in take.clips)
+    assert counts["annotations", "not rejected"] == (11, 10)
     (alone,) = read_take(read, "0006")[1]
-    assert (alone.start_s, alone.end_s) == (max(0.0, alone.time_s - 0.5), alone.time_s + 0.5)  # no gap: one second
+    time_s = alone.narration.time_s
+    assert (alone.start_s, alone.end_s) == (max(0.0, time_s - 0.5), time_s + 0.5)  # no gap: one second
 
 
 def test_key_frames_are_a_second_apart_but_in_one_take(toy_world, takes):
@@ -250,20 +267,64 @@ def test_flags_written_as_strings(takes, annotations, read):
     assert flags == {number: ["str" if number == "0008" else "bool"] for number in takes}
     _, clips = read_take(read, "0008")
     simulated = simulate(SEEDS["train"] + 8, PRESETS["easy"]).actions
-    assert [clip.ego_visible for clip in clips] == [action.ego_visible for action in simulated]
-    assert not any(clip.unsure or clip.best_exo for clip in clips)
+    assert [clip.narration.ego_visible for clip in clips] == [action.ego_visible for action in simulated]
+    assert not any(clip.narration.unsure or clip.narration.best_exo for clip in clips)
 
 
-def test_one_annotated_take_is_not_listed(toy_world, annotations, read):
+def test_one_annotated_take_is_not_listed(toy_world, annotations, read, counts):
     listed = {take["take_uid"] for take in json.loads((toy_world / "takes.json").read_text())}
     assert len(set(annotations) - listed) == 1
-    assert (read.funnel["annotated_takes_listed"], read.funnel["annotated_takes"], len(read.takes)) == (10, 9, 9)
+    assert (counts["annotated takes", "listed in takes.json"], len(read.takes)) == ((10, 9), 9)
 
 
 def test_validation_takes_have_no_defect(toy_world, read):
-    val = read_release(toy_world, "val", alpha=read.alpha)
-    assert (len(val.takes), len(val.clips)) == (2, 12)
-    assert val.funnel["exo_views_listed"] == val.funnel["exo_views"]
+    val = select_clips(EgoExo4D(toy_world, "val"), alpha=read.alpha)
+    assert [len(take.clips) for take in val.takes] == [6, 6]
+    assert all(row["in"] == row["out"] for row in val.funnel.rows() if row["filter"] != "in split val")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the index of pairs
+
+
+def test_the_index_is_the_one_that_a_release_is_built_into(toy_world, read, tmp_path):
+    build_index(EgoExo4D(toy_world), tmp_path / "again", probe_workers=1)
+    assert contents(tmp_path / "again") == contents(toy_world / "ego_exo_clip")
+    index = PairIndex.read(toy_world / "ego_exo_clip")
+    clips = [clip for take in read.takes for clip in take.clips]
+    assert [index.clip_ids[n] for n in range(len(index))] == [clip.narration.clip_id for clip in clips]
+    assert index.start_s.tolist() == [clip.start_s for clip in clips]
+    assert index.end_s.tolist() == [clip.end_s for clip in clips]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_there_is_no_world_and_the_next_one_is_the_same(small_world, tmp_path):
+    """Fifty kills of the command and its workers, at moments spread at random over its run."""
+    rng = random.Random(0)
+    root, started = tmp_path / "data" / "world", time.monotonic()
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(SMALL).items() if value is not False]
+    command = [sys.executable, "-m", "datamodules.toy_world", "--root", str(root), "--workers", "2", *options]
+    subprocess.run(command, check=True, capture_output=True)
+    length_s = time.monotonic() - started
+    expected = contents(small_world)
+    assert contents(root) == expected
+    shutil.rmtree(root)
+    killed = 0
+    for _ in range(50):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=rng.uniform(0, length_s))
+        except subprocess.TimeoutExpired:
+            process.kill()  # its workers are left to end by themselves
+            process.wait()
+            killed += 1
+        if root.exists():
+            assert contents(root) == expected
+            shutil.rmtree(root)
+    assert killed > 25
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(root) == expected
+    assert [path.name for path in root.parent.iterdir()] == ["world"]
 
 
 # --------------------------------------------------------------------------------------------------------------------

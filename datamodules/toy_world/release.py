@@ -8,6 +8,7 @@
       initialisation/<take_name>/<camera>.mp4    stage 0: mostly exocentric takes with conversations
       practice/<take_name>/<camera>.mp4          stage 3: egocentric takes with conversations (the role of EgoIT)
       instructions/{initialisation,practice,held_out}.jsonl
+      ego_exo_clip/                              index of the release's training pairs, as for a real release
       tokenizer/
       world.json                                 settings of this world; written with the rest or not at all
 """
@@ -19,23 +20,23 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import av
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from datamodules.ego_exo4d import read_release
+from datamodules.build_pairs import build_index, parallel_map, select_clips
+from datamodules.ego_exo4d import EgoExo4D
+from datamodules.pair_index import Take as NarratedTake
 from datamodules.toy_world import questions
 from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, Action, Take, World, simulate
 
-FORMAT = 1
+FORMAT = 2
 SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000}
 CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initialisation and practice takes show
 
@@ -106,7 +107,8 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
     partial_root.mkdir(parents=True)
     _write_release(partial_root, settings, workers)
     _write_conversations(partial_root, settings, workers)
-    _write_held_out(partial_root, settings)
+    index = build_index(EgoExo4D(partial_root), partial_root / "ego_exo_clip", probe_workers=workers)
+    _write_held_out(partial_root, settings, index["alpha"])
     questions.write_tokenizer(partial_root / "tokenizer")
     _write_json(partial_root / "world.json", described)
     os.replace(partial_root, root)
@@ -177,8 +179,7 @@ def _encode(path: Path, frames: Iterable[NDArray[np.uint8]], camera: Camera, fps
 
 def _film_all(jobs: list[_Job], root: Path, settings: Settings, workers: int, what: str) -> list[int]:
     film = partial(_film, root=root, settings=settings)
-    with ProcessPoolExecutor(workers) as pool:
-        return list(tqdm(pool.map(film, jobs, chunksize=4), total=len(jobs), desc=what, unit="take", mininterval=1))
+    return parallel_map(film, jobs, workers, what, "take")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -341,29 +342,30 @@ def _conversation(
     }
 
 
-def _write_held_out(root: Path, settings: Settings) -> None:
-    """Questions about every narrated clip of the validation takes, cut by the release reader."""
-    alpha = read_release(root, "train").alpha
-    release = read_release(root, "val", alpha=alpha)
-    _write_jsonl(root / "instructions" / "held_out.jsonl", _held_out(release, settings))
+def _write_held_out(root: Path, settings: Settings, alpha: float) -> None:
+    """Questions about every narrated clip of the validation takes, cut as the training clips are."""
+    selection = select_clips(EgoExo4D(root, "val"), alpha=alpha)
+    _write_jsonl(
+        root / "instructions" / "held_out.jsonl",
+        (record for take in selection.takes for record in _held_out(take, settings)),
+    )
 
 
-def _held_out(release: Any, settings: Settings) -> Iterator[dict[str, Any]]:
-    takes: dict[str, Take] = {}
-    for clip in release.clips:
-        record = release.takes[clip.take_index]
-        index = int(record.take_name.rsplit("_", 1)[1])
-        seed = SEEDS["val"] + settings.seed * 1_000_000 + index
-        take = takes.setdefault(record.take_name, simulate(seed, settings.world))
-        action = min(take.actions, key=lambda a: abs(a.time_s - clip.time_s))
+def _held_out(narrated: NarratedTake, settings: Settings) -> Iterator[dict[str, Any]]:
+    name = PurePosixPath(narrated.group.egos[0].path).parts[1]
+    seed = SEEDS["val"] + settings.seed * 1_000_000 + int(name.rsplit("_", 1)[1])
+    take = simulate(seed, settings.world)
+    exos = narrated.group.exos
+    for clip in narrated.clips:
+        action = min(take.actions, key=lambda a: abs(a.time_s - clip.narration.time_s))
         rng = np.random.default_rng([seed, 5, take.actions.index(action)])
         yield {
-            "id": clip.clip_id,
-            "take": record.take_name,
-            "views": {"ego": str(record.ego.path), "exo": str(record.exos[int(rng.integers(len(record.exos)))].path)},
+            "id": clip.narration.clip_id,
+            "take": name,
+            "views": {"ego": narrated.group.egos[0].path, "exo": exos[int(rng.integers(len(exos)))].path},
             "start": clip.start_s,
             "end": clip.end_s,
-            "ego_visible": clip.ego_visible,
+            "ego_visible": clip.narration.ego_visible,
             "questions": questions.held_out_questions(take, action, rng),
         }
 
