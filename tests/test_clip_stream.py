@@ -6,6 +6,7 @@ frame it was given.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -16,6 +17,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from datamodules.clip_stream import (
@@ -26,6 +29,7 @@ from datamodules.clip_stream import (
     Damaged,
     EmptySpan,
     FileMissing,
+    Fit,
     NotAVideo,
     NoVideoStream,
     SpanOutsideFile,
@@ -72,6 +76,7 @@ def make_video(
     codec_options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
     rotation: int = 0,
+    pixel_format: str = "yuv420p",
     draw: Callable[[int, int, int], np.ndarray] = painted,
 ) -> Path:
     """Write a video at 10 frames per second, or at the given display times."""
@@ -81,7 +86,7 @@ def make_video(
             stream = container.add_stream(codec, rate=FPS, options=x264 | (codec_options or {}))
         except (av.error.FFmpegError, ValueError) as error:
             pytest.skip(f"this build of PyAV has no {codec}: {error}")
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
         stream.gop_size, stream.max_b_frames = gop, b_frames
         stream.codec_context.time_base = Fraction(1, 1000)
         stream.codec_context.thread_count = 1
@@ -115,15 +120,35 @@ def decode_all(path: Path) -> tuple[list[float], list[np.ndarray]]:
     times_s, pictures = [], []
     reformatter = VideoReformatter()
     with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_type = "NONE"
-        for frame in container.decode(video=0):
+        stream = next(s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
+        stream.codec_context.thread_type = "NONE"
+        for frame in container.decode(stream):
             times_s.append(float(frame.pts * frame.time_base))
             pictures.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
     return [time_s - times_s[0] for time_s in times_s], pictures
 
 
+def make_covered_video(path: Path) -> Path:
+    """A video with a cover picture, which is a video stream of its own."""
+    source = make_video(path.with_suffix(".source.mp4"))
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        cover = new.add_stream("mjpeg", rate=FPS)
+        cover.width = cover.height = SIDE
+        cover.pix_fmt, cover.disposition = "yuvj420p", Disposition.attached_pic
+        stream = new.add_stream_from_template(old.streams.video[0])
+        new.mux(cover.encode(av.VideoFrame.from_ndarray(painted(4000, SIDE, SIDE), "rgb24")))
+        new.mux(cover.encode())
+        for packet in old.demux(old.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                new.mux(packet)
+    return path
+
+
 VARIABLE_MS = [0, *np.cumsum([100, 70, 230, 40, 310, 120, 60] * 6).tolist()]
 X264_OPEN_GOP = {"x264-params": "open-gop=1:bframes=3:keyint=8:min-keyint=8:scenecut=0"}
+X265 = "pools=none:frame-threads=1:log-level=none"
+X265_OPEN_GOP = f"{X265}:open-gop=1:bframes=3:keyint=8:min-keyint=8:scenecut=0"
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 KINDS: dict[str, Callable[[Path], Path]] = {
     "b_frames": lambda p: make_video(p / "v.mp4"),
@@ -138,8 +163,14 @@ KINDS: dict[str, Callable[[Path], Path]] = {
     "fragmented": lambda p: make_video(p / "v.mp4", container_options=FRAGMENTED),
     "one_frame": lambda p: make_video(p / "v.mp4", num_frames=1),
     "all_key_frames": lambda p: make_video(p / "v.mp4", gop=1, b_frames=0),
-    "hevc": lambda p: make_video(
-        p / "v.mp4", codec="libx265", codec_options={"x265-params": "pools=none:frame-threads=1:log-level=none"}
+    "cover": lambda p: make_covered_video(p / "v.mp4"),
+    "10_bit": lambda p: make_video(p / "v.mp4", pixel_format="yuv420p10le"),
+    "hevc": lambda p: make_video(p / "v.mp4", codec="libx265", codec_options={"x265-params": X265}),
+    "hevc_10_bit": lambda p: make_video(
+        p / "v.mp4", codec="libx265", codec_options={"x265-params": X265}, pixel_format="yuv420p10le"
+    ),
+    "hevc_open_gop": lambda p: make_video(
+        p / "v.mp4", gop=8, b_frames=3, codec="libx265", codec_options={"x265-params": X265_OPEN_GOP}
     ),
     "av1": lambda p: make_video(
         p / "v.mp4", 25, codec="libsvtav1", codec_options={"preset": "12", "svtav1-params": "lp=1"}
@@ -171,6 +202,31 @@ def test_frames_are_those_of_a_full_sequential_decode(kind: str, tmp_path: Path)
         assert clip.times_s == pytest.approx([times_s[i] for i in picks], abs=1e-4)
         if kind != "variable_rate":
             assert clip.frame_numbers.tolist() == picks.tolist()
+
+
+@pytest.mark.parametrize("kind", ["open_gop", "hevc_open_gop"])
+def test_files_with_open_groups_have_pictures_that_look_behind_their_key_frame(kind: str, tmp_path: Path) -> None:
+    with av.open(str(KINDS[kind](tmp_path))) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
+    keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
+    assert sum(packets[key + 1].pts < packets[key].pts for key in keys[1:-1]) >= 2
+
+
+@pytest.mark.parametrize(("codec", "pixel_format"), [("libx264", "yuv444p"), ("mpeg4", "yuv420p")])
+@pytest.mark.parametrize("fit", ["pad", "squash"])
+def test_odd_sizes(codec: str, pixel_format: str, fit: Fit, tmp_path: Path) -> None:
+    options = {"qscale": "3"} if codec == "mpeg4" else {}
+    path = make_video(tmp_path / "v.mp4", 20, 125, 93, codec=codec, codec_options=options, pixel_format=pixel_format)
+    reader = ClipReader()
+    for size in (64, 63):
+        clip = reader.read(path, [0.35, 1.95, 0.05], size, fit)
+        height = {"pad": 48 if size == 64 else 47, "squash": size}[fit]  # 64 x 47.6, even as the size; 63 x 46.9
+        top = (size - height) // 2
+        assert [number_on(frame[top : top + height]) for frame in clip.frames.numpy()] == [3, 19, 0]
+        assert (clip.frames[:, :top] == torch.tensor(PAD_RGB)).all()
+        assert (clip.frames[:, top + height :] == torch.tensor(PAD_RGB)).all()
+    crop = reader.read(path, [0.35], 32, "crop").frames[0].numpy()
+    assert crop.shape == (32, 32, 3)
 
 
 def test_a_time_on_a_boundary_rounded_down_gives_the_frame_that_begins_there(tmp_path: Path) -> None:
@@ -283,6 +339,13 @@ def test_an_end_past_the_file_is_clamped_within_one_frame_and_refused_beyond(tmp
             reader.read(path["ego"], [time_s], SIDE)
 
 
+def test_an_end_of_infinity_is_that_of_the_shortest_file(tmp_path: Path) -> None:
+    paths = {"ego": make_video(tmp_path / "ego.mp4", 30), "exo": make_video(tmp_path / "exo.mp4", 24)}
+    assert ClipReader().usable_end_s(paths["ego"], 1.0, math.inf) == pytest.approx(3.0)
+    clips = read_views(ClipReader(), paths, 2.0, math.inf, 2, SIDE, "pad")
+    assert numbers_on(clips["ego"]) == numbers_on(clips["exo"]) == [21, 23]
+
+
 def test_an_empty_span_is_refused(tmp_path: Path) -> None:
     path = make_video(tmp_path / "v.mp4", 5)
     for start_s, end_s in ((0.3, 0.3), (0.4, 0.2), (0.0, float("nan"))):
@@ -298,6 +361,8 @@ def test_arguments_out_of_range_are_named(tmp_path: Path) -> None:
         ClipReader().read(path, [0.0], SIDE, "stretch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_open is 0"):
         ClipReader(max_open=0)
+    with pytest.raises(ValueError, match="timeout_s is 0"):
+        ClipReader(timeout_s=0)
 
 
 def broken_file(kind: str, folder: Path) -> Path:
@@ -398,6 +463,27 @@ def test_damaged_bytes_never_give_a_wrong_picture(tmp_path: Path) -> None:
     assert refused and set(refused) <= set(range(22, 37))
 
 
+@pytest.mark.parametrize(("codec", "options"), [("libx264", {}), ("libx265", {"x265-params": X265})])
+def test_a_block_that_was_never_written_is_no_picture(codec: str, options: dict[str, str], tmp_path: Path) -> None:
+    whole = make_video(tmp_path / "whole.mp4", 36, gop=12, codec=codec, codec_options=options)
+    _, pictures = decode_all(whole)
+    with av.open(str(whole)) as container:
+        packets = [p for p in container.demux(video=0) if p.pos is not None and p.size]
+    numbers = [round(float(packet.pts * packet.time_base) * FPS) for packet in packets]
+    at = max((i for i, n in enumerate(numbers) if 14 <= n < 20), key=lambda i: packets[i].size)
+    data = bytearray(whole.read_bytes())
+    begin = packets[at].pos + packets[at].size // 4
+    data[begin : begin + packets[at].size // 3] = bytes(packets[at].size // 3)  # it decodes without complaint
+    path = tmp_path / "hole.mp4"
+    path.write_bytes(data)
+    reader = ClipReader()
+    with pytest.raises(Damaged, match=r"hole\.mp4.*corrupt packet"):
+        reader.read(path, [numbers[at] / FPS + 0.05], SIDE, "squash")
+    for number in [*range(12), *range(24, 36)]:  # the other groups
+        clip = reader.read(path, [number / FPS + 0.05], SIDE, "squash")
+        assert np.array_equal(clip.frames[0].numpy(), pictures[number])
+
+
 def test_open_files_stay_within_the_cache_and_recover_from_errors(tmp_path: Path) -> None:
     paths = [make_video(tmp_path / f"{i}.mp4", 12) for i in range(5)]
     reader = ClipReader(max_open=3)
@@ -437,9 +523,10 @@ def test_a_reader_in_use_works_in_other_processes(method: str, tmp_path: Path) -
 
 
 def test_readers_and_errors_can_be_pickled(tmp_path: Path) -> None:
-    reader = ClipReader(max_open=5)
+    reader = ClipReader(max_open=5, timeout_s=9.0)
     reader.read(make_video(tmp_path / "v.mp4", 3), [0.0], SIDE)
-    assert pickle.loads(pickle.dumps(reader)).max_open == 5
+    copy = pickle.loads(pickle.dumps(reader))
+    assert (copy.max_open, copy.timeout_s) == (5, 9.0)
     error = pickle.loads(pickle.dumps(Damaged("corrupt packet", tmp_path / "v.mp4", 1.0, 2.0)))
     assert str(error) == f"{tmp_path / 'v.mp4'} [1.000, 2.000) s: corrupt packet; re-download it or remove the take"
     assert (error.path, error.start_s, error.end_s, error.reason) == (tmp_path / "v.mp4", 1.0, 2.0, "corrupt packet")

@@ -16,7 +16,7 @@ from datamodules.text import (
     EncodedText,
     PromptConfig,
     TextEncoder,
-    TextTooLong,
+    UnusableText,
     download_command,
     is_hub_name,
     load_tokenizer,
@@ -365,7 +365,7 @@ def test_a_row_without_any_answer_token_is_refused_with_its_counts(toy_tokenizer
         r"^the first answer begins after 9 of 12 text tokens, beyond max_text_tokens=9: "
         r"raise data\.init_args\.max_text_tokens, or shorten the question$"
     )
-    with pytest.raises(TextTooLong, match=message):
+    with pytest.raises(UnusableText, match=message):
         encoder.conversation([(QUESTION, ANSWER)])
     assert len(encoder.prompt(QUESTION).input_ids) == 10  # prompts are never cut
     assert encoder.plain("taps " * 20).label_tokens == 8  # after the begin token
@@ -373,14 +373,14 @@ def test_a_row_without_any_answer_token_is_refused_with_its_counts(toy_tokenizer
 
 def test_a_system_text_beyond_the_limit_is_refused_too(tmp_path):
     encoder = TextEncoder(mistral_tokenizer(tmp_path), 20, PromptConfig("mistral_sys", SYSTEM * 9))
-    with pytest.raises(TextTooLong, match=r"beyond max_text_tokens=20"):
+    with pytest.raises(UnusableText, match=r"beyond max_text_tokens=20"):
         encoder.conversation([(QUESTION, ANSWER)])
 
 
 def test_an_empty_answer_is_refused(toy):
-    with pytest.raises(TextTooLong, match="the answer of turn 2 is empty"):
+    with pytest.raises(UnusableText, match="the answer of turn 2 is empty"):
         toy.conversation([(QUESTION, ANSWER), (SECOND[0], " \n")])
-    with pytest.raises(TextTooLong, match="the answer of turn 1 is empty"):
+    with pytest.raises(UnusableText, match="the answer of turn 1 is empty"):
         toy.plain("")
 
 
@@ -540,7 +540,8 @@ def test_the_command_that_downloads_a_folder(folder, command):
     assert download_command(Path(folder)) == command
 
 
-def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+def test_a_folder_without_a_tokenizer_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=rf"^tokenizer: {tmp_path} holds no tokenizer_config\.json: run `make data`"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ValueError, match=r"^tokenizer: no folder data/toy/tokenizer: run `make data`, or name another"):
