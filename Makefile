@@ -63,7 +63,7 @@ stage2: $(VENV)/installed $(WORLD) ## Demonstrator-Learner Guidance, needs stage
 stage3: $(VENV)/installed $(WORLD) ## Learner Self-Practice, needs stage2
 	$(FIT) stage3 $(OPTIONS)
 
-plan: $(VENV)/installed ## what EXPERIMENT costs: parameters, memory, operations, hours; allocates nothing
+plan: $(VENV)/installed $(WORLD) ## what EXPERIMENT costs: parameters, memory, operations, hours; allocates nothing
 	@$(PYTHON) -m lightning_modules plan experiments/$(EXPERIMENT) $(ARGS)
 
 evaluate: $(VENV)/installed ## answer the held-out questions again with every finished stage, and print the table

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from datamodules.batch import ClipBatch
 from lightning_modules.losses import vtg_loss
+from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.stage import Stage
 
 
@@ -38,15 +39,12 @@ class Initialisation(Stage):
         if whiten_patches and "exo_encoder" in self.init:
             raise ValueError("model.whiten_patches: got true, but the encoder starts from a hand-off: set it to false")
 
-    def configure_model(self) -> None:
-        """Add the word head."""
-        if hasattr(self, "model"):
-            return
-        super().configure_model()
+    def attach(self, model: Exo2EgoModel) -> None:
+        """Take a model and add the word head."""
+        super().attach(model)
         if self.words_weight:
-            clips = self.trainer.datamodule.clips  # type: ignore[attr-defined]
-            tokens = self.model.projector.num_tokens(clips.num_frames, *self.model.exo_encoder.grid)
-            self.word_head = nn.Linear(tokens * self.model.language_model.dim, len(self.tokenizer))
+            tokens = self.network.visual_tokens(self.num_frames)
+            self.word_head = nn.Linear(tokens * model.language_model.dim, self.vocab_size)
             nn.init.normal_(self.word_head.weight, std=0.02)
 
     def on_train_start(self) -> None:

@@ -155,6 +155,11 @@ def test_impossible_assumptions_are_refused(changes):
         PlanConfig(**changes)
 
 
+def test_the_default_experiment_has_a_plan(toy_world, capsys):
+    assert main(["plan", str(tiny.EXPERIMENTS / "toy"), "stage0", f"data_root={toy_world}"]) == 0
+    assert "| of them warm-up                     |         22 |" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------- full size
 
 

@@ -87,7 +87,9 @@ def clip_batch(seed=0):
 
 def make_stage(name, tokenizer, learning_rate=1e-2, optim=None, **changes):
     optim = optim or OptimConfig(learning_rate=learning_rate, warmup_fraction=0.0)
-    return STAGES[name](**{"network": network(), "tokenizer": str(tokenizer), "optim": optim, **changes})
+    stage = STAGES[name](**{"network": network(), "tokenizer": str(tokenizer), "optim": optim, **changes})
+    stage.num_frames = FRAMES  # as `check` learns from the data
+    return stage
 
 
 @torch.no_grad()
