@@ -100,6 +100,7 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         self.clips = clips
         self.encoder = encoder
         self.reader = ClipReader()
+        self._encoded: tuple[Any, dict[int, EncodedText], dict[int, str]] = (None, {}, {})
 
     @abstractmethod
     def __len__(self) -> int:
@@ -131,13 +132,7 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
 
     def __getitems__(self, request: _Request) -> ClipBatch:
         """Read one micro-batch; samples that cannot be read are masked."""
-        texts: dict[int, EncodedText] = {}
-        failed: dict[int, str] = {}
-        for index in request.global_indices:
-            try:
-                texts[index] = self.text(index, request.epoch)
-            except UnusableText as error:
-                failed[index] = str(error)
+        texts, failed = self._texts(request.epoch, request.global_indices)
         spans = [self.span(index, request.epoch) for index in request.indices]
         shape = (len(spans), self.clips.num_frames, self.clips.image_size, self.clips.image_size, 3)
         frames = {view: _zeros(shape) for view in spans[0].paths}
@@ -158,6 +153,19 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
             skipped=[f"{self.name(index)}: {failed[index]}" for index in request.indices if index in failed],
             **{f"{view}_video": frames[view] for view in frames},
         )
+
+    def _texts(self, epoch: int, indices: list[int]) -> tuple[dict[int, EncodedText], dict[int, str]]:
+        """Texts of a global batch, and why others cannot be used; kept for its other micro-batches."""
+        if self._encoded[0] != (epoch, indices):
+            texts: dict[int, EncodedText] = {}
+            unusable: dict[int, str] = {}
+            for index in indices:
+                try:
+                    texts[index] = self.text(index, epoch)
+                except UnusableText as error:
+                    unusable[index] = str(error)
+            self._encoded = (epoch, indices), texts, unusable
+        return self._encoded[1], dict(self._encoded[2])
 
 
 class GlobalBatchSampler(Sampler[_Request]):
@@ -410,11 +418,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
             fits = [f"global_batch_size {n}" for n in (below, below + world * size) if n]
             if together % world == 0:
                 sizes = [n for n in range(1, share + 1) if share % n == 0]
-                nearest = {
-                    max((n for n in sizes if n < size), default=1),
-                    min((n for n in sizes if n > size), default=share),
-                }
-                fits += [f"micro_batch_size {n}" for n in sorted(nearest)]
+                fits += [f"micro_batch_size {n}" for n in sorted(sorted(sizes, key=lambda n: abs(n - size))[:2])]
             raise ValueError(
                 f"data.global_batch_size: {together} does not split into {world} ranks times micro-batches of "
                 f"{size} (data.micro_batch_size); near it, these do: {', '.join(fits)}"

@@ -68,7 +68,10 @@ class Initialisation(Stage):
         return losses
 
     def _words_loss(self, visual: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of a softmax over the vocabulary against the words of each row, equally weighted."""
+        """Cross-entropy of a softmax over the vocabulary against the words of each row, equally weighted.
+
+        A row without words, as of a clip that could not be read, adds nothing to the mean over rows.
+        """
         logits = self.word_head(visual.flatten(1))
         eos = int(self.tokenizer.eos_token_id)
         present = torch.zeros_like(logits).scatter(1, labels.where(labels >= 0, eos), 1.0)

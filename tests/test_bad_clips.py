@@ -130,6 +130,14 @@ def test_a_text_that_is_too_long_is_masked_and_left_out_of_the_average(whole, to
             assert batch.readable[row] == batch.ego_video[row].any() == (name != "take1")
 
 
+def test_texts_of_a_global_batch_are_encoded_once_in_a_process(whole, toy_tokenizer):
+    dataset = Files(toy_tokenizer, [whole] * 8)
+    encode, encoded = dataset.text, []
+    dataset.text = lambda index, epoch: encoded.append(index) or encode(index, epoch)
+    list(load(dataset, 4, accumulate=2))
+    assert sorted(encoded) == list(range(8))
+
+
 def test_a_batch_of_nothing_but_too_long_texts_still_divides(whole, toy_tokenizer):
     (batch,) = load(Files(toy_tokenizer, [whole] * 2, answers=[10, 10]), 2)
     assert batch.label_tokens == 1.0

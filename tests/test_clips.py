@@ -20,8 +20,8 @@ from datamodules.clips import (
     HeldOutDataset,
     ResumableLoader,
     Span,
-    read_jsonl,
 )
+from datamodules.jsonl import read_jsonl
 from datamodules.text import TextEncoder
 
 CLIPS = ClipConfig(num_frames=2, image_size=4)
@@ -128,6 +128,57 @@ def test_every_request_knows_its_global_batch():
     assert [request.micro_batches for request in requests] == [4] * 4
     assert requests[0].global_indices == requests[1].global_indices != requests[2].global_indices
     assert all(set(request.indices) <= set(request.global_indices) for request in requests)
+
+
+def block_shuffled(groups, block_groups, epoch=0, size=1):
+    sampler = GlobalBatchSampler(len(groups), size, 1, 0, 1, 3, groups, block_groups)
+    sampler.epoch = epoch
+    return np.array([index for request in sampler for index in request.indices])
+
+
+def test_block_shuffle_keeps_samples_of_a_few_groups_together():
+    groups = np.random.default_rng(0).permutation(np.repeat(np.array([7, 3, 90, 41, 8]), 40))
+    order = block_shuffled(groups, block_groups=2)
+    assert sorted(order) == list(range(200))
+    blocks = [groups[order[:80]], groups[order[80:160]], groups[order[160:]]]
+    assert [len(set(block)) for block in blocks] == [2, 2, 1]
+    changes = sum(a != b for a, b in zip(blocks[0], blocks[0][1:], strict=False))
+    assert changes > 20  # the two groups of a block are mixed, about every second sample
+    assert list(order[:80]) != sorted(order[:80])
+
+
+def test_block_shuffle_differs_by_epoch_and_repeats():
+    groups = np.repeat(np.arange(6), 10)
+    first = block_shuffled(groups, 2)
+    assert (first == block_shuffled(groups, 2)).all()
+    again = block_shuffled(groups, 2, epoch=1)
+    assert {frozenset(groups[order[at : at + 20]]) for order in (first,) for at in (0, 20, 40)} != {
+        frozenset(groups[again[at : at + 20]]) for at in (0, 20, 40)
+    }
+
+
+@pytest.mark.parametrize("block_groups", [0, 6, 100])
+def test_blocks_of_all_groups_are_a_full_shuffle(block_groups):
+    groups = np.repeat(np.arange(6), 10)
+    full = global_batches(60, 1, 1, 1)
+    assert block_shuffled(groups, block_groups).tolist() == [index for ((index,),) in full]
+
+
+@pytest.mark.parametrize(("world", "accumulate"), SPLITS)
+def test_block_shuffled_batches_hold_the_same_samples_however_they_are_split(world, accumulate):
+    groups = np.repeat(np.arange(6), 7)
+    whole = block_shuffled(groups, 2, size=8)
+    ranks = [list(GlobalBatchSampler(42, 8, accumulate, rank, world, 3, groups, 2)) for rank in range(world)]
+    for batch in range(5):
+        split = [
+            i for requests in ranks for r in requests[batch * accumulate : (batch + 1) * accumulate] for i in r.indices
+        ]
+        assert sorted(split) == sorted(whole[batch * 8 : (batch + 1) * 8])
+
+
+def test_requests_hold_plain_numbers():
+    (request,) = GlobalBatchSampler(4, 4, 1, 0, 1, 0)
+    assert {type(index) for index in request.indices} == {int}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -242,6 +293,14 @@ def test_missing_paths_name_the_key_and_what_to_do(options, tmp_path):
 def test_impossible_sizes_are_refused(options):
     with pytest.raises(ValueError, match=r"^data\.global_batch_size: got 0"):
         NumbersModule(**{**options, "global_batch_size": 0})
+    for key, value, allowed in (
+        ("micro_batch_size", 0, "1 or more"),
+        ("shuffle_block_groups", -1, "0 or more"),
+        ("max_skipped_share", 1.5, "from 0 to 1"),
+        ("decode_timeout_s", 0.0, "above 0"),
+    ):
+        with pytest.raises(ValueError, match=rf"^data\.{key}: got {value}, allowed: {allowed}$"):
+            NumbersModule(**{**options, key: value})
     for name in ("num_frames", "image_size"):
         with pytest.raises(ValueError, match=rf"^clips\.{name}: got 0"):
             ClipConfig(**{"num_frames": 1, "image_size": 1, name: 0})
@@ -274,6 +333,56 @@ def test_a_global_batch_that_does_not_split_is_refused(options, world, accumulat
         module.train_dataloader()
 
 
+@pytest.mark.parametrize(("world", "size", "expected"), [(1, 4, 6), (2, 4, 3), (3, 8, 1), (4, 1, 6)])
+def test_accumulation_follows_the_size_of_micro_batches(options, world, size, expected):
+    module = NumbersModule(**{**options, "global_batch_size": 24}, micro_batch_size=size)
+    assert module.accumulation(world) == expected
+
+
+@pytest.mark.parametrize(
+    ("together", "world", "size", "near"),
+    [
+        (24, 2, 5, "global_batch_size 20, global_batch_size 30, micro_batch_size 4, micro_batch_size 6"),
+        (24, 5, 4, "global_batch_size 20, global_batch_size 40"),
+        (6, 2, 8, "global_batch_size 16, micro_batch_size 1, micro_batch_size 3"),
+    ],
+)
+def test_micro_batches_that_do_not_fit_are_refused_with_sizes_that_do(options, together, world, size, near):
+    module = NumbersModule(**{**options, "global_batch_size": together}, micro_batch_size=size)
+    with pytest.raises(ValueError) as caught:
+        module.accumulation(world)
+    assert str(caught.value) == (
+        f"data.global_batch_size: {together} does not split into {world} ranks times micro-batches of {size} "
+        f"(data.micro_batch_size); near it, these do: {near}"
+    )
+
+
+def test_a_trainer_that_accumulates_otherwise_is_refused(options):
+    module = NumbersModule(**options, micro_batch_size=1)
+    module.setup("fit")
+    module.trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=1, global_rank=0)
+    with pytest.raises(ValueError, match=r"^trainer\.accumulate_grad_batches: got 2, but .* needs 4: set it to that$"):
+        module.train_dataloader()
+    module.trainer.accumulate_grad_batches = 4
+    assert len(next(iter(module.train_dataloader())).ids) == 1
+
+
+def test_the_loader_is_made_as_the_module_says(options):
+    class Grouped(NumbersModule):
+        def read(self):
+            samples = super().read()
+            samples.groups = lambda: np.arange(11) // 4
+            return samples
+
+    module = Grouped(**options, shuffle_block_groups=2, max_skipped_share=0.5, decode_timeout_s=7.0)
+    module.setup("fit")
+    module.trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1, global_rank=0)
+    source = module.train_dataloader()
+    assert source.max_skipped_share == 0.5
+    assert module.train_set.reader.timeout_s == 7.0
+    assert (source.order.block_groups, source.order.groups.tolist()) == (2, [0] * 4 + [1] * 4 + [2] * 3)
+
+
 def test_the_fingerprint_follows_the_bytes_of_the_annotations(options, tmp_path):
     (tmp_path / "a.txt").write_text("abc")
     module = NumbersModule(**options)
@@ -288,6 +397,23 @@ def test_sample_frames_are_spread_over_the_training_clips(options):
     frames = module.sample_frames(3)
     assert frames.shape == (6, 4, 4, 3)
     assert frames[::2, 0, 0, 0].tolist() == [0, 5, 10]
+
+
+def test_sample_frames_leave_out_what_cannot_be_read(options, monkeypatch):
+    module = NumbersModule(**options)
+    module.setup("fit")
+    bad, read = {5}, module.train_set.videos
+
+    def videos(span):
+        if span.paths["ego"] in bad:
+            raise FileMissing("no such file")
+        return read(span)
+
+    monkeypatch.setattr(module.train_set, "videos", videos)
+    assert module.sample_frames(3)[::2, 0, 0, 0].tolist() == [0, 10]
+    bad |= {0, 10}
+    with pytest.raises(FileMissing):
+        module.sample_frames(3)
 
 
 def test_nothing_is_asked_without_held_out_clips(options):
