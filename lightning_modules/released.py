@@ -41,6 +41,7 @@ _WHOLE = (
     "open_clip_pytorch_model.bin",
     "mm_projector.bin",
 )
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 Tensors = dict[str, StoredTensor]
 
@@ -98,9 +99,6 @@ def open_released(folder: Path, part: str, network: NetworkConfig) -> ReleasedPa
         tensors, found = _language_model(stored, tied=bool(settings.get("tie_word_embeddings"))), len(stored)
     sizes = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
     return ReleasedPart(tensors, found, _digest(settings, sizes))
-
-
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 def open_open_clip(source: str, part: str, network: NetworkConfig) -> ReleasedPart:
