@@ -201,7 +201,8 @@ class _OpenVideo:
 
         A decoder takes them for a picture that hardly changes.
         """
-        if self.nal_length_bytes is None:
+        words = np.frombuffer(cast(Any, packet), dtype=np.uint64, count=packet.size // 8)
+        if self.nal_length_bytes is None or np.count_nonzero(words) == len(words):
             return False
         data, end = bytes(packet), 0
         while end < len(data):

@@ -72,6 +72,7 @@ class StagePlan:
             blocks' inputs, ``transient`` not included.
         transient: bytes of the largest block, which exist while it is computed anew.
         states: bytes of weights, gradients and optimiser on one device.
+        frozen_itemsize: bytes of a parameter that does not train.
         checkpointing: whether activations are checkpointed.
         devices, micro_batch, accumulate: how a global batch is split.
         steps, warmup_steps: of the whole stage; None if the number of samples is unknown.
@@ -88,6 +89,7 @@ class StagePlan:
     activations_checkpointed: int
     transient: int
     states: int
+    frozen_itemsize: int
     checkpointing: bool
     devices: int
     micro_batch: int
@@ -130,7 +132,7 @@ class StagePlan:
             mends.append(f"lower data.init_args.micro_batch_size to {sizes[0]}")
         if self.states > memory_gib * _GIB / _SLACK / 2:
             mends.append("shard weights and optimiser over the devices (trainer.strategy)")
-            if any(count and not trained for count, trained in self.parts.values()):
+            if self.frozen_itemsize > 2 and not all(trained for _, trained in self.parts.values()):
                 mends.append("keep frozen parts in bfloat16 (model.init_args.frozen_dtype)")
         raise ValueError(
             f"{self.name}: needs {needed / _GIB:.0f} GiB a device, plan.gpu_memory_gib is {memory_gib:g}: "
@@ -177,6 +179,7 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
         activations=held,
         activations_checkpointed=inputs,
         transient=transient,
+        frozen_itemsize=stage.frozen_dtype.itemsize,
         states=_state_bytes(trained, frozen, stage.frozen_dtype.itemsize, strategy, devices),
         checkpointing=stage.activation_checkpointing,
         devices=devices,

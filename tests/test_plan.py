@@ -110,6 +110,7 @@ def plan_of(**changes):
         "activations_checkpointed": 2**30,
         "transient": 2**29,
         "states": 30 * 2**30,
+        "frozen_itemsize": 4,
         "checkpointing": True,
         "devices": 4,
         "micro_batch": 16,
@@ -137,6 +138,8 @@ def test_a_plan_that_cannot_fit_is_refused_with_the_keys_to_change():
         plan_of(checkpointing=False).require_fit(100)
     with pytest.raises(ValueError, match=r"shard weights.*\(trainer.strategy\), or keep frozen parts in bfloat16"):
         plan_of(states=100 * 2**30).require_fit(48)
+    with pytest.raises(ValueError, match=r"shard weights.*\(trainer.strategy\)$"):
+        plan_of(states=100 * 2**30, frozen_itemsize=2).require_fit(48)
 
 
 def test_the_table_shows_every_stage():
