@@ -46,7 +46,6 @@ PAD_RGB = (122, 116, 104)  # CLIP's mean colour, so that padding is about zero a
 _YUV_STEP = {"yuv420p": "yuv420p", "yuvj420p": "yuvj420p", "yuv420p10le": "yuv420p"}
 _SKIPS_UNREFERENCED = frozenset({"h264", "hevc"})  # decoders that honour skip_frame packet by packet
 _HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # of FFmpeg's look at a file, which decodes pictures else
-_HOLE = bytes(64)  # far less than a block of any disk, and quicker to look for than three zeros
 _RESEEK_GAP_S = 1.0  # below this, demuxing on is about as cheap as another seek
 _MAX_CONVERTERS = 32
 
@@ -202,9 +201,9 @@ class _OpenVideo:
 
         A decoder takes them for a picture that hardly changes.
         """
-        data, end = bytes(packet), 0
-        if self.nal_length_bytes is None or _HOLE not in data:
+        if self.nal_length_bytes is None:
             return False
+        data, end = bytes(packet), 0
         while end < len(data):
             begin = end + self.nal_length_bytes
             end = begin + int.from_bytes(data[end:begin], "big")
