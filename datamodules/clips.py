@@ -225,7 +225,9 @@ class GlobalBatchSampler(Sampler[_Request]):
 
 
 class ResumableLoader(DataLoader[ClipBatch]):
-    """A loader whose state is (epoch, micro-batches handed out); Lightning saves and restores it.
+    """A loader whose state is (epoch, global batches handed out); Lightning saves and restores it.
+
+    The state is the same on all ranks, and another number of them, or of accumulated micro-batches, goes on from it.
 
     It watches over what could not be read in the batches that it hands out, from the start of the process on. A run
     stops when more than ``max_skipped_share`` of this rank's samples (of the first 200 as long as there are fewer) were
@@ -303,12 +305,12 @@ class ResumableLoader(DataLoader[ClipBatch]):
             )
 
     def state_dict(self) -> dict[str, int]:
-        """Position of the next batch."""
-        return {"epoch": self.epoch, "position": self.position}
+        """Position of the next global batch."""
+        return {"epoch": self.epoch, "global_batch": self.position // self.order.accumulate}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a saved position."""
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position = state["epoch"], state["global_batch"] * self.order.accumulate
 
 
 class ClipDataModule(L.LightningDataModule, ABC):

@@ -1,4 +1,4 @@
-"""``python -m lightning_modules fit|evaluate|show|report``: experiments from YAML, through LightningCLI.
+"""``python -m lightning_modules fit|evaluate|show|plan|consolidate|report``: experiments from YAML, through LightningCLI.
 
 ::
 
@@ -11,33 +11,73 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from datamodules.clips import ClipConfig, ClipDataModule
+from lightning_modules.checkpoint import (
+    CheckpointError,
+    CheckpointFolders,
+    Checkpoints,
+    check_files,
+    newest,
+    read_state,
+    read_tensors,
+    stored_tensors,
+)
 from lightning_modules.config import STAGES, ConfigError, compose, config_hash
 from lightning_modules.config_errors import explain
-from lightning_modules.handoff import StageHandoff, check_handoff
+from lightning_modules.handoff import StageHandoff, check_handoff, code_version, write_handoff
 from lightning_modules.held_out import chance_levels
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.monitor import SamplePanel, TrainingMonitor
 from lightning_modules.plan import PlanConfig, plan_stage, plan_table
 from lightning_modules.report import write_metrics, write_predictions, write_report
 from lightning_modules.stage import Stage
+from lightning_modules.strategy import FSDP2, POLICIES
+from lightning_modules.watch import Diverged, StallWatch
+
+STOPPED = 75
+"""Exit status of a stage that was told to stop and can go on: "try again" by convention (EX_TEMPFAIL)."""
+HOW_IT_RUNS = (
+    "checkpoint_every_n_steps",
+    "data.init_args.decode_timeout_s",
+    "data.init_args.max_skipped_share",
+    "data.init_args.micro_batch_size",
+    "data.init_args.num_workers",
+    "model.init_args.activation_checkpointing",
+    "monitor",
+    "panel",
+    "plan",
+    "stall_timeout_s",
+    "threads",
+    "trainer.accelerator",
+    "trainer.accumulate_grad_batches",
+    "trainer.devices",
+    "trainer.enable_progress_bar",
+    "trainer.logger",
+    "trainer.num_nodes",
+    "trainer.profiler",
+    "trainer.strategy",
+)
+"""Keys that may differ when a run goes on: what is learned does not depend on them, but for rounding and dropout."""
 
 
 class Interrupted(RuntimeError):
@@ -64,6 +104,7 @@ class ExperimentCLI(LightningCLI):
         parser.add_argument("--tokenizer", type=str, required=True)
         parser.add_argument("--threads", type=int | None, default=None)
         parser.add_argument("--checkpoint_every_n_steps", type=int, default=100)
+        parser.add_argument("--stall_timeout_s", type=float, default=1800.0)
         parser.add_argument("--network", type=NetworkConfig)
         parser.add_argument("--clips", type=ClipConfig)
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
@@ -99,17 +140,14 @@ def build(config: dict[str, Any]) -> Run:
         ValueError: a value is impossible, or something the stage starts from is missing.
     """
     run_dir = Path(str(config.get("run_dir")))
+    every, stall_s = config.get("checkpoint_every_n_steps", 100), config.get("stall_timeout_s", 1800.0)
     callbacks: list[L.Callback] = [
-        StageHandoff(str(run_dir / "handoff"), str(config.get("stage")), config_hash(config))
+        StallWatch(stall_s if isinstance(stall_s, float | int) else 1.0),  # a wrong type is refused below
+        Checkpoints(run_dir / "checkpoints", every if isinstance(every, int) else 0),
+        StageHandoff(str(run_dir / "handoff"), str(config.get("stage")), config_hash(config)),
     ]
     if (config.get("trainer") or {}).get("enable_progress_bar") is not False:
         callbacks.append(TQDMProgressBar(refresh_rate=5))
-    every = config.get("checkpoint_every_n_steps", 100)
-    if isinstance(every, int) and every > 0:
-        checkpoint = ModelCheckpoint(
-            run_dir / "checkpoints", filename="{step:07d}", every_n_train_steps=every, auto_insert_metric_name=False
-        )
-        callbacks.append(checkpoint)
     cli = _checked(config, ExperimentCLI, callbacks)
     if config.get("threads"):
         torch.set_num_threads(config["threads"])
@@ -119,6 +157,8 @@ def build(config: dict[str, Any]) -> Run:
             f"model.init_args.frozen_dtype: {config['model']['init_args']['frozen_dtype']} needs "
             f"trainer.precision: bf16-mixed, got {trainer.precision}"
         )
+    if isinstance(trainer.strategy, FSDP2) and trainer.precision not in POLICIES:
+        raise ConfigError(f"trainer.precision: got {trainer.precision}, allowed with fsdp2: {', '.join(POLICIES)}")
     stage.check(datamodule.clips, datamodule.encoder.max_text_tokens)
     if datamodule.micro_batch_size is not None:
         if trainer.accumulate_grad_batches != 1:
@@ -127,6 +167,8 @@ def build(config: dict[str, Any]) -> Run:
                 "data.init_args.micro_batch_size and the number of devices: remove one of them"
             )
         trainer.accumulate_grad_batches = datamodule.accumulation(trainer.world_size)
+    if isinstance(trainer.val_check_interval, int):  # in optimiser steps here, in micro-batches there
+        trainer.val_check_interval *= trainer.accumulate_grad_batches
     return Run(config, trainer, stage, datamodule)
 
 
@@ -161,7 +203,11 @@ def _checked(config: dict[str, Any], kind: type[ExperimentCLI], callbacks: list[
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
                 parser_kwargs={"exit_on_error": False},
-                trainer_defaults={"callbacks": callbacks},
+                trainer_defaults={
+                    "callbacks": callbacks,
+                    "plugins": [CheckpointFolders()],
+                    "enable_checkpointing": False,
+                },
             )
     except (ArgumentError, ValueError) as error:
         raise ConfigError(explain(str(error), config)) from None
@@ -170,25 +216,34 @@ def _checked(config: dict[str, Any], kind: type[ExperimentCLI], callbacks: list[
 
 
 def fit(config: dict[str, Any], force: bool) -> None:
-    """Train a stage, go on with an interrupted one, or say that it is finished; then answer the held-out questions."""
+    """Train a stage, go on with an interrupted one, or say that it is finished; then answer the held-out questions.
+
+    All processes of a run come here; the first one alone changes and judges what lies in the folder, while the others
+    wait for it in their first talk.
+    """
     run = build(config)
-    folder = run.folder
-    if force:
+    folder, first = run.folder, run.trainer.is_global_zero
+    if force and first:
         _put_aside(folder)
-    finished = (folder / "handoff" / "manifest.json").is_file()
-    checkpoint = None if finished else max((folder / "checkpoints").glob("*.ckpt"), default=None)
-    if finished or checkpoint:
-        _same_configuration(folder, config, "finished" if finished else "interrupted")
+    finished = not force and (folder / "handoff" / "manifest.json").is_file()
+    checkpoint = None if force or finished else newest(folder / "checkpoints")
+    if first:
+        if finished or checkpoint:
+            _same_configuration(folder, config, "finished" if finished else "interrupted")
+        if checkpoint:
+            check_files(checkpoint)
+            print(f"{run.name} of {config['experiment']} goes on from {checkpoint}")
     if finished:
         _same_start(folder, run.stage)
         if not (folder / "metrics.json").is_file():
             evaluate(config)
         print(f"{run.name} of {config['experiment']} is finished ({folder}/handoff); FORCE=1 trains it anew")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    if checkpoint:
-        print(f"{run.name} of {config['experiment']} goes on from {checkpoint}")
+    if first:
+        for torn in (folder / "checkpoints").glob(".*.new"):
+            shutil.rmtree(torn)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
     if run.trainer.interrupted or not (folder / "handoff" / "manifest.json").is_file():
         raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; call it again to go on")
@@ -217,6 +272,37 @@ def _answer(run: Run) -> None:
         print(write_report(run.folder.parent))
 
 
+def consolidate(config: dict[str, Any]) -> None:
+    """Make a hand-off out of the last checkpoint of a stage that is not finished, whatever number of processes wrote it.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    folder = Path(str(config["run_dir"]))
+    checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{folder}/checkpoints: no checkpoint: run `make {config['stage']}` first")
+    check_files(checkpoint)
+    stage, state, stored = stage_only(config), read_state(checkpoint), stored_tensors(checkpoint)
+    model = stage.on_meta()
+    names = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
+    parts = {part: {n: names[id(p)] for n, p in model.part(part).items()} for part in stage.trained}
+    tensors = {name: torch.empty(stored[f"state_dict.{name}"]) for of_part in parts.values() for name in of_part.values()}
+    read_tensors(checkpoint, {"state_dict": tensors}, alone=True)
+    manifest = {
+        "stage": config["stage"],
+        "step": state["global_step"],
+        "config_hash": config_hash(config),
+        "code_version": code_version(),
+        "started_from": state["started_from"],
+        "metrics": {},
+    }
+    out = folder / f"handoff_{checkpoint.name}"
+    whole = ((part, {n: tensors[name] for n, name in of_part.items()}) for part, of_part in parts.items())
+    write_handoff(out, whole, stage.network.lora, manifest)
+    print(f"{out} holds {', '.join(parts)} after step {state['global_step']}: handoffs.{config['stage']}={out}")
+
+
 def plan(experiment: Path, stages: Sequence[str], overrides: list[str]) -> None:
     """Print what stages cost.
 
@@ -241,7 +327,11 @@ def _same_configuration(folder: Path, config: dict[str, Any], state: str) -> Non
     file = folder / "config.yaml"
     before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     old, new = _flat(before), _flat(config)
-    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in HOW_IT_RUNS))
+    ]
     if changed:
         shown = ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in changed[:3])
         raise ConfigError(
@@ -284,7 +374,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        Exit status: 0 done, 1 training stopped early, 2 wrong input.
+        Exit status: 0 done, 1 training failed, 2 wrong input, 75 told to stop before the end.
     """
     parser = argparse.ArgumentParser(prog="python -m lightning_modules", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -293,6 +383,7 @@ def main(arguments: list[str] | None = None) -> int:
         "evaluate": "answer the held-out questions with a finished stage",
         "show": "print the resolved configuration and check it",
         "plan": "print what the stages cost, without allocating anything",
+        "consolidate": "make a hand-off out of the last checkpoint of a stage that is not finished",
     }
     for name, text in helps.items():
         command = commands.add_parser(name, help=text, description=text)
@@ -323,18 +414,42 @@ def main(arguments: list[str] | None = None) -> int:
             fit(config, options.force)
         elif options.command == "evaluate":
             evaluate(config)
+        elif options.command == "consolidate":
+            consolidate(config)
         else:
             print(yaml.safe_dump(config, sort_keys=False), end="")
             build(config)
     except Interrupted as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        return 1
+        return _left_early(f"stopped: {error}", STOPPED)
+    except Diverged as error:
+        return _left_early(f"error: {error}", 1)
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        print(f"error: {_last_line(error)}", file=sys.stderr)
-        return 2
+        return _left_early(f"error: {_last_line(error)}", 2)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        _end(1)
     return 0
+
+
+def _left_early(message: str, status: int) -> int:
+    """Say so once; the other processes of a run leave quietly, since the first one's status counts."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        print(message, file=sys.stderr)
+    if dist.is_initialized():
+        _end(status if first else 0)
+    return status
+
+
+def _end(status: int) -> NoReturn:
+    """Leave without waiting for others, who may be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _quiet() -> None:

@@ -15,15 +15,20 @@ import json
 import os
 import shutil
 import subprocess
+import time
+from collections import deque
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_modules.model.lora import from_peft_name, save_peft_adapter
+from lightning_modules.model.lora import LoRAConfig, from_peft_name, save_peft_adapter
 from lightning_modules.stored import StoredTensor, UnreadableWeights, open_tensors
 
 if TYPE_CHECKING:
@@ -79,44 +84,61 @@ def open_part(folder: Path, part: str) -> dict[str, StoredTensor]:
     """Tensors of one part of a hand-off, by their names inside the part.
 
     Raises:
-        HandoffError: the hand-off or its file is missing, incomplete or damaged.
+        HandoffError: the hand-off or one of its files is missing, incomplete or damaged.
     """
-    check_handoff(folder, part)
+    manifest = check_handoff(folder, part)
     file = folder / ADAPTER / "adapter_model.safetensors" if part == "lora" else folder / f"{part}.safetensors"
     try:
         stored = open_tensors(file)
     except UnreadableWeights as error:
         raise HandoffError(f"hand-off {error}: run `make {folder.parent.name} FORCE=1`") from None
+    if _digest(folder, file.stat().st_mtime_ns) != manifest["digest"]:
+        raise HandoffError(
+            f"hand-off {folder}: its files are not those that manifest.json describes (digest differs): they are "
+            f"damaged, run `make {folder.parent.name} FORCE=1`"
+        )
     return {from_peft_name(name) if part == "lora" else name: tensor for name, tensor in stored.items()}
 
 
-def write_handoff(folder: Path, model: Any, parts: Iterable[str], manifest: Mapping[str, Any]) -> None:
+@lru_cache
+def _digest(folder: Path, changed_ns: int) -> str:
+    """Of all tensors in a folder, read once as long as it does not change."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*.safetensors")):
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def gathered(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors on the CPU; every process of a sharded run has to call this, in the same order."""
+    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
+
+
+def write_handoff(
+    folder: Path, parts: Iterable[tuple[str, Mapping[str, Tensor]]], lora: LoRAConfig, manifest: Mapping[str, Any]
+) -> None:
     """Write parts of an ``Exo2EgoModel``; the folder appears complete or not at all, and replaces an earlier one.
 
     Args:
         folder: ``<run>/handoff``.
-        model: an ``Exo2EgoModel``.
-        parts: names of what to write.
-        manifest: fields beside ``format`` and ``parts``.
+        parts: names, and whole tensors on the CPU by their names inside the part.
+        lora: size of the adapters.
+        manifest: fields beside ``format``, ``digest`` and ``parts``.
     """
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     described = {}
-    for part in parts:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in model.part(part).items()}
+    for part, tensors in parts:
         if part == "lora":
-            save_peft_adapter(model.language_model.causal_lm, new / ADAPTER)
+            save_peft_adapter(tensors, lora, new / ADAPTER)
         else:
-            save_file(tensors, new / f"{part}.safetensors", metadata={"format": "pt"})
+            save_file(dict(tensors), new / f"{part}.safetensors", metadata={"format": "pt"})
         described[part] = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
-    digest = hashlib.sha256()
-    for file in sorted(new.rglob("*.safetensors")):
-        with file.open("rb") as content_of:
-            digest.update(hashlib.file_digest(content_of, "sha256").digest())
-    content = {"format": FORMAT, **manifest, "digest": digest.hexdigest()[:16], "parts": described}
-    text = json.dumps(content, indent=1)
-    (new / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    content = {"format": FORMAT, **manifest, "digest": _digest(new, time.time_ns()), "parts": described}
+    (new / "manifest.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for path in [p for p in new.rglob("*") if p.is_file()] + [new]:
         _sync(path)
     old = folder.with_name(f".{folder.name}.old")
@@ -158,11 +180,13 @@ class StageHandoff(L.Callback):
     def __init__(self, folder: str, stage: str, config_hash: str) -> None:
         self.folder, self.stage, self.config_hash = Path(folder), stage, config_hash
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write after the last step; an interrupted run writes nothing."""
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write after the last step, the first process what all of them hold; an interrupted run writes nothing."""
         stage: Stage = pl_module  # type: ignore[assignment]
         if trainer.interrupted or trainer.global_step < stage.total_steps():
             return
+        stage.finite.settle()
+        parts = ((part, gathered(stage.model.part(part))) for part in stage.model.parts if part in stage.trained)
         if trainer.is_global_zero:
             manifest = {
                 "stage": self.stage,
@@ -173,8 +197,9 @@ class StageHandoff(L.Callback):
                 "started_from": stage.started_from(),
                 "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
             }
-            parts = [part for part in stage.model.parts if part in stage.trained]
-            write_handoff(self.folder, stage.model, parts, manifest)
+            write_handoff(self.folder, parts, stage.network.lora, manifest)
+        else:
+            deque(parts, maxlen=0)
         trainer.strategy.barrier()
 
 

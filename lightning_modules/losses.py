@@ -111,7 +111,8 @@ class FeatureStandardizer(nn.Module):
     """Brings features to zero mean and unit deviation per channel, by the statistics of the exocentric ones.
 
     CLIP features carry a few channels far larger than the rest, on which an unstandardised softmax would spend all its
-    mass. ``ema`` keeps running statistics of the target, averaged over ranks and fixed in evaluation; ``token``
+    mass. ``ema`` keeps running statistics of the target, averaged over ranks, fixed within an optimiser step so that
+    they do not depend on how its batch is split, and fixed in evaluation; the very first step has none yet. ``token``
     standardises each position over its channels; ``none`` leaves features as they are.
 
     Args:
@@ -130,24 +131,32 @@ class FeatureStandardizer(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("variance", torch.ones(dim))
         self.register_buffer("updates", torch.zeros(1))
+        self._sums: list[Tensor] = []  # of the micro-batches of this rank since the last update
 
     @torch.no_grad()
-    def update(self, target: Tensor, readable: Tensor) -> None:
-        """Take in the statistics of float [B, T, h, w, C] of all ranks, of the clips that bool [B] marks."""
+    def observe(self, target: Tensor, readable: Tensor) -> None:
+        """Take note of float [B, T, h, w, C], of the clips that bool [B] marks, for the next update."""
         if self.kind != "ema" or not self.training:
             return
         flat = where_readable(readable, target.float(), target.new_zeros(())).flatten(0, -2)
-        clips = readable.sum().to(flat.dtype)
-        sums = torch.cat([flat.sum(0), flat.square().sum(0), clips[None]])
+        positions = readable.sum().to(flat.dtype) * (len(flat) // len(target))
+        self._sums.append(torch.cat([flat.sum(0), flat.square().sum(0), positions[None]]))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Let what all ranks observed into the running statistics."""
+        if not self._sums:
+            return
+        sums = torch.stack(self._sums).sum(0)
+        self._sums = []
         if dist.is_initialized():
             dist.all_reduce(sums)
-        clips = sums[-1]
-        positions = clips.clamp(min=1) * (len(flat) // len(target))
-        mean, square = (sums[:-1] / positions).chunk(2)
-        keep = torch.where(self.updates > 0, self.momentum, 0.0).where(clips > 0, 1.0)
+        positions = sums[-1]
+        mean, square = (sums[:-1] / positions.clamp(min=1)).chunk(2)
+        keep = torch.where(self.updates > 0, self.momentum, 0.0).where(positions > 0, 1.0)
         self.mean.lerp_(mean, (1 - keep).expand_as(self.mean))
         self.variance.lerp_((square - mean.square()).clamp(min=0), (1 - keep).expand_as(self.variance))
-        self.updates += clips > 0
+        self.updates += positions > 0
 
     def forward(self, features: Tensor) -> Tensor:
         """Standardise float [B, T, h, w, C]."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.batch import ClipBatch, QuestionBatch, TextBatch
@@ -27,6 +28,8 @@ from lightning_modules.model.language_model import transformers_config
 from lightning_modules.report import markdown_table
 from lightning_modules.sources import FoundPart, find_part
 from lightning_modules.stored import fill
+from lightning_modules.strategy import shard
+from lightning_modules.watch import FiniteCheck
 
 MAX_ANSWER_TOKENS = 32
 
@@ -110,6 +113,8 @@ class Stage(L.LightningModule, ABC):
                 raise ValueError(f"model.{key}: got {', '.join(unknown)}, allowed: {', '.join(self.uses)}")
         self.strict_loading = False  # checkpoints hold trained parts only
         self.step_log: dict[str, Tensor] = {}
+        self.micro_batches: list[tuple[list[str], Tensor]] = []
+        self.finite = FiniteCheck()
         self.num_frames = 0
 
     # ------------------------------------------------------------------------------------------------ what stages say
@@ -204,26 +209,38 @@ class Stage(L.LightningModule, ABC):
         return 2 if "ego_to_exo" in self.uses and self.network.learner_reads == "both" else 1
 
     def configure_model(self) -> None:
-        """Build the parts, read their weights, freeze what does not train."""
+        """Build the parts, read their weights unit by unit, freeze what does not train.
+
+        No process ever holds more than one unit beside what it keeps: its share where the strategy shards, else all.
+        """
         if hasattr(self, "model"):
             return
         torch.manual_seed(self.seed)
         model = Exo2EgoModel(self.network, self.vocab_size, self.uses, empty=self.sources)
-        for part in model.parts:
-            trained = part in self.trained
-            model.allocate(part, torch.float32 if trained else self.frozen_dtype)
-            if part in self.sources:
-                rank_zero_only(print)(self.sources[part].line)
-                fill(model.part(part), self.sources[part].tensors)
-            for parameter in model.part(part).values():
-                parameter.requires_grad_(trained)
+        if "language_model" in self.sources:
+            model.language_model.restore_buffers()
         if self.activation_checkpointing:
             model.checkpoint_activations()
         self.attach(model)
+        for part in set(model.parts) & set(self.sources):
+            rank_zero_only(print)(self.sources[part].line)
+        device = self._trainer.strategy.root_device if self._trainer else torch.device("cpu")
+        done: set[int] = set()
+        for unit in model.units():
+            for part in model.parts:
+                trained = part in self.trained
+                inside = model.allocate(part, unit, torch.float32 if trained else self.frozen_dtype, device, done)
+                if part in self.sources:
+                    fill(inside, {name: self.sources[part].tensors[name] for name in inside})
+                for parameter in inside.values():
+                    parameter.requires_grad_(trained)
+            if self.device_mesh is not None:
+                shard(unit, self.device_mesh, self.trainer.precision)
+            done |= {id(parameter) for parameter in unit.parameters()}
         self.train(self.training)
 
     def attach(self, model: Exo2EgoModel) -> None:
-        """Take a model; stages with layers of their own make them here."""
+        """Take a model; stages with layers of their own add them to it here, so that they are sharded with it."""
         self.model = model
 
     def train(self, mode: bool = True) -> Stage:
@@ -242,9 +259,9 @@ class Stage(L.LightningModule, ABC):
             for name, parameter in self.model.part(part).items():
                 if parameter.requires_grad:
                     yield part, name, parameter
-        of_model = {id(parameter) for parameter in self.model.parameters()}
+        of_parts = {id(parameter) for part in self.model.parts for parameter in self.model.part(part).values()}
         for name, parameter in self.named_parameters():
-            if id(parameter) not in of_model and parameter.requires_grad:
+            if id(parameter) not in of_parts and parameter.requires_grad:
                 yield "stage", name, parameter
 
     def read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
@@ -257,8 +274,9 @@ class Stage(L.LightningModule, ABC):
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """Sum of the stage's losses."""
-        losses = self.losses(batch)
+        losses = self.model(self.losses, batch)
         total = torch.stack(list(losses.values())).sum()
+        self.micro_batches.append((batch.ids, total.detach()))
         self.step_log = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()} | self.step_log
         self.step_log["train/loss"] = total.detach()
         return total
@@ -316,8 +334,12 @@ class Stage(L.LightningModule, ABC):
     ) -> None:
         """Clip by the norm of all gradients and keep the norm for the curves."""
         parameters = [parameter for _, _, parameter in self.trainable()]
-        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
-        self.step_log["optim/grad_norm"] = norm.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf).detach()
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        self.step_log["optim/grad_norm"] = norm
+        self.finite.expect(self.trainer.global_step, norm, self.micro_batches)
+        self.micro_batches = []
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Report, once, parameters that should train and get no gradient."""
@@ -327,26 +349,34 @@ class Stage(L.LightningModule, ABC):
                 rank_zero_warn(f"{len(idle)} trained parameters get no gradient, e.g. {', '.join(idle[:3])}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only what trains."""
-        checkpoint["started_from"] = self.started_from()
+        """Keep what trains and what this stage counts, and name the optimiser's state by parameters."""
+        self.finite.settle()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        own = {name for name in checkpoint["state_dict"] if not name.startswith("model.")}
+        own = {name for name, _ in self.named_buffers() if not name.startswith("model.")}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained | own}
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        optimizer = self.trainer.optimizers[0]
+        checkpoint["optimizer"] = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
+        checkpoint["learning_rates"] = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        del checkpoint["optimizer_states"]
+        checkpoint["started_from"] = self.started_from()
+        checkpoint["accumulate"] = self.trainer.accumulate_grad_batches
+        checkpoint["sharded"] = self.device_mesh is not None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that lacks something that trains, or began from other hand-offs than there are now."""
+        """Refuse a checkpoint that began from other hand-offs than there are now; count its batches as this run does."""
         before, now = checkpoint["started_from"], self.started_from()
         if changed := sorted(part for part in now if before.get(part) != now[part]):
             raise HandoffError(
                 f"checkpoint: it began from another {', '.join(changed)} than {self.sources[changed[0]].where} holds: "
                 "train anew with FORCE=1"
             )
-        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        if missing := trained - set(checkpoint["state_dict"]):
-            raise HandoffError(
-                f"checkpoint: {len(missing)} trained tensors are missing, e.g. {min(missing)}: it was written by "
-                "another configuration; train anew with FORCE=1"
-            )
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            begun = counts["processed"]
+            micro_batches = begun // checkpoint["accumulate"] * self.trainer.accumulate_grad_batches
+            for event in ("ready", "started", "processed", "completed"):
+                counts[event] += micro_batches - begun
 
     # ------------------------------------------------------------------------------------------------------- held-out
 
@@ -360,11 +390,11 @@ class Stage(L.LightningModule, ABC):
 
     def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Answer held-out questions."""
-        self._ask(batch)
+        self.model(self._ask, batch)
 
     def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Answer held-out questions."""
-        self._ask(batch)
+        self.model(self._ask, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, at the number of optimiser steps made; Lightning's own count lags by one inside an epoch."""

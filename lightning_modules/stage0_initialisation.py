@@ -44,8 +44,8 @@ class Initialisation(Stage):
         super().attach(model)
         if self.words_weight:
             tokens = self.network.visual_tokens(self.num_frames)
-            self.word_head = nn.Linear(tokens * model.language_model.dim, self.vocab_size)
-            nn.init.normal_(self.word_head.weight, std=0.02)
+            model.word_head = nn.Linear(tokens * model.language_model.dim, self.vocab_size)
+            nn.init.normal_(model.word_head.weight, std=0.02)
 
     def on_train_start(self) -> None:
         """Whiten the patch filters, unless training goes on from a checkpoint."""
@@ -72,7 +72,7 @@ class Initialisation(Stage):
 
         A row without words, as of a clip that could not be read, adds nothing to the mean over rows.
         """
-        logits = self.word_head(visual.flatten(1))
+        logits = self.model.word_head(visual.flatten(1))
         eos = int(self.tokenizer.eos_token_id)
         present = torch.zeros_like(logits).scatter(1, labels.where(labels >= 0, eos), 1.0)
         present[:, eos] = 0

@@ -82,6 +82,11 @@ class DemonstratorLearnerGuidance(Stage):
         self.vtg_weight, self.cycle, self.kl = vtg_weight, cycle, kl
         self.standardizer = FeatureStandardizer(self.network.encoder.width, kl.standardize)
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The step's exocentric features count from the next one on."""
+        super().on_before_optimizer_step(optimizer)
+        self.standardizer.update()
+
     def visual_tokens(self, video: Tensor, view: str) -> Tensor:
         """Egocentric clips only: x, then F(x)."""
         return self.model.learner_tokens(video)
@@ -105,7 +110,7 @@ class DemonstratorLearnerGuidance(Stage):
 
     def _guidance(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, readable: Tensor) -> Tensor:
         """KL(y || F(x)); the curves also show KL(y || x) and how far F is from the identity."""
-        self.standardizer.update(exo, readable)
+        self.standardizer.observe(exo, readable)
         target, mapped, unmapped = (self.standardizer(feature) for feature in (exo, ego_as_exo, ego))
         kl = guidance_kl_loss(target, mapped, readable, self.kl.tau, self.kl.axis, self.kl.pool)
         with torch.no_grad():

@@ -7,13 +7,13 @@ import lightning as L
 import pytest
 import tiny
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
 from datamodules import ClipConfig, InstructionDataModule
 from lightning_modules import OptimConfig
+from lightning_modules.checkpoint import CheckpointError, CheckpointFolders, Checkpoints, newest, stored_tensors
 from lightning_modules.handoff import HandoffError, StageHandoff
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
@@ -27,7 +27,8 @@ def trainer(max_steps, callbacks=(), **options):
         max_steps=max_steps,
         callbacks=list(callbacks),
         logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+        plugins=[CheckpointFolders()],
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         **options,
@@ -144,18 +145,17 @@ def test_parameters_without_gradient_are_reported_once(toy_tokenizer):
     assert messages[0].startswith(f"{count} trained parameters get no gradient, e.g. exo_to_ego.")
 
 
-def test_a_checkpoint_that_began_from_another_handoff_is_refused(toy_tokenizer, monkeypatch):
+def test_a_checkpoint_that_began_from_another_handoff_is_refused(toy_tokenizer, tmp_path, monkeypatch):
+    batches = DataLoader([tiny.clip_batch()], batch_size=None)
     stage = tiny.make_stage("stage1", toy_tokenizer)
-    stage.configure_model()
-    where = "hand-off runs/x/stage0/handoff"
-    stage.sources = {"exo_encoder": FoundPart("exo_encoder", where, {}, "", "", "")}
     monkeypatch.setattr(stage, "started_from", lambda: {"exo_encoder": "then"})
-    checkpoint = {"state_dict": stage.state_dict()}
-    stage.on_save_checkpoint(checkpoint)
-    stage.on_load_checkpoint(checkpoint)
-    monkeypatch.setattr(stage, "started_from", lambda: {"exo_encoder": "now"})
+    save(fit(stage), tmp_path / "0000001")
+    stage = tiny.make_stage("stage1", toy_tokenizer)
+    stage.sources = {}
+    stage.configure_model()
+    stage.sources = {"exo_encoder": FoundPart("exo_encoder", "hand-off runs/x/stage0/handoff", {}, "now", "", "")}
     with pytest.raises(ValueError, match=r"another exo_encoder than hand-off runs/x/stage0/handoff holds: .*FORCE=1"):
-        stage.on_load_checkpoint(checkpoint)
+        trainer(2).fit(stage, batches, ckpt_path=tmp_path / "0000001")
 
 
 # --------------------------------------------------------------------------------------------------- losses of stages
@@ -206,11 +206,12 @@ def test_stage2_reads_the_demonstrator_without_moving_it(toy_tokenizer):
 def test_word_loss_by_hand(toy_tokenizer):
     stage = tiny.make_stage("stage0", toy_tokenizer)
     size = len(stage.tokenizer)
-    stage.word_head = torch.nn.Linear(1, size)
-    torch.nn.init.zeros_(stage.word_head.weight)
+    stage.model = torch.nn.Module()
+    stage.model.word_head = head = torch.nn.Linear(1, size)
+    torch.nn.init.zeros_(head.weight)
     with torch.no_grad():
-        stage.word_head.bias.zero_()
-        stage.word_head.bias[7] = math.log(size)  # p(7) = size / (2 size - 1), others 1 / (2 size - 1)
+        head.bias.zero_()
+        head.bias[7] = math.log(size)  # p(7) = size / (2 size - 1), others 1 / (2 size - 1)
     labels = torch.tensor([[-100, 6, 7, 7, stage.tokenizer.eos_token_id], [-100, 7, -100, -100, -100]])
     loss = stage._words_loss(torch.zeros(2, 1, 1), labels)
     first, second = (
@@ -290,6 +291,7 @@ def test_impossible_optimisers_are_refused(wrong, message):
 def test_gradients_are_clipped_by_their_common_norm(toy_tokenizer):
     stage = tiny.make_stage("stage1", toy_tokenizer)
     stage.configure_model()
+    stage.trainer = trainer(1)
     for _, _, parameter in stage.trainable():
         parameter.grad = torch.ones_like(parameter)
     count = sum(parameter.numel() for _, _, parameter in stage.trainable())
@@ -302,23 +304,30 @@ def test_gradients_are_clipped_by_their_common_norm(toy_tokenizer):
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
+def save(run, folder):
+    run.save_checkpoint(folder)
+    run.strategy.checkpoint_io.wait()
+
+
 @pytest.mark.parametrize(
     ("name", "own"), [("stage1", set()), ("stage2", {"mean", "variance", "updates"}), ("stage3", set())]
 )
-def test_checkpoints_hold_trained_tensors_and_the_stages_own(toy_tokenizer, tmp_path, name, own):
+def test_checkpoints_hold_trained_tensors_their_moments_and_the_stages_own(toy_tokenizer, tmp_path, name, own):
     stage = tiny.make_stage(name, toy_tokenizer)
-    fit(stage).save_checkpoint(tmp_path / "a.ckpt")
-    held = set(torch.load(tmp_path / "a.ckpt", weights_only=False)["state_dict"])
-    of_model = {key for key in held if key.startswith("model.")}
-    assert of_model == {key for key, parameter in stage.named_parameters() if parameter.requires_grad}
-    assert held - of_model == {f"standardizer.{key}" for key in own}
+    save(fit(stage), tmp_path / "0000001")
+    held = set(stored_tensors(tmp_path / "0000001"))
+    trained = {key for key, parameter in stage.named_parameters() if parameter.requires_grad}
+    kinds = ("exp_avg", "exp_avg_sq", "step")
+    moments = {f"optimizer.{key}.{kind}" for key in trained for kind in kinds}
+    assert held == {f"state_dict.{key}" for key in trained | {f"standardizer.{key}" for key in own}} | moments
 
 
 def test_checkpoint_of_another_choice_of_parts_is_refused(toy_tokenizer, tmp_path):
-    fit(tiny.make_stage("stage1", toy_tokenizer, train=["exo_encoder"])).save_checkpoint(tmp_path / "a.ckpt")
+    save(fit(tiny.make_stage("stage1", toy_tokenizer, train=["exo_encoder"])), tmp_path / "0000001")
     batches = DataLoader([tiny.clip_batch()], batch_size=None)
-    with pytest.raises(HandoffError, match=r"checkpoint: \d+ trained tensors are missing, e.g. model.projector"):
-        trainer(2).fit(tiny.make_stage("stage1", toy_tokenizer), batches, ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"\d+ trained tensors are missing, e.g. model.projector"):
+        resume = trainer(2, [Checkpoints(tmp_path, 0)])
+        resume.fit(tiny.make_stage("stage1", toy_tokenizer), batches, ckpt_path=tmp_path / "0000001")
 
 
 class Watch(L.Callback):
@@ -334,7 +343,7 @@ class Watch(L.Callback):
         self.modes.append({name: module.training for name, module in pl_module.model.named_children()})
 
 
-def practise(world, folder, watch, workers, checkpoint=None, dropout=0.1):
+def practise(world, folder, watch, workers, checkpoint=None, dropout=0.1, accumulate=2):
     """Stage 3 over two epochs of three steps of two micro-batches, validated within."""
     stage = tiny.make_stage("stage3", world / "tokenizer", network=tiny.network(dropout=dropout), seed=5)
     data = InstructionDataModule(
@@ -349,9 +358,8 @@ def practise(world, folder, watch, workers, checkpoint=None, dropout=0.1):
     )
     data.setup("fit")
     assert data.steps_per_epoch() == 3
-    every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    callbacks = [watch, every, StageHandoff(str(folder / "handoff"), "stage3", "0")]
-    options = {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "accumulate_grad_batches": 2}
+    callbacks = [watch, Checkpoints(folder, 1), StageHandoff(str(folder / "handoff"), "stage3", "0")]
+    options = {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "accumulate_grad_batches": accumulate}
     limits = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1}
     run = trainer(6, callbacks, **options, **limits)
     run.fit(stage, datamodule=data, ckpt_path=checkpoint)
@@ -379,7 +387,8 @@ def test_resumed_run_equals_an_uninterrupted_one(uninterrupted, toy_world, tmp_p
     with pytest.raises(RuntimeError, match="power cut"):
         practise(toy_world, tmp_path, first, workers)
     assert not (tmp_path / "handoff").exists()
-    (checkpoint,) = tmp_path.glob(f"*step={stop_after}.ckpt")
+    checkpoint = newest(tmp_path)
+    assert checkpoint.name == f"{stop_after:07d}"
     resumed = practise(toy_world, tmp_path, second, workers, checkpoint)
     assert first.ids == seen.ids[: 2 * stop_after]
     assert second.ids == seen.ids[2 * stop_after :]

@@ -6,7 +6,7 @@ Letters: ``B`` clips, ``T`` frames, ``S`` picture side, ``h`` and ``w`` patch ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -106,23 +106,54 @@ class Exo2EgoModel(nn.Module):
         with _memory_for("projector", empty):
             self.projector = STCConnector(dim, self.language_model.dim, p.depth, p.mlp_depth, p.padding)
 
-    def allocate(self, part: str, dtype: torch.dtype) -> None:
-        """Give a part its type, and memory of undefined content to those of its parameters that have none."""
+    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Call ``work(*args)``, which may use any part in any order.
+
+        A sharded model gathers its parameters in calls that begin here, and only in these.
+        """
+        return work(*args)
+
+    def allocate(
+        self, part: str, unit: nn.Module, dtype: torch.dtype, device: torch.device, but: Collection[int] = ()
+    ) -> dict[str, nn.Parameter]:
+        """Bring what a unit holds of a part to its type and device; what has no memory yet gets undefined content.
+
+        Args:
+            part: one of ``PARTS``.
+            unit: one of ``units``.
+            dtype, device: of the part.
+            but: ids of parameters that are left out, since they belong to units before.
+
+        Returns:
+            The parameters by their names inside the part.
+        """
+        wanted = {id(parameter) for parameter in self.part(part).values()}.difference(but)
         allocated: dict[int, nn.Parameter] = {}
-        chosen = {id(parameter) for parameter in self.part(part).values()}
-        for module in list(self.modules()):
+        for module in list(unit.modules()):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) not in chosen:
-                    continue
-                if not parameter.is_meta:
-                    parameter.data = parameter.data.to(dtype)
+                if id(parameter) not in wanted:
                     continue
                 if id(parameter) not in allocated:  # tied ones stay tied
-                    memory = torch.empty_like(parameter, dtype=dtype, device="cpu")
-                    allocated[id(parameter)] = nn.Parameter(memory, parameter.requires_grad)
+                    if parameter.is_meta:
+                        memory = torch.empty_like(parameter, dtype=dtype, device=device)
+                        allocated[id(parameter)] = nn.Parameter(memory, parameter.requires_grad)
+                    else:
+                        parameter.data = parameter.data.to(device, dtype)
+                        allocated[id(parameter)] = parameter
                 setattr(module, name, allocated[id(parameter)])
-        if part == "language_model":
-            self.language_model.restore_buffers()
+        inside = {id(parameter) for parameter in allocated.values()}
+        return {name: parameter for name, parameter in self.part(part).items() if id(parameter) in inside}
+
+    def units(self) -> Iterator[nn.Module]:
+        """What is read, and sharded, at a time: the blocks of every part, the parts around them, then all that is left.
+
+        The language model is entered by several methods, so what it holds beside its layers goes with the last unit.
+        """
+        for part, blocks in self.blocks().items():
+            yield from blocks
+            if part != "language_model":
+                yield self.get_submodule(part)
+        yield self
 
     def blocks(self) -> dict[str, list[nn.Module]]:
         """The repeated units of each part, of which the activations of one at a time need to be held."""

@@ -5,6 +5,7 @@ Letters: `r` rank, `I` and `O` input and output width of a linear layer.
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,34 +108,28 @@ def merge_lora(module: nn.Module) -> None:
         layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def save_peft_adapter(module: nn.Module, folder: str | Path) -> None:
-    """Write the adapters as PEFT does, for `peft.PeftModel.from_pretrained(base, folder)`.
+def save_peft_adapter(adapters: Mapping[str, Tensor], config: LoRAConfig, folder: str | Path) -> None:
+    """Write adapters as PEFT does, for `peft.PeftModel.from_pretrained(base, folder)`.
 
     Args:
-        module: the transformers model itself, since the file holds names relative to it; parameters not sharded.
+        adapters: `lora_A` and `lora_B` of every adapted layer, by their names inside the transformers model.
+        config: their size.
         folder: gets `adapter_config.json` and `adapter_model.safetensors`; made if missing.
-
-    Raises:
-        ValueError: there are no adapters.
     """
-    layers = _require_adapted(module)
-    tensors = {}
-    for name, layer in layers.items():
-        for matrix, value in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            tensors[f"{_PEFT_PREFIX}{name}.{matrix}{_PEFT_SUFFIX}"] = value.detach().cpu().contiguous()
-    config = next(iter(layers.values())).lora
+    layers = {name.rpartition(".")[0] for name in adapters}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "target_modules": sorted({layer.rpartition(".")[2] for layer in layers}),
         "bias": "none",
         "inference_mode": True,
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{_PEFT_PREFIX}{name}{_PEFT_SUFFIX}": tensor for name, tensor in adapters.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 

@@ -15,6 +15,7 @@ from open_clip.pos_embed import get_2d_sincos_pos_embed
 from open_clip.transformer import QuickGELU, VisionTransformer
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _POSITION_AMPLITUDE = 0.5
 
@@ -167,12 +168,13 @@ class VisionEncoder(nn.Module):
             filters = torch.cat([filters, F.normalize(mixture, dim=1) @ filters])
         root_mean_square = (filters @ moment * filters).sum(1).mean().sqrt()
         filters *= _POSITION_AMPLITUDE / math.sqrt(2) / root_mean_square
-        conv.weight.copy_(filters.view_as(conv.weight))
+        _assign(conv.weight, filters.view(conv.weight.shape))
         if conv.bias is not None:
             nn.init.zeros_(conv.bias)
         codes = _POSITION_AMPLITUDE * torch.from_numpy(get_2d_sincos_pos_embed(self.dim, self.grid[0]))  # [h * w, D]
-        positions = self.tower.positional_embedding if self.config.timm is None else self.tower.pos_embed[0]
-        positions.zero_()[-len(codes) :].copy_(codes)
+        positions = self.tower.positional_embedding if self.config.timm is None else self.tower.pos_embed
+        length = positions.shape[-2]
+        _assign(positions, F.pad(codes, (0, 0, length - len(codes), 0)).view(positions.shape))
 
     @property
     def _patch_conv(self) -> nn.Conv2d:
@@ -189,6 +191,14 @@ class VisionEncoder(nn.Module):
             )
         pixels = frames.permute(0, 3, 1, 2).to(self._patch_conv.weight.dtype)
         return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
+
+
+def _assign(parameter: Tensor, values: Tensor) -> None:
+    """Set a parameter, sharded or not, to values that all processes have."""
+    values = values.to(parameter.device, parameter.dtype)
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)
 
 
 def tower_sources(names: Collection[str], config: EncoderConfig) -> dict[str, str]:

@@ -1,0 +1,195 @@
+"""What stops a run that cannot go on: losses that are no numbers, processes that hang or are gone."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+MicroBatches = list[tuple[list[str], Tensor]]
+_SHOWN = 16
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient is not finite; the message names step and samples."""
+
+
+class FiniteCheck:
+    """Stops before an optimiser step whose gradients are not finite.
+
+    The norm of all gradients tells. A GPU is not waited for: there the step before is looked at, so that one step too
+    many may be computed, but ``settle`` comes before anything is saved.
+    """
+
+    def __init__(self) -> None:
+        self._open: tuple[int, Tensor, torch.cuda.Event | None, MicroBatches] | None = None
+
+    def expect(self, step: int, norm: Tensor, micro_batches: MicroBatches) -> None:
+        """Look at a step.
+
+        Args:
+            step: optimiser steps made before.
+            norm: float scalar, of the gradients of all processes.
+            micro_batches: names of the samples of each, and its loss on this process.
+
+        Raises:
+            Diverged: on all processes alike.
+        """
+        self.settle()
+        copied = None
+        if norm.is_cuda:
+            norm, copied = norm.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._open = step, norm, copied, micro_batches
+        if copied is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at the step that is still open.
+
+        Raises:
+            Diverged: its gradients are not finite.
+        """
+        if self._open is None:
+            return
+        (step, norm, copied, micro_batches), self._open = self._open, None
+        if copied is not None:
+            copied.synchronize()
+        if math.isfinite(norm):
+            return
+        mine = [(ids, float(loss)) for ids, loss in micro_batches]
+        everywhere = [mine]
+        if dist.is_initialized():
+            everywhere = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everywhere, mine)
+        batches = [(rank, ids, loss) for rank, of_rank in enumerate(everywhere) for ids, loss in of_rank]
+        wrong = [batch for batch in batches if not math.isfinite(batch[2])]
+        found = "; ".join(f"rank {rank}: loss {loss} on {_some(ids)}" for rank, ids, loss in wrong)
+        all_ids = [name for _, ids, _ in batches for name in ids]
+        raise Diverged(
+            f"step {step + 1}: the norm of the gradients is {float(norm)}, so it was not made ("
+            f"{found or f'all losses are finite, the batch is {_some(all_ids)}'}): the last checkpoint is of before; "
+            "lower model.init_args.optim.learning_rate or look at these samples, then call it again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+class StallWatch(L.Callback):
+    """Ends all processes of a run when one of them is gone or makes no progress.
+
+    Every process says in the store that they all share where it is. A thread watches: where nothing was said for
+    ``timeout_s``, it prints which rank is behind, at which step and with which samples, and ends the process.
+
+    Args:
+        timeout_s: longest time without a step or a validation batch; longer than one may take to read.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        if timeout_s <= 0:
+            raise ValueError(f"stall_timeout_s: got {timeout_s}, allowed: above 0")
+        self.timeout_s = timeout_s
+        self._store: Any = None
+        self._said: dict[str, Any] = {}
+        self._over = threading.Event()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begin to watch, where there are others."""
+        if trainer.world_size == 1 or self._store is not None:
+            return
+        self._store = dist.PrefixStore("whereabouts", dist.distributed_c10d._get_default_store())
+        self._rank, self._world, self._trainer = trainer.global_rank, trainer.world_size, trainer
+        self._parent = os.getppid() if trainer.local_rank else None
+        self._say(trainer, "starting")
+        threading.Thread(target=self._watch, daemon=True, name="stall-watch").start()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """A batch has arrived."""
+        self._say(trainer, "computing", batch.ids)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A batch is done."""
+        self._say(trainer, "waiting for the batch after", batch.ids)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        """A batch of questions has arrived."""
+        self._say(trainer, "answering questions about", batch.ids)
+
+    def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        """A batch of questions has arrived."""
+        self._say(trainer, "answering questions about", batch.ids)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last save and the hand-off may take their time."""
+        self._say(trainer, "ending")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Say where this process was, and where the others are."""
+        if self._store is not None:
+            self._over.set()
+            print(f"rank {self._rank} stopped {_place(self._said)}; {self._others()}", file=sys.stderr, flush=True)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """The time between fitting and answering counts anew."""
+        if self._store is not None:
+            self._say(trainer, "ending")
+
+    def _say(self, trainer: L.Trainer, doing: str, ids: list[str] | None = None) -> None:
+        if self._store is None:
+            return
+        # A list and a number per batch; the store is a dictionary on the first process.
+        self._said = {"at": time.time(), "step": trainer.global_step + 1, "doing": doing, "ids": (ids or [])[:_SHOWN]}
+        self._store.set(str(self._rank), json.dumps(self._said))
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(1.0, self.timeout_s / 4)):
+            if self._parent is not None and os.getppid() != self._parent:
+                self._end("the process that started this one is gone")
+            if time.time() - self._said["at"] > self.timeout_s:
+                self._end(f"nothing was done for {self.timeout_s:g} s (stall_timeout_s)")
+
+    def _end(self, why: str) -> None:
+        """End this process and those it started, whatever they wait for."""
+        place, others = _place(self._said), self._others()
+        print(f"error: {why}: rank {self._rank} is {place}; {others}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr)
+        launcher: Any = self._trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGKILL)
+        os._exit(1)
+
+    def _others(self) -> str:
+        """Who is where; those behind first."""
+        try:
+            heard = {
+                rank: json.loads(self._store.get(str(rank)))
+                for rank in range(self._world)
+                if rank != self._rank and self._store.check([str(rank)])
+            }
+        except (RuntimeError, dist.DistStoreError):
+            return "the first process is gone, so nothing is known of the others"
+        late = sorted(heard, key=lambda rank: heard[rank]["at"])
+        now = time.time()
+        return "; ".join(f"rank {r} was {now - heard[r]['at']:.0f} s ago {_place(heard[r])}" for r in late[:4])
+
+
+def _place(said: dict[str, Any]) -> str:
+    return f"in step {said['step']}, {said['doing']} {', '.join(said['ids'])}".rstrip()
