@@ -128,7 +128,7 @@ class CheckpointFolders(CheckpointIO):
 
     def __init__(self) -> None:
         self.last: Path | None = None
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
 
@@ -140,6 +140,7 @@ class CheckpointFolders(CheckpointIO):
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         tensors = {key: checkpoint.pop(key) for key in TENSORS}
         copies: Any = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
+        self._writer = self._writer or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = self._writer.submit(self._write, Path(path), copies, checkpoint, sharded)
 
     def wait(self, at_most_s: float | None = None) -> None:
@@ -259,7 +260,7 @@ class Checkpoints(L.Callback):
         self.stopped = self._anyone_told()
         due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
         if due or self.stopped:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step:07d}")
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step:07d}", weights_only=False)
         trainer.should_stop = trainer.should_stop or self.stopped
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -456,7 +456,8 @@ def _quiet() -> None:
     """Leave out what Lightning says about devices it did not find and about its own deprecations."""
     for name in ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*exists and is not empty.*"):
+    expected = (".*LeafSpec.*", ".*does not have many workers.*", ".*exists and is not empty.*", ".*sync_dist=True.*")
+    for message in expected:
         warnings.filterwarnings("ignore", message=message)
 
 
