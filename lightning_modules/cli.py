@@ -48,7 +48,7 @@ from lightning_modules.handoff import StageHandoff, check_handoff, code_version,
 from lightning_modules.held_out import chance_levels
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.monitor import SamplePanel, TrainingMonitor
-from lightning_modules.plan import PlanConfig, plan_stage, plan_table
+from lightning_modules.plan import PlanConfig, flops_per_sample, plan_stage, plan_table
 from lightning_modules.report import write_metrics, write_predictions, write_report
 from lightning_modules.stage import Stage
 from lightning_modules.strategy import FSDP2, POLICIES
@@ -244,10 +244,19 @@ def fit(config: dict[str, Any], force: bool) -> None:
             shutil.rmtree(torn)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        _know_peak(run)
     run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
     if run.trainer.interrupted or not (folder / "handoff" / "manifest.json").is_file():
         raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; call it again to go on")
     _answer(run)
+
+
+def _know_peak(run: Run) -> None:
+    """Let the monitor compare with what the devices could do, if ``plan.peak_tflops`` says that."""
+    peak = PlanConfig(**(run.config.get("plan") or {})).peak_tflops
+    if peak is not None:
+        (monitor,) = (callback for callback in run.trainer.callbacks if isinstance(callback, TrainingMonitor))  # type: ignore[attr-defined]
+        monitor.flops, monitor.peak_flops = flops_per_sample(run.config, stage_only(run.config)), peak * 1e12
 
 
 def evaluate(config: dict[str, Any]) -> None:
@@ -456,9 +465,11 @@ def _quiet() -> None:
     """Leave out what Lightning says about devices it did not find and about its own deprecations."""
     for name in ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    expected = (".*LeafSpec.*", ".*does not have many workers.*", ".*exists and is not empty.*", ".*sync_dist=True.*")
+    expected = ["LeafSpec", "does not have many workers", "exists and is not empty", "sync_dist=True"]
+    expected += ["across ranks is zero", "assuming the intent is to save", "assuming the intent is to load"]
+    expected += ["returned a view tensor", "Grad strides do not match bucket view strides"]
     for message in expected:
-        warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def _last_line(error: Exception) -> str:

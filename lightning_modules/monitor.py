@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import statistics
 import time
+from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -18,33 +21,47 @@ if TYPE_CHECKING:
 
 
 class TrainingMonitor(L.Callback):
-    """Losses, rates, gradient norm, throughput, data wait and skipped samples, every few optimiser steps.
+    """Losses, rates, gradient norm, speed, memory and skipped samples, every few optimiser steps, and a summary.
 
-    Samples that were skipped are counted over all ranks from the start of the process on, and each is named once by the
-    rank that met it. Values stay on the device until they are written, so it is synchronised once per write only.
+    Losses are averaged over steps and ranks. Samples that were skipped are counted over all ranks from the start of the
+    process on, and each is named once by the rank that met it. Values stay on the device until they are written: it is
+    waited for, and ranks talk, once per write only.
 
     Args:
         every_n_steps: optimiser steps between two writes; losses and norms are averaged in between.
+
+    Attributes:
+        flops: useful operations of one sample of the stage, forward and backward; None if MFU is not wanted.
+        peak_flops: what a device could do in a second.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
         if every_n_steps < 1:
             raise ValueError(f"monitor.every_n_steps: got {every_n_steps}, allowed: 1 or more")
         self.every_n_steps = every_n_steps
-        self.batch_ended = self.window_began = self.validation_began = 0.0
+        self.flops: int | None = None
+        self.peak_flops = 0.0
+        self.process_began = self.batch_ended = self.window_began = self.validation_began = time.perf_counter()
+        self.windows: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clocks."""
+        """Start the clocks; say what it took to come here."""
         self._clear()
         self.seen = self.skipped = 0
         self.named: set[str] = set()
         self.batch_ended = self.window_began = time.perf_counter()
+        ready = self.window_began - self.process_began, _host_gib()
+        seconds, host_gib = self._of_all_ranks(trainer, ready).amax(0).tolist()
+        if trainer.is_global_zero:
+            print(f"ready after {seconds:.1f} s, peak memory of a process so far {host_gib:.1f} GiB")
+        for logger in trainer.loggers:
+            logger.log_metrics({"startup/seconds": seconds, "startup/host_gib": host_gib}, step=trainer.global_step)
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.waited_s = 0.0
-        self.samples = self.tokens = self.frames = 0
+        self.samples = self.tokens = self.frames = self.steps = 0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: ClipBatch, batch_idx: int
@@ -72,25 +89,62 @@ class TrainingMonitor(L.Callback):
         self.samples += len(batch.ids)
         self.tokens += batch.text.input_ids.numel()
         self.frames += batch.num_frames
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if stepped and trainer.global_step % self.every_n_steps == 0:
-            self._write(trainer, stage.device)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.steps += 1
+            if trainer.global_step % self.every_n_steps == 0:
+                self._write(trainer)
         self.batch_ended = time.perf_counter()
 
-    def _write(self, trainer: L.Trainer, device: torch.device) -> None:
+    def _write(self, trainer: L.Trainer) -> None:
+        names = list(self.sums)
+        means = torch.stack([self.sums[name].float() / self.counts[name] for name in names]).tolist()
         seconds = time.perf_counter() - self.window_began
-        values = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        counted = (self.samples, self.tokens, self.frames, self.seen, self.skipped)
+        clocks = (1000 * seconds / self.steps, self.waited_s / seconds, _peak_gib(trainer.strategy.root_device))
+        ranks = self._of_all_ranks(trainer, (*means, *counted, *clocks))
+        values = dict(zip(names, ranks[:, : len(names)].mean(0).tolist(), strict=True))
+        samples, tokens, frames, seen, skipped = ranks[:, len(names) : -len(clocks)].sum(0).tolist()
+        step_ms, waiting, memory = ranks[:, -len(clocks) :].unbind(1)
+        speed = {
+            "perf/samples_per_s": samples / seconds,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/frames_per_s": frames / seconds,
+            "perf/step_ms": float(step_ms.mean()),
+            "perf/step_ms_spread": float(step_ms.max() - step_ms.min()),
+            "perf/data_wait": float(waiting.mean()),
+            "perf/data_wait_worst_rank": float(waiting.max()),
+            "perf/peak_memory_gib": float(memory.max()),
+        }
+        if self.flops is not None:
+            speed["perf/mfu"] = speed["perf/samples_per_s"] * self.flops / (trainer.world_size * self.peak_flops)
+        self.windows.append(speed)
         for group in trainer.optimizers[0].param_groups:
             values[f"optim/lr_{group['name']}"] = group["lr"]
-        per_second = {"samples": self.samples, "tokens": self.tokens, "frames": self.frames}
-        values |= {f"perf/{name}_per_s": trainer.world_size * count / seconds for name, count in per_second.items()}
-        values["perf/data_wait"] = self.waited_s / seconds
-        counts: Any = trainer.strategy.reduce(torch.tensor([self.seen, self.skipped], device=device), reduce_op="sum")
-        values |= {"data/skipped": float(counts[1]), "data/skipped_share": float(counts[1] / counts[0])}
+        values |= speed | {"data/skipped": skipped, "data/skipped_share": skipped / seen}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         self._clear()
         self.window_began = time.perf_counter()
+
+    def _of_all_ranks(self, trainer: L.Trainer, values: Sequence[float]) -> Tensor:
+        """Float64 [ranks, values]."""
+        table = torch.zeros(trainer.world_size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
+        table[trainer.global_rank] = torch.tensor(values, dtype=torch.float64)
+        reduced: Any = trainer.strategy.reduce(table, reduce_op="sum")
+        return torch.as_tensor(reduced).cpu()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print medians over the run, without the first window, in which caches and allocators fill."""
+        windows = self.windows[1:] or self.windows
+        if trainer.is_global_zero and windows:
+            median = {name: statistics.median(window[name] for window in windows) for name in windows[0]}
+            mfu = f", MFU {100 * median['perf/mfu']:.1f} %" if "perf/mfu" in median else ""
+            print(
+                f"{trainer.global_step} steps: {median['perf/step_ms']:.0f} ms a step (ranks differ by "
+                f"{median['perf/step_ms_spread']:.0f}), {median['perf/samples_per_s']:.1f} samples/s{mfu}, "
+                f"{100 * median['perf/data_wait']:.0f} % of the time waiting for data (worst rank "
+                f"{100 * median['perf/data_wait_worst_rank']:.0f} %), peak memory {median['perf/peak_memory_gib']:.1f} GiB"
+            )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clocks."""
@@ -141,6 +195,16 @@ class SamplePanel(L.Callback):
             if o.clip in shown
         ]
         writer.add_text("held_out/answers", "\n".join(lines), trainer.global_step)
+
+
+def _host_gib() -> float:
+    """Most that this process has held in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Most that was allocated on a GPU, or held by the process that computes on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else _host_gib()
 
 
 def supervised_text(text: TextBatch, row: int, tokenizer: Any) -> str:

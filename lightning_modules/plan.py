@@ -191,6 +191,17 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     )
 
 
+def flops_per_sample(config: dict[str, Any], stage: Stage) -> int:
+    """Useful operations of one sample, forward and backward, without what is computed twice to save memory.
+
+    Args:
+        config: resolved configuration.
+        stage: made from it; its model is built on the meta device here.
+    """
+    stage.num_frames = config["clips"]["num_frames"]
+    return _Probe(stage, stage.num_frames, PlanConfig(**(config.get("plan") or {})), torch.float32).flops()
+
+
 def plan_table(plans: Sequence[StagePlan], assumed: Sequence[PlanConfig]) -> str:
     """Markdown: parameters of each part, then the costs, a column for each stage."""
     parts = list(dict.fromkeys(part for plan in plans for part in plan.parts))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import json
 import math
 import os
@@ -10,6 +9,8 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from contextlib import suppress
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,8 @@ from torch import Tensor
 
 MicroBatches = list[tuple[list[str], Tensor]]
 _SHOWN = 16
+_RANKS_SHOWN = 4
+_ANSWER_S = 5.0
 
 
 class Diverged(RuntimeError):
@@ -142,10 +145,10 @@ class StallWatch(L.Callback):
         self._say(trainer, "ending")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Say where this process was, and where the others are."""
+        """Say where every process was."""
         if self._store is not None:
             self._over.set()
-            print(f"rank {self._rank} stopped {_place(self._said)}; {self._others()}", file=sys.stderr, flush=True)
+            _print(f"rank {self._rank} stopped by an error; {self._places()}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The time between fitting and answering counts anew."""
@@ -168,28 +171,43 @@ class StallWatch(L.Callback):
 
     def _end(self, why: str) -> None:
         """End this process and those it started, whatever they wait for."""
-        place, others = _place(self._said), self._others()
-        print(f"error: {why}: rank {self._rank} is {place}; {others}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr)
+        frame = sys._current_frames()[threading.main_thread().ident or 0]
+        stack = "".join(traceback.format_stack(frame)[-8:])
+        _print(f"error: {why}; {self._places()}; rank {self._rank} is at\n{stack}")
         launcher: Any = self._trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)
         os._exit(1)
 
-    def _others(self) -> str:
-        """Who is where; those behind first."""
-        try:
-            heard = {
-                rank: json.loads(self._store.get(str(rank)))
-                for rank in range(self._world)
-                if rank != self._rank and self._store.check([str(rank)])
-            }
-        except (RuntimeError, dist.DistStoreError):
-            return "the first process is gone, so nothing is known of the others"
-        late = sorted(heard, key=lambda rank: heard[rank]["at"])
-        now = time.time()
-        return "; ".join(f"rank {r} was {now - heard[r]['at']:.0f} s ago {_place(heard[r])}" for r in late[:4])
+    def _places(self) -> str:
+        """Where the processes are, the one that was heard of last first; the first process may not answer any more."""
+        heard = {self._rank: self._said}
+
+        def ask() -> None:
+            for rank in range(self._world):
+                if rank != self._rank and self._store.check([str(rank)]):
+                    heard[rank] = json.loads(self._store.get(str(rank)))
+
+        def ask_quietly() -> None:
+            with suppress(RuntimeError):
+                ask()
+
+        asking = threading.Thread(target=ask_quietly, daemon=True)
+        asking.start()
+        asking.join(_ANSWER_S)
+        now, late = time.time(), sorted(heard, key=lambda rank: float(heard[rank]["at"]))
+        places = [f"rank {r} {now - heard[r]['at']:.0f} s ago in step {_place(heard[r])}" for r in late[:_RANKS_SHOWN]]
+        lost = [str(rank) for rank in range(self._world) if rank not in heard]
+        if lost:
+            places.insert(0, f"nothing is known of rank {', '.join(lost[:_RANKS_SHOWN])} (rank 0 does not answer)")
+        return "; ".join(places)
+
+
+def _print(text: str) -> None:
+    """In one piece, since other processes print there too."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _place(said: dict[str, Any]) -> str:
-    return f"in step {said['step']}, {said['doing']} {', '.join(said['ids'])}".rstrip()
+    return f"{said['step']}, {said['doing']} {', '.join(said['ids'])}".rstrip()
