@@ -15,6 +15,7 @@ stay.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -167,7 +168,9 @@ class CheckpointFolders(CheckpointIO):
         def begin() -> None:
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
-            _write_synced(new / "state.pt", lambda file: torch.save(state, file))
+            packed = io.BytesIO()
+            torch.save(state, packed)
+            _write_synced(new / "state.pt", packed.getbuffer())
 
         def write() -> None:
             writer = dcp.FileSystemWriter(new)
@@ -178,7 +181,7 @@ class CheckpointFolders(CheckpointIO):
             files = {name: digest for of_rank in everywhere for name, digest in of_rank.items()}
             files |= {name: _digest(new / name) for name in (".metadata", "state.pt")}
             text = json.dumps({"format": FORMAT, "step": state["global_step"], "files": files}, indent=1)
-            _write_synced(new / "manifest.json", lambda file: file.write(text.encode()))
+            _write_synced(new / "manifest.json", text.encode())
             shutil.rmtree(path, ignore_errors=True)
             os.replace(new, path)
             _sync(path.parent)
@@ -344,9 +347,9 @@ def _damaged(folder: Path, what: str) -> str:
     return f"checkpoint {folder}: damaged, {what} cannot be used: delete the folder {then}"
 
 
-def _write_synced(file: Path, write: Callable[[Any], Any]) -> None:
+def _write_synced(file: Path, content: bytes | memoryview) -> None:
     with file.open("wb") as stream:
-        write(stream)
+        stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
 

@@ -1,0 +1,57 @@
+"""Several processes that run stages together, as torchrun or SLURM would start them."""
+
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_together(world, commands, folder, timeout_s=300):
+    """Run ``main(arguments)`` for each of the commands, one after another, in ``world`` processes started once.
+
+    Returns:
+        What the first process printed in each command.
+    """
+    (folder / "commands.json").write_text(json.dumps(commands))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder)],
+            env={**environment, "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world, "\n\n".join(outputs)
+    return json.loads((folder / "printed.json").read_text())
+
+
+def _run(folder):
+    from lightning_modules.cli import main
+
+    printed = []
+    for arguments in json.loads((folder / "commands.json").read_text()):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            status = main(arguments)
+        assert status == 0, (arguments, output.getvalue())
+        printed.append(output.getvalue())
+    if os.environ["LOCAL_RANK"] == "0":
+        (folder / "printed.json").write_text(json.dumps(printed))
+
+
+if __name__ == "__main__":
+    _run(Path(sys.argv[1]))

@@ -1,0 +1,195 @@
+"""Checkpoints are whole or absent, tell what is wrong with them, and a save that fails costs nothing but the save."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+
+import lightning as L
+import pytest
+import tiny
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_modules import checkpoint
+from lightning_modules.checkpoint import CheckpointError, CheckpointFolders, Checkpoints, check_files, newest, read_state
+from lightning_modules.watch import Diverged
+
+STEPS = 4
+
+
+def fit(tokenizer, folder, steps=STEPS, every=1, callbacks=()):
+    stage = tiny.make_stage("stage3", tokenizer)
+    run = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=[Checkpoints(folder, every), *callbacks],
+        plugins=[CheckpointFolders()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    run.fit(stage, DataLoader([tiny.clip_batch(seed) for seed in range(steps)], batch_size=None))
+    return stage, run
+
+
+@pytest.fixture(scope="module")
+def written(toy_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    fit(toy_tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "checkpoints")
+
+
+def test_the_last_two_stay(written):
+    assert sorted(path.name for path in written.iterdir()) == ["0000003", "0000004"]
+    assert newest(written).name == "0000004"
+    check_files(newest(written))
+    assert read_state(newest(written))["global_step"] == 4
+
+
+def test_what_is_written_is_of_the_moment_of_the_call(toy_tokenizer, tmp_path):
+    """Training goes on in place while the writer writes."""
+    stage, run = fit(toy_tokenizer, tmp_path, every=0)
+    folders = run.strategy.checkpoint_io
+    release = []
+
+    def slow(*arguments):
+        while not release:
+            pass
+        return usual(*arguments)
+
+    usual, folders._write = folders._write, slow
+    run.save_checkpoint(tmp_path / "0000009", weights_only=False)
+    lora = stage.model.part("lora")
+    before = {name: parameter.detach().clone() for name, parameter in lora.items()}
+    with torch.no_grad():
+        for parameter in lora.values():
+            parameter.zero_()
+    release.append(True)
+    folders.wait()
+    tensors = {f"model.language_model.causal_lm.{name}": torch.ones_like(value) for name, value in before.items()}
+    checkpoint.read_tensors(tmp_path / "0000009", {"state_dict": tensors})
+    assert all(torch.equal(tensors[f"model.language_model.causal_lm.{name}"], value) for name, value in before.items())
+    assert any(value.any() for value in before.values())
+
+
+FILES = [".metadata", "state.pt", "__0_0.distcp"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped"])
+def test_damage_is_named_with_its_mend(copied, file, damage):
+    path = newest(copied) / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    changed = {"empty": b"", "cut": content[:-10], "flipped": content}
+    path.unlink() if damage == "missing" else path.write_bytes(changed[damage])
+    with pytest.raises(CheckpointError) as error:
+        check_files(newest(copied))
+    assert str(error.value).startswith(f"checkpoint {copied}/0000004: damaged, {file}")
+    assert str(error.value).endswith("delete the folder to go on from 0000003")
+    check_files(copied / "0000003")
+
+
+def test_a_damaged_manifest_is_named(copied):
+    (copied / "0000004" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"0000004: damaged, its manifest.json .*go on from 0000003"):
+        check_files(copied / "0000004")
+
+
+def test_another_format_is_refused(copied):
+    manifest = newest(copied) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 99}))
+    with pytest.raises(CheckpointError, match="format is 99, this version reads 1"):
+        read_state(newest(copied))
+
+
+@pytest.mark.parametrize("left", ["0000004", ".0000005.new"])
+def test_a_folder_that_was_not_finished_is_not_taken_for_a_checkpoint(copied, left):
+    torn = copied / left
+    torn.mkdir(exist_ok=True)
+    (torn / "manifest.json").unlink(missing_ok=True)
+    assert newest(copied).name == ("0000003" if left == "0000004" else "0000004")
+
+
+def small_disk(folder, size):
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(written, toy_tokenizer, tmp_path, capfd):
+    """The disk has room for the first checkpoint only."""
+    small_disk(tmp_path / "disk", 3 * sum(file.stat().st_size for file in newest(written).iterdir()) // 2)
+    try:
+        folder = tmp_path / "disk" / "checkpoints"
+        _, run = fit(toy_tokenizer, folder)
+        assert run.global_step == STEPS
+        assert sorted(path.name for path in folder.iterdir()) == ["0000001"]
+        check_files(newest(folder))
+        shown = capfd.readouterr().err.splitlines()
+        failed = [line for line in shown if "could not be written" in line]
+        assert len(failed) == STEPS - 1
+        assert failed[0].startswith(f"checkpoint {folder}/0000002 could not be written: ")
+        assert "No space left on device" in failed[0] and f"{folder}/0000001 stays, training goes on" in failed[0]
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_a_folder_that_cannot_be_written_is_said(toy_tokenizer, tmp_path, capfd):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    _, run = fit(toy_tokenizer, tmp_path / "checkpoints")
+    assert run.global_step == STEPS
+    assert "0000001 could not be written" in capfd.readouterr().err
+
+
+class Signal(L.Callback):
+    """Sends this process a signal after a step."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", checkpoint.STOPPING)
+def test_a_signal_saves_and_stops_after_the_step(toy_tokenizer, tmp_path, number):
+    straight, _ = fit(toy_tokenizer, tmp_path / "straight", every=0)
+    assert not (tmp_path / "straight").exists()
+    _, run = fit(toy_tokenizer, tmp_path / "told", every=0, callbacks=[Signal(number, 1)])
+    assert run.global_step == 2 and newest(tmp_path / "told").name == "0000002"
+
+
+def test_losses_that_are_no_numbers_stop_before_the_step(toy_tokenizer, tmp_path):
+    """The third batch's loss is made infinite; two checkpoints were written before it."""
+
+    class Spoil(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                batch.ids = ["bad one", "bad two"]
+                batch.label_tokens = 1e-45
+
+    with pytest.raises(Diverged) as error:
+        fit(toy_tokenizer, tmp_path, callbacks=[Spoil()])
+    assert str(error.value).startswith("step 3: the norm of the gradients is ")
+    assert "rank 0: loss inf on bad one, bad two" in str(error.value)
+    assert newest(tmp_path).name == "0000002"
+    assert all(math.isfinite(float(t.sum())) for t in saved(newest(tmp_path)).values())
+
+
+def saved(folder):
+    shapes = checkpoint.stored_tensors(folder)
+    names = [name.removeprefix("state_dict.") for name in shapes if name.startswith("state_dict.")]
+    tensors = {name: torch.empty(shapes[f"state_dict.{name}"]) for name in names}
+    checkpoint.read_tensors(folder, {"state_dict": tensors})
+    return tensors

@@ -1,0 +1,126 @@
+"""Several processes learn what one does, sharded or not, and each goes on from what another number of them left."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from ranks import run_together
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_modules.cli import main
+
+TOY = str(tiny.EXPERIMENTS / "toy")
+STAGES = list(tiny.STAGES)
+STEPS = 4
+ROUNDING = 5e-6
+
+
+def arguments(stage, world, runs, starts, *more):
+    options = [f"data_root={world}", f"runs={runs}", "network.lora.dropout=0", f"trainer.max_steps={STEPS}"]
+    options += [f"handoffs.{stage}={starts}/toy/{stage}/handoff" for stage in STAGES[:3]]
+    options += ["data.init_args.held_out=null", "checkpoint_every_n_steps=0", "trainer.val_check_interval=100"]
+    return ["fit", TOY, stage, *tiny.OVERRIDES, *options, *more]
+
+
+def weights(runs, stage):
+    folder = runs / "toy" / stage / "handoff"
+    files = {path.name: load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
+    named = {f"{file}:{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
+    for name, tensor in named.items():
+        if name.endswith("in_proj_bias"):
+            # The keys' bias shifts all scores of a query alike: its gradient is rounding, of which Adam makes full steps.
+            tensor.view(3, -1)[1] = 0
+    return named
+
+
+def losses(runs, stage):
+    events = EventAccumulator(str(runs / "toy" / stage)).Reload()
+    return torch.tensor([event.value for event in events.Scalars("train/loss")])
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys() and one
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.fixture(scope="module")
+def alone(toy_world, tmp_path_factory):
+    """Runs of one process."""
+    runs = tmp_path_factory.mktemp("alone")
+    for stage in STAGES:
+        assert main(arguments(stage, toy_world, runs, runs)) == 0
+    return runs
+
+
+@pytest.fixture(scope="module")
+def by_two(alone, toy_world, tmp_path_factory):
+    """The same stages by two processes, each from the hand-offs that one process left, and one stage by four."""
+    runs = {strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four")}
+    two = "trainer.devices=2"
+    commands = [
+        arguments(stage, toy_world, runs[strategy], alone, two, f"trainer.strategy={strategy}")
+        for strategy in ("ddp", "fsdp2")
+        for stage in STAGES
+    ]
+    commands += [
+        arguments(stage, toy_world, runs["chain"], runs["chain"], two, "trainer.strategy=fsdp2") for stage in STAGES[:2]
+    ]
+    runs["printed"] = run_together(2, commands, tmp_path_factory.mktemp("two"))
+    commands = [arguments("stage2", toy_world, runs["four"], alone, "trainer.devices=4", "trainer.strategy=fsdp2")]
+    run_together(4, commands, tmp_path_factory.mktemp("four_ranks"))
+    return runs
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_learn_what_one_does(alone, by_two, strategy, stage):
+    difference = largest_difference(weights(alone, stage), weights(by_two[strategy], stage))
+    print(f"{stage} {strategy}: largest difference of a weight {difference:.1e}")
+    assert difference < ROUNDING
+    torch.testing.assert_close(losses(by_two[strategy], stage), losses(alone, stage), rtol=1e-5, atol=1e-5)
+
+
+def test_four_processes_learn_what_one_does(alone, by_two):
+    assert largest_difference(weights(alone, "stage2"), weights(by_two["four"], "stage2")) < ROUNDING
+
+
+def test_training_moves_weights_further_than_rounding(alone):
+    """Else the comparisons above would hold without any training."""
+    started = weights(alone, "stage0")["exo_encoder.safetensors:tower.conv1.weight"]
+    trained = weights(alone, "stage1")["exo_encoder.safetensors:tower.conv1.weight"]
+    assert float((started - trained).abs().max()) > 20 * ROUNDING
+
+
+def test_one_process_goes_on_from_the_handoff_of_two(alone, by_two, toy_world, tmp_path):
+    shutil.copytree(by_two["chain"], tmp_path, dirs_exist_ok=True)
+    assert main(arguments("stage2", toy_world, tmp_path, tmp_path)) == 0
+    assert largest_difference(weights(alone, "stage2"), weights(tmp_path, "stage2")) < 10 * ROUNDING
+
+
+def test_clips_that_only_one_rank_lacks_change_nothing_for_the_others(toy_world, alone, tmp_path):
+    """Half of the recordings are gone, so that ranks meet batches without a single readable clip; none waits for another."""
+    world = tmp_path / "world"
+    shutil.copytree(toy_world, world)
+    index = (world / "ego_exo_clip" / "groups.jsonl").read_text().splitlines()
+    for line in index[::2]:
+        (world / json.loads(line)["views"]["ego"]["path"]).unlink()
+    options = ["data.init_args.max_skipped_share=1", "data.init_args.global_batch_size=2"]
+    assert main(arguments("stage2", world, tmp_path / "one", alone, *options)) == 0
+    two = ["trainer.devices=2", "trainer.strategy=fsdp2"]
+    (printed,) = run_together(2, [arguments("stage2", world, tmp_path / "two", alone, *options, *two)], tmp_path)
+    assert "skipped sample" in printed
+    assert largest_difference(weights(tmp_path / "one", "stage2"), weights(tmp_path / "two", "stage2")) < ROUNDING
+
+
+def test_another_number_of_micro_batches_learns_the_same(alone, toy_world, tmp_path):
+    for stage in STAGES:
+        assert main(arguments(stage, toy_world, tmp_path, alone, "data.init_args.micro_batch_size=1")) == 0
+        assert largest_difference(weights(alone, stage), weights(tmp_path, stage)) < ROUNDING, stage
+
+
+def test_each_part_is_said_to_train_with_its_whole_size(by_two):
+    one_encoder = "| exo_encoder    |     14,944 |  14,944 |"
+    assert one_encoder in by_two["printed"][0] and one_encoder in by_two["printed"][4]
