@@ -54,8 +54,7 @@ class TrainingMonitor(L.Callback):
         seconds, host_gib = self._of_all_ranks(trainer, ready).amax(0).tolist()
         if trainer.is_global_zero:
             print(f"ready after {seconds:.1f} s, peak memory of a process so far {host_gib:.1f} GiB")
-        for logger in trainer.loggers:
-            logger.log_metrics({"startup/seconds": seconds, "startup/host_gib": host_gib}, step=trainer.global_step)
+        self.startup = {"startup/seconds": seconds, "startup/host_gib": host_gib}
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -120,7 +119,8 @@ class TrainingMonitor(L.Callback):
         self.windows.append(speed)
         for group in trainer.optimizers[0].param_groups:
             values[f"optim/lr_{group['name']}"] = group["lr"]
-        values |= speed | {"data/skipped": skipped, "data/skipped_share": skipped / seen}
+        values |= speed | {"data/skipped": skipped, "data/skipped_share": skipped / seen} | self.startup
+        self.startup = {}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         self._clear()

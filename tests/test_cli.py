@@ -10,7 +10,7 @@ import torch
 
 from datamodules.text import load_tokenizer
 from lightning_modules.cli import main
-from lightning_modules.handoff import write_handoff
+from lightning_modules.handoff import gathered, write_handoff
 from lightning_modules.model.exo2ego import Exo2EgoModel
 
 TOY = str(tiny.EXPERIMENTS / "toy")
@@ -154,7 +154,8 @@ def test_handoff_of_another_model_size(refused, toy_world, tmp_path):
     size = len(load_tokenizer(str(toy_world / "tokenizer")))
     parts = tiny.STAGES["stage0"].uses
     folder = tmp_path / "runs" / "toy" / "stage0" / "handoff"
-    write_handoff(folder, Exo2EgoModel(tiny.network(), size, parts), parts, {"stage": "stage0"})
+    model = Exo2EgoModel(tiny.network(), size, parts)
+    write_handoff(folder, ((part, gathered(model.part(part))) for part in parts), tiny.network().lora, {"stage": "stage0"})
     message = refused("fit", "stage1", "network.encoder.width=64")
     assert f"hand-off {folder}: does not fit exo_encoder of this model" in message
     assert "mis-shaped (tower.class_embedding is [32], expected [64], " in message

@@ -187,9 +187,10 @@ def test_requests_hold_plain_numbers():
 ANSWERS = [1] * 13  # 3 batches of 4 an epoch
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 4, 6, 8])
+@pytest.mark.parametrize("steps", [0, 1, 3, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_stopped_loader_goes_on_as_if_it_had_not_stopped(toy_tokenizer, stop, accumulate):
+def test_a_stopped_loader_goes_on_as_if_it_had_not_stopped(toy_tokenizer, steps, accumulate):
+    stop = steps * accumulate
     uninterrupted = take(loader(toy_tokenizer, ANSWERS, accumulate=accumulate), 18)
     stopped = loader(toy_tokenizer, ANSWERS, accumulate=accumulate)
     before = take(stopped, stop)
@@ -201,15 +202,31 @@ def test_a_stopped_loader_goes_on_as_if_it_had_not_stopped(toy_tokenizer, stop, 
     assert uninterrupted[:epoch] != uninterrupted[epoch : 2 * epoch]
 
 
+def test_a_step_that_was_not_complete_is_repeated_whole(toy_tokenizer):
+    stopped = loader(toy_tokenizer, ANSWERS, accumulate=2)
+    names = take(stopped, 3)
+    restarted = loader(toy_tokenizer, ANSWERS, accumulate=2)
+    restarted.load_state_dict(stopped.state_dict())
+    assert take(restarted, 1) == names[2:]
+
+
+def test_another_number_of_micro_batches_goes_on_with_the_same_samples(toy_tokenizer):
+    stopped = loader(toy_tokenizer, ANSWERS)
+    take(stopped, 4)
+    restarted = loader(toy_tokenizer, ANSWERS, accumulate=2)
+    restarted.load_state_dict(stopped.state_dict())
+    assert [sum(pair, []) for pair in zip(*[iter(take(restarted, 4))] * 2, strict=True)] == take(stopped, 2)
+
+
 def test_the_state_counts_what_was_handed_out(toy_tokenizer):
     source = loader(toy_tokenizer, ANSWERS)
-    assert source.state_dict() == {"epoch": 0, "position": 0}
+    assert source.state_dict() == {"epoch": 0, "global_batch": 0}
     take(source, 2)
-    assert source.state_dict() == {"epoch": 0, "position": 2}
+    assert source.state_dict() == {"epoch": 0, "global_batch": 2}
     take(source, 1)
-    assert source.state_dict() == {"epoch": 0, "position": 3}
+    assert source.state_dict() == {"epoch": 0, "global_batch": 3}
     take(source, 1)
-    assert source.state_dict() == {"epoch": 1, "position": 1}
+    assert source.state_dict() == {"epoch": 1, "global_batch": 1}
 
 
 def test_an_exhausted_iterator_moves_to_the_next_epoch(toy_tokenizer):
@@ -225,7 +242,7 @@ def test_worker_processes_change_nothing(toy_tokenizer):
 
 
 def test_ranks_of_a_restart_stay_disjoint(toy_tokenizer):
-    state = {"epoch": 2, "position": 1}
+    state = {"epoch": 2, "global_batch": 1}
     batches = []
     for rank in range(2):
         source = loader(toy_tokenizer, ANSWERS, rank=rank, world=2)

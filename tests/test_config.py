@@ -148,8 +148,8 @@ def test_a_shared_key_reaches_everything_that_depends_on_it(toy_world, tmp_path)
     assert Path(run.trainer.logger.log_dir) == run.folder
     (handoff,) = [c for c in run.trainer.callbacks if type(c).__name__ == "StageHandoff"]
     assert handoff.folder == run.folder / "handoff"
-    (checkpoint,) = [c for c in run.trainer.callbacks if type(c).__name__ == "ModelCheckpoint"]
-    assert str(checkpoint.dirpath) == str(run.folder / "checkpoints")
+    (checkpoints,) = [c for c in run.trainer.callbacks if type(c).__name__ == "Checkpoints"]
+    assert checkpoints.folder == run.folder / "checkpoints"
 
 
 def test_runs_reaches_the_handoffs_of_earlier_stages(tmp_path):

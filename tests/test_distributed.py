@@ -1,7 +1,15 @@
 """Several processes learn what one does, sharded or not, and each goes on from what another number of them left."""
 
+import contextlib
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -10,7 +18,8 @@ from ranks import run_together
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules.cli import main
+from lightning_modules.checkpoint import check_files, newest, read_state
+from lightning_modules.cli import STOPPED, main
 
 TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)
@@ -124,3 +133,94 @@ def test_another_number_of_micro_batches_learns_the_same(alone, toy_world, tmp_p
 def test_each_part_is_said_to_train_with_its_whole_size(by_two):
     one_encoder = "| exo_encoder    |     14,944 |  14,944 |"
     assert one_encoder in by_two["printed"][0] and one_encoder in by_two["printed"][4]
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+class Launched:
+    """``fit`` with two processes, the second one started by the first, as on a laptop or a node."""
+
+    def __init__(self, stage, world, runs, starts, *more):
+        options = ["trainer.max_steps=5000", "checkpoint_every_n_steps=10", "trainer.devices=2", *more]
+        words = [sys.executable, "-m", "lightning_modules", *arguments(stage, world, runs, starts, *options)]
+        self.folder = runs / "toy" / stage
+        self.errors = runs / "errors.txt"
+        runs.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"PYTHONPATH": str(tiny.EXPERIMENTS.parent), "OMP_NUM_THREADS": "1"}
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
+        self.until(lambda: newest(self.folder / "checkpoints"), 120)
+        (self.other,) = [int(pid) for pid in self.children()]
+
+    def children(self):
+        task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [pid for pid in task.read_text().split() if "lightning_modules" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+    def until(self, true, seconds):
+        deadline = time.monotonic() + seconds
+        while not true():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.errors.read_text()
+            time.sleep(0.02)
+
+    def ended(self, seconds):
+        """Exit status of the first process; the other one is gone as well."""
+        try:
+            status = self.process.wait(seconds)
+            deadline = time.monotonic() + 20
+            while Path(f"/proc/{self.other}").exists():
+                assert time.monotonic() < deadline, "the other process lives on"
+                time.sleep(0.1)
+        finally:
+            for pid in (self.process.pid, self.other):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        return status
+
+
+@pytest.mark.parametrize("told", [pytest.param("first", marks=pytest.mark.slow), "other"])
+def test_a_signal_to_one_process_saves_and_stops_both(alone, toy_world, tmp_path, told):
+    run = Launched("stage3", toy_world, tmp_path, alone, "trainer.strategy=fsdp2")
+    os.kill(run.process.pid if told == "first" else run.other, signal.SIGTERM)
+    assert run.ended(60) == STOPPED
+    assert re.search(r"stopped: stage3 stopped at step \d+; call it again to go on", run.errors.read_text())
+    reached = newest(run.folder / "checkpoints")
+    check_files(reached)
+
+
+def test_another_number_of_processes_goes_on(alone, toy_world, tmp_path):
+    """One process makes two steps, two the next two, one the last two: the weights are those of one process alone."""
+    six = ["trainer.max_steps=6", "checkpoint_every_n_steps=2"]
+    assert main(arguments("stage2", toy_world, tmp_path / "straight", alone, *six)) == 0
+    two = ["trainer.devices=2", "trainer.strategy=fsdp2"]
+    folder = tmp_path / "turns" / "toy" / "stage2"
+    for turn, options in enumerate(([], two, [])):
+        command = arguments("stage2", toy_world, tmp_path / "turns", alone, *six, *options)
+        run_together(2, [command], tmp_path) if options else main(command)
+        for step in range(2 * turn + 4, 8, 2):  # as if it had been killed two steps after it went on
+            shutil.rmtree(folder / "checkpoints" / f"{step:07d}", ignore_errors=True)
+        if turn < 2:
+            shutil.rmtree(folder / "handoff")
+    assert largest_difference(weights(tmp_path / "straight", "stage2"), weights(tmp_path / "turns", "stage2")) < ROUNDING
+
+
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
+def test_a_process_that_is_gone_ends_the_other(alone, toy_world, tmp_path, strategy):
+    run = Launched("stage1", toy_world, tmp_path, alone, f"trainer.strategy={strategy}")
+    os.kill(run.other, signal.SIGKILL)
+    assert run.ended(60) != 0
+    check_files(newest(run.folder / "checkpoints"))
+
+
+@pytest.mark.parametrize("stalled", ["first", pytest.param("other", marks=pytest.mark.slow)])
+def test_a_process_that_hangs_is_named_and_ends_all(alone, toy_world, tmp_path, stalled):
+    run = Launched("stage1", toy_world, tmp_path, alone, "trainer.strategy=fsdp2", "stall_timeout_s=5")
+    os.kill(run.process.pid if stalled == "first" else run.other, signal.SIGSTOP)
+    if stalled == "first":  # it cannot be waited for while it sleeps: the other one has to notice
+        run.until(lambda: "error: nothing was done for 5 s" in run.errors.read_text(), 60)
+        os.kill(run.process.pid, signal.SIGCONT)
+    assert run.ended(60) != 0
+    shown = run.errors.read_text()
+    assert "error: nothing was done for 5 s (stall_timeout_s)" in shown
+    named = re.search(r"rank (\d) \d+ s ago in step \d+, (?:computing|waiting for the batch after) \S+", shown)
+    assert named or "nothing is known of rank 0" in shown

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_modules import cli
+from lightning_modules.checkpoint import newest, read_state
 from lightning_modules.cli import main
 from lightning_modules.handoff import check_handoff
 
@@ -255,13 +256,13 @@ def test_a_killed_stage_goes_on_where_it_stopped(runs, toy_world, tmp_path, caps
         [sys.executable, "-m", "lightning_modules", *words], env=environment, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
-    while not list(folder.glob("checkpoints/*.ckpt")):
+    while newest(folder / "checkpoints") is None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (folder / "handoff").exists()
-    reached = torch.load(max(folder.glob("checkpoints/*.ckpt")), weights_only=False)["global_step"]
+    reached = read_state(newest(folder / "checkpoints"))["global_step"]
     assert 0 < reached < 30
 
     assert main([*words, "trainer.max_steps=31"]) == 2
@@ -273,6 +274,57 @@ def test_a_killed_stage_goes_on_where_it_stopped(runs, toy_world, tmp_path, caps
     assert (folder / "predictions.jsonl").read_bytes() == (
         straight / "toy" / "stage3" / "predictions.jsonl"
     ).read_bytes()
+
+
+def test_how_a_run_is_run_may_change_when_it_goes_on(runs, toy_world, monkeypatch, capsys):
+    """Other micro-batches and checkpoints, and a prefix of their keys that is another key's name is no excuse."""
+    folder = runs / "toy" / "stage1"
+    shutil.rmtree(folder)
+    assert main(arguments("stage1", toy_world, runs, "trainer.max_steps=4")) == 0
+    straight = weights(folder)
+    shutil.rmtree(folder / "handoff")
+    shutil.rmtree(folder / "checkpoints" / "0000004")
+    changed = ["data.init_args.micro_batch_size=2", "checkpoint_every_n_steps=7", "threads=2", "panel.clips=1"]
+    assert main(arguments("stage1", toy_world, runs, "trainer.max_steps=4", *changed)) == 0
+    assert f"goes on from {folder}/checkpoints/0000003" in capsys.readouterr().out
+    resumed = weights(folder)
+    for file, tensors in straight.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(resumed[file][name], tensor, atol=1e-5, rtol=0)
+    assert main(arguments("stage1", toy_world, runs, "trainer.max_steps=4", "data.init_args.max_text_tokens=159")) == 2
+    assert "data.init_args.max_text_tokens: 160 -> 159" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_one_line_and_nothing_is_touched(runs, toy_world, capsys):
+    folder = runs / "toy" / "stage1"
+    shutil.rmtree(folder / "handoff")
+    file = newest(folder / "checkpoints") / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    before = contents(folder)
+    capsys.readouterr()
+    assert main(arguments("stage1", toy_world, runs)) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 1 and "__0_0.distcp, which differs" in shown[0] and "delete the folder" in shown[0]
+    assert contents(folder) == before
+
+
+def test_consolidate_makes_a_handoff_of_an_unfinished_stage(runs, toy_world, capsys):
+    folder = runs / "toy" / "stage2"
+    (written,) = [weights(folder)]
+    shutil.rmtree(folder / "handoff")
+    capsys.readouterr()
+    assert main(arguments("stage2", toy_world, runs, command="consolidate")) == 0
+    assert f"handoffs.stage2={folder}/handoff_0000002" in capsys.readouterr().out
+    manifest = check_handoff(folder / "handoff_0000002")
+    assert (manifest["stage"], manifest["step"]) == ("stage2", 2)
+    made = {path.name: load_file(path) for path in sorted((folder / "handoff_0000002").rglob("*.safetensors"))}
+    assert made.keys() == written.keys()
+    assert all(torch.equal(made[file][key], written[file][key]) for file in made for key in written[file])
+    assert not (folder / "handoff").exists()  # the stage is not finished
+    starts = f"handoffs.stage2={folder}/handoff_0000002"
+    assert main([*arguments("stage3", toy_world, runs, starts), "--force"]) == 0
+    assert main(arguments("stage2", toy_world, runs / "other", command="consolidate")) == 2
+    assert "no checkpoint: run `make stage2` first" in capsys.readouterr().err
 
 
 def test_an_early_stop_is_no_finished_stage(runs, toy_world, monkeypatch, capsys):
@@ -287,7 +339,7 @@ def test_an_early_stop_is_no_finished_stage(runs, toy_world, monkeypatch, capsys
 
     with monkeypatch.context() as patched:
         patched.setattr(cli, "build", stopping)
-        assert main(arguments("stage1", toy_world, runs)) == 1
+        assert main(arguments("stage1", toy_world, runs)) == cli.STOPPED
     assert "stopped: stage1 stopped at step 1; call it again to go on" in capsys.readouterr().err
     assert not (folder / "handoff").exists() and not (folder / "metrics.json").exists()
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import tiny
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_modules import handoff
-from lightning_modules.handoff import HandoffError, check_handoff, write_handoff
+from lightning_modules.handoff import HandoffError, check_handoff, gathered, open_part, write_handoff
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
 from lightning_modules.sources import find_part
 from lightning_modules.stored import fill
@@ -22,6 +23,11 @@ def build(seed=0, width=tiny.WIDTH, parts=PARTS):
     model = Exo2EgoModel(tiny.network(width=width), VOCAB, parts).eval()
     tiny.scatter(model, seed)
     return model
+
+
+def write(folder, model, parts, manifest):
+    """As a stage does."""
+    write_handoff(folder, ((part, gathered(model.part(part))) for part in parts), tiny.network().lora, manifest)
 
 
 def load_part(into, folder, source, part):
@@ -44,7 +50,7 @@ def model():
 def folder(model, tmp_path):
     """A hand-off of every part."""
     folder = tmp_path / "toy" / "stage1" / "handoff"
-    write_handoff(folder, model, PARTS, {"stage": "stage1", "step": 7})
+    write(folder, model, PARTS, {"stage": "stage1", "step": 7})
     return folder
 
 
@@ -103,7 +109,7 @@ def test_missing_handoff_names_the_command_that_writes_it(tmp_path, stage):
 
 
 def test_missing_part_lists_those_there(model, tmp_path):
-    write_handoff(tmp_path / "handoff", model, ["projector", "lora"], {"stage": "stage1"})
+    write(tmp_path / "handoff", model, ["projector", "lora"], {"stage": "stage1"})
     with pytest.raises(HandoffError, match=r"no part 'exo_encoder', it has projector, lora"):
         check_handoff(tmp_path / "handoff", "exo_encoder")
 
@@ -129,6 +135,9 @@ def rewrite(folder, part, change):
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["digest"] = handoff._digest(folder, time.time_ns())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_loaded(folder):
@@ -188,7 +197,7 @@ def test_failed_write_keeps_the_previous_handoff(folder, monkeypatch):
 
     monkeypatch.setattr(handoff, "save_file", failing)
     with pytest.raises(OSError, match="No space left"):
-        write_handoff(folder, build(seed=2), PARTS, {"stage": "stage1"})
+        write(folder, build(seed=2), PARTS, {"stage": "stage1"})
     assert len(calls) == 2
     assert files(folder) == before
 
@@ -200,16 +209,26 @@ def test_first_write_that_fails_leaves_no_handoff(model, tmp_path, monkeypatch):
     monkeypatch.setattr(handoff, "save_file", failing)
     folder = tmp_path / "stage1" / "handoff"
     with pytest.raises(OSError, match="No space left"):
-        write_handoff(folder, model, PARTS, {"stage": "stage1"})
+        write(folder, model, PARTS, {"stage": "stage1"})
     with pytest.raises(HandoffError, match="run `make stage1` first"):
         check_handoff(folder)
 
 
 def test_new_handoff_replaces_the_previous_one_whole(folder):
-    write_handoff(folder, build(seed=2), ["projector"], {"stage": "stage1"})
+    write(folder, build(seed=2), ["projector"], {"stage": "stage1"})
     assert set(map(str, files(folder))) == {"manifest.json", "projector.safetensors"}
     other = build(seed=5)
     load_part(other.part("projector"), folder, None, "projector")
     expected = build(seed=2).part("projector")
     assert all(torch.equal(expected[key], value) for key, value in other.part("projector").items())
     assert [path.name for path in folder.parent.iterdir()] == ["handoff"]
+
+
+@pytest.mark.parametrize("file", ["exo_encoder.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_flipped_bit_is_refused(folder, file):
+    content = bytearray((folder / file).read_bytes())
+    content[-1] ^= 1
+    (folder / file).write_bytes(content)
+    part = "lora" if "adapter" in file else "exo_encoder"
+    with pytest.raises(HandoffError, match=r"not those that manifest.json describes .* run `make stage1 FORCE=1`"):
+        open_part(folder, part)

@@ -114,12 +114,30 @@ def test_kl_of_equal_features_is_zero():
         assert abs(guidance_kl_loss(feature, feature.clone(), READABLE.repeat(2), axis=axis)) < 1e-6
 
 
+def step(standardizer, target, readable):
+    standardizer.observe(target, readable)
+    standardizer.update()
+
+
+def test_standardizer_is_fixed_within_a_step_and_then_takes_all_of_it_in():
+    whole, split = FeatureStandardizer(1, "ema", momentum=0.5), FeatureStandardizer(1, "ema", momentum=0.5)
+    batch = features([[1.0], [3.0], [8.0], [4.0]])
+    step(whole, batch, READABLE)
+    for half in batch.split(2, dim=3):
+        split.observe(half, READABLE)
+        assert (split.mean.item(), split.variance.item()) == (0.0, 1.0)
+    split.update()
+    assert (split.mean.item(), split.variance.item()) == (whole.mean.item(), whole.variance.item()) == (4.0, 6.5)
+    split.update()
+    assert (split.mean.item(), split.updates.item()) == (4.0, 1.0)
+
+
 def test_standardizer_starts_with_the_first_batch_then_averages():
     standardizer = FeatureStandardizer(2, "ema", momentum=0.9)
-    standardizer.update(features([[1.0, 10.0], [3.0, 30.0]]), READABLE)
+    step(standardizer, features([[1.0, 10.0], [3.0, 30.0]]), READABLE)
     torch.testing.assert_close(standardizer.mean, torch.tensor([2.0, 20.0]))
     torch.testing.assert_close(standardizer.variance, torch.tensor([1.0, 100.0]))
-    standardizer.update(features([[4.0, 20.0], [4.0, 20.0]]), READABLE)
+    step(standardizer, features([[4.0, 20.0], [4.0, 20.0]]), READABLE)
     torch.testing.assert_close(standardizer.mean, torch.tensor([2.2, 20.0]))
     torch.testing.assert_close(standardizer.variance, torch.tensor([0.9, 90.0]))
     expected = torch.tensor([(4.2 - 2.2) / math.sqrt(0.9), (20 - 90) / math.sqrt(90)])
@@ -128,9 +146,9 @@ def test_standardizer_starts_with_the_first_batch_then_averages():
 
 def test_standardizer_is_fixed_in_evaluation():
     standardizer = FeatureStandardizer(1, "ema")
-    standardizer.update(features([[1.0], [3.0]]), READABLE)
+    step(standardizer, features([[1.0], [3.0]]), READABLE)
     standardizer.eval()
-    standardizer.update(features([[100.0], [300.0]]), READABLE)
+    step(standardizer, features([[100.0], [300.0]]), READABLE)
     assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)
 
 
@@ -140,17 +158,17 @@ def test_standardizer_by_token_and_none():
     torch.testing.assert_close(FeatureStandardizer(2, "token")(feature), expected, atol=1e-4, rtol=0)
     for kind in ("token", "none"):
         standardizer = FeatureStandardizer(2, kind)
-        standardizer.update(feature, READABLE)
+        step(standardizer, feature, READABLE)
         assert standardizer.mean.tolist() == [0.0, 0.0]
     assert FeatureStandardizer(2, "none")(feature) is feature
 
 
 def test_standardizer_state_travels_with_checkpoints():
     written = FeatureStandardizer(1, "ema", momentum=0.5)
-    written.update(features([[1.0], [3.0]]), READABLE)
+    step(written, features([[1.0], [3.0]]), READABLE)
     read = FeatureStandardizer(1, "ema", momentum=0.5)
     read.load_state_dict(written.state_dict())
-    read.update(features([[6.0], [6.0]]), READABLE)
+    step(read, features([[6.0], [6.0]]), READABLE)
     assert (read.mean.item(), read.variance.item()) == (4.0, 0.5)
 
 
@@ -194,14 +212,14 @@ def test_without_any_readable_clip_losses_and_gradients_are_zero(loss):
 def test_standardizer_leaves_unreadable_clips_out():
     standardizer = FeatureStandardizer(1, "ema", momentum=0.5)
     clips = torch.cat([features([[1.0], [3.0]]), features([[100.0], [300.0]])])
-    standardizer.update(clips, ONE_OF_TWO)
+    step(standardizer, clips, ONE_OF_TWO)
     assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)
-    standardizer.update(clips, torch.tensor([False, False]))
+    step(standardizer, clips, torch.tensor([False, False]))
     assert (standardizer.mean.item(), standardizer.variance.item(), standardizer.updates.item()) == (2.0, 1.0, 1.0)
 
 
 def test_standardizer_starts_with_the_first_readable_batch():
     standardizer = FeatureStandardizer(1, "ema", momentum=0.5)
-    standardizer.update(features([[9.0], [9.0]]), ~READABLE)
-    standardizer.update(features([[1.0], [3.0]]), READABLE)
+    step(standardizer, features([[9.0], [9.0]]), ~READABLE)
+    step(standardizer, features([[1.0], [3.0]]), READABLE)
     assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)

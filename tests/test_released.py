@@ -131,8 +131,9 @@ def load(sources, net=None, parts=PARTS):
     net = net or network()
     found = {part: find_part(sources, part, net) for part in parts}
     model = Exo2EgoModel(net, VOCAB, parts, empty=parts).eval()
+    model.language_model.restore_buffers()
     for part, source in found.items():
-        model.allocate(part, torch.float32)
+        model.allocate(part, model, torch.float32, torch.device("cpu"))
         source.require_fit(model.part(part))
         fill(model.part(part), source.tensors)
     return model, found
@@ -316,7 +317,7 @@ def test_open_clip_folder(tmp_path, quick_gelu):
     net = network(encoder=encoder)
     found = find_part([str(tmp_path)], "exo_encoder", net)
     model = Exo2EgoModel(net, VOCAB, PARTS, empty=["exo_encoder"]).eval()
-    model.allocate("exo_encoder", torch.float32)
+    model.allocate("exo_encoder", model, torch.float32, torch.device("cpu"))
     found.require_fit(model.part("exo_encoder"))
     fill(model.part("exo_encoder"), found.tensors)
     pixels = torch.randn(2, 3, SIZE, SIZE)
