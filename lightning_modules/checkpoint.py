@@ -31,11 +31,12 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -68,7 +69,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise CheckpointError(f"{_damaged(folder, 'it')} ({' '.join(str(error).split())[:200]})") from None
     if found != FORMAT:
-        raise CheckpointError(f"checkpoint {folder}: format is {found}, this version reads {FORMAT}: FORCE=1 trains anew")
+        raise CheckpointError(f"checkpoint {folder}: format is {found}, this version reads {FORMAT}: use FORCE=1")
     return state
 
 
@@ -95,7 +96,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
         CheckpointError: the list is damaged.
     """
     try:
-        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # unpickling raises whatever the damage leads to
         raise CheckpointError(f"{_damaged(folder, 'its .metadata')} ({error})") from None
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
@@ -113,7 +114,9 @@ def read_tensors(folder: Path, into: dict[str, Any], alone: bool = False) -> Non
         CheckpointError: they cannot be read.
     """
     try:
-        dcp.load(into, storage_reader=dcp.FileSystemReader(folder), no_dist=alone or not dist.is_initialized())
+        state_dict_loader.load(
+            into, storage_reader=FileSystemReader(folder), no_dist=alone or not dist.is_initialized()
+        )
     except (CheckpointException, OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{_damaged(folder, 'it')} ({_reason(error)})") from None
 
@@ -131,7 +134,7 @@ class CheckpointFolders(CheckpointIO):
         self.last: Path | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
         """Copy the tensors, and write them in the background once the save before is done."""
@@ -151,7 +154,9 @@ class CheckpointFolders(CheckpointIO):
             with suppress(TimeoutError):
                 pending.result(at_most_s)
 
-    def load_checkpoint(self, path: _PATH, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """All but the tensors, which are read when the model has its final form, see ``Checkpoints``."""
         self.last = Path(path)
         return read_state(self.last) | {"state_dict": {}, "optimizer_states": []}
@@ -173,8 +178,8 @@ class CheckpointFolders(CheckpointIO):
             _write_synced(new / "state.pt", packed.getbuffer())
 
         def write() -> None:
-            writer = dcp.FileSystemWriter(new)
-            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=not sharded)
+            writer = FileSystemWriter(new)
+            state_dict_saver.save(tensors, storage_writer=writer, process_group=self._group, no_dist=not sharded)
             digests.update({file.name: _digest(file) for file in new.glob(f"__{rank}_*")})
 
         def finish() -> None:
@@ -218,7 +223,7 @@ class CheckpointFolders(CheckpointIO):
 
 
 class Checkpoints(L.Callback):
-    """Saves every so many optimiser steps, and once more when the process is told to stop; reads what training goes on from.
+    """Saves every so many optimiser steps and when the process is told to stop; reads what training goes on from.
 
     SIGTERM, SIGUSR1 (as SLURM sends ahead of a time limit or a preemption) and SIGINT stop all processes after the same
     optimiser step; a second one kills as usual. What each process heard reaches the others one step later, so that none
@@ -236,12 +241,12 @@ class Checkpoints(L.Callback):
         self.folder, self.every_n_steps = folder, every_n_steps
         self.stopped = False
         self._told = False
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
         self._voices: tuple[Tensor, Any] | None = None
         self._usual: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep Lightning from dealing with signals: it talks to other processes in the handler, and waits at every batch."""
+        """Keep Lightning from minding signals: it talks to other processes in the handler, and waits at every batch."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 

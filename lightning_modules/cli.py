@@ -1,4 +1,4 @@
-"""``python -m lightning_modules fit|evaluate|show|plan|consolidate|report``: experiments from YAML, through LightningCLI.
+"""``python -m lightning_modules fit|evaluate|...``: experiments from YAML, through LightningCLI.
 
 ::
 
@@ -282,7 +282,7 @@ def _answer(run: Run) -> None:
 
 
 def consolidate(config: dict[str, Any]) -> None:
-    """Make a hand-off out of the last checkpoint of a stage that is not finished, whatever number of processes wrote it.
+    """Make a hand-off out of the last checkpoint of an unfinished stage, whatever number of processes wrote it.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -296,7 +296,9 @@ def consolidate(config: dict[str, Any]) -> None:
     model = stage.on_meta()
     names = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
     parts = {part: {n: names[id(p)] for n, p in model.part(part).items()} for part in stage.trained}
-    tensors = {name: torch.empty(stored[f"state_dict.{name}"]) for of_part in parts.values() for name in of_part.values()}
+    tensors = {
+        name: torch.empty(stored[f"state_dict.{name}"]) for of_part in parts.values() for name in of_part.values()
+    }
     read_tensors(checkpoint, {"state_dict": tensors}, alone=True)
     manifest = {
         "stage": config["stage"],

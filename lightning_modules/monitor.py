@@ -143,7 +143,8 @@ class TrainingMonitor(L.Callback):
                 f"{trainer.global_step} steps: {median['perf/step_ms']:.0f} ms a step (ranks differ by "
                 f"{median['perf/step_ms_spread']:.0f}), {median['perf/samples_per_s']:.1f} samples/s{mfu}, "
                 f"{100 * median['perf/data_wait']:.0f} % of the time waiting for data (worst rank "
-                f"{100 * median['perf/data_wait_worst_rank']:.0f} %), peak memory {median['perf/peak_memory_gib']:.1f} GiB"
+                f"{100 * median['perf/data_wait_worst_rank']:.0f} %), "
+                f"peak memory {median['perf/peak_memory_gib']:.1f} GiB"
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -364,7 +364,7 @@ class Stage(L.LightningModule, ABC):
         checkpoint["sharded"] = self.device_mesh is not None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that began from other hand-offs than there are now; count its batches as this run does."""
+        """Refuse a checkpoint that began from other hand-offs than there are now; count batches as this run does."""
         before, now = checkpoint["started_from"], self.started_from()
         if changed := sorted(part for part in now if before.get(part) != now[part]):
             raise HandoffError(

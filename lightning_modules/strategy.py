@@ -82,8 +82,8 @@ class FSDP2(ModelParallelStrategy):
     def _sharded(self) -> tuple[FSDPModule, list[FSDPModule]]:
         """The root, and the sharded modules inside."""
         assert self.model is not None
-        root, *inside = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        return root, inside
+        found: list[FSDPModule] = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        return found[0], found[1:]
 
     def _gather(self) -> None:
         root, inside = self._sharded()

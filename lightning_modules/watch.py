@@ -17,6 +17,8 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 
 MicroBatches = list[tuple[list[str], Tensor]]
 _SHOWN = 16
@@ -114,7 +116,7 @@ class StallWatch(L.Callback):
         """Begin to watch, where there are others."""
         if trainer.world_size == 1 or self._store is not None:
             return
-        self._store = dist.PrefixStore("whereabouts", dist.distributed_c10d._get_default_store())
+        self._store = PrefixStore("whereabouts", distributed_c10d._get_default_store())
         self._rank, self._world, self._trainer = trainer.global_rank, trainer.world_size, trainer
         self._parent = os.getppid() if trainer.local_rank else None
         self._say(trainer, "starting")

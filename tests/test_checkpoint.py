@@ -13,7 +13,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_modules import checkpoint
-from lightning_modules.checkpoint import CheckpointError, CheckpointFolders, Checkpoints, check_files, newest, read_state
+from lightning_modules.checkpoint import (
+    CheckpointError,
+    CheckpointFolders,
+    Checkpoints,
+    check_files,
+    newest,
+    read_state,
+)
 from lightning_modules.watch import Diverged
 
 STEPS = 4
@@ -164,8 +171,6 @@ class Signal(L.Callback):
 
 @pytest.mark.parametrize("number", checkpoint.STOPPING)
 def test_a_signal_saves_and_stops_after_the_step(toy_tokenizer, tmp_path, number):
-    straight, _ = fit(toy_tokenizer, tmp_path / "straight", every=0)
-    assert not (tmp_path / "straight").exists()
     _, run = fit(toy_tokenizer, tmp_path / "told", every=0, callbacks=[Signal(number, 1)])
     assert run.global_step == 2 and newest(tmp_path / "told").name == "0000002"
 

@@ -155,7 +155,9 @@ def test_handoff_of_another_model_size(refused, toy_world, tmp_path):
     parts = tiny.STAGES["stage0"].uses
     folder = tmp_path / "runs" / "toy" / "stage0" / "handoff"
     model = Exo2EgoModel(tiny.network(), size, parts)
-    write_handoff(folder, ((part, gathered(model.part(part))) for part in parts), tiny.network().lora, {"stage": "stage0"})
+    write_handoff(
+        folder, ((part, gathered(model.part(part))) for part in parts), tiny.network().lora, {"stage": "stage0"}
+    )
     message = refused("fit", "stage1", "network.encoder.width=64")
     assert f"hand-off {folder}: does not fit exo_encoder of this model" in message
     assert "mis-shaped (tower.class_embedding is [32], expected [64], " in message

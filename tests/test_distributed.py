@@ -18,7 +18,7 @@ from ranks import run_together
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules.checkpoint import check_files, newest, read_state
+from lightning_modules.checkpoint import check_files, newest
 from lightning_modules.cli import STOPPED, main
 
 TOY = str(tiny.EXPERIMENTS / "toy")
@@ -40,7 +40,7 @@ def weights(runs, stage):
     named = {f"{file}:{name}": tensor for file, tensors in files.items() for name, tensor in tensors.items()}
     for name, tensor in named.items():
         if name.endswith("in_proj_bias"):
-            # The keys' bias shifts all scores of a query alike: its gradient is rounding, of which Adam makes full steps.
+            # The keys' bias shifts all scores of a query alike: its gradient is rounding, which Adam scales to steps.
             tensor.view(3, -1)[1] = 0
     return named
 
@@ -110,7 +110,7 @@ def test_one_process_goes_on_from_the_handoff_of_two(alone, by_two, toy_world, t
 
 
 def test_clips_that_only_one_rank_lacks_change_nothing_for_the_others(toy_world, alone, tmp_path):
-    """Half of the recordings are gone, so that ranks meet batches without a single readable clip; none waits for another."""
+    """Half of the recordings are gone: ranks meet batches without any readable clip, and none waits for another."""
     world = tmp_path / "world"
     shutil.copytree(toy_world, world)
     index = (world / "ego_exo_clip" / "groups.jsonl").read_text().splitlines()
@@ -155,7 +155,8 @@ class Launched:
 
     def children(self):
         task = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        return [pid for pid in task.read_text().split() if "lightning_modules" in Path(f"/proc/{pid}/cmdline").read_text()]
+        pids = task.read_text().split()
+        return [pid for pid in pids if "lightning_modules" in Path(f"/proc/{pid}/cmdline").read_text()]
 
     def until(self, true, seconds):
         deadline = time.monotonic() + seconds
@@ -201,7 +202,8 @@ def test_another_number_of_processes_goes_on(alone, toy_world, tmp_path):
             shutil.rmtree(folder / "checkpoints" / f"{step:07d}", ignore_errors=True)
         if turn < 2:
             shutil.rmtree(folder / "handoff")
-    assert largest_difference(weights(tmp_path / "straight", "stage2"), weights(tmp_path / "turns", "stage2")) < ROUNDING
+    straight, in_turns = (weights(tmp_path / runs, "stage2") for runs in ("straight", "turns"))
+    assert largest_difference(straight, in_turns) < ROUNDING
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])

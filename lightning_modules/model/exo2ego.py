@@ -82,6 +82,8 @@ class Exo2EgoModel(nn.Module):
     ego_encoder: VisionEncoder
     ego_to_exo: FeatureMapping
     exo_to_ego: FeatureMapping
+    word_head: nn.Linear
+    """Of stage 0 alone, see `Initialisation`; belongs to no part and is not handed on."""
 
     def __init__(
         self, network: NetworkConfig, vocab_size: int, parts: Collection[str], empty: Collection[str] = ()
