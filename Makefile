@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip data-check reencode stage0 stage1 stage2 stage3 plan evaluate tensorboard test test-all lint format bench bench-clips bench-index clean
+.PHONY: help setup data ego-exoclip data-check reencode stage0 stage1 stage2 stage3 plan consolidate evaluate tensorboard test test-all lint format bench bench-clips bench-step bench-index chaos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,10 @@ stage3: $(VENV)/installed $(WORLD) ## Learner Self-Practice, needs stage2
 plan: $(VENV)/installed $(WORLD) ## what EXPERIMENT costs: parameters, memory, operations, hours; allocates nothing
 	@$(PYTHON) -m lightning_modules plan experiments/$(EXPERIMENT) $(ARGS)
 
+consolidate: $(VENV)/installed ## make a hand-off of the last checkpoint of STAGE=stage2, for a stage that is not finished
+	@test -n "$(STAGE)" || { echo "error: name the stage: make consolidate STAGE=stage2"; exit 2; }
+	$(PYTHON) -m lightning_modules consolidate experiments/$(EXPERIMENT) $(STAGE) runs=$(RUNS) $(ARGS)
+
 evaluate: $(VENV)/installed ## answer the held-out questions again with every finished stage, and print the table
 	@for stage in stage0 stage1 stage2 stage3; do \
 	  if [ -f $(RUNS)/$(EXPERIMENT)/$$stage/handoff/manifest.json ]; then \
@@ -81,6 +85,9 @@ test: $(VENV)/installed ## tests, under 10 minutes on 2 cores
 test-all: $(VENV)/installed ## all tests, with the long end-to-end runs
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
+chaos: $(VENV)/installed ## kill stages at random moments and compare what they hand on, ARGS="--hits 100 --processes 2 --signal TERM"
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/chaos.py $(ARGS)
+
 lint: $(VENV)/installed ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -95,6 +102,9 @@ bench: $(VENV)/installed data/toy/ego_exo_clip/index.json ## measure memory of t
 
 bench-clips: $(VENV)/installed ## measure clip reading against other readers, pip install '.[bench]' for all of them
 	$(PYTHON) tests/bench_clips.py $(ARGS)
+
+bench-step: $(VENV)/installed ## measure what the Trainer costs beside a bare loop
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench_step.py $(ARGS)
 
 bench-index: $(VENV)/installed ## measure building and holding an index of 1.1 million pairs
 	$(PYTHON) tests/bench_index.py $(ARGS)

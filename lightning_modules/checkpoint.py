@@ -26,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
@@ -40,8 +40,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+if TYPE_CHECKING:
+    from lightning_modules.stage import Stage
+
 FORMAT = 1
 KEPT = 2
+_FULL_BYTES = 2**20
 TENSORS = ("state_dict", "optimizer")
 """What of a checkpoint holds tensors: by name, and by name and kind of state."""
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -193,13 +197,14 @@ class CheckpointFolders(CheckpointIO):
             for old in sorted(path.parent.glob("[0-9]*"))[:-KEPT]:
                 shutil.rmtree(old)
 
-        failure = self._together(begin if rank == 0 else None, sharded) or self._together(write, sharded)
+        failure = self._together(begin if rank == 0 else None, path.parent, sharded)
+        failure = failure or self._together(write, path.parent, sharded)
         if failure is None:
             everywhere = [digests]
             if sharded:
                 everywhere = [{}] * dist.get_world_size()
                 dist.all_gather_object(everywhere, digests, self._group)
-            failure = self._together(finish if rank == 0 else None, sharded)
+            failure = self._together(finish if rank == 0 else None, path.parent, sharded)
         if failure is None:
             self.last = path
         elif rank == 0:
@@ -207,7 +212,7 @@ class CheckpointFolders(CheckpointIO):
             stays = f"{self.last} stays" if self.last else "there is none before it"
             print(f"checkpoint {path} could not be written: {failure}; {stays}, training goes on", file=sys.stderr)
 
-    def _together(self, work: Callable[[], None] | None, sharded: bool) -> str | None:
+    def _together(self, work: Callable[[], None] | None, folder: Path, sharded: bool) -> str | None:
         """Do this process's share, if any; why it failed here or elsewhere."""
         failure = None
         try:
@@ -215,6 +220,8 @@ class CheckpointFolders(CheckpointIO):
                 work()
         except (Exception, CheckpointException) as error:
             failure = _reason(error)
+            if shutil.disk_usage(folder).free < _FULL_BYTES:  # libraries tell it in words of their own
+                failure = f"No space left on device ({failure})"
         failures = [failure]
         if sharded:
             failures = [None] * dist.get_world_size()
@@ -228,6 +235,8 @@ class Checkpoints(L.Callback):
     SIGTERM, SIGUSR1 (as SLURM sends ahead of a time limit or a preemption) and SIGINT stop all processes after the same
     optimiser step; a second one kills as usual. What each process heard reaches the others one step later, so that none
     waits for that message.
+
+    The last step is saved, too, so that nothing is lost where the hand-off cannot be written.
 
     Args:
         folder: gets a folder for each checkpoint.
@@ -266,9 +275,10 @@ class Checkpoints(L.Callback):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         self.stopped = self._anyone_told()
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        if due or self.stopped:
-            trainer.save_checkpoint(self.folder / f"{trainer.global_step:07d}", weights_only=False)
+        step, every = trainer.global_step, self.every_n_steps
+        stage: Stage = pl_module  # type: ignore[assignment]
+        if self.stopped or (every and (step % every == 0 or step == stage.total_steps())):
+            trainer.save_checkpoint(self.folder / f"{step:07d}", weights_only=False)
         trainer.should_stop = trainer.should_stop or self.stopped
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

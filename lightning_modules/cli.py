@@ -246,6 +246,13 @@ def fit(config: dict[str, Any], force: bool) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         _know_peak(run)
     run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
+    if checkpoint and int(checkpoint.name) >= run.stage.total_steps():
+        # All steps were made before, only the hand-off was not: the Trainer had nothing to do and read nothing.
+        if first:
+            _hand_off(checkpoint, config, folder / "handoff")
+        run.trainer.strategy.barrier()
+        evaluate(config)
+        return
     if run.trainer.interrupted or not (folder / "handoff" / "manifest.json").is_file():
         raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; call it again to go on")
     _answer(run)
@@ -292,13 +299,19 @@ def consolidate(config: dict[str, Any]) -> None:
     if checkpoint is None:
         raise CheckpointError(f"{folder}/checkpoints: no checkpoint: run `make {config['stage']}` first")
     check_files(checkpoint)
+    out = folder / f"handoff_{checkpoint.name}"
+    parts = _hand_off(checkpoint, config, out)
+    print(f"{out} holds {', '.join(parts)} after step {int(checkpoint.name)}: handoffs.{config['stage']}={out}")
+
+
+def _hand_off(checkpoint: Path, config: dict[str, Any], out: Path) -> list[str]:
+    """Write what trains as a hand-off; names of the parts."""
     stage, state, stored = stage_only(config), read_state(checkpoint), stored_tensors(checkpoint)
     model = stage.on_meta()
     names = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
     parts = {part: {n: names[id(p)] for n, p in model.part(part).items()} for part in stage.trained}
-    tensors = {
-        name: torch.empty(stored[f"state_dict.{name}"]) for of_part in parts.values() for name in of_part.values()
-    }
+    wanted = [name for of_part in parts.values() for name in of_part.values()]
+    tensors = {name: torch.empty(stored[f"state_dict.{name}"]) for name in wanted}
     read_tensors(checkpoint, {"state_dict": tensors}, alone=True)
     manifest = {
         "stage": config["stage"],
@@ -308,10 +321,9 @@ def consolidate(config: dict[str, Any]) -> None:
         "started_from": state["started_from"],
         "metrics": {},
     }
-    out = folder / f"handoff_{checkpoint.name}"
     whole = ((part, {n: tensors[name] for n, name in of_part.items()}) for part, of_part in parts.items())
     write_handoff(out, whole, stage.network.lora, manifest)
-    print(f"{out} holds {', '.join(parts)} after step {state['global_step']}: handoffs.{config['stage']}={out}")
+    return list(parts)
 
 
 def plan(experiment: Path, stages: Sequence[str], overrides: list[str]) -> None:

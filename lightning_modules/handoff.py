@@ -197,7 +197,13 @@ class StageHandoff(L.Callback):
                 "started_from": stage.started_from(),
                 "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
             }
-            write_handoff(self.folder, parts, stage.network.lora, manifest)
+            try:
+                write_handoff(self.folder, parts, stage.network.lora, manifest)
+            except OSError as error:
+                raise HandoffError(
+                    f"hand-off {self.folder}: could not be written ({error}): mend that and call the stage again, it "
+                    "goes on from its last checkpoint"
+                ) from None
         else:
             deque(parts, maxlen=0)
         trainer.strategy.barrier()

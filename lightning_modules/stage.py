@@ -222,8 +222,8 @@ class Stage(L.LightningModule, ABC):
         if self.activation_checkpointing:
             model.checkpoint_activations()
         self.attach(model)
-        for part in set(model.parts) & set(self.sources):
-            rank_zero_only(print)(self.sources[part].line)
+        for source in (self.sources[part] for part in model.parts if part in self.sources):
+            rank_zero_only(print)(source.line)
         device = self._trainer.strategy.root_device if self._trainer else torch.device("cpu")
         done: set[int] = set()
         for unit in model.units():
@@ -284,7 +284,9 @@ class Stage(L.LightningModule, ABC):
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
         """Draw dropout from (seed, step, rank), so that a resumed run draws the same."""
         done = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        torch.manual_seed(self.seed + 1_000_003 * done + self.global_rank)
+        on_gpu = self.device.type == "cuda"
+        generator = torch.cuda.default_generators[self.device.index] if on_gpu else torch.default_generator
+        generator.manual_seed(self.seed + 1_000_003 * done + self.global_rank)
         self.step_log = {}
 
     def configure_optimizers(self) -> Any:
@@ -333,7 +335,7 @@ class Stage(L.LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the norm of all gradients and keep the norm for the curves."""
-        parameters = [parameter for _, _, parameter in self.trainable()]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf).detach()
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()

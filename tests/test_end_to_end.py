@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules import cli
+from lightning_modules import cli, handoff
 from lightning_modules.checkpoint import newest, read_state
 from lightning_modules.cli import main
 from lightning_modules.handoff import check_handoff
@@ -306,6 +306,36 @@ def test_a_damaged_checkpoint_is_one_line_and_nothing_is_touched(runs, toy_world
     shown = capsys.readouterr().err.splitlines()
     assert len(shown) == 1 and "__0_0.distcp, which differs" in shown[0] and "delete the folder" in shown[0]
     assert contents(folder) == before
+
+
+def test_a_stage_that_only_lacks_its_handoff_gets_it_without_training(runs, toy_world, capsys):
+    folder = runs / "toy" / "stage3"
+    written, scores = weights(folder), (folder / "predictions.jsonl").read_bytes()
+    for name in ("handoff", "checkpoints/0000001"):
+        shutil.rmtree(folder / name)
+    for name in ("metrics.json", "predictions.jsonl"):
+        (folder / name).unlink()
+    assert main(arguments("stage3", toy_world, runs)) == 0
+    assert equal(weights(folder), written)
+    assert (folder / "predictions.jsonl").read_bytes() == scores
+    assert check_handoff(folder / "handoff")["started_from"]["projector"] == digest(runs / "toy" / "stage2")
+
+
+def test_a_handoff_that_cannot_be_written_costs_no_step(runs, toy_world, monkeypatch, capsys):
+    folder = runs / "toy" / "stage2"
+    written = weights(folder)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(handoff, "save_file", full)
+        assert main([*arguments("stage2", toy_world, runs), "--force"]) == 2
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert shown.startswith(f"error: hand-off {folder}/handoff: could not be written ([Errno 28] No space left")
+    assert newest(folder / "checkpoints").name == "0000002"
+    assert main(arguments("stage2", toy_world, runs)) == 0
+    assert equal(weights(folder), written)
 
 
 def test_consolidate_makes_a_handoff_of_an_unfinished_stage(runs, toy_world, capsys):

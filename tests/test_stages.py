@@ -295,7 +295,7 @@ def test_gradients_are_clipped_by_their_common_norm(toy_tokenizer):
     for _, _, parameter in stage.trainable():
         parameter.grad = torch.ones_like(parameter)
     count = sum(parameter.numel() for _, _, parameter in stage.trainable())
-    stage.configure_gradient_clipping(None, gradient_clip_val=1.0)
+    stage.configure_gradient_clipping(stage.configure_optimizers()["optimizer"], gradient_clip_val=1.0)
     torch.testing.assert_close(stage.step_log["optim/grad_norm"], torch.tensor(math.sqrt(count)))
     clipped = torch.cat([parameter.grad.flatten() for _, _, parameter in stage.trainable()])
     torch.testing.assert_close(clipped.norm(), torch.tensor(1.0), atol=1e-4, rtol=0)
