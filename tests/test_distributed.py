@@ -25,6 +25,7 @@ TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)
 STEPS = 4
 ROUNDING = 5e-6
+BF16 = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=bfloat16"]
 
 
 def arguments(stage, world, runs, starts, *more):
@@ -67,7 +68,7 @@ def alone(toy_world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_two(alone, toy_world, tmp_path_factory):
     """The same stages by two processes, each from the hand-offs that one process left, and one stage by four."""
-    runs = {strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four")}
+    runs = {strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four", "bf16")}
     two = "trainer.devices=2"
     commands = [
         arguments(stage, toy_world, runs[strategy], alone, two, f"trainer.strategy={strategy}")
@@ -76,6 +77,9 @@ def by_two(alone, toy_world, tmp_path_factory):
     ]
     commands += [
         arguments(stage, toy_world, runs["chain"], runs["chain"], two, "trainer.strategy=fsdp2") for stage in STAGES[:2]
+    ]
+    commands += [
+        arguments(stage, toy_world, runs["bf16"], alone, two, "trainer.strategy=fsdp2", *BF16) for stage in STAGES[2:]
     ]
     runs["printed"] = run_together(2, commands, tmp_path_factory.mktemp("two"))
     commands = [arguments("stage2", toy_world, runs["four"], alone, "trainer.devices=4", "trainer.strategy=fsdp2")]
@@ -94,6 +98,19 @@ def test_two_processes_learn_what_one_does(alone, by_two, strategy, stage):
 
 def test_four_processes_learn_what_one_does(alone, by_two):
     assert largest_difference(weights(alone, "stage2"), weights(by_two["four"], "stage2")) < ROUNDING
+
+
+@pytest.mark.parametrize("stage", STAGES[2:])
+def test_bfloat16_is_gathered_and_float32_kept_and_summed(alone, by_two, toy_world, tmp_path, stage):
+    """What trains stays float32; losses are those of one process in bfloat16, which differ from float32 as much."""
+    assert main(arguments(stage, toy_world, tmp_path, alone, *BF16)) == 0
+    sharded = weights(by_two["bf16"], stage)
+    assert {tensor.dtype for tensor in sharded.values()} == {torch.float32}
+    torch.testing.assert_close(losses(by_two["bf16"], stage), losses(tmp_path, stage), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(losses(by_two["bf16"], stage), losses(alone, stage), rtol=2e-2, atol=2e-2)
+    # A weight of bfloat16 would have lost the small steps: most of ours are no numbers of that type.
+    moved = torch.cat([tensor.flatten() for tensor in sharded.values()])
+    assert float((moved != moved.bfloat16().float()).float().mean()) > 0.5
 
 
 def test_training_moves_weights_further_than_rounding(alone):
