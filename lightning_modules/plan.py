@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import ClipBatch, TextBatch
+from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.report import markdown_table
 from lightning_modules.stage import Stage
 
@@ -38,7 +39,8 @@ class PlanConfig:
         text_tokens: L, text tokens of a usual sample.
         label_tokens: M, supervised ones among them.
         gpu_memory_gib: memory of one device; None leaves the check out.
-        peak_tflops: dense bfloat16 peak of one device (A100 and A800: 312, H100 and H200: 989); None leaves hours out.
+        peak_tflops: dense bfloat16 peak of one device (A100 and A800: 312, H100 and H200: 989); None leaves hours out,
+            and MFU while training.
         mfu: share of the peak that is reached.
     """
 
@@ -169,6 +171,9 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     trained = sum(count for count, trains in parts.values() if trains)
     frozen = sum(count for count, trains in parts.values() if not trains)
     strategy = str(trainer.get("strategy", "auto"))
+    states = _state_bytes(trained, frozen, stage.frozen_dtype.itemsize, strategy, devices)
+    if "fsdp" in strategy:
+        states += _gathered_bytes(stage.model, 2 if low_precision else 4)
     return StagePlan(
         name=str(config["stage"]),
         parts=parts,
@@ -180,7 +185,7 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
         activations_checkpointed=inputs,
         transient=transient,
         frozen_itemsize=stage.frozen_dtype.itemsize,
-        states=_state_bytes(trained, frozen, stage.frozen_dtype.itemsize, strategy, devices),
+        states=states,
         checkpointing=stage.activation_checkpointing,
         devices=devices,
         micro_batch=micro_batch,
@@ -274,6 +279,18 @@ def _state_bytes(trained: int, frozen: int, frozen_size: int, strategy: str, dev
         return (16 * trained + frozen_size * frozen) // devices
     buckets = 4 if devices > 1 else 0
     return (18 + buckets) * trained + frozen_size * frozen
+
+
+def _gathered_bytes(model: Exo2EgoModel, itemsize: int) -> int:
+    """What sharded processes hold whole while they compute: what is in no unit inside, one unit, and the next one."""
+    counted: set[int] = set()
+    sizes = []
+    for unit in model.units():
+        own = [parameter for parameter in unit.parameters() if id(parameter) not in counted]
+        counted |= {id(parameter) for parameter in own}
+        sizes.append(itemsize * sum(parameter.numel() for parameter in own))
+    *inside, around = sizes
+    return around + 2 * max(inside)
 
 
 def _convolution_backward_flop(
