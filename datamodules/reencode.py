@@ -233,8 +233,8 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
     ):
         container.metadata["comment"] = mark
         first = next(frames)
-        rate, pixel_aspect = _header(source)
-        graph, width, height = _upright(first, pixel_aspect, encoding.short_side)
+        rate, pixel_aspect = header(source)
+        graph, width, height = upright(first, pixel_aspect, encoding.short_side)
         stream = container.add_stream("libx264", rate=rate, options=encoding.x264_options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         codec, tick_s = stream.codec_context, cast(Fraction, first.time_base)
@@ -280,7 +280,7 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
     return pictures
 
 
-def _header(source: Path) -> tuple[Fraction, float]:
+def header(source: Path) -> tuple[Fraction, float]:
     """Frames per second, and width of a stored pixel over its height."""
     with av.open(os.fspath(source), metadata_errors="ignore") as container:
         stream = cast(VideoStream, container.streams.best("video"))
@@ -288,7 +288,7 @@ def _header(source: Path) -> tuple[Fraction, float]:
         return rate, float(stream.sample_aspect_ratio or 1) or 1.0
 
 
-def _upright(first: VideoFrame, pixel_aspect: float, short_side: int) -> tuple[Graph, int, int]:
+def upright(first: VideoFrame, pixel_aspect: float, short_side: int) -> tuple[Graph, int, int]:
     """Filters that make pictures like ``first`` small, square in their pixels and upright; their width and height."""
     shown_width = first.width * pixel_aspect
     scale = min(1.0, short_side / min(shown_width, first.height))
