@@ -8,14 +8,20 @@ Whatever cannot be read is kept as a problem that names file and line; nothing i
 
 from __future__ import annotations
 
+import json
 import math
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from datamodules.jsonl import is_array, read_records, require, seconds
+from datamodules.pair_index import Strings
 
 VIDEO_TAG = "<video>"
 """Stands for the clip in a conversation's first question."""
@@ -95,17 +101,25 @@ class ConversationFile:
         self.changes: Counter[str] = Counter()
         self.problems: list[str] = []
 
-    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Every record that can be read, in our form, with its place; fields that mean nothing here are kept."""
+    def entries(self) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+        """Every record in our form, or why it cannot be read, with its place; fields unknown here are kept."""
         if is_array(self.path):
             self.changes["a JSON array, read like JSON Lines"] = 1
         for where, record in read_records(self.path):
             try:
                 if isinstance(record, ValueError):
                     raise record
-                yield where, self._normalised(record, where)
+                record = self._normalised(record, where)
             except ValueError as error:
                 self.problems.append(str(error))
+                record = error
+            yield where, record
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Every record that can be read, as ``entries`` gives it."""
+        for where, record in self.entries():
+            if not isinstance(record, ValueError):
+                yield where, record
 
     def __iter__(self) -> Iterator[Conversation]:
         """Every record that can be read."""
@@ -254,3 +268,73 @@ def _video(record: dict[str, Any], paths: list[str], where: str, note: Callable[
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: field {key!r} is {value!r}, expected the path of a video below the data root")
     return value
+
+
+class ConversationStore:
+    """Many conversations without an object for each: a few arrays, which forked processes share as they are.
+
+    What is needed only while reading, ``split`` and ``video_uid``, is not kept.
+
+    Args:
+        worded: keep what templated questions were made from, not their text.
+    """
+
+    def __init__(self, worded: bool) -> None:
+        self.worded = worded
+        self._names, self._videos, self._texts = Strings(), Strings(), Strings()
+        self._windows, self._video_of, self._kind_of = array("d"), array("i"), array("i")
+        self._video_numbers: dict[str, int] = {}
+        self._kind_numbers: dict[tuple[str, str] | None, int] = {}
+        self._kinds: list[tuple[str, str] | None] = []
+
+    def append(self, record: Conversation) -> None:
+        """Add one at the end."""
+        if record.video not in self._video_numbers:
+            self._video_numbers[record.video] = len(self._videos)
+            self._videos.append(record.video)
+        made = record.wording if self.worded else None
+        kind = None if made is None else (made.task, made.source)
+        content = [*map(list, record.turns)] if made is None else [made.query, made.target, *made.options]
+        self._names.append(record.name)
+        self._texts.append(json.dumps(content, ensure_ascii=False))
+        self._windows.extend(-1.0 if value is None else value for value in (record.start_s, record.end_s))
+        self._video_of.append(self._video_numbers[record.video])
+        if kind not in self._kind_numbers:
+            self._kind_numbers[kind] = len(self._kinds)
+            self._kinds.append(kind)
+        self._kind_of.append(self._kind_numbers[kind])
+
+    def freeze(self) -> ConversationStore:
+        """Forget what only ``append`` needs."""
+        self._video_numbers = {}
+        return self
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """Name of one, by a number from 0."""
+        return self._names[index]
+
+    def video(self, index: int) -> tuple[str, tuple[float, float] | None]:
+        """Path and window of one, None for the whole file."""
+        start_s, end_s = self._windows[2 * index], self._windows[2 * index + 1]
+        return self._videos[self._video_of[index]], None if start_s < 0 else (start_s, end_s)
+
+    def content(self, index: int) -> Wording | tuple[Turn, ...]:
+        """What one says: what its question is made from, or its turns."""
+        kind = self._kinds[self._kind_of[index]]
+        content = json.loads(self._texts[index])
+        if kind is None:
+            return tuple((question, answer) for question, answer in content)
+        query, target, *options = content
+        return Wording(*kind, query, tuple(options), target)
+
+    def video_numbers(self) -> NDArray[np.int32]:
+        """For each the number of its video, equal for equal paths, int32 [len]."""
+        return np.frombuffer(self._video_of, dtype=np.int32)
+
+    def windows_s(self) -> NDArray[np.float64]:
+        """For each its start and end in seconds, -1 for the whole file, float64 [len, 2]."""
+        return np.frombuffer(self._windows, dtype=np.float64).reshape(-1, 2)

@@ -40,6 +40,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from datamodules.conversations import MalformedRecords
 from datamodules.data_check import Beat, Problem, decode_whole, read_annotations, run_bounded
 
 # clip_stream imports torch, which takes seconds: what needs it imports it when called.
@@ -462,7 +463,10 @@ def _paths(options: argparse.Namespace) -> list[str]:
         raise ValueError(f"--out is {options.out}, which is --root: sources are kept, choose another folder")
     number, count = options.shard
     if options.index is not None:
-        named = [Path(path) for path in read_annotations(options.index).files]
+        annotations = read_annotations(options.index)
+        if annotations.malformed:
+            raise MalformedRecords(annotations.malformed)
+        named = [Path(path) for path in annotations.files]
     else:
         named = [
             path.relative_to(options.root) if path.is_relative_to(options.root) else path for path in options.files

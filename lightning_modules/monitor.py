@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 
 class TrainingMonitor(L.Callback):
-    """Losses, rates, gradient norm, throughput, data wait and skipped samples, every few optimiser steps.
+    """Losses, rates, gradient norm, throughput, data wait, skipped samples and sources, every few optimiser steps.
 
     Samples that were skipped are counted over all ranks from the start of the process on, and each is named once by the
-    rank that met it. Values stay on the device until they are written, so it is synchronised once per write only.
+    rank that met it. Where samples are mixed, each source's share of them and its loss per token are over all ranks and
+    the steps since the last write. Values stay on the device until they are written, so it is synchronised once per
+    write only.
 
     Args:
         every_n_steps: optimiser steps between two writes; losses and norms are averaged in between.
@@ -43,6 +45,7 @@ class TrainingMonitor(L.Callback):
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.by_source: Tensor | None = None  # [S, 3]: sum of token losses, tokens, samples
         self.waited_s = 0.0
         self.samples = self.tokens = self.frames = 0
 
@@ -72,10 +75,20 @@ class TrainingMonitor(L.Callback):
         self.samples += len(batch.ids)
         self.tokens += batch.text.input_ids.numel()
         self.frames += batch.num_frames
+        self._collect_sources(stage, batch)
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if stepped and trainer.global_step % self.every_n_steps == 0:
             self._write(trainer, stage.device)
         self.batch_ended = time.perf_counter()
+
+    def _collect_sources(self, stage: Stage, batch: ClipBatch) -> None:
+        if batch.source is None or stage.source_losses is None:
+            return
+        self.source_names = batch.source_names
+        numbers = torch.arange(len(self.source_names), device=batch.source.device)
+        samples = (batch.source == numbers[:, None]).sum(1, keepdim=True)
+        collected = torch.cat([stage.source_losses, samples], dim=1)
+        self.by_source = collected if self.by_source is None else self.by_source + collected
 
     def _write(self, trainer: L.Trainer, device: torch.device) -> None:
         seconds = time.perf_counter() - self.window_began
@@ -87,6 +100,13 @@ class TrainingMonitor(L.Callback):
         values["perf/data_wait"] = self.waited_s / seconds
         counts: Any = trainer.strategy.reduce(torch.tensor([self.seen, self.skipped], device=device), reduce_op="sum")
         values |= {"data/skipped": float(counts[1]), "data/skipped_share": float(counts[1] / counts[0])}
+        if self.by_source is not None:  # on all ranks or on none
+            together: Any = trainer.strategy.reduce(self.by_source, reduce_op="sum")
+            samples = sum(row[2] for row in together.tolist())
+            for name, (loss, tokens, count) in zip(self.source_names, together.tolist(), strict=True):
+                values[f"data/share_{name}"] = count / samples
+                if tokens:
+                    values[f"loss_by_source/{name}"] = loss / tokens
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         self._clear()

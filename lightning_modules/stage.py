@@ -17,11 +17,12 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batch import ClipBatch, QuestionBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, ClipBatch, QuestionBatch, TextBatch
 from datamodules.clips import ClipConfig
 from datamodules.text import load_tokenizer
 from lightning_modules.handoff import HandoffError
 from lightning_modules.held_out import HeldOutMeans, Outcome, judge_choice, judge_text, score_names
+from lightning_modules.losses import loss_by_source
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel, NetworkConfig
 from lightning_modules.model.language_model import transformers_config
 from lightning_modules.report import markdown_table
@@ -110,6 +111,7 @@ class Stage(L.LightningModule, ABC):
                 raise ValueError(f"model.{key}: got {', '.join(unknown)}, allowed: {', '.join(self.uses)}")
         self.strict_loading = False  # checkpoints hold trained parts only
         self.step_log: dict[str, Tensor] = {}
+        self.source_losses: Tensor | None = None
         self.num_frames = 0
 
     # ------------------------------------------------------------------------------------------------ what stages say
@@ -248,10 +250,18 @@ class Stage(L.LightningModule, ABC):
                 yield "stage", name, parameter
 
     def read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-        """Logits float32 [M, V] and targets int64 [M] of the batch's supervised tokens, given float [B, N, D]."""
+        """Logits float32 [M, V] and targets int64 [M] of the batch's supervised tokens, given float [B, N, D].
+
+        Where samples are mixed, their losses by source are kept in ``source_losses`` for the curves.
+        """
         text, language_model = batch.text, self.model.language_model
         spliced = language_model.splice(text.input_ids, text.attention_mask, text.labels, visual)
-        return language_model.supervised_logits(spliced)
+        logits, targets = language_model.supervised_logits(spliced)
+        if batch.source is not None:
+            tokens = (text.labels != IGNORE_INDEX).sum(1)
+            source = batch.source.repeat_interleave(tokens, output_size=len(targets))
+            self.source_losses = loss_by_source(logits.detach(), targets, source, len(batch.source_names))
+        return logits, targets
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -267,7 +277,7 @@ class Stage(L.LightningModule, ABC):
         """Draw dropout from (seed, step, rank), so that a resumed run draws the same."""
         done = self.trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(self.seed + 1_000_003 * done + self.global_rank)
-        self.step_log = {}
+        self.step_log, self.source_losses = {}, None
 
     def configure_optimizers(self) -> Any:
         """AdamW over a group for each part, matrices apart from vectors; rate by step."""

@@ -75,8 +75,11 @@ def _convert(words: Sequence[str]) -> int:
     parser.add_argument("--templates", type=Path, default=FOLDER, help="folder of template banks (default: ours)")
     parser.add_argument("--level", choices=LEVELS, default="task_ego", help="level of prompts (default: task_ego)")
     parser.add_argument("--seed", type=int, default=0, help="of templates: epoch 0 of a run with it draws the same")
+    parser.add_argument("--skip-malformed", action="store_true", help="name wrong rows and go on without them")
     given = vars(parser.parse_args(words))
-    out, templates, level, seed = (given.pop(key) for key in ("out", "templates", "level", "seed"))
+    out, templates, level, seed, skip = (
+        given.pop(key) for key in ("out", "templates", "level", "seed", "skip_malformed")
+    )
     del given["source"]
     if not given["root"].is_dir():
         raise ValueError(f"--root: no folder {given['root']}: give the one that holds the official annotation files")
@@ -85,7 +88,7 @@ def _convert(words: Sequence[str]) -> int:
     )
     part = given.get("part", "fine")
     out = out or Path("data/egoit") / f"{source.name}{'' if part == 'fine' else f'_{part}'}.jsonl"
-    done = convert(source, out, Templates(templates), level, seed)
+    done = convert(source, out, Templates(templates), level, seed, skip)
     print(done.table)
     print(f"{done.records:,} records written to {out}")
     for warning in done.warnings:

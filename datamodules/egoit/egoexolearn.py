@@ -36,12 +36,13 @@ from datamodules.egoit.source import (
 )
 from datamodules.jsonl import read_records
 
-_TEXTS = {
+TEXTS = {
     "no_hand": ("narration_en_no_hand_prompt", ""),
     "hand": ("narration_en_hand_prompt", "Say which hand does what."),
     "raw": ("narration_en", "Write it as an instruction to somebody who is to do the same, and name the hand to use."),
 }
 """Columns, and what has to be asked for so that a text of that kind can be foreseen."""
+_STEPS = "If there are several steps, number them and give each a line."
 _COLUMNS = ("video_uid", "subset", "view", "start_sec", "end_sec")
 _EGO_ROWS = {"train": Official(34_584, False), "val": Official(7_701, False), "test": Official(18_244)}
 _OPTION = re.compile(r"^\(([A-Z])\) *(.*)$")
@@ -55,7 +56,7 @@ class EgoExoLearn:
     root: Path
     part: str = option("fine", "part of the data set", ("fine", "coarse", "mcq", "qa"))
     splits: tuple[str, ...] = option(("train",), "splits of the fine part; the authors ask not to train on test")
-    text: str = option("no_hand", "which of the three texts of the fine part", tuple(_TEXTS))
+    text: str = option("no_hand", "which of the three texts of the fine part", tuple(TEXTS))
     views: tuple[str, ...] = option(("ego",), "views of the fine part", ("ego", "exo"))
     videos: str = option("egoexolearn", "folder below the data root that holds <video>.mp4")
 
@@ -103,7 +104,7 @@ class EgoExoLearn:
                 yield checked(self._narrated, fine, ends_s, where)
 
     def _narrated(self, fine: Mapping[str, str], ends_s: Mapping[str, float], where: str) -> Record:
-        column, request = _TEXTS[self.text]
+        column, request = TEXTS[self.text]
         start_s, end_s = number_of(fine, "start_sec", where), number_of(fine, "end_sec", where)
         if not 0 <= start_s < end_s:
             raise SourceError(f"{where}: 'start_sec' and 'end_sec' are {start_s} and {end_s}: correct them")
@@ -132,17 +133,18 @@ class EgoExoLearn:
                     continue
                 for number, segment in enumerate(segments, 1):
                     tally.add("segments")
+                    if isinstance(segment, dict) and segment.get("start") == segment.get("end") is not None:
+                        tally.add("segments of no length, left out")  # the released archive has two
+                        continue
                     yield checked(self._segment, segment, video, f"{where} entry {number}")
 
     def _segment(self, segment: Any, video: str, where: str) -> Record:
         start_s, end_s = number_of(segment, "start", where), number_of(segment, "end", where)
-        known = segment.get("duration") is not None  # for a few it is null
-        duration_s = number_of(segment, "duration", where) if known else -1.0
-        last_s = min(end_s, duration_s) if known else end_s
-        if not 0 <= start_s < last_s:
+        duration_s = number_of(segment, "duration", where)
+        if not 0 <= start_s < min(end_s, duration_s):
             raise SourceError(f"{where}: from {start_s} to {end_s} s of a video of {duration_s} s: correct it")
-        window = grown(start_s, last_s, MIN_WINDOW_S, duration_s)
-        wording = Wording("description", self.name, "List the steps one by one.", (), _text(segment, where))
+        window = grown(start_s, min(end_s, duration_s), MIN_WINDOW_S, duration_s)
+        wording = Wording("description", self.name, _STEPS, (), _text(segment, where))
         key = f"{video}/{text_of(segment, 'id', where)}"
         return Record(key, f"{self.videos}/{video}.mp4", wording, "coarse", video, window, duration_s)
 

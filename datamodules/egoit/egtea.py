@@ -1,9 +1,8 @@
 """EGTEA Gaze+ (Georgia Tech): one cooking action for each trimmed clip.
 
 Read below the root, or in its ``action_annotation``: ``action_idx.txt`` and a ``<split>.txt`` for each split. A line of
-a split is ``<clip> <action id> <verb id> <noun id> ...`` with ids from 1; ids of ``raw_annotations/cls_label_index.csv``
-begin at 0 and are not these. A clip is ``<session>-<start ms>-<end ms>-F<first>-F<last>``, and a session
-``<subject>-R<number>-<recipe>``.
+a split is ``<clip> <action id> <verb id> <noun id> ...``. These ids start at 1, those of the raw annotations at 0. A
+clip is ``<session>-<start ms>-<end ms>-F<first>-F<last>``, and a session ``<subject>-R<number>-<recipe>``.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Conversion:
     Attributes:
         records: how many were written.
         table: counts beside the official ones, as text.
-        warnings: a line for each number that differs.
+        warnings: a line for each number that differs, and for each row that was left out.
     """
 
     records: int
@@ -104,7 +104,9 @@ class Conversion:
     warnings: list[str]
 
 
-def convert(source: InstructionSource, out: Path, templates: Templates, level: str, seed: int) -> Conversion:
+def convert(
+    source: InstructionSource, out: Path, templates: Templates, level: str, seed: int, skip_malformed: bool = False
+) -> Conversion:
     """Write a source as JSON Lines.
 
     Args:
@@ -113,25 +115,28 @@ def convert(source: InstructionSource, out: Path, templates: Templates, level: s
         templates: wordings.
         level: of prompts, see ``templates.LEVELS``.
         seed: templates are drawn as epoch 0 of a run with this seed draws them.
+        skip_malformed: leave wrong rows out, with a warning each, rather than stop.
 
     Raises:
         SourceError: a file is missing.
         MalformedRecords: rows are wrong; nothing is written.
     """
-    tally, problems = Tally(), []
+    tally = Tally()
+    problems: list[str] = []
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in source.read(tally):
             if isinstance(record, SourceError):
                 problems.append(str(record))
-            elif not problems:
+            elif skip_malformed or not problems:
                 yield row(record, templates, level, seed)
-        if problems:
+        if problems and not skip_malformed:
             raise MalformedRecords(problems)
 
     records = write_rows(out, rows())
     official = source.official()
-    return Conversion(records, _table(tally, official), _differences(source.name, tally, official))
+    left_out = [f"left out: {problem}" for problem in problems]
+    return Conversion(records, _table(tally, official), _differences(source.name, tally, official) + left_out)
 
 
 def _table(tally: Tally, official: Mapping[str, Official]) -> str:
