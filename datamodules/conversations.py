@@ -91,13 +91,18 @@ class MalformedRecords(ValueError):
 class ConversationFile:
     """Records of a file of conversations, in its order.
 
+    Args:
+        path: the file.
+        texts: every record must hold a conversation; else this holds from the first one on that does, so that a file of
+            videos alone is read too.
+
     Attributes:
         changes: what was done to bring records to our form, and to how many; complete once all were read.
         problems: a line for each record that cannot be read; so too.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, texts: bool = True) -> None:
+        self.path, self.texts = path, texts
         self.changes: Counter[str] = Counter()
         self.problems: list[str] = []
 
@@ -134,7 +139,11 @@ class ConversationFile:
     def _normalised(self, record: dict[str, Any], where: str) -> dict[str, Any]:
         changed: list[str] = []
         given = {key: value for key, value in record.items() if value is not None}  # readers by column fill with null
-        turns, paths = _turns(given, where, changed.append)
+        turns: list[Turn] = []
+        paths: list[str] = []
+        self.texts = self.texts or any(key in given for key in _CONVERSATION_KEYS)
+        if self.texts:
+            turns, paths = _turns(given, where, changed.append)
         ours = {key: value for key, value in given.items() if key not in _CONVERSATION_KEYS}
         ours["video"] = _video(ours, paths, where, changed.append)
         for key in ("videos", "image"):

@@ -123,7 +123,7 @@ def read_annotations(source: Path) -> Annotations:
         raise ValueError(f"{source}: no such file or folder: give an index folder or an instruction file (JSON Lines)")
     files: dict[str, VideoFile] = {}
     paths_by_line: list[tuple[str, ...] | None] = []
-    conversations = ConversationFile(source)
+    conversations = ConversationFile(source, texts=False)
     for _, record in conversations.entries():
         if isinstance(record, ValueError):
             paths_by_line.append(None)

@@ -179,15 +179,21 @@ def test_instructions_with_and_without_a_window(tmp_path: Path) -> None:
     [
         ('{"start": 0}', "it.jsonl line 1: field 'video' is missing"),
         ('{"video": "a.mp4", "start": "0", "end": 1}', "field 'start' is '0', expected seconds"),
-        ('{"video": "a.mp4", "start": 0}', "field 'end' is missing"),
+        ('{"video": "a.mp4", "start": 0}', "only one of 'start' and 'end' is given"),
         ("{", "it.jsonl line 1: malformed JSON"),
+        ('{"video": "a.mp4", "conversations": []}', "it.jsonl line 1: field 'conversations' has 0 entries"),
     ],
 )
-def test_wrong_annotations_stop_with_one_line(line: str, message: str, tmp_path: Path, capsys) -> None:
-    (tmp_path / "it.jsonl").write_text(line + "\n")
-    assert main([str(tmp_path / "it.jsonl"), "--root", str(tmp_path)]) == 2
-    captured = capsys.readouterr().err
-    assert message in captured and captured.startswith("error: ") and captured.count("\n") == 1
+def test_wrong_lines_are_named_and_the_others_checked(line: str, message: str, tmp_path: Path, capsys) -> None:
+    file, clean = tmp_path / "it.jsonl", tmp_path / "clean.jsonl"
+    make_video(tmp_path / "good.mp4", 10)
+    good = '{"video": "good.mp4", "start": 0.0, "end": 0.5}\n'
+    file.write_text(f"{line}\n\n{good}")
+    assert main([str(file), "--root", str(tmp_path), "--clean", str(clean), "--workers", "1"]) == 1
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert message in first
+    assert rest == ["0 of 1 files are bad", "1 of 2 lines of it.jsonl are clean"]
+    assert clean.read_text() == good
 
 
 def test_wrong_arguments_stop_with_one_line(tmp_path: Path, capsys) -> None:

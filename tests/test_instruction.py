@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.clip_stream import FileMissing, SpanOutsideFile, probe
-from datamodules.clips import ClipConfig
+from datamodules.clips import ClipConfig, GlobalBatchSampler, ResumableLoader
 from datamodules.instruction import InstructionDataModule
 
 TURNS = [
@@ -17,7 +18,7 @@ TURNS = [
     {"from": "human", "value": "Which hand does the camera-wearer use?"},
     {"from": "gpt", "value": "left"},
 ]
-VIDEO = "practice/toy_practice_0000/aria01_214-1.mp4"
+VIDEO = "practice/P0000-R01-TableTop.mp4"
 RECORD = {"id": "one", "video": VIDEO, "conversations": TURNS}
 
 
@@ -41,11 +42,12 @@ def without(*names, **changes):
 
 
 def test_every_line_of_every_source_is_a_sample(toy_world, toy_tokenizer):
-    files = [toy_world / "instructions" / f"{name}.jsonl" for name in ("practice", "initialisation")]
+    files = [toy_world / "instructions" / f"{name}.jsonl" for name in ("egtea", "initialisation")]
     assert len(module(toy_tokenizer, toy_world, files[:1]).read()) == 4 * 6  # takes of six actions
     both = module(toy_tokenizer, toy_world, files)
     samples = both.read()
-    assert len(samples) == 4 * 6 + 6 * 6
+    assert len(samples) == samples.epoch_length == 4 * 6 + 6 * 6
+    assert samples.epoch_samples(3).tolist() == list(range(60))  # each once
     assert both.annotation_files() == files
     ids = [json.loads(line)["id"] for file in files for line in file.read_text().splitlines()]
     assert [samples.name(index) for index in range(len(samples))] == ids
@@ -55,12 +57,12 @@ def test_turns_become_text_and_the_tag_the_clip(read):
     samples = read(RECORD, without(conversations=[{"from": "human", "value": "taps <video>"}, TURNS[1]]))
     encoder = samples.encoder
     expected = [("What does the camera-wearer do?", "taps"), ("Which hand does the camera-wearer use?", "left")]
-    assert samples.conversations[0].turns == tuple(expected)
+    assert samples.turns(0, 0) == expected
     assert samples.text(0, 0) == encoder.conversation(expected)
     assert samples.text(0, 0).input_ids.count(VIDEO_TOKEN_ID) == 1
     labels = [label for label in samples.text(0, 0).labels if label != IGNORE_INDEX]
     assert encoder.tokenizer.convert_ids_to_tokens(labels) == ["taps", "</s>", "left", "</s>"]
-    assert samples.conversations[1].turns == (("taps", "taps"),)  # the clip goes to the front wherever its tag was
+    assert samples.turns(1, 0) == [("taps", "taps")]  # the clip goes to the front wherever its tag was
 
 
 def test_a_line_without_an_id_is_named_by_its_place(read, tmp_path):
@@ -80,9 +82,17 @@ def test_a_window_selects_its_seconds(read, toy_world):
 @pytest.mark.parametrize("window", [{}, {"start": None, "end": None}])
 def test_without_a_window_the_whole_file_is_shown(read, toy_world, window):
     samples = read(without(**window), root=toy_world)
-    span = samples.span(0, 0)
-    assert (span.start_s, span.end_s) == (0.0, probe(toy_world / VIDEO).num_frames / 8)
-    assert samples.videos(span)["ego"].shape == (2, 64, 64, 3)
+    whole = samples.videos(samples.span(0, 0))["ego"]
+    length_s = probe(toy_world / VIDEO).num_frames / 8
+    named = read(without(start=0.0, end=length_s), root=toy_world)
+    assert torch.equal(whole, named.videos(named.span(0, 0))["ego"])
+
+
+def test_a_missing_file_without_a_window_is_a_skipped_sample(read):
+    samples = read(without(video="no/such.mp4"))
+    (batch,) = ResumableLoader(samples, GlobalBatchSampler(1, 1, 1, 0, 1, 0), 0, max_skipped_share=1.0)
+    assert batch.readable.tolist() == [False]
+    assert "no/such.mp4" in batch.skipped[0]
 
 
 def test_the_view_decides_whose_encoder_looks(read, toy_world):
@@ -103,7 +113,8 @@ def test_a_window_outside_the_file_and_a_missing_file_are_named(read, toy_world)
     [
         (without("video"), "field 'video' is missing"),
         (without("conversations"), "field 'conversations' is missing"),
-        (without(conversations=None), "field 'conversations' must be a list"),
+        (without(conversations=None), "field 'conversations' is missing"),
+        (without(conversations="taps"), "field 'conversations' must be a list"),
         (without(conversations=[]), "field 'conversations' has 0 entries: human and gpt must alternate"),
         (without(conversations=TURNS[:3]), "field 'conversations' has 3 entries: human and gpt must alternate"),
         (without(conversations=[TURNS[1], TURNS[0]]), r"conversations\[0\] must be {'from': 'human', 'value': text}"),
