@@ -234,16 +234,16 @@ def number_of(record: Any, key: str, where: str) -> float:
 
 
 def grown(start_s: float, end_s: float, least_s: float, last_s: float) -> tuple[float, float]:
-    """A window of at least some seconds around the same middle, moved no further than 0 and ``last_s`` allow.
+    """A window of at least some seconds around the same middle, moved as far as 0 and ``last_s`` make it necessary.
 
     Args:
         start_s, end_s: the window.
         least_s: its least length.
         last_s: a time that the file is known to reach.
     """
-    last_s = max(last_s, end_s)
-    grow_s = max(0.0, least_s - (end_s - start_s)) / 2
-    return round(max(0.0, start_s - grow_s), 6), round(min(last_s, end_s + grow_s), 6)
+    last_s, length_s = max(last_s, end_s), max(least_s, end_s - start_s)
+    begin_s = max(0.0, min((start_s + end_s - length_s) / 2, last_s - length_s))
+    return round(begin_s, 6), round(min(last_s, begin_s + length_s), 6)
 
 
 def shuffled(name: str, options: Sequence[str]) -> tuple[str, ...]:
