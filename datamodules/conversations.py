@@ -144,10 +144,9 @@ class ConversationFile:
         self.texts = self.texts or any(key in given for key in _CONVERSATION_KEYS)
         if self.texts:
             turns, paths = _turns(given, where, changed.append)
-        ours = {key: value for key, value in given.items() if key not in _CONVERSATION_KEYS}
-        ours["video"] = _video(ours, paths, where, changed.append)
-        for key in ("videos", "image"):
-            ours.pop(key, None)
+        places = dict.fromkeys(_CONVERSATION_KEYS, "conversations") | dict.fromkeys(_VIDEO_KEYS, "video")
+        ours = {places.get(key, key): value for key, value in given.items()}  # fields keep their order
+        ours["video"] = _video(given, paths, where, changed.append)
         ours["conversations"] = [
             {"from": speaker, "value": (f"{VIDEO_TAG}\n" if index == 0 and speaker == "human" else "") + value}
             for index, turn in enumerate(turns)
@@ -159,6 +158,7 @@ class ConversationFile:
 
 
 _CONVERSATION_KEYS = ("conversations", "conversation", "messages")
+_VIDEO_KEYS = ("video", "videos", "image")
 
 
 def conversation(record: dict[str, Any], where: str) -> Conversation:
@@ -259,7 +259,7 @@ def _text(entry: dict[str, Any], paths: list[str], note: Callable[[str], None]) 
 
 def _video(record: dict[str, Any], paths: list[str], where: str, note: Callable[[str], None]) -> str:
     """Path of the one video, wherever it stands."""
-    key = next((key for key in ("video", "videos", "image") if key in record), "video")
+    key = next((key for key in _VIDEO_KEYS if key in record), "video")
     if key not in record and paths:
         value: Any = paths if len(paths) > 1 else paths[0]
         note("the video's path taken out of the contents")
