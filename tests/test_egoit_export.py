@@ -109,7 +109,8 @@ def test_users_files_are_exported_with_what_all_records_have(tmp_path):
     )
     lines = export([file], "swift", tmp_path / "out")
     assert any(
-        "left out, since not every record has them or readers know them otherwise: label, note" in l for l in lines
+        "left out, since not every record has them or readers know them otherwise: label, note" in line
+        for line in lines
     )
     assert any("a JSON array, read like JSON Lines" in line for line in lines)
     rows = [json.loads(line) for line in (tmp_path / "out" / "users.jsonl").read_text().splitlines()]
@@ -273,7 +274,7 @@ def test_trimming_takes_the_windows_out(windows, tmp_path, capsys):
 
 def test_whole_videos_are_linked_beside_cut_ones_and_failures_stop_the_export(windows, tmp_path):
     root, out = tmp_path / "videos", tmp_path / "out"
-    with pytest.raises(MalformedRecords, match=r"one\.mp4 \[0\.000, 0\.500\) s: No such file .*two\.mp4"):
+    with pytest.raises(MalformedRecords, match=r"two\.mp4 \[3\.250, 3\.750\) s: No such file .*one\.mp4"):
         export([windows], "llava", out, root)
     assert not (out / "mine.json").exists()
     whole = write(
@@ -372,7 +373,7 @@ def test_leaks_refuses_what_it_does_not_know(mixed, tmp_path, capsys):
     assert main(["leaks", str(mixed), "--benchmarks", str(tmp_path / "none")]) == 2
     assert "--benchmarks: no folder" in capsys.readouterr().err
     root = official_files(tmp_path / "b")
-    with pytest.raises(ValueError, match="--only: got nothing, found below .*: egoschema, qaego4d"):
+    with pytest.raises(ValueError, match=r"--only: got nothing, found below .*: egoschema, qaego4d"):
         report([mixed], root, (), tmp_path, ["nothing"])
     (root / "egomcq.json").write_text("[]")
     with pytest.raises(ValueError, match=r"egomcq\.json: is no file of egomcq \(.*\): remove it or fetch it again"):

@@ -13,7 +13,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.ego_exo4d import camera_wearer_text
-from datamodules.egoit.egoexolearn import TEXTS
 from datamodules.toy_world.scene import COLOURS, HANDS, KINDS, VERBS, Action, Take, Thing, sentence
 
 CAPTION_INSTRUCTION = "Describe the video."
@@ -24,29 +23,26 @@ QUESTIONS = {
     "hand": "Which hand does the camera-wearer use?",
     "check": "Does the camera-wearer use the {thing}?",
 }
+ACTION_QUESTION = "What does the camera-wearer do with the object?"
 _FRAMES = (
     "{}",
-    "Question. {}",
-    "Answer this. {}",
-    "Look. {}",
-    "{} Answer.",
-    "{} Tell me.",
-    "Say it. {}",
-    "Watch. {}",
-    "Please answer. {}",
-    "{} Be short.",
+    "What? {}",
+    "video. {}",
+    "use the video. {}",
+    "with the video, {}",
+    "What is the video? {}",
+    "{} use the video.",
+    "{} with the video.",
+    "{} yes?",
+    "{} the video, yes?",
 )
-TEMPLATES: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "qa": ("phrase", tuple(frame.format("{question}") for frame in _FRAMES), "Answer with a word."),
-    "description": (
-        "sentence",
-        tuple(frame.format(CAPTION_INSTRUCTION) for frame in _FRAMES),
-        "Use one sentence. {question}",
-    ),
-    "action": ("phrase", tuple(frame.format("Name the action.") for frame in _FRAMES), "Use the verb and the object."),
+_TEMPLATES = {
+    "qa": ("phrase", "{question}", "use the object, the colour, the hand, yes, no."),
+    "description": ("sentence", CAPTION_INSTRUCTION, "use the object, the colour, the hand."),
+    "action": ("phrase", ACTION_QUESTION, "use the colour with the object."),
 }
-"""Of each task: the form of its answers, ten wordings, and what level ``task`` adds; in words of this world."""
-CAMERA_WEARER = "The camera-wearer acts."
+"""Of each task: the form of its answers, what is asked, and what level ``task`` adds."""
+_EGO = "the video is with the camera-wearer."
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ ' [INST] ' + message['content'] + ' [/INST] ' }}"
@@ -88,10 +84,11 @@ def options(take: Take, action: Action, rng: np.random.Generator) -> tuple[list[
     return [str(t) for t in texts], int(np.argmin(order))
 
 
-def conversation(take: Take, action: Action, rng: np.random.Generator) -> list[dict[str, str]]:
-    """Four turns about one clip in random order: the caption and three questions."""
+def conversation(take: Take, action: Action, rng: np.random.Generator, with_caption: float) -> list[dict[str, str]]:
+    """Four turns about one clip in random order; the caption is among them with probability ``with_caption``."""
     asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
-    turns = [(CAPTION_INSTRUCTION, caption(take, action))] + [asked[i] for i in rng.permutation(len(asked))[:3]]
+    captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
+    turns = captions + [asked[i] for i in rng.permutation(len(asked))[: 4 - len(captions)]]
     shuffled = [turns[i] for i in rng.permutation(len(turns))]
     return [
         {"from": speaker, "value": ("<video>\n" if index == 0 and speaker == "human" else "") + value}
@@ -119,12 +116,11 @@ def held_out_questions(take: Take, action: Action, rng: np.random.Generator) -> 
 
 
 def write_templates(folder: Path) -> None:
-    """Template banks in the world's language, for ``egoit.templates.Templates``; the first wording asks as held-out."""
+    """Template banks in the world's few words, for ``egoit.templates``; the first wording asks as held-out ones do."""
     folder.mkdir(parents=True, exist_ok=True)
-    for task, (answer, wordings, more) in TEMPLATES.items():
-        entries = [
-            {"id": number, "base": base, "task": more, "ego": CAMERA_WEARER} for number, base in enumerate(wordings)
-        ]
+    for task, (answer, asked, more) in _TEMPLATES.items():
+        bases = [frame.format(asked) for frame in _FRAMES]
+        entries = [{"id": number, "base": base, "task": more, "ego": _EGO} for number, base in enumerate(bases)]
         bank = {"answer": answer, "order": ["ego", "task", "base"], "default": entries}
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(bank, sort_keys=False))
 
@@ -132,11 +128,9 @@ def write_templates(folder: Path) -> None:
 def write_tokenizer(folder: Path) -> None:
     """A word-level tokenizer of the world's language, loadable by ``AutoTokenizer``."""
     things = [Thing(kind, colour) for kind in KINDS for colour in COLOURS]
-    texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}", CAMERA_WEARER]
-    texts += [text for _, wordings, more in TEMPLATES.values() for text in (*wordings, more)]
-    texts += [request for _, request in TEXTS.values()]
+    texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}"]
     texts += [str(camera_wearer_text(sentence(v, t, h))) for v in VERBS for t in things for h in HANDS]
-    words = sorted({word for text in texts for word in _words(re.sub(r"{\w+}", "", text))})
+    words = sorted({word for text in texts for word in _words(text.replace("{thing}", ""))})
     specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     vocabulary = {word: index for index, word in enumerate(specials + words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -333,14 +333,14 @@ def _conversation(take: Take, action: Action, key: str, path: str, rng: np.rando
         "video": path,
         "start": start_s,
         "end": end_s,
-        "conversations": questions.conversation(take, action, rng),
+        "conversations": questions.conversation(take, action, rng, with_caption=1.0),
     }
 
 
 def _shown_s(action: Action) -> tuple[float, float]:
-    """Seconds of an action that its clip shows, in whole milliseconds."""
+    """Seconds of an action that its clip shows."""
     half_s = 0.5 * CLIP_SHARE * (action.end_s - action.start_s)
-    return round(action.time_s - half_s, 3), round(action.time_s + half_s, 3)
+    return round(action.time_s - half_s, 4), round(action.time_s + half_s, 4)
 
 
 def _write_practice(root: Path, settings: Settings, workers: int) -> None:
