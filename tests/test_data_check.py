@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from test_clip_stream import KINDS, make_video
 
 from datamodules.data_check import Problem, VideoFile, check_file, decode_whole, main, read_annotations, run_bounded
@@ -393,3 +394,27 @@ def test_a_thousand_damaged_files_are_reported(clean: list[Path], tmp_path: Path
     check_damaged(tmp_path / "data", clean, tmp_path, 1000)
     (tmp_path / "again").mkdir()
     check_descriptors_and_memory(tmp_path / "again", clean, 1000)
+
+
+def test_folders_of_pictures_are_checked_too(tmp_path: Path, capsys) -> None:
+    for name in ("good", "damaged", "empty"):
+        (tmp_path / name).mkdir()
+    for number in range(5):
+        for name in ("good", "damaged"):
+            Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(tmp_path / name / f"{number}-rgb.png")
+    (tmp_path / "damaged" / "1-rgb.png").write_bytes(b"text")  # not among those that a clip of one frame shows
+    source = write_jsonl(tmp_path / "it.jsonl", [{"video": name} for name in ("good", "damaged", "empty")])
+    assert main([str(source), "--root", str(tmp_path), "--all", "--workers", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert "empty: NotAVideo: the folder holds no pictures" in printed
+    assert "damaged: Damaged: " in printed and "picture 1-rgb.png" in printed
+    assert "2 of 3 files are bad" in printed
+
+
+def test_entries_of_an_array_are_kept_as_lines(tmp_path: Path) -> None:
+    make_video(tmp_path / "good.mp4", 10)
+    source = tmp_path / "it.json"
+    source.write_text(json.dumps([{"video": "good.mp4"}, {"video": 3}, {"video": ["good.mp4"]}], indent=2))
+    clean = tmp_path / "clean.jsonl"
+    assert main([str(source), "--root", str(tmp_path), "--clean", str(clean), "--workers", "1"]) == 1
+    assert read_lines(clean) == [{"video": "good.mp4"}, {"video": ["good.mp4"]}]
