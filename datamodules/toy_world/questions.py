@@ -29,16 +29,16 @@ _FRAMES = (
     "What? {}",
     "video. {}",
     "use the video. {}",
-    "with the video, {}",
+    "with the video. {}",
     "What is the video? {}",
     "{} use the video.",
     "{} with the video.",
     "{} yes?",
-    "{} the video, yes?",
+    "{} the video. yes?",
 )
 _TEMPLATES = {
-    "qa": ("phrase", "{question}", "use the object, the colour, the hand, yes, no."),
-    "description": ("sentence", CAPTION_INSTRUCTION, "use the object, the colour, the hand."),
+    "qa": ("phrase", "{question}", "use the object. the colour. the hand. yes. no."),
+    "description": ("sentence", CAPTION_INSTRUCTION, "use the object with the colour with the hand."),
     "action": ("phrase", ACTION_QUESTION, "use the colour with the object."),
 }
 """Of each task: the form of its answers, what is asked, and what level ``task`` adds."""
