@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from datamodules.clips import ClipConfig, ClipDataModule, ClipTextDataset, Span
 from datamodules.conversations import Conversation, ConversationFile, ConversationStore, MalformedRecords, Turn, Wording
 from datamodules.egoit.templates import FOLDER, LEVELS, Templates, draw
-from datamodules.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts
+from datamodules.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts, mix_source
 from datamodules.text import EncodedText, TextEncoder
 
 Level = Literal["base", "task", "task_ego"]
@@ -147,10 +147,11 @@ class InstructionDataModule(ClipDataModule):
     ``python -m datamodules.egoit`` also say what their questions were made from, and are worded anew in each epoch.
 
     Args:
-        sources: instruction files: paths, or files with a weight, a number or splits, see ``MixSource``.
+        sources: instruction files: paths, or mappings of a file, and a weight, a number or splits, see
+            ``MixSource``.
         view: which encoder the clips are for.
         mix: how sources share an epoch; by default all their samples together are one.
-        prompt_level: of templated questions; null leaves every text as its file has it.
+        prompt_level: of templated questions; ``as_written`` leaves every text as its file has it.
         templates: folder of template banks, see ``egoit.templates``; null for those that come with the code.
         turns_per_clip: questions of one source about the same seconds of a video that are put to one conversation, so
             that the clip is read once for them; 1 keeps them apart.
@@ -162,28 +163,28 @@ class InstructionDataModule(ClipDataModule):
 
     def __init__(
         self,
-        sources: list[str | MixSource],
+        sources: list[str | dict[str, Any] | MixSource],
         view: Literal["ego", "exo"] = "ego",
         mix: MixConfig = NATURAL,
-        prompt_level: Level | None = "task_ego",
+        prompt_level: Literal["base", "task", "task_ego", "as_written"] = "task_ego",
         templates: str | None = None,
         turns_per_clip: int = 1,
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
-        self.sources = [MixSource(source) if isinstance(source, str) else source for source in sources]
+        self.sources = [mix_source(given, f"data.sources[{number}]") for number, given in enumerate(sources)]
         for source in self.sources:
             if not Path(source.file).is_file():
                 raise ValueError(f"data.sources: no file {source.file}: run `make data`, or set data.init_args.sources")
         names = [Path(source.file).stem for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"data.sources: got {', '.join(names) or 'none'}, allowed: one file or more, of own names")
-        if prompt_level is not None and prompt_level not in LEVELS:
-            raise ValueError(f"data.prompt_level: got {prompt_level!r}, allowed: {', '.join(LEVELS)} or null")
+        if prompt_level not in (*LEVELS, "as_written"):
+            raise ValueError(f"data.prompt_level: got {prompt_level!r}, allowed: {', '.join(LEVELS)}, as_written")
         if turns_per_clip < 1:
             raise ValueError(f"data.turns_per_clip: got {turns_per_clip}, allowed: 1 or more")
         self.source_names, self.view, self.mix, self.turns_per_clip = names, view, mix, turns_per_clip
-        self.prompt_level: Level | None = prompt_level
+        self.level: Level | None = None if prompt_level == "as_written" else prompt_level
         self._worded: set[tuple[str, str]] = set()  # tasks and sources for which there is a bank
         try:
             self.templates = Templates(FOLDER if templates is None else Path(templates))
@@ -198,7 +199,7 @@ class InstructionDataModule(ClipDataModule):
             MalformedRecords: records that cannot be read, of all files.
             ValueError: a file has no record of its splits, or one that no template words.
         """
-        store = ConversationStore(worded=self.prompt_level is not None)
+        store = ConversationStore(worded=self.level is not None)
         problems: list[str] = []
         sizes = []
         for source in self.sources:
@@ -229,7 +230,7 @@ class InstructionDataModule(ClipDataModule):
             self.source_names,
             self.turns_per_clip,
             self.templates,
-            self.prompt_level or "base",
+            self.level or "base",
             self.seed,
         )
         dataset.mix = Mix(dataset.sizes, epoch_counts(dataset.sizes, self.sources, self.mix), self.seed)
@@ -239,10 +240,10 @@ class InstructionDataModule(ClipDataModule):
     def _problem(self, record: Conversation) -> str:
         """Why a record cannot be worded; empty if it can, or need not be."""
         wording = record.wording
-        if wording is None or self.prompt_level is None or (wording.task, wording.source) in self._worded:
+        if wording is None or self.level is None or (wording.task, wording.source) in self._worded:
             return ""
         try:
-            self.templates.turn(wording, self.prompt_level, 0)
+            self.templates.turn(wording, self.level, 0)
         except ValueError as error:
             return str(error)
         if not wording.options:  # the bank is there, and nothing else can be wrong

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,42 @@ class MixConfig:
             raise ValueError(f"data.mix.alpha: got {self.alpha}, allowed: from 0 to 1")
         if not self.max_repeat >= 1:
             raise ValueError(f"data.mix.max_repeat: got {self.max_repeat}, allowed: 1 or more")
+
+
+def mix_source(given: str | Mapping[str, Any] | MixSource, where: str) -> MixSource:
+    """A source as a configuration names it: a path, or a mapping of the fields of ``MixSource``.
+
+    Args:
+        given: the value.
+        where: its key, for messages.
+
+    Raises:
+        ValueError: a field is unknown or missing, or has the wrong type.
+    """
+    if isinstance(given, MixSource):
+        return given
+    if isinstance(given, str):
+        return MixSource(given)
+    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "file": ("a path", _is_text),
+        "splits": ("a list of names or null", lambda value: _is(value, list) and all(map(_is_text, value or ()))),
+        "weight": ("a number or null", lambda value: _is(value, int | float)),
+        "samples": ("a whole number or null", lambda value: _is(value, int)),
+    }
+    if unknown := sorted(given.keys() - kinds.keys()):
+        raise ValueError(f"{where}.{unknown[0]}: no such key in {where}, allowed: {', '.join(kinds)}")
+    for name, (expected, fits) in kinds.items():
+        if (name in given or name == "file") and not fits(given.get(name)):
+            raise ValueError(f"{where}.{name}: got {given.get(name)!r}, allowed: {expected}")
+    return MixSource(**given)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return value is None or (isinstance(value, kind) and not isinstance(value, bool))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 NATURAL = MixConfig()

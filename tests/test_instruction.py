@@ -280,7 +280,18 @@ def test_what_was_changed_is_printed_once_for_each_file(toy_tokenizer, tmp_path,
     [
         ({"sources": []}, r"data\.sources: got none, allowed: one file or more, of own names"),
         ({"sources": ["one.jsonl", "x/one.jsonl"]}, r"data\.sources: got one, one, allowed"),
-        ({"prompt_level": "ego"}, r"data\.prompt_level: got 'ego', allowed: base, task, task_ego or null"),
+        ({"prompt_level": "ego"}, r"data\.prompt_level: got 'ego', allowed: base, task, task_ego, as_written"),
+        (
+            {"sources": [{"file": "one.jsonl", "wait": 1}]},
+            r"\[0\]\.wait: no such key in data\.sources\[0\], allow",
+        ),
+        ({"sources": ["one.jsonl", {"weight": 1}]}, r"data\.sources\[1\]\.file: got None, allowed: a path"),
+        (
+            {"sources": [{"file": "one.jsonl", "weight": "x"}]},
+            r"\[0\]\.weight: got 'x', allowed: a number",
+        ),
+        ({"sources": [{"file": "one.jsonl", "samples": 1.5}]}, r"\[0\]\.samples: got 1\.5, allowed: a whole number"),
+        ({"sources": [{"file": "one.jsonl", "splits": "val"}]}, r"\[0\]\.splits: got 'val', allowed: a list of names"),
         ({"turns_per_clip": 0}, r"data\.turns_per_clip: got 0, allowed: 1 or more"),
         ({"templates": "."}, r"data\.templates: \.: holds no templates"),
         (
@@ -316,7 +327,7 @@ def official(tmp_path):
 
 def test_epoch_0_says_what_the_file_says_and_later_ones_word_it_anew(toy_tokenizer, tmp_path, official):
     samples = mixed(toy_tokenizer, tmp_path, [official]).read()
-    as_written = mixed(toy_tokenizer, tmp_path, [official], prompt_level=None).read()
+    as_written = mixed(toy_tokenizer, tmp_path, [official], prompt_level="as_written").read()
     assert [samples.turns(n, 0) for n in range(100)] == [as_written.turns(n, 0) for n in range(100)]
     assert [as_written.turns(n, 1) for n in range(100)] == [as_written.turns(n, 0) for n in range(100)]
     changed = sum(samples.turns(n, 1) != samples.turns(n, 0) for n in range(100))
@@ -407,7 +418,7 @@ def test_records_that_no_template_words_are_named(toy_tokenizer, tmp_path):
     file = write(tmp_path, "riddles", 2, **made)
     with pytest.raises(MalformedRecords, match=r"record riddles/0: .*no templates for task 'riddle'.*riddles/1"):
         mixed(toy_tokenizer, tmp_path, [file]).read()
-    assert len(mixed(toy_tokenizer, tmp_path, [file], prompt_level=None).read()) == 2
+    assert len(mixed(toy_tokenizer, tmp_path, [file], prompt_level="as_written").read()) == 2
 
 
 def test_a_folder_of_pictures_is_shown(toy_tokenizer, tmp_path):
