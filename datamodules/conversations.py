@@ -81,10 +81,16 @@ class MalformedRecords(ValueError):
         problems: a line for each, with file and line; the message shows the first few and counts the rest.
     """
 
-    def __init__(self, problems: Iterable[str]) -> None:
+    def __init__(self, problems: Iterable[str], more_from: str = "`make data-check INDEX=<file>`") -> None:
+        """Build the message.
+
+        Args:
+            problems: a line for each.
+            more_from: what names those that the message only counts.
+        """
         self.problems = list(problems)
         shown, more = self.problems[:_SHOWN], len(self.problems) - _SHOWN
-        rest = [f"and {more} more: `make data-check INDEX=<file>` names every one"] if more > 0 else []
+        rest = [f"and {more} more: {more_from} names every one"] if more > 0 else []
         super().__init__("; ".join([*shown, *rest]))
 
 

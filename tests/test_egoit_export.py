@@ -137,7 +137,7 @@ def test_what_cannot_be_exported_is_named(windows, tmp_path, capsys):
 
 @pytest.fixture
 def load(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="needs the datasets library: pip install datasets")
+    datasets = pytest.importorskip("datasets", reason="needs the datasets library: pip install '.[readers]'")
 
     def load_json(file):
         return list(

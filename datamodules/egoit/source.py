@@ -131,7 +131,7 @@ def convert(
             elif skip_malformed or not problems:
                 yield row(record, templates, level, seed)
         if problems and not skip_malformed:
-            raise MalformedRecords(problems)
+            raise MalformedRecords(problems, "--skip-malformed")
 
     records = write_rows(out, rows())
     official = source.official()

@@ -38,7 +38,10 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def draw(seed: int, epoch: int, name: str) -> int:
-    """The template of a record in an epoch; of nothing else, so neither ranks nor a resumed run change it."""
+    """The template of a record in an epoch, by nothing else, so that neither ranks nor a resumed run change a prompt.
+
+    Training draws; whoever asks held-out questions in templates uses number 0.
+    """
     digest = hashlib.sha256(f"{seed}/{epoch}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % BANK_SIZE
 
