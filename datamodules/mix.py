@@ -108,8 +108,8 @@ def epoch_counts(sizes: Sequence[int], sources: Sequence[MixSource], mix: MixCon
     """
     weighted = [source.file for source in sources if source.weight is not None]
     numbered = [source.file for source in sources if source.samples is not None]
-    chosen = [name for name, given in (("weight", weighted), ("samples", numbered), ("mix.alpha", mix.alpha)) if given]
-    chosen += ["mix.alpha"] if mix.alpha == 0 else []
+    given = {"weight": bool(weighted), "samples": bool(numbered), "mix.alpha": mix.alpha is not None}
+    chosen = [name for name, is_given in given.items() if is_given]
     if len(chosen) > 1:
         raise ValueError(f"data.sources: {' and '.join(chosen)} are given, but each decides alone: keep one of them")
     if weighted and len(weighted) < len(sources):
@@ -136,7 +136,7 @@ class Mix:
     """Which samples an epoch has.
 
     The samples of a source take turns: they are drawn from one shuffled pass over the source after the other, epochs
-    going on where the last one ended, so that after any number of epochs none came twice as often as another.
+    going on where the last one ended, so that no sample is ever more than one turn ahead of another of its source.
 
     Args:
         sizes: samples of each source; sources follow one another in the data set.

@@ -104,14 +104,16 @@ def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterat
         tick_s = cast(Fraction, stream.time_base)
         container.seek(int((first_s + start_s) / tick_s), stream=stream)
         frames = container.decode(stream)
-        held = next(frames)
-        if held.time - first_s > start_s:  # the seek went too far
+        held = next(frames, None)
+        if held is None or held.time - first_s > start_s:  # the seek went too far
             container.seek(int(first_s / tick_s), stream=stream)
             frames = container.decode(stream)
-            held = next(frames)
+            held = next(frames, None)
+        if held is None:
+            raise Damaged("no picture can be decoded", source)
         for frame in frames:
-            if held.is_corrupt:
-                raise Damaged(f"corrupt picture at {held.time - first_s:.3f} s", source)
+            if frame.is_corrupt:
+                raise Damaged(f"corrupt picture at {frame.time - first_s:.3f} s", source)
             time_s = frame.time - first_s
             if time_s > start_s:
                 yield held
