@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,3 +252,14 @@ def test_the_store_gives_back_what_was_put_in():
     texts = ConversationStore(worded=False)
     texts.append(made)
     assert texts.content(0) == (("?", "!"),)
+
+
+def test_the_rows_of_the_readme_are_read_alike(tmp_path):
+    readme = Path(__file__).parents[1] / "README.md"
+    block = readme.read_text(encoding="utf-8").partition("**Your own files**")[2].partition("```json\n")[2]
+    file, found = read(tmp_path, block.partition("```")[0])
+    assert file.problems == []
+    assert [record.turns for record in found] == [(("What do I hold?", "A ladle."),)] * 3
+    assert [record.video for record in found] == ["kitchen/0001.mp4", "kitchen/0002.mp4", "kitchen/frames_0003"]
+    assert [(record.start_s, record.end_s) for record in found] == [(3.0, 5.5), (None, None), (None, None)]
+    assert len(file.changes) == 6

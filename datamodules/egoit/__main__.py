@@ -137,7 +137,9 @@ def _leaks(words: Sequence[str]) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """Run a command; exit status 2 with one line when something does not fit."""
     commands = {"convert": _convert, "export": _export, "leaks": _leaks}
-    parser = argparse.ArgumentParser(prog="python -m datamodules.egoit", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.egoit", description="Rebuild the instruction mix, and hand it on."
+    )
     parser.add_argument("command", choices=commands)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="see `<command> --help`")
     given = parser.parse_args(words)
