@@ -19,7 +19,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip data-check reencode stage0 stage1 stage2 stage3 plan consolidate evaluate tensorboard test test-all lint format bench bench-clips bench-step bench-index chaos clean
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 plan consolidate evaluate tensorboard test test-all chaos lint format bench bench-clips bench-step bench-index bench-mix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,18 @@ data/toy/ego_exo_clip/index.json: | $(VENV)/installed
 ego-exoclip: $(VENV)/installed ## index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..."
 	@test -n "$(EGOEXO4D)" || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
 	$(PYTHON) -m datamodules.build_pairs ego-exo4d $(EGOEXO4D) $(ARGS)
+
+egoit: $(VENV)/installed ## instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn from its files in ROOT=folder
+	@test -n "$(SOURCE)" && test -n "$(ROOT)" || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }
+	$(PYTHON) -m datamodules.egoit convert $(SOURCE) --root $(ROOT) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+egoit-export: $(VENV)/installed ## instruction FILES=... for other stacks, TO=llava|videollama3|llamafactory|swift|openai OUT=folder
+	@test -n "$(FILES)" && test -n "$(TO)" && test -n "$(OUT)" || { echo "error: name all: make egoit-export FILES=data/egoit/egtea.jsonl TO=llava OUT=export"; exit 2; }
+	$(PYTHON) -m datamodules.egoit export $(FILES) --to $(TO) --out $(OUT) $(ARGS)
+
+egoit-leaks: $(VENV)/installed ## recordings that instruction FILES=... share with the official files in BENCHMARKS=folder
+	@test -n "$(FILES)" && test -n "$(BENCHMARKS)" || { echo "error: name both: make egoit-leaks FILES=data/egoit/egtea.jsonl BENCHMARKS=/data/benchmarks"; exit 2; }
+	$(PYTHON) -m datamodules.egoit leaks $(FILES) --benchmarks $(BENCHMARKS) $(ARGS)
 
 data-check: $(VENV)/installed ## read the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."
 	@test -n "$(ROOT)" || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }
@@ -108,6 +120,9 @@ bench-step: $(VENV)/installed ## measure what the Trainer costs beside a bare lo
 
 bench-index: $(VENV)/installed ## measure building and holding an index of 1.1 million pairs
 	$(PYTHON) tests/bench_index.py $(ARGS)
+
+bench-mix: $(VENV)/installed ## measure loading a mix of 600,000 instruction records
+	$(PYTHON) tests/bench_mix.py $(ARGS)
 
 clean: ## remove runs and the generated data; .venv stays
 	rm -rf $(RUNS) data/toy

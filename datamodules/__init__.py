@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from datamodules.build_pairs import BuildOptions, build_index
     from datamodules.clip_stream import ClipDecodeError, ClipReader, read_views
     from datamodules.clips import ClipConfig, ClipDataModule
+    from datamodules.conversations import ConversationFile
     from datamodules.ego_exo4d import EgoExo4D
     from datamodules.ego_exo_clip import EgoExoClipDataModule
     from datamodules.instruction import InstructionDataModule
+    from datamodules.mix import MixConfig, MixSource
     from datamodules.pair_index import PairIndex, PairSource, SourceError
     from datamodules.text import TextEncoder
 
@@ -28,9 +30,12 @@ __all__ = [
     "ClipDataModule",
     "ClipDecodeError",
     "ClipReader",
+    "ConversationFile",
     "EgoExo4D",
     "EgoExoClipDataModule",
     "InstructionDataModule",
+    "MixConfig",
+    "MixSource",
     "PairIndex",
     "PairSource",
     "Question",
@@ -48,9 +53,11 @@ _MODULES = {
     "build_pairs": ("BuildOptions", "build_index"),
     "clip_stream": ("ClipDecodeError", "ClipReader", "read_views"),
     "clips": ("ClipConfig", "ClipDataModule"),
+    "conversations": ("ConversationFile",),
     "ego_exo4d": ("EgoExo4D",),
     "ego_exo_clip": ("EgoExoClipDataModule",),
     "instruction": ("InstructionDataModule",),
+    "mix": ("MixConfig", "MixSource"),
     "pair_index": ("PairIndex", "PairSource", "SourceError"),
     "text": ("TextEncoder",),
 }

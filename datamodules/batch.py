@@ -62,6 +62,8 @@ class ClipBatch(_Movable):
             that cannot be read are counted, because no other rank knows of them: their losses are missing from the sum,
             the other samples keep their weight.
         ego_video, exo_video: uint8 [B, T, S, S, 3], RGB, the same instants in both; None if the stage does not look.
+        source_names: what the samples are mixed from, the same in every batch; empty if nothing is mixed.
+        source: int64 [B], each sample's place among them; None if nothing is mixed.
         readable: bool [B]. Where false, the pictures are zeros, no token is supervised, and the sample takes no part in
             any loss. By default all are.
         skipped: a line for each sample that is not readable: its name and why.
@@ -72,6 +74,8 @@ class ClipBatch(_Movable):
     label_tokens: float
     ego_video: Tensor | None = None
     exo_video: Tensor | None = None
+    source_names: tuple[str, ...] = ()
+    source: Tensor | None = None
     readable: Tensor = None  # type: ignore[assignment]
     skipped: list[str] = field(default_factory=list)
 

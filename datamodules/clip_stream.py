@@ -1,5 +1,8 @@
 """Random access to video files: the exact frames at given times, small and uint8, without decoding more than needed.
 
+A folder of pictures is a video too: ``PICTURES_FPS`` of its pictures a second in the order of their names, those that
+end in ``-rgb`` alone where there are such (OpenEQA keeps depth beside them).
+
 Shapes: ``N`` frames of one clip, ``size`` the side of the square output picture in pixels.
 
 Times are seconds on the file's own clock, 0 being its first displayed frame. The frame for time t is the last one
@@ -41,6 +44,8 @@ Result = TypeVar("Result")
 
 FITS: tuple[Fit, ...] = ("pad", "crop", "squash")
 PAD_RGB = (122, 116, 104)  # CLIP's mean colour, so that padding is about zero after normalisation
+PICTURES_FPS = 30.0
+"""Frame rate of a folder of pictures, the one at which OpenEQA's own script encodes its episodes."""
 
 # Pixel formats whose scaled picture stays in YUV until the cheap unscaled step to RGB; all others go in one step.
 _YUV_STEP = {"yuv420p": "yuv420p", "yuvj420p": "yuvj420p", "yuv420p10le": "yuv420p"}
@@ -48,6 +53,7 @@ _SKIPS_UNREFERENCED = frozenset({"h264", "hevc"})  # decoders that honour skip_f
 _HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # of FFmpeg's look at a file, which decodes pictures else
 _RESEEK_GAP_S = 1.0  # below this, demuxing on is about as cheap as another seek
 _MAX_CONVERTERS = 32
+_PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 
 class ClipDecodeError(ValueError):
@@ -219,6 +225,37 @@ class _OpenVideo:
         return self.start_tick + math.floor((time_s + tolerance_s) / self.tick_s)
 
 
+@dataclass(frozen=True)
+class _Pictures:
+    """A folder of pictures as it was when it was listed."""
+
+    path: str
+    stamp: int
+    names: tuple[str, ...]
+
+    @property
+    def end_s(self) -> float:
+        return len(self.names) / PICTURES_FPS
+
+    def number_shown_by(self, time_s: float) -> int:
+        """The last picture displayed at or before a time up to one picture past the end."""
+        number = math.floor((time_s + 1e-3) * PICTURES_FPS)
+        if not 0 <= number <= len(self.names):
+            raise SpanOutsideFile(f"{time_s:.3f} s is outside its {len(self.names)} pictures, {self.end_s:.3f} s")
+        return min(number, len(self.names) - 1)
+
+    def picture(self, number: int) -> VideoFrame:
+        name = self.names[number]
+        try:
+            with av.open(os.path.join(self.path, name), "r", metadata_errors="ignore") as container:
+                frame = next(container.decode(video=0))
+        except (av.error.FFmpegError, StopIteration, IndexError) as error:
+            raise Damaged(f"picture {name}: {_words(error)}", self.path) from error
+        if frame.is_corrupt:
+            raise Damaged(f"picture {name} is corrupt", self.path)
+        return frame
+
+
 class ClipReader:
     """Reads exact frames from video files and keeps the files it used last open.
 
@@ -266,7 +303,7 @@ class ClipReader:
         A time up to one frame past the end of the file gives its last frame.
 
         Args:
-            path: video file.
+            path: video file, or folder of pictures.
             times_s: N times in seconds on the file's clock, in any order; several may fall on one frame.
             size: side of the square output in pixels.
             fit: ``pad`` scales the whole picture to fit and centres it on ``PAD_RGB`` (its short side rounded to
@@ -348,6 +385,8 @@ class ClipReader:
 class _OpenFiles:
     """Open videos with their decoders and scalers, used by one thread at a time."""
 
+    _pictures: _Pictures | None  # the folder that was used last
+
     def __init__(self, max_open: int) -> None:
         self._max_open = max_open
         self._forget()
@@ -358,11 +397,15 @@ class _OpenFiles:
         self._forget()
 
     def drop(self, name: str) -> None:
+        if self._pictures is not None and self._pictures.path == name:
+            self._pictures = None
         video = self._videos.pop(name, None)
         if video is not None:
             video.container.close()
 
     def read(self, name: str, times: list[float], size: int, fit: Fit) -> Clip:
+        if os.path.isdir(name):
+            return self._read_pictures(self._list(name), times, size, fit)
         video = self._open(name)
         limits = [video.last_tick_shown_by(time_s) for time_s in times]
         if min(limits) < video.start_tick:
@@ -370,19 +413,23 @@ class _OpenFiles:
         return self._read_limits(video, limits, size, fit)
 
     def usable_end_s(self, name: str, start_s: float, end_s: float) -> float:
-        video = self._open(name)
-        file_end_s = video.header_end_s
-        if end_s > file_end_s:  # headers of variable-rate files may fall short of the last frame
-            file_end_s = max(file_end_s, _last_frame_end_s(video))
-        if start_s < -min(1e-3, 0.1 * video.frame_s):
+        if os.path.isdir(name):
+            file_end_s, frame_s = self._list(name).end_s, 1 / PICTURES_FPS
+        else:
+            video = self._open(name)
+            file_end_s, frame_s = video.header_end_s, video.frame_s
+            if end_s > file_end_s:  # headers of variable-rate files may fall short of the last frame
+                file_end_s = max(file_end_s, _last_frame_end_s(video))
+        if start_s < -min(1e-3, 0.1 * frame_s):
             raise SpanOutsideFile("the span begins before the first frame at 0 s")
-        if start_s >= file_end_s or file_end_s + video.frame_s < end_s < math.inf:
+        if start_s >= file_end_s or file_end_s + frame_s < end_s < math.inf:
             raise SpanOutsideFile(f"the video ends at {file_end_s:.3f} s")
         return min(end_s, file_end_s)
 
     def _forget(self) -> None:
         self._pid = os.getpid()
         self._videos: OrderedDict[str, _OpenVideo] = OrderedDict()
+        self._pictures = None
         self._converters: dict[tuple[int, int, str, float, int, Fit], _Converter] = {}
 
     def _open(self, name: str, thorough: bool = False) -> _OpenVideo:
@@ -399,6 +446,24 @@ class _OpenFiles:
         video = _open_video(name, stamp, thorough)
         self._videos[name] = video
         return video
+
+    def _list(self, name: str) -> _Pictures:
+        stamp = os.stat(name).st_mtime_ns
+        if self._pictures is None or (self._pictures.path, self._pictures.stamp) != (name, stamp):
+            self._pictures = _Pictures(name, stamp, _picture_names(name))
+        return self._pictures
+
+    def _read_pictures(self, pictures: _Pictures, times: list[float], size: int, fit: Fit) -> Clip:
+        numbers = [pictures.number_shown_by(time_s) for time_s in times]
+        canvas = np.empty((len(numbers), size, size, 3), dtype=np.uint8)
+        for number in sorted(set(numbers)):
+            first, *others = (row for row, wanted in enumerate(numbers) if wanted == number)
+            frame = pictures.picture(number)
+            self._converter(frame, 1.0, size, fit).write(frame, canvas[first])
+            for row in others:
+                canvas[row] = canvas[first]
+        frame_numbers = np.array(numbers, dtype=np.int64)
+        return Clip(torch.from_numpy(canvas), frame_numbers / PICTURES_FPS, frame_numbers)
 
     def _read_limits(self, video: _OpenVideo, limits: list[int], size: int, fit: Fit) -> Clip:
         ascending = sorted(set(limits))
@@ -577,7 +642,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Describe a video file from its header and its first picture, the only one decoded (for the rotation).
 
     Args:
-        path: video file.
+        path: video file, or folder of pictures.
 
     Returns:
         The description; duration and frame count are what the header claims.
@@ -586,6 +651,10 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         ClipDecodeError: the file is missing, is not a video, or its first picture is damaged.
     """
     name = os.fspath(path)
+    if os.path.isdir(name):
+        pictures = _Pictures(name, 0, _picture_names(name))
+        first, count = pictures.picture(0), len(pictures.names)
+        return VideoInfo(first.width, first.height, PICTURES_FPS, pictures.end_s, count, "pictures", 0.0, 0)
     video = _open_video(name, _stamp(name))
     try:
         return VideoInfo(
@@ -608,6 +677,18 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
 def _words(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
+
+
+def _picture_names(folder: str) -> tuple[str, ...]:
+    try:
+        listed = sorted(os.listdir(folder))
+    except OSError as error:
+        raise NotAVideo(_words(error), folder) from error
+    names = [name for name in listed if os.path.splitext(name)[1].lower() in _PICTURE_SUFFIXES]
+    colour = [name for name in names if os.path.splitext(name)[0].endswith("-rgb")]
+    if not names:
+        raise NotAVideo("the folder holds no pictures (.png, .jpg)", folder)
+    return tuple(colour or names)
 
 
 def _stamp(name: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,13 @@ class _Request:
 
 
 class ClipTextDataset(Dataset[ClipBatch], ABC):
-    """Samples of one clip, in one or both views, and one text."""
+    """Samples of one clip, in one or both views, and one text.
+
+    Attributes:
+        source_names: what the samples are mixed from, for the curves; empty if nothing is mixed.
+    """
+
+    source_names: tuple[str, ...] = ()
 
     def __init__(self, clips: ClipConfig, encoder: TextEncoder) -> None:
         self.clips = clips
@@ -117,6 +123,19 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
     @abstractmethod
     def text(self, index: int, epoch: int) -> EncodedText:
         """The sample's text in this epoch."""
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of an epoch."""
+        return len(self)
+
+    def epoch_samples(self, epoch: int) -> NDArray[np.int64]:
+        """The samples of an epoch, not shuffled; any of them may be missing or come several times."""
+        return np.arange(len(self))
+
+    def source(self, index: int) -> int:
+        """Place of a sample's source in ``source_names``."""
+        return 0
 
     def groups(self) -> NDArray[np.integer[Any]] | None:
         """A number for each sample, equal for samples that read the same files; None if there is no such grouping."""
@@ -148,11 +167,18 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         return ClipBatch(
             ids=[self.name(index) for index in request.indices],
             text=self.encoder.batch(rows),
-            label_tokens=max(1, sum(text.label_tokens for text in texts.values())) / request.micro_batches,
+            label_tokens=max(1, self._label_tokens(texts, request.global_indices)) / request.micro_batches,
+            source_names=self.source_names,
+            source=torch.tensor([self.source(i) for i in request.indices]) if self.source_names else None,
             readable=torch.tensor([index not in failed for index in request.indices]),
             skipped=[f"{self.name(index)}: {failed[index]}" for index in request.indices if index in failed],
             **{f"{view}_video": frames[view] for view in frames},
         )
+
+    @staticmethod
+    def _label_tokens(texts: dict[int, EncodedText], indices: list[int]) -> int:
+        """Supervised tokens of a global batch, in which a sample may come more than once."""
+        return sum(texts[index].label_tokens for index in indices if index in texts)
 
     def _texts(self, epoch: int, indices: list[int]) -> tuple[dict[int, EncodedText], dict[int, str]]:
         """Texts of a global batch, and why others cannot be used; kept for its other micro-batches."""
@@ -174,13 +200,14 @@ class GlobalBatchSampler(Sampler[_Request]):
     The set of samples in each global batch depends on (seed, epoch) only, not on how it is split.
 
     Args:
-        samples: number of samples.
+        samples: number of samples of an epoch.
         global_batch_size: samples of one optimiser step.
         accumulate: micro-batches of a step on each rank.
         rank, world: this rank, and how many there are.
         seed: of the order.
         groups: integer [samples], equal where samples read the same files.
         block_groups: where above 0, groups are shuffled, and samples within blocks of so many groups.
+        epoch_samples: which samples an epoch has, given its number; each of them once if None.
     """
 
     def __init__(
@@ -193,7 +220,9 @@ class GlobalBatchSampler(Sampler[_Request]):
         seed: int,
         groups: NDArray[np.integer[Any]] | None = None,
         block_groups: int = 0,
+        epoch_samples: Callable[[int], NDArray[np.int64]] | None = None,
     ) -> None:
+        self.epoch_samples = epoch_samples
         self.samples, self.global_batch_size, self.accumulate = samples, global_batch_size, accumulate
         self.rank, self.world, self.seed = rank, world, seed
         self.groups, self.block_groups = groups, block_groups
@@ -217,6 +246,8 @@ class GlobalBatchSampler(Sampler[_Request]):
     def _order(self) -> NDArray[np.int64]:
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(self.samples)
+        if self.epoch_samples is not None:
+            order = self.epoch_samples(self.epoch)[order]
         if self.groups is None or not self.block_groups:
             return order
         found, number = np.unique(self.groups, return_inverse=True)
@@ -389,9 +420,10 @@ class ClipDataModule(L.LightningDataModule, ABC):
         if stage == "fit" and self.train_set is None:
             self.train_set = self.read()
             self.train_set.reader = ClipReader(timeout_s=self.decode_timeout_s)
-            if len(self.train_set) < self.global_batch_size:
+            samples = self.train_set.epoch_length
+            if samples < self.global_batch_size:
                 raise ValueError(
-                    f"data.global_batch_size: got {self.global_batch_size}, but there are only {len(self.train_set)} "
+                    f"data.global_batch_size: got {self.global_batch_size}, but there are only {samples} "
                     "training samples"
                 )
 
@@ -405,7 +437,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
     def steps_per_epoch(self) -> int:
         """Optimiser steps of one epoch."""
         assert self.train_set is not None, "setup() comes first"
-        return len(self.train_set) // self.global_batch_size
+        return self.train_set.epoch_length // self.global_batch_size
 
     def accumulation(self, world: int) -> int:
         """Micro-batches of one optimiser step on each of ``world`` ranks, if ``micro_batch_size`` is set.
@@ -462,7 +494,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
                 f"needs {self.accumulation(world)}: set it to that"
             )
         sampler = GlobalBatchSampler(
-            len(self.train_set),
+            self.train_set.epoch_length,
             self.global_batch_size,
             accumulate,
             self.trainer.global_rank,
@@ -470,6 +502,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
             self.seed,
             self.train_set.groups() if self.shuffle_block_groups else None,
             self.shuffle_block_groups,
+            self.train_set.epoch_samples,
         )
         # Reading is bounded by itself, file by file; this is for all else, and must not come before it.
         timeout_s = 300 + self.decode_timeout_s * self.global_batch_size // (accumulate * world)

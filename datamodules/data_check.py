@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -31,7 +31,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from datamodules.jsonl import read_jsonl, require, seconds
+from datamodules.conversations import ConversationFile
+from datamodules.jsonl import is_array, read_jsonl, read_records, seconds
 from datamodules.pair_index import PairIndex
 
 # clip_stream imports torch, which takes seconds: what needs it imports it when called.
@@ -91,39 +92,47 @@ class Annotations:
     """The video files of a data set, and which line of its annotations needs which.
 
     Attributes:
-        file: JSON Lines, a clip a line.
+        file: JSON Lines, a clip a line, or a JSON array of them.
         files: by path relative to the data root, in the order they are named.
-        paths_by_line: the files that each line needs, empty lines not counted.
+        paths_by_line: the files that each line needs, empty lines not counted; None for a line that cannot be read.
+        malformed: why lines cannot be read, one by one.
     """
 
     file: Path
     files: dict[str, VideoFile]
-    paths_by_line: list[tuple[str, ...]]
+    paths_by_line: list[tuple[str, ...] | None]
+    malformed: list[str] = field(default_factory=list)
+
+    def is_clean(self, problems: Container[str]) -> list[bool]:
+        """Whether each line can be read, and so can its files."""
+        return [paths is not None and not any(path in problems for path in paths) for paths in self.paths_by_line]
 
 
 def read_annotations(source: Path) -> Annotations:
     """Read what a data set says about its videos.
 
     Args:
-        source: folder of an index of pairs, or a JSON Lines file with ``video`` and optional ``start`` and ``end``.
+        source: folder of an index of pairs, or an instruction file of any form that ``ConversationFile`` reads.
 
     Raises:
-        ValueError: there is no such file, or a line is wrong; names file, line and field.
+        ValueError: there is no such file, or a line of an index is wrong; names file, line and field.
     """
     if source.is_dir():
         return _read_index(source)
     if not source.is_file():
         raise ValueError(f"{source}: no such file or folder: give an index folder or an instruction file (JSON Lines)")
     files: dict[str, VideoFile] = {}
-    paths_by_line: list[tuple[str, ...]] = []
-    for where, record in read_jsonl(source):
-        path = str(require(record, "video", where))
-        window = (0.0, math.inf)
-        if record.get("start") is not None or record.get("end") is not None:
-            window = (seconds(record, "start", where), seconds(record, "end", where))
+    paths_by_line: list[tuple[str, ...] | None] = []
+    conversations = ConversationFile(source, texts=False)
+    for _, record in conversations.entries():
+        if isinstance(record, ValueError):
+            paths_by_line.append(None)
+            continue
+        path = record["video"]
+        window = (float(record.get("start", 0.0)), float(record.get("end", math.inf)))
         files.setdefault(path, VideoFile(path)).spans_s.append(window)
         paths_by_line.append((path,))
-    return Annotations(source, files, paths_by_line)
+    return Annotations(source, files, paths_by_line, conversations.problems)
 
 
 def _read_index(folder: Path) -> Annotations:
@@ -180,7 +189,11 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
             times_s = segment_midpoints(start_s, end_s, FRAMES_PER_CLIP)
             reader.read(path, times_s, size=16, fit="squash", span_s=(start_s, end_s))
             beat()
-        if decode_all:
+        if decode_all and path.is_dir():
+            for number in range(info.num_frames):
+                reader.read(path, [number / info.fps], size=16, fit="squash")
+                beat()
+        elif decode_all:
             for _ in decode_whole(path):
                 beat()
     except ClipDecodeError as error:
@@ -388,6 +401,15 @@ def check_files(
     return {file.path: problems[file.path] for file in files if file.path in problems}
 
 
+def _lines(file: Path) -> Iterator[bytes]:
+    """Lines of JSON Lines as they stand, empty ones left out; entries of an array as lines."""
+    if is_array(file):
+        yield from ((json.dumps(record) + "\n").encode() for _, record in read_records(file))
+        return
+    with file.open("rb") as lines:
+        yield from (line for line in lines if line.strip())
+
+
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
     partial_path = path.with_name(f"{path.name}.partial")
     with partial_path.open("wb") as out:
@@ -429,21 +451,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     files = [file.with_samples(options.samples) for file in annotations.files.values()]
     problems = check_files(files, options.root, options.all, options.workers, options.timeout)
-    is_clean = [problems.keys().isdisjoint(paths) for paths in annotations.paths_by_line]
+    is_clean = annotations.is_clean(problems)
     if options.clean is not None:
-        with annotations.file.open("rb") as lines:
-            present = (line for line in lines if line.strip())
-            _write_lines(options.clean, (line for line, keep in zip(present, is_clean, strict=True) if keep))
+        kept = (line for line, keep in zip(_lines(annotations.file), is_clean, strict=True) if keep)
+        _write_lines(options.clean, kept)
     if options.bad is not None:
-        needed = Counter(path for paths in annotations.paths_by_line for path in paths)
+        needed = Counter(path for paths in annotations.paths_by_line for path in paths or ())
         records = [{"path": path, **asdict(problem), "lines": needed[path]} for path, problem in problems.items()]
         _write_lines(options.bad, ((json.dumps(record) + "\n").encode() for record in records))
+    for problem_of_line in annotations.malformed:
+        print(problem_of_line)
     for path, problem in problems.items():
         print(f"{path}: {problem.kind}: {problem.reason}")
     kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(p.kind for p in problems.values()).most_common())
     print(f"{len(problems)} of {len(files)} files are bad{f' ({kinds})' if kinds else ''}")
     print(f"{sum(is_clean)} of {len(is_clean)} lines of {annotations.file.name} are clean")
-    return 1 if problems else 0
+    return 1 if problems or annotations.malformed else 0
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from datamodules.conversations import MalformedRecords
 from datamodules.data_check import Beat, Problem, decode_whole, read_annotations, run_bounded
 
 # clip_stream imports torch, which takes seconds: what needs it imports it when called.
@@ -233,8 +234,8 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
     ):
         container.metadata["comment"] = mark
         first = next(frames)
-        rate, pixel_aspect = _header(source)
-        graph, width, height = _upright(first, pixel_aspect, encoding.short_side)
+        rate, pixel_aspect = header(source)
+        graph, width, height = upright(first, pixel_aspect, encoding.short_side)
         stream = container.add_stream("libx264", rate=rate, options=encoding.x264_options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         codec, tick_s = stream.codec_context, cast(Fraction, first.time_base)
@@ -280,7 +281,7 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
     return pictures
 
 
-def _header(source: Path) -> tuple[Fraction, float]:
+def header(source: Path) -> tuple[Fraction, float]:
     """Frames per second, and width of a stored pixel over its height."""
     with av.open(os.fspath(source), metadata_errors="ignore") as container:
         stream = cast(VideoStream, container.streams.best("video"))
@@ -288,7 +289,7 @@ def _header(source: Path) -> tuple[Fraction, float]:
         return rate, float(stream.sample_aspect_ratio or 1) or 1.0
 
 
-def _upright(first: VideoFrame, pixel_aspect: float, short_side: int) -> tuple[Graph, int, int]:
+def upright(first: VideoFrame, pixel_aspect: float, short_side: int) -> tuple[Graph, int, int]:
     """Filters that make pictures like ``first`` small, square in their pixels and upright; their width and height."""
     shown_width = first.width * pixel_aspect
     scale = min(1.0, short_side / min(shown_width, first.height))
@@ -462,7 +463,10 @@ def _paths(options: argparse.Namespace) -> list[str]:
         raise ValueError(f"--out is {options.out}, which is --root: sources are kept, choose another folder")
     number, count = options.shard
     if options.index is not None:
-        named = [Path(path) for path in read_annotations(options.index).files]
+        annotations = read_annotations(options.index)
+        if annotations.malformed:
+            raise MalformedRecords(annotations.malformed)
+        named = [Path(path) for path in annotations.files]
     else:
         named = [
             path.relative_to(options.root) if path.is_relative_to(options.root) else path for path in options.files

@@ -14,10 +14,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, TextBatch
-
-VIDEO_TAG = "<video>"
-Turn = tuple[str, str]
-"""A question and its answer."""
+from datamodules.conversations import VIDEO_TAG, Turn
 
 
 def _template(question: str, answer: str) -> str:

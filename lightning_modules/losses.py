@@ -35,6 +35,24 @@ def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum") / label_tokens
 
 
+@torch.no_grad()
+def loss_by_source(logits: Tensor, targets: Tensor, source: Tensor, sources: int) -> Tensor:
+    """What ``vtg_loss`` is made of, source by source; for curves only.
+
+    Args:
+        logits: float32 [M, V].
+        targets: int64 [M].
+        source: int64 [M], where each token comes from.
+        sources: S, how many sources there are.
+
+    Returns:
+        float32 [S, 2], on the device and without waiting for it: sum of the token losses, and number of tokens.
+    """
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    of_source = source == torch.arange(sources, device=source.device)[:, None]  # [S, M]
+    return of_source.float() @ torch.stack([losses, torch.ones_like(losses)], dim=1)
+
+
 def cycle_consistency_loss(
     feature: Tensor, round_trip: Tensor, readable: Tensor, norm: Literal["none", "channel_std"] = "none"
 ) -> Tensor:

@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 class TrainingMonitor(L.Callback):
-    """Losses, rates, gradient norm, speed, memory and skipped samples, every few optimiser steps, and a summary.
+    """Losses, rates, gradient norm, speed, memory, skipped samples and sources, every few steps, and a summary.
 
     Losses are averaged over steps and ranks. Samples that were skipped are counted over all ranks from the start of the
-    process on, and each is named once by the rank that met it. Values stay on the device until they are written: it is
-    waited for, and ranks talk, once per write only.
+    process on, and each is named once by the rank that met it. Where samples are mixed, each source's share of them and
+    its loss per token are over all ranks and the steps since the last write. Values stay on the device until they are
+    written: it is waited for, and ranks talk, once per write only.
 
     Args:
         every_n_steps: optimiser steps between two writes; losses and norms are averaged in between.
@@ -49,6 +50,7 @@ class TrainingMonitor(L.Callback):
         self._clear()
         self.seen = self.skipped = 0
         self.named: set[str] = set()
+        self.source_names: tuple[str, ...] = ()
         self.batch_ended = self.window_began = time.perf_counter()
         ready = self.window_began - self.process_began, _host_gib()
         seconds, host_gib = self._of_all_ranks(trainer, ready).amax(0).tolist()
@@ -59,6 +61,7 @@ class TrainingMonitor(L.Callback):
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.by_source: Tensor | None = None  # [S, 3]: sum of token losses, tokens, samples
         self.waited_s = 0.0
         self.samples = self.tokens = self.frames = self.steps = 0
 
@@ -88,22 +91,35 @@ class TrainingMonitor(L.Callback):
         self.samples += len(batch.ids)
         self.tokens += batch.text.input_ids.numel()
         self.frames += batch.num_frames
+        self._collect_sources(stage, batch)
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.steps += 1
             if trainer.global_step % self.every_n_steps == 0:
                 self._write(trainer)
         self.batch_ended = time.perf_counter()
 
+    def _collect_sources(self, stage: Stage, batch: ClipBatch) -> None:
+        if batch.source is None or stage.source_losses is None:
+            return
+        self.source_names = batch.source_names
+        numbers = torch.arange(len(self.source_names), device=batch.source.device)
+        samples = (batch.source == numbers[:, None]).sum(1, keepdim=True)
+        collected = torch.cat([stage.source_losses, samples], dim=1)
+        self.by_source = collected if self.by_source is None else self.by_source + collected
+
     def _write(self, trainer: L.Trainer) -> None:
         names = list(self.sums)
         means = torch.stack([self.sums[name].float() / self.counts[name] for name in names]).tolist()
+        of_sources = [] if self.by_source is None else self.by_source.flatten().tolist()
         seconds = time.perf_counter() - self.window_began
         counted = (self.samples, self.tokens, self.frames, self.seen, self.skipped)
         clocks = (1000 * seconds / self.steps, self.waited_s / seconds, _peak_gib(trainer.strategy.root_device))
-        ranks = self._of_all_ranks(trainer, (*means, *counted, *clocks))
-        values = dict(zip(names, ranks[:, : len(names)].mean(0).tolist(), strict=True))
-        samples, tokens, frames, seen, skipped = ranks[:, len(names) : -len(clocks)].sum(0).tolist()
-        step_ms, waiting, memory = ranks[:, -len(clocks) :].unbind(1)
+        kinds = (means, of_sources, counted, clocks)
+        ranks = self._of_all_ranks(trainer, tuple(chain(*kinds))).split([len(kind) for kind in kinds], dim=1)
+        values = dict(zip(names, ranks[0].mean(0).tolist(), strict=True))
+        sources = ranks[1].sum(0).view(-1, 3)
+        samples, tokens, frames, seen, skipped = ranks[2].sum(0).tolist()
+        step_ms, waiting, memory = ranks[3].unbind(1)
         speed = {
             "perf/samples_per_s": samples / seconds,
             "perf/tokens_per_s": tokens / seconds,
@@ -121,6 +137,10 @@ class TrainingMonitor(L.Callback):
             values[f"optim/lr_{group['name']}"] = group["lr"]
         values |= speed | {"data/skipped": skipped, "data/skipped_share": skipped / seen} | self.startup
         self.startup = {}
+        for name, (loss, label_tokens, count) in zip(self.source_names, sources.tolist(), strict=True):
+            values[f"data/share_{name}"] = count / samples
+            if label_tokens:
+                values[f"loss_by_source/{name}"] = loss / label_tokens
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         self._clear()

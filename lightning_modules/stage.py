@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batch import ClipBatch, QuestionBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, ClipBatch, QuestionBatch, TextBatch
 from datamodules.clips import ClipConfig
 from datamodules.text import load_tokenizer
 from lightning_modules.handoff import HandoffError
 from lightning_modules.held_out import HeldOutMeans, Outcome, judge_choice, judge_text, score_names
+from lightning_modules.losses import loss_by_source
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel, NetworkConfig
 from lightning_modules.model.language_model import transformers_config
 from lightning_modules.report import markdown_table
@@ -115,6 +116,7 @@ class Stage(L.LightningModule, ABC):
         self.step_log: dict[str, Tensor] = {}
         self.micro_batches: list[tuple[list[str], Tensor]] = []
         self.finite = FiniteCheck()
+        self.source_losses: Tensor | None = None
         self.num_frames = 0
 
     # ------------------------------------------------------------------------------------------------ what stages say
@@ -265,10 +267,18 @@ class Stage(L.LightningModule, ABC):
                 yield "stage", name, parameter
 
     def read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-        """Logits float32 [M, V] and targets int64 [M] of the batch's supervised tokens, given float [B, N, D]."""
+        """Logits float32 [M, V] and targets int64 [M] of the batch's supervised tokens, given float [B, N, D].
+
+        Where samples are mixed, their losses by source are kept in ``source_losses`` for the curves.
+        """
         text, language_model = batch.text, self.model.language_model
         spliced = language_model.splice(text.input_ids, text.attention_mask, text.labels, visual)
-        return language_model.supervised_logits(spliced)
+        logits, targets = language_model.supervised_logits(spliced)
+        if batch.source is not None:
+            tokens = (text.labels != IGNORE_INDEX).sum(1)
+            source = batch.source.repeat_interleave(tokens, output_size=len(targets))
+            self.source_losses = loss_by_source(logits.detach(), targets, source, len(batch.source_names))
+        return logits, targets
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -287,7 +297,7 @@ class Stage(L.LightningModule, ABC):
         on_gpu = self.device.type == "cuda"
         generator = torch.cuda.default_generators[self.device.index] if on_gpu else torch.default_generator
         generator.manual_seed(self.seed + 1_000_003 * done + self.global_rank)
-        self.step_log = {}
+        self.step_log, self.source_losses = {}, None
 
     def configure_optimizers(self) -> Any:
         """AdamW over a group for each part, matrices apart from vectors; rate by step."""

@@ -20,6 +20,7 @@ import pytest
 import torch
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
+from PIL import Image
 
 from datamodules.clip_stream import (
     PAD_RGB,
@@ -537,3 +538,80 @@ def test_probe_reports_the_header(tmp_path: Path) -> None:
     info = probe(make_video(tmp_path / "v.mp4", 25, width=160, height=96, times_ms=[700 + 100 * i for i in range(25)]))
     assert (info.width, info.height, info.codec, info.num_frames, info.rotation) == (160, 96, "h264", 25, 0)
     assert (info.fps, info.duration_s, info.start_s) == pytest.approx((10.0, 2.5, 0.7))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# folders of pictures
+
+
+def make_pictures(folder: Path, num_frames: int = 40, suffix: str = ".png", width: int = SIDE) -> Path:
+    """Pictures named as OpenEQA names them, with depth beside them."""
+    folder.mkdir()
+    for number in range(num_frames):
+        Image.fromarray(painted(number, width, SIDE)).save(folder / f"{number:06d}-rgb{suffix}", quality=95)
+        Image.new("I;16", (width, SIDE)).save(folder / f"{number:06d}-depth.png")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_folder_of_pictures_is_a_video_of_thirty_frames_per_second(suffix: str, tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "scan", suffix=suffix)
+    info = probe(folder)
+    assert (info.width, info.height, info.fps, info.num_frames, info.duration_s) == (SIDE, SIDE, 30.0, 40, 40 / 30)
+    reader = ClipReader()
+    assert reader.usable_end_s(folder, 0.0, math.inf) == 40 / 30
+    times_s = [1.3, 0.0, 0.0, 12 / 30, 12.9 / 30, 1.34]  # in any order, repeated, the last one past the end
+    clip = reader.read(folder, times_s, SIDE)
+    assert numbers_on(clip) == [39, 0, 0, 12, 12, 39] == clip.frame_numbers.tolist()
+    np.testing.assert_allclose(clip.times_s, np.array([39, 0, 0, 12, 12, 39]) / 30)
+    views = read_views(reader, {"ego": folder}, 0.0, math.inf, 4, SIDE, "squash")
+    assert numbers_on(views["ego"]) == [5, 15, 25, 35]  # the middles of four parts of ten
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
+def test_pictures_are_made_square_like_those_of_videos(fit: str, tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "scan", 1, width=2 * SIDE)
+    still = ClipReader().read(folder, [0.0], 32, fit).frames[0].int()
+    path = make_video(tmp_path / "v.mp4", 1, width=2 * SIDE, codec_options={"crf": "1"})
+    moving = ClipReader().read(path, [0.0], 32, fit).frames[0].int()
+    assert (still - moving).abs().float().mean() < 8
+
+
+def test_without_pictures_named_rgb_all_are_taken_in_order_of_name(tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "scan", 3)
+    for file in folder.glob("*-depth.png"):
+        file.unlink()
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "000002-rgb.png").rename(folder / "000000.PNG")  # stands before 000000-rgb
+    assert probe(folder).num_frames == 2  # two are named so
+    for number in range(2):
+        (folder / f"{number:06d}-rgb.png").rename(folder / f"{number + 1:06d}.png")
+    assert numbers_on(ClipReader().read(folder, [0.0, 1 / 30, 2 / 30], SIDE)) == [2, 0, 1]
+
+
+def test_a_damaged_picture_is_an_error_that_names_it(tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "scan", 4)
+    whole = (folder / "000002-rgb.png").read_bytes()
+    reader = ClipReader()
+    for content in (whole[: len(whole) // 2], b"text", b"", whole[:60] + b"\xff" + whole[61:]):
+        (folder / "000002-rgb.png").write_bytes(content)
+        assert numbers_on(reader.read(folder, [0.0, 1 / 30, 3 / 30], SIDE)) == [0, 1, 3]
+        with pytest.raises(Damaged, match=rf"^{folder} \[0\.067, 0\.067\) s: picture 000002-rgb\.png: .*re-download"):
+            reader.read(folder, [2 / 30], SIDE)
+
+
+@pytest.mark.parametrize(("start_s", "end_s"), [(-1.0, 0.1), (1.4, 1.5), (0.0, 1.5)])
+def test_a_span_outside_the_pictures_is_refused(start_s: float, end_s: float, tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "scan")
+    with pytest.raises(SpanOutsideFile):
+        ClipReader().usable_end_s(folder, start_s, end_s)
+    with pytest.raises(SpanOutsideFile, match="is outside its 40 pictures"):
+        ClipReader().read(folder, [start_s if start_s < 0 else end_s], SIDE)
+
+
+def test_a_folder_that_changes_is_listed_anew(tmp_path: Path) -> None:
+    folder, reader = make_pictures(tmp_path / "scan", 3), ClipReader()
+    assert reader.usable_end_s(folder, 0.0, math.inf) == 3 / 30
+    (folder / "000002-rgb.png").unlink()
+    os.utime(folder, ns=(0, 0))
+    assert reader.usable_end_s(folder, 0.0, math.inf) == 2 / 30

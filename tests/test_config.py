@@ -120,7 +120,7 @@ def test_every_experiment_binds_to_its_classes(toy_world, tmp_path, experiment, 
     given = [*overrides(toy_world), f"runs={tmp_path}"]
     config = compose(tiny.EXPERIMENTS / experiment, stage, given)
     if "sources" in config["data"]["init_args"]:
-        given.append(f"data.init_args.sources=[{toy_world}/instructions/practice.jsonl]")
+        given.append(f"data.init_args.sources=[{toy_world}/instructions/initialisation.jsonl]")
         config = compose(tiny.EXPERIMENTS / experiment, stage, given)
     assert config["experiment"] == str(experiment)  # runs of different experiments never share a folder
     run = build(config)
@@ -171,8 +171,11 @@ def test_data_root_reaches_tokenizers_and_files(toy_world):
         == config["data"]["init_args"]["tokenizer"]
         == f"{toy_world}/tokenizer"
     )
-    for source in [*config["data"]["init_args"]["sources"], config["data"]["init_args"]["held_out"]]:
-        assert source.startswith(f"{toy_world}/")
+    given = config["data"]["init_args"]
+    files = [*(source["file"] for source in given["sources"]), given["held_out"], given["templates"]]
+    assert len(files) == 5
+    for file in files:
+        assert file.startswith(f"{toy_world}/")
 
 
 def test_ablations_share_stages_with_toy_and_change_one_thing(tmp_path):

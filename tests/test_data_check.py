@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from test_clip_stream import KINDS, make_video
 
 from datamodules.data_check import Problem, VideoFile, check_file, decode_whole, main, read_annotations, run_bounded
@@ -179,15 +180,20 @@ def test_instructions_with_and_without_a_window(tmp_path: Path) -> None:
     [
         ('{"start": 0}', "it.jsonl line 1: field 'video' is missing"),
         ('{"video": "a.mp4", "start": "0", "end": 1}', "field 'start' is '0', expected seconds"),
-        ('{"video": "a.mp4", "start": 0}', "field 'end' is missing"),
+        ('{"video": "a.mp4", "start": 0}', "only one of 'start' and 'end' is given"),
         ("{", "it.jsonl line 1: malformed JSON"),
     ],
 )
-def test_wrong_annotations_stop_with_one_line(line: str, message: str, tmp_path: Path, capsys) -> None:
-    (tmp_path / "it.jsonl").write_text(line + "\n")
-    assert main([str(tmp_path / "it.jsonl"), "--root", str(tmp_path)]) == 2
-    captured = capsys.readouterr().err
-    assert message in captured and captured.startswith("error: ") and captured.count("\n") == 1
+def test_wrong_lines_are_named_and_the_others_checked(line: str, message: str, tmp_path: Path, capsys) -> None:
+    file, clean = tmp_path / "it.jsonl", tmp_path / "clean.jsonl"
+    make_video(tmp_path / "good.mp4", 10)
+    good = '{"video": "good.mp4", "start": 0.0, "end": 0.5}\n'
+    file.write_text(f"{line}\n\n{good}")
+    assert main([str(file), "--root", str(tmp_path), "--clean", str(clean), "--workers", "1"]) == 1
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert message in first
+    assert rest == ["0 of 1 files are bad", "1 of 2 lines of it.jsonl are clean"]
+    assert clean.read_text() == good
 
 
 def test_wrong_arguments_stop_with_one_line(tmp_path: Path, capsys) -> None:
@@ -388,3 +394,27 @@ def test_a_thousand_damaged_files_are_reported(clean: list[Path], tmp_path: Path
     check_damaged(tmp_path / "data", clean, tmp_path, 1000)
     (tmp_path / "again").mkdir()
     check_descriptors_and_memory(tmp_path / "again", clean, 1000)
+
+
+def test_folders_of_pictures_are_checked_too(tmp_path: Path, capsys) -> None:
+    for name in ("good", "damaged", "empty"):
+        (tmp_path / name).mkdir()
+    for number in range(5):
+        for name in ("good", "damaged"):
+            Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(tmp_path / name / f"{number}-rgb.png")
+    (tmp_path / "damaged" / "1-rgb.png").write_bytes(b"text")  # not among those that a clip of one frame shows
+    source = write_jsonl(tmp_path / "it.jsonl", [{"video": name} for name in ("good", "damaged", "empty")])
+    assert main([str(source), "--root", str(tmp_path), "--all", "--workers", "1"]) == 1
+    printed = capsys.readouterr().out
+    assert "empty: NotAVideo: the folder holds no pictures" in printed
+    assert "damaged: Damaged: " in printed and "picture 1-rgb.png" in printed
+    assert "2 of 3 files are bad" in printed
+
+
+def test_entries_of_an_array_are_kept_as_lines(tmp_path: Path) -> None:
+    make_video(tmp_path / "good.mp4", 10)
+    source = tmp_path / "it.json"
+    source.write_text(json.dumps([{"video": "good.mp4"}, {"video": 3}, {"video": ["good.mp4"]}], indent=2))
+    clean = tmp_path / "clean.jsonl"
+    assert main([str(source), "--root", str(tmp_path), "--clean", str(clean), "--workers", "1"]) == 1
+    assert read_lines(clean) == [{"video": "good.mp4"}, {"video": ["good.mp4"]}]

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
+import torch
+from PIL import Image
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.clip_stream import FileMissing, SpanOutsideFile, probe
-from datamodules.clips import ClipConfig
+from datamodules.clips import ClipConfig, GlobalBatchSampler, ResumableLoader
+from datamodules.conversations import MalformedRecords, Wording
+from datamodules.egoit.record import Record, row, write_rows
+from datamodules.egoit.templates import Templates
 from datamodules.instruction import InstructionDataModule
+from datamodules.mix import MixConfig, MixSource
+from datamodules.toy_world.questions import write_templates
 
 TURNS = [
     {"from": "human", "value": "<video>\nWhat does the camera-wearer do?"},
@@ -17,7 +25,7 @@ TURNS = [
     {"from": "human", "value": "Which hand does the camera-wearer use?"},
     {"from": "gpt", "value": "left"},
 ]
-VIDEO = "practice/toy_practice_0000/aria01_214-1.mp4"
+VIDEO = "practice/P0000-R01-TableTop.mp4"
 RECORD = {"id": "one", "video": VIDEO, "conversations": TURNS}
 
 
@@ -41,11 +49,12 @@ def without(*names, **changes):
 
 
 def test_every_line_of_every_source_is_a_sample(toy_world, toy_tokenizer):
-    files = [toy_world / "instructions" / f"{name}.jsonl" for name in ("practice", "initialisation")]
+    files = [toy_world / "instructions" / f"{name}.jsonl" for name in ("egtea", "initialisation")]
     assert len(module(toy_tokenizer, toy_world, files[:1]).read()) == 4 * 6  # takes of six actions
     both = module(toy_tokenizer, toy_world, files)
     samples = both.read()
-    assert len(samples) == 4 * 6 + 6 * 6
+    assert len(samples) == samples.epoch_length == 4 * 6 + 6 * 6
+    assert samples.epoch_samples(3).tolist() == list(range(60))  # each once
     assert both.annotation_files() == files
     ids = [json.loads(line)["id"] for file in files for line in file.read_text().splitlines()]
     assert [samples.name(index) for index in range(len(samples))] == ids
@@ -55,12 +64,12 @@ def test_turns_become_text_and_the_tag_the_clip(read):
     samples = read(RECORD, without(conversations=[{"from": "human", "value": "taps <video>"}, TURNS[1]]))
     encoder = samples.encoder
     expected = [("What does the camera-wearer do?", "taps"), ("Which hand does the camera-wearer use?", "left")]
-    assert samples.conversations[0].turns == tuple(expected)
+    assert samples.turns(0, 0) == expected
     assert samples.text(0, 0) == encoder.conversation(expected)
     assert samples.text(0, 0).input_ids.count(VIDEO_TOKEN_ID) == 1
     labels = [label for label in samples.text(0, 0).labels if label != IGNORE_INDEX]
     assert encoder.tokenizer.convert_ids_to_tokens(labels) == ["taps", "</s>", "left", "</s>"]
-    assert samples.conversations[1].turns == (("taps", "taps"),)  # the clip goes to the front wherever its tag was
+    assert samples.turns(1, 0) == [("taps", "taps")]  # the clip goes to the front wherever its tag was
 
 
 def test_a_line_without_an_id_is_named_by_its_place(read, tmp_path):
@@ -80,9 +89,17 @@ def test_a_window_selects_its_seconds(read, toy_world):
 @pytest.mark.parametrize("window", [{}, {"start": None, "end": None}])
 def test_without_a_window_the_whole_file_is_shown(read, toy_world, window):
     samples = read(without(**window), root=toy_world)
-    span = samples.span(0, 0)
-    assert (span.start_s, span.end_s) == (0.0, probe(toy_world / VIDEO).num_frames / 8)
-    assert samples.videos(span)["ego"].shape == (2, 64, 64, 3)
+    whole = samples.videos(samples.span(0, 0))["ego"]
+    length_s = probe(toy_world / VIDEO).num_frames / 8
+    named = read(without(start=0.0, end=length_s), root=toy_world)
+    assert torch.equal(whole, named.videos(named.span(0, 0))["ego"])
+
+
+def test_a_missing_file_without_a_window_is_a_skipped_sample(read):
+    samples = read(without(video="no/such.mp4"))
+    (batch,) = ResumableLoader(samples, GlobalBatchSampler(1, 1, 1, 0, 1, 0), 0, max_skipped_share=1.0)
+    assert batch.readable.tolist() == [False]
+    assert "no/such.mp4" in batch.skipped[0]
 
 
 def test_the_view_decides_whose_encoder_looks(read, toy_world):
@@ -103,7 +120,8 @@ def test_a_window_outside_the_file_and_a_missing_file_are_named(read, toy_world)
     [
         (without("video"), "field 'video' is missing"),
         (without("conversations"), "field 'conversations' is missing"),
-        (without(conversations=None), "field 'conversations' must be a list"),
+        (without(conversations=None), "field 'conversations' is missing"),
+        (without(conversations="taps"), "field 'conversations' must be a list"),
         (without(conversations=[]), "field 'conversations' has 0 entries: human and gpt must alternate"),
         (without(conversations=TURNS[:3]), "field 'conversations' has 3 entries: human and gpt must alternate"),
         (without(conversations=[TURNS[1], TURNS[0]]), r"conversations\[0\] must be {'from': 'human', 'value': text}"),
@@ -127,3 +145,288 @@ def test_a_missing_source_is_named(toy_tokenizer, tmp_path):
     expected = rf"^data\.sources: no file {tmp_path / 'none.jsonl'}: run `make data`, or set data\.init_args\.sources"
     with pytest.raises(ValueError, match=expected):
         module(toy_tokenizer, tmp_path, [tmp_path / "none.jsonl"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# mixing
+
+
+def write(tmp_path, name, count, start=0, **changes):
+    """A file of ``count`` records named ``<name>/<number>``; fields may be functions of the number."""
+    file = tmp_path / f"{name}.jsonl"
+    numbers = range(start, start + count)
+    records = [
+        without(id=f"{name}/{n}") | {key: value(n) if callable(value) else value for key, value in changes.items()}
+        for n in numbers
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(file)
+
+
+def drawn(samples, epoch=0, world=1, size=4):
+    """Names of an epoch by global batch, over all ranks, as the sampler hands them out."""
+    ranks = []
+    for rank in range(world):
+        sampler = GlobalBatchSampler(samples.epoch_length, size, 1, rank, world, 0, epoch_samples=samples.epoch_samples)
+        sampler.epoch = epoch
+        ranks.append([[samples.name(index) for index in request.indices] for request in sampler])
+    return [sorted(name for rank in ranks for name in rank[batch]) for batch in range(len(ranks[0]))]
+
+
+def sources_of(batches):
+    return Counter(name.partition("/")[0] for batch in batches for name in batch)
+
+
+def mixed(toy_tokenizer, tmp_path, sources, **options):
+    shared = {
+        "root": str(tmp_path),
+        "tokenizer": str(toy_tokenizer),
+        "clips": ClipConfig(2, 64),
+        "global_batch_size": 4,
+    }
+    return InstructionDataModule(sources, **shared, **options)
+
+
+def test_weights_set_the_share_of_every_epoch(toy_tokenizer, tmp_path, capsys):
+    files = [write(tmp_path, name, count) for name, count in (("large", 60), ("small", 20))]
+    sources = [MixSource(files[0], weight=0.5), MixSource(files[1], weight=0.5)]
+    samples = mixed(toy_tokenizer, tmp_path, sources).read()
+    assert "an epoch is 80 samples: large 40 of 60 (50.0%), small 40 of 20 (50.0%)\n" in capsys.readouterr().out
+    for epoch in range(3):
+        batches = drawn(samples, epoch)
+        assert len(batches) == 20
+        assert sources_of(batches) == {"large": 40, "small": 40}
+        counts = Counter(name for batch in batches for name in batch)
+        assert {counts[f"small/{n}"] for n in range(20)} == {2}
+        assert max(counts[f"large/{n}"] for n in range(60)) <= 2  # two where one pass over all ends and another begins
+    seen = {name for epoch in range(3) for batch in drawn(samples, epoch) for name in batch}
+    assert len(seen) == 80  # 120 draws of 60: everybody had a turn
+    assert drawn(samples, 0) != drawn(samples, 1)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_mixed_epoch_is_the_same_on_any_number_of_ranks(toy_tokenizer, tmp_path, world):
+    sources = [MixSource(write(tmp_path, "a", 13), samples=30), write(tmp_path, "b", 11)]
+    samples = mixed(toy_tokenizer, tmp_path, sources).read()
+    assert samples.epoch_length == 41
+    for epoch in range(2):
+        assert drawn(samples, epoch, world) == drawn(samples, epoch)
+
+
+def test_splits_choose_records_and_files_name_sources(toy_tokenizer, tmp_path, capsys):
+    both = write(tmp_path, "both", 10, split=lambda n: ("train", "val")[n % 2])
+    samples = mixed(toy_tokenizer, tmp_path, [MixSource(both, splits=["val"]), write(tmp_path, "other", 3)]).read()
+    names = [samples.name(index) for index in range(len(samples))]
+    assert names == [f"both/{n}" for n in (1, 3, 5, 7, 9)] + [f"other/{n}" for n in range(3)]
+    assert samples.source_names == ("both", "other")
+    assert [samples.source(index) for index in range(8)] == [0] * 5 + [1] * 3
+    with pytest.raises(ValueError, match=r"both\.jsonl: none of splits \['test'\] in it, but train, val"):
+        mixed(toy_tokenizer, tmp_path, [MixSource(both, splits=["test"])]).read()
+
+
+def test_batches_know_their_sources_and_count_repeated_samples(toy_tokenizer, tmp_path):
+    """A sample that comes twice in a global batch counts twice among its tokens."""
+    file = write(tmp_path, "few", 1)
+    samples = mixed(toy_tokenizer, tmp_path, [MixSource(file, samples=4)]).read()
+    sampler = GlobalBatchSampler(4, 4, 1, 0, 1, 0, epoch_samples=samples.epoch_samples)
+    (batch,) = ResumableLoader(samples, sampler, 0, max_skipped_share=1.0)
+    assert batch.ids == ["few/0"] * 4
+    assert (batch.source_names, batch.source.tolist()) == (("few",), [0] * 4)
+    assert batch.label_tokens == 4 * samples.text(0, 0).label_tokens == 16
+
+
+def test_a_mix_goes_on_where_it_was_stopped(toy_tokenizer, tmp_path):
+    sources = [MixSource(write(tmp_path, "a", 7), samples=9), write(tmp_path, "b", 3)]
+
+    def loader():
+        samples = mixed(toy_tokenizer, tmp_path, sources).read()
+        sampler = GlobalBatchSampler(samples.epoch_length, 4, 1, 0, 1, 5, epoch_samples=samples.epoch_samples)
+        return ResumableLoader(samples, sampler, 0, max_skipped_share=1.0)
+
+    def take(source, batches):
+        names = source.samples.name
+        return [[names(n) for n in indices] for _, (_, indices) in zip(range(batches), requests(source), strict=False)]
+
+    straight = take(loader(), 8)  # two epochs of three batches, and two more
+    stopped = loader()
+    first = take(stopped, 5)
+    state = {"epoch": 1, "position": 2}
+    again = loader()
+    again.load_state_dict(state)
+    assert first + take(again, 3) == straight
+
+
+def test_wrong_records_of_all_files_are_named_at_once(toy_tokenizer, tmp_path):
+    sources = [write(tmp_path, "a", 2, video=lambda n: [3, "v"][n]), write(tmp_path, "b", 3, conversations=[])]
+    with pytest.raises(MalformedRecords) as caught:
+        mixed(toy_tokenizer, tmp_path, sources).read()
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == [
+        f"{sources[0]} line 1",
+        *(f"{sources[1]} line {n}" for n in (1, 2, 3)),
+    ]
+
+
+def test_what_was_changed_is_printed_once_for_each_file(toy_tokenizer, tmp_path, capsys):
+    files = [write(tmp_path, "lists", 5, video=[VIDEO]), write(tmp_path, "plain", 5)]
+    mixed(toy_tokenizer, tmp_path, files).read()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{files[0]}: field 'video' was a list of one (5x)"
+    assert lines[1].startswith("an epoch is 10 samples")
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sources": []}, r"data\.sources: got none, allowed: one file or more, of own names"),
+        ({"sources": ["one.jsonl", "x/one.jsonl"]}, r"data\.sources: got one, one, allowed"),
+        ({"prompt_level": "ego"}, r"data\.prompt_level: got 'ego', allowed: base, task, task_ego, as_written"),
+        (
+            {"sources": [{"file": "one.jsonl", "wait": 1}]},
+            r"\[0\]\.wait: no such key in data\.sources\[0\], allow",
+        ),
+        ({"sources": ["one.jsonl", {"weight": 1}]}, r"data\.sources\[1\]\.file: got None, allowed: a path"),
+        (
+            {"sources": [{"file": "one.jsonl", "weight": "x"}]},
+            r"\[0\]\.weight: got 'x', allowed: a number",
+        ),
+        ({"sources": [{"file": "one.jsonl", "samples": 1.5}]}, r"\[0\]\.samples: got 1\.5, allowed: a whole number"),
+        ({"sources": [{"file": "one.jsonl", "splits": "val"}]}, r"\[0\]\.splits: got 'val', allowed: a list of names"),
+        ({"turns_per_clip": 0}, r"data\.turns_per_clip: got 0, allowed: 1 or more"),
+        ({"templates": "."}, r"data\.templates: \.: holds no templates"),
+        (
+            {"mix": MixConfig(alpha=0.5), "sources": [MixSource("one.jsonl", weight=1.0)]},
+            r"weight and mix\.alpha are given",
+        ),
+    ],
+)
+def test_impossible_mixes_are_refused(toy_tokenizer, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    for folder in (tmp_path, tmp_path / "x"):
+        write(folder, "one", 1)
+    with pytest.raises(ValueError, match=message):
+        mixed(toy_tokenizer, tmp_path, **{"sources": ["one.jsonl"], **options})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# wording
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A hundred questions, as a converter would write them with seed 0."""
+    templates, file = Templates(), tmp_path / "egotimeqa.jsonl"
+    records = [
+        Record(f"{n}", f"{n // 3}.mp4", Wording("qa", "egotimeqa", f"What {n}?", (), "left"), "train", "", (0.0, 1.0))
+        for n in range(100)
+    ]
+    write_rows(file, [row(record, templates, "task_ego", seed=0) for record in records])
+    return str(file)
+
+
+def test_epoch_0_says_what_the_file_says_and_later_ones_word_it_anew(toy_tokenizer, tmp_path, official):
+    samples = mixed(toy_tokenizer, tmp_path, [official]).read()
+    as_written = mixed(toy_tokenizer, tmp_path, [official], prompt_level="as_written").read()
+    assert [samples.turns(n, 0) for n in range(100)] == [as_written.turns(n, 0) for n in range(100)]
+    assert [as_written.turns(n, 1) for n in range(100)] == [as_written.turns(n, 0) for n in range(100)]
+    changed = sum(samples.turns(n, 1) != samples.turns(n, 0) for n in range(100))
+    assert 80 <= changed < 100  # nine of ten, but for chance
+    assert all(samples.turns(n, 1)[0][0].endswith(f"What {n}?") for n in range(100))
+    assert all(samples.turns(n, 1)[0][1] == "Left." for n in range(100))
+
+
+def test_levels_and_banks_are_keys(toy_tokenizer, tmp_path, official):
+    base = mixed(toy_tokenizer, tmp_path, [official], prompt_level="base").read()
+    assert max(len(base.turns(n, 0)[0][0]) for n in range(100)) < 60
+    write_templates(tmp_path / "mine")
+    own = mixed(toy_tokenizer, tmp_path, [official], prompt_level="base", templates=str(tmp_path / "mine")).read()
+    asked = {own.turns(n, 0)[0][0].replace(f"What {n}?", "*") for n in range(100)}
+    assert asked == {frame.format("*") for frame in ("{}", "What? {}", "{} yes?")} | asked
+    assert len(asked) == 10
+    assert own.turns(3, 0)[0][1] == "left"  # its answers are phrases
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_seed_epoch_and_id_decide_the_prompt_on_any_rank_and_after_a_resume(toy_tokenizer, tmp_path, official, world):
+    """Every sample's tokens equal those of a single rank that never stopped, epochs 0 to 2."""
+    expected = {}
+    whole = mixed(toy_tokenizer, tmp_path, [official], seed=7).read()
+    for epoch in range(3):
+        for n in range(100):
+            expected[epoch, whole.name(n)] = whole.text(n, epoch).input_ids
+    different = sum(expected[0, name] != expected[1, name] for _, name in expected) / 3
+    assert different > 60  # in the toy's few words: unknown ones are one token, but prompts differ in length
+
+    checked = 0
+    for rank in range(world):
+
+        def loader(rank=rank):
+            samples = mixed(toy_tokenizer, tmp_path, [official], seed=7).read()
+            sampler = GlobalBatchSampler(100, 6, 1, rank, world, 7, epoch_samples=samples.epoch_samples)
+            return ResumableLoader(samples, sampler, 0, max_skipped_share=1.0)
+
+        source = loader()
+        for _ in range(3):
+            for step in range(16):
+                if step == 5:  # a crash: another process goes on
+                    state = json.loads(json.dumps(source.state_dict()))
+                    source = loader()
+                    source.load_state_dict(state)
+                    assert state["position"] == 5
+                if step in (0, 5):
+                    batches = requests(source)
+                epoch, indices = next(batches)
+                for index in indices:
+                    assert source.samples.text(index, epoch).input_ids == expected[epoch, source.samples.name(index)]
+                    checked += 1
+    assert checked == 3 * 16 * 6
+
+
+def requests(source):
+    """What the loader would read next, without the pictures; its state counts what was taken."""
+    while True:
+        if source.position >= len(source):
+            source.epoch, source.position = source.epoch + 1, 0
+        source.order.epoch, source.order.start = source.epoch, source.position
+        for request in source.order:
+            source.position += 1
+            yield request.epoch, request.indices
+
+
+def test_questions_about_one_clip_are_joined(toy_tokenizer, tmp_path, official):
+    other = write(tmp_path, "other", 4, video=lambda n: f"{n // 2}.mp4")
+    samples = mixed(toy_tokenizer, tmp_path, [official, other], turns_per_clip=2).read()
+    # 100 questions, three a clip: 33 clips of 2 + 1, and one of 1; the other file's of the same name are not joined
+    assert samples.sizes == [67, 2]
+    questions = [[question.rpartition("What ")[2] for question, _ in samples.turns(n, 0)] for n in range(67)]
+    assert sorted(int(q.rstrip("?")) for asked in questions for q in asked) == list(range(100))
+    for n in range(67):
+        clips = {int(question.rstrip("?")) // 3 for question in questions[n]}
+        (clip,) = clips
+        assert samples.span(n, 0).paths == {"ego": tmp_path / f"{clip}.mp4"}
+    orders = {tuple(question for question, _ in samples.turns(0, epoch)) for epoch in range(20)}
+    firsts = {question.rpartition("What ")[2] for question, *_ in orders}
+    assert firsts == {"0?", "1?"}  # which comes first changes from epoch to epoch
+    assert samples.turns(0, 3) == samples.turns(0, 3)
+    assert samples.text(0, 0).input_ids.count(VIDEO_TOKEN_ID) == 1
+    assert samples.groups()[:3].tolist() == [0, 0, 1]  # for shuffling by video
+
+
+def test_records_that_no_template_words_are_named(toy_tokenizer, tmp_path):
+    made = {"task": "riddle", "source": "x", "query": "?", "target": "y", "template_id": 3, "conversations": TURNS[:2]}
+    file = write(tmp_path, "riddles", 2, **made)
+    with pytest.raises(MalformedRecords, match=r"record riddles/0: .*no templates for task 'riddle'.*riddles/1"):
+        mixed(toy_tokenizer, tmp_path, [file]).read()
+    assert len(mixed(toy_tokenizer, tmp_path, [file], prompt_level="as_written").read()) == 2
+
+
+def test_a_folder_of_pictures_is_shown(toy_tokenizer, tmp_path):
+    folder = tmp_path / "scan"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(folder / f"{number:03d}-rgb.png")
+        Image.new("L", (8, 8), 255).save(folder / f"{number:03d}-depth.png")
+    samples = mixed(toy_tokenizer, tmp_path, [write(tmp_path, "scans", 1, video="scan")]).read()
+    frames = samples.videos(samples.span(0, 0))["ego"]
+    assert frames[:, 32, 32].tolist() == [[60, 0, 0], [180, 0, 0]]  # the middles of both halves of four pictures

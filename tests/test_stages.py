@@ -347,7 +347,7 @@ def practise(world, folder, watch, workers, checkpoint=None, dropout=0.1, accumu
     """Stage 3 over two epochs of three steps of two micro-batches, validated within."""
     stage = tiny.make_stage("stage3", world / "tokenizer", network=tiny.network(dropout=dropout), seed=5)
     data = InstructionDataModule(
-        sources=[str(world / "instructions" / "practice.jsonl")],
+        sources=[str(world / "instructions" / "egtea.jsonl")],
         view="ego",
         root=str(world),
         tokenizer=str(world / "tokenizer"),

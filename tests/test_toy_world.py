@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,7 +20,12 @@ import pytest
 
 from datamodules.build_pairs import build_index, select_clips
 from datamodules.clip_stream import probe
+from datamodules.conversations import ConversationFile, Wording
 from datamodules.ego_exo4d import EgoExo4D
+from datamodules.egoit.egotimeqa import EgoTimeQA
+from datamodules.egoit.record import Record
+from datamodules.egoit.source import Tally
+from datamodules.egoit.templates import LEVELS, Templates
 from datamodules.pair_index import PairIndex
 from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions, release
@@ -77,10 +83,16 @@ def test_another_seed_is_another_world(small_world, tmp_path):
     generate(root, replace(SMALL, seed=1), workers=2)
     first, second = contents(small_world), contents(root)
     assert set(videos(small_world).values()).isdisjoint(videos(root).values())
-    for name in ("takes.json", "annotations/atomic_descriptions_train.json", "instructions/practice.jsonl"):
+    for name in (
+        "takes.json",
+        "annotations/atomic_descriptions_train.json",
+        "instructions/initialisation.jsonl",
+        "official/egotimeqa/annotations.EgoTimeQA.json",
+    ):
         assert first[name] != second[name]
     same = [name for name in first if first[name] == second.get(name)]
-    assert sorted({name.split("/")[0] for name in same}) == ["tokenizer"]
+    labels = {f"official/egtea/{name}_idx.txt" for name in ("action", "noun", "verb")}
+    assert {name for name in same if name.split("/")[0] not in ("tokenizer", "templates")} == labels
 
 
 def test_no_two_videos_of_a_world_are_equal(toy_world):
@@ -96,6 +108,7 @@ def test_takes_of_all_parts_and_seeds_are_different(tmp_path, monkeypatch):
         settings = Settings(seed=seed, train_takes=5, val_takes=5, initialisation_takes=5, practice_takes=5)
         release._write_release(tmp_path / str(seed), settings, workers=1)
         release._write_conversations(tmp_path / str(seed), settings, workers=1)
+        release._write_practice(tmp_path / str(seed), settings, workers=1)
     assert len({job.seed for job in jobs}) == len(jobs) == 3 * 4 * 5
 
 
@@ -385,31 +398,105 @@ def test_yes_and_no_are_about_as_frequent_and_right(preset):
     assert abs(said.count("yes") / len(said) - 0.5) < 0.06
 
 
+def truth_of(take, action):
+    return {**questions.parts(take, action), "caption": questions.caption(take, action)}
+
+
+def assert_true(question, answer, take, action):
+    """An answer agrees with the simulated action; the kind of the question."""
+    kind = {text: kind for kind, text in questions.QUESTIONS.items()}.get(question, "check")
+    kind = "caption" if question == questions.CAPTION_INSTRUCTION else kind
+    if kind == "check":
+        assert (f"the {take.things[action.thing].phrase}?" in question) == (answer == "yes")
+    else:
+        assert answer == truth_of(take, action)[kind]
+    return kind
+
+
 def test_conversations_tell_the_truth_about_a_window_in_the_video(toy_world):
-    lines = [
-        line
-        for source in ("initialisation", "practice")
-        for line in (toy_world / "instructions" / f"{source}.jsonl").read_text().splitlines()
-    ]
-    kinds = {question: kind for kind, question in questions.QUESTIONS.items()}
     asked = set()
-    for record in map(json.loads, lines):
-        source, index, ordinal = re.split("[/-]", record["id"])
-        take = simulate(SEEDS[source] + int(index), PRESETS["easy"])
+    for line in (toy_world / "instructions" / "initialisation.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        _, index, ordinal = re.split("[/-]", record["id"])
+        take = simulate(SEEDS["initialisation"] + int(index), PRESETS["easy"])
         action = take.actions[int(ordinal)]
-        assert 0 <= action.start_s <= record["start"] < record["end"] <= min(action.end_s, record["duration"])
+        assert 0 <= action.start_s <= record["start"] < record["end"] <= action.end_s
         values = [turn["value"] for turn in record["conversations"]]
         assert values[0].startswith("<video>\n")
-        truth = {**questions.parts(take, action), "caption": questions.caption(take, action)}
         for question, answer in zip(values[::2], values[1::2], strict=True):
-            question = question.removeprefix("<video>\n")
-            kind = "caption" if question == questions.CAPTION_INSTRUCTION else kinds.get(question, "check")
-            asked.add((source, kind))
-            if kind == "check":
-                assert (f"the {take.things[action.thing].phrase}?" in question) == (answer == "yes")
-            else:
-                assert answer == truth[kind]
-    assert asked == {(s, k) for s in ("initialisation", "practice") for k in (*questions.QUESTIONS, "caption")}
+            asked.add(assert_true(question.removeprefix("<video>\n"), answer, take, action))
+    assert asked == {*questions.QUESTIONS, "caption"}
+
+
+@pytest.fixture(scope="module")
+def practice(toy_world):
+    """Take and action of every converted record, and the records, by source."""
+
+    def action_of(record):
+        index = int(re.fullmatch(r"practice/P(\d{4})-R01-TableTop\.mp4", record.video)[1])
+        take = simulate(SEEDS["practice"] + index, PRESETS["easy"])
+        (action,) = [a for a in take.actions if a.start_s <= record.start_s < record.end_s <= a.end_s]
+        return take, action
+
+    files = {name: ConversationFile(toy_world / "instructions" / f"{name}.jsonl") for name in PRACTICE}
+    read = {name: [(record, *action_of(record)) for record in file] for name, file in files.items()}
+    assert all(file.problems == [] and file.changes == {} for file in files.values())
+    return read
+
+
+PRACTICE = ("egtea", "egotimeqa", "egoexolearn")
+
+
+def test_practice_goes_through_the_converters_and_stays_true(practice):
+    assert {name: len(records) for name, records in practice.items()} == {
+        "egtea": 4 * 6,  # takes of six actions
+        "egotimeqa": 4 * 6 * 5,  # five questions each
+        "egoexolearn": 4 * 6,
+    }
+    for record, take, action in practice["egtea"]:
+        thing = take.things[action.thing]
+        assert record.wording.target == f"{action.verb} {thing.colour} {thing.kind}"
+    for record, take, action in practice["egoexolearn"]:
+        assert record.wording.target == questions.caption(take, action)
+    kinds = [assert_true(r.wording.query, r.wording.target, take, action) for r, take, action in practice["egotimeqa"]]
+    assert Counter(kinds) == dict.fromkeys(questions.QUESTIONS, 24)
+
+
+def test_practice_clips_of_the_sources_show_the_same_seconds(practice):
+    def windows(name):
+        return sorted(
+            {(record.video, round(record.start_s, 2), round(record.end_s, 2)) for record, *_ in practice[name]}
+        )
+
+    assert windows("egotimeqa") == windows("egoexolearn")
+    for (video, *window), (other, *seconds) in zip(windows("egtea"), windows("egotimeqa"), strict=True):
+        assert video == other and window == pytest.approx(seconds, abs=0.0101)  # clips are named in milliseconds
+
+
+def test_the_official_files_have_the_oddities_of_the_real_ones(toy_world):
+    official = toy_world / "official"
+    assert (official / "egtea/action_idx.txt").read_text().startswith("Picks up red_bottle 1\n")
+    rows = json.loads((official / "egotimeqa/annotations.EgoTimeQA.json").read_text())
+    lengths = [(row["moment_end_frame"] - row["moment_start_frame"]) / 30 for row in rows]
+    assert np.mean(lengths) == pytest.approx(1.0)  # in means, not in seconds
+    assert all(len({row["answer"], *row["wrong_answers"]}) == 4 for row in rows)
+    closed = list(EgoTimeQA(official / "egotimeqa", form="closed").read(Tally()))
+    assert all(isinstance(record, Record) and record.wording.task == "mcq" for record in closed)
+    header = (official / "egoexolearn/annotations/fine_annotation_trainval_en.csv").read_text().splitlines()[0]
+    assert header.startswith("video_uid,annotation_id,subset,view,scene,start_sec,end_sec,narration_en,")
+
+
+def test_the_worlds_templates_are_in_its_words_and_the_first_asks_as_held_out_clips_are_asked(toy_world, toy_tokenizer):
+    templates, tokenizer = Templates(toy_world / "templates"), load_tokenizer(str(toy_tokenizer))
+    question = questions.QUESTIONS["hand"]
+    for task, base in (("qa", question), ("description", questions.CAPTION_INSTRUCTION), ("action", None)):
+        made = Wording(task, "x", question if task == "qa" else "", (), "left")
+        assert base is None or templates.turn(made, "base", 0)[0] == base
+        for level in LEVELS:
+            texts = [templates.turn(made, level, number)[0] for number in range(10)]
+            assert len(set(texts)) == 10
+            ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+            assert tokenizer.unk_token_id not in ids
 
 
 def test_the_tokenizer_knows_every_word_of_both_presets(toy_tokenizer):

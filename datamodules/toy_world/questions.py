@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,26 @@ QUESTIONS = {
     "hand": "Which hand does the camera-wearer use?",
     "check": "Does the camera-wearer use the {thing}?",
 }
+ACTION_QUESTION = "What does the camera-wearer do with the object?"
+_FRAMES = (
+    "{}",
+    "What? {}",
+    "video. {}",
+    "use the video. {}",
+    "with the video. {}",
+    "What is the video? {}",
+    "{} use the video.",
+    "{} with the video.",
+    "{} yes?",
+    "{} the video. yes?",
+)
+_TEMPLATES = {
+    "qa": ("phrase", "{question}", "use the object. the colour. the hand. yes. no."),
+    "description": ("sentence", CAPTION_INSTRUCTION, "use the object with the colour with the hand."),
+    "action": ("phrase", ACTION_QUESTION, "use the colour with the object."),
+}
+"""Of each task: the form of its answers, what is asked, and what level ``task`` adds."""
+_EGO = "the video is with the camera-wearer."
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ ' [INST] ' + message['content'] + ' [/INST] ' }}"
@@ -92,6 +113,16 @@ def held_out_questions(take: Take, action: Action, rng: np.random.Generator) -> 
         {"task": f"qa_{kind}", "question": question, "answer": answer}
         for kind, question, answer in answers(take, action, rng)
     ]
+
+
+def write_templates(folder: Path) -> None:
+    """Template banks in the world's few words, for ``egoit.templates``; the first wording asks as held-out ones do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, (answer, asked, more) in _TEMPLATES.items():
+        bases = [frame.format(asked) for frame in _FRAMES]
+        entries = [{"id": number, "base": base, "task": more, "ego": _EGO} for number, base in enumerate(bases)]
+        bank = {"answer": answer, "order": ["ego", "task", "base"], "default": entries}
+        (folder / f"{task}.yaml").write_text(yaml.safe_dump(bank, sort_keys=False))
 
 
 def write_tokenizer(folder: Path) -> None:

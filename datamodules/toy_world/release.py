@@ -6,8 +6,10 @@
       takes.json  annotations/{splits,atomic_descriptions_train,atomic_descriptions_val}.json
       takes/<take_name>/frame_aligned_videos/downscaled/448/<camera>.mp4
       initialisation/<take_name>/<camera>.mp4    stage 0: mostly exocentric takes with conversations
-      practice/<take_name>/<camera>.mp4          stage 3: egocentric takes with conversations (the role of EgoIT)
-      instructions/{initialisation,practice,held_out}.jsonl
+      practice/<session>.mp4                     stage 3: egocentric takes
+      official/{egtea,egotimeqa,egoexolearn}/    what is said about them, in the form of these data sets' own files
+      instructions/{initialisation,held_out,egtea,egotimeqa,egoexolearn}.jsonl    the last three converted from these
+      templates/                                 banks of wordings in the world's language
       ego_exo_clip/                              index of the release's training pairs, as for a real release
       tokenizer/
       world.json                                 settings of this world; written with the rest or not at all
@@ -15,6 +17,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -31,12 +34,18 @@ from numpy.typing import NDArray
 
 from datamodules.build_pairs import build_index, parallel_map, select_clips
 from datamodules.ego_exo4d import EgoExo4D
+from datamodules.egoit.egoexolearn import EgoExoLearn
+from datamodules.egoit.egotimeqa import FPS as QUESTION_FPS
+from datamodules.egoit.egotimeqa import EgoTimeQA
+from datamodules.egoit.egtea import Egtea
+from datamodules.egoit.source import InstructionSource, convert
+from datamodules.egoit.templates import Templates
 from datamodules.pair_index import Take as NarratedTake
 from datamodules.toy_world import questions
 from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
-from datamodules.toy_world.scene import PRESETS, Action, Take, World, simulate
+from datamodules.toy_world.scene import COLOURS, HANDS, KINDS, PRESETS, VERBS, Action, Take, World, simulate
 
-FORMAT = 2
+FORMAT = 3
 SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000}
 CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initialisation and practice takes show
 
@@ -107,6 +116,7 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
     partial_root.mkdir(parents=True)
     _write_release(partial_root, settings, workers)
     _write_conversations(partial_root, settings, workers)
+    _write_practice(partial_root, settings, workers)
     index = build_index(EgoExo4D(partial_root), partial_root / "ego_exo_clip", probe_workers=workers)
     _write_held_out(partial_root, settings, index["alpha"])
     questions.write_tokenizer(partial_root / "tokenizer")
@@ -301,45 +311,126 @@ def _description(take: Take, action: Action, best: str, strings: bool) -> dict[s
 
 
 def _write_conversations(root: Path, settings: Settings, workers: int) -> None:
-    for source, count in (("initialisation", settings.initialisation_takes), ("practice", settings.practice_takes)):
-        jobs, records = [], []
-        for index in range(count):
-            seed = SEEDS[source] + settings.seed * 1_000_000 + index
-            rng = np.random.default_rng([seed, 4])
-            take = simulate(seed, settings.world)
-            egocentric = source == "practice" or index % 25 == 24
-            camera = "aria01_214-1" if egocentric else f"cam{rng.integers(1, 5):02d}"
-            path = f"{source}/toy_{source}_{index:04d}/{camera}.mp4"
-            jobs.append(_Job(seed, ((camera, path),)))
-            for ordinal, action in enumerate(take.actions):
-                records.append(_conversation(take, action, source, f"{index:04d}-{ordinal}", path, rng))
-        _film_all(jobs, root, settings, workers, f"{source} takes")
-        _write_jsonl(root / "instructions" / f"{source}.jsonl", records)
+    """Takes of stage 0 and conversations about them."""
+    jobs, records = [], []
+    for index in range(settings.initialisation_takes):
+        seed = SEEDS["initialisation"] + settings.seed * 1_000_000 + index
+        rng = np.random.default_rng([seed, 4])
+        take = simulate(seed, settings.world)
+        camera = "aria01_214-1" if index % 25 == 24 else f"cam{rng.integers(1, 5):02d}"
+        path = f"initialisation/toy_initialisation_{index:04d}/{camera}.mp4"
+        jobs.append(_Job(seed, ((camera, path),)))
+        for ordinal, action in enumerate(take.actions):
+            records.append(_conversation(take, action, f"{index:04d}-{ordinal}", path, rng))
+    _film_all(jobs, root, settings, workers, "initialisation takes")
+    _write_jsonl(root / "instructions" / "initialisation.jsonl", records)
 
 
-def _conversation(
-    take: Take, action: Action, source: str, key: str, path: str, rng: np.random.Generator
-) -> dict[str, Any]:
-    half = 0.5 * CLIP_SHARE * (action.end_s - action.start_s)
+def _conversation(take: Take, action: Action, key: str, path: str, rng: np.random.Generator) -> dict[str, Any]:
+    start_s, end_s = _shown_s(action)
     return {
-        "id": f"{source}/{key}",
+        "id": f"initialisation/{key}",
         "video": path,
-        "start": round(action.time_s - half, 4),
-        "end": round(action.time_s + half, 4),
-        "conversations": questions.conversation(
-            take, action, rng, with_caption=1.0 if source == "initialisation" else 0.5
-        ),
-        "source": source,
-        "channel": source,
-        "task": "qa",
-        "prompt_level": "base",
-        "template_id": -1,
-        "query": "",
-        "target": "",
-        "video_uid": path,
-        "duration": take.num_frames / take.world.fps,
-        "split": "train",
+        "start": start_s,
+        "end": end_s,
+        "conversations": questions.conversation(take, action, rng, with_caption=1.0),
     }
+
+
+def _shown_s(action: Action) -> tuple[float, float]:
+    """Seconds of an action that its clip shows."""
+    half_s = 0.5 * CLIP_SHARE * (action.end_s - action.start_s)
+    return round(action.time_s - half_s, 4), round(action.time_s + half_s, 4)
+
+
+def _write_practice(root: Path, settings: Settings, workers: int) -> None:
+    """Takes of stage 3, what EGTEA, EgoTimeQA and EgoExoLearn would say about them, and that converted."""
+    jobs, takes = [], {}
+    for index in range(settings.practice_takes):
+        seed, session = SEEDS["practice"] + settings.seed * 1_000_000 + index, f"P{index:04d}-R01-TableTop"
+        takes[session] = simulate(seed, settings.world)
+        jobs.append(_Job(seed, (("aria01_214-1", f"practice/{session}.mp4"),)))
+    _film_all(jobs, root, settings, workers, "practice takes")
+    official = root / "official"
+    _write_egtea(official / "egtea", takes)
+    _write_egotimeqa(official / "egotimeqa", takes)
+    _write_egoexolearn(official / "egoexolearn", takes)
+    questions.write_templates(root / "templates")
+    templates = Templates(root / "templates")
+    sources: list[InstructionSource] = [
+        Egtea(official / "egtea", videos="practice", untrimmed=True),
+        EgoTimeQA(official / "egotimeqa", videos="practice"),
+        EgoExoLearn(official / "egoexolearn", text="hand", videos="practice"),
+    ]
+    for source in sources:
+        convert(source, root / "instructions" / f"{source.name}.jsonl", templates, "base", settings.seed)
+
+
+def _write_egtea(folder: Path, takes: dict[str, Take]) -> None:
+    """``action_idx.txt``, ``verb_idx.txt``, ``noun_idx.txt`` and ``train_split1.txt``; ids start at 1."""
+    verbs = [verb[0].upper() + verb[1:] for verb in VERBS]
+    nouns = [f"{colour}_{kind}" for colour in COLOURS for kind in KINDS]
+    actions = [f"{verb} {noun}" for verb in verbs for noun in nouns]
+    folder.mkdir(parents=True)
+    for name, labels in (("action", actions), ("verb", verbs), ("noun", nouns)):
+        lines = [f"{label} {number}\n" for number, label in enumerate(labels, 1)]
+        (folder / f"{name}_idx.txt").write_text("".join(lines))
+    rows = []
+    for session, take in takes.items():
+        for action in take.actions:
+            thing = take.things[action.thing]
+            verb, noun = VERBS.index(action.verb), nouns.index(f"{thing.colour}_{thing.kind}")
+            start_ms, end_ms = (round(1000 * time_s) for time_s in _shown_s(action))
+            frames = f"F{start_ms * 24 // 1000:06d}-F{end_ms * 24 // 1000 + 1:06d}"
+            rows.append(
+                f"{session}-{start_ms}-{end_ms}-{frames} {verb * len(nouns) + noun + 1} {verb + 1} {noun + 1}\n"
+            )
+    (folder / "train_split1.txt").write_text("".join(rows))
+
+
+def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
+    """``annotations.EgoTimeQA.json``; the moments' frames are divided by their mean length, as the authors' are."""
+    shown = {session: [_shown_s(action) for action in take.actions] for session, take in takes.items()}
+    mean_s = float(np.mean([end_s - start_s for spans in shown.values() for start_s, end_s in spans]))
+    others = {"verb": list(VERBS), "object": list(KINDS), "colour": list(COLOURS)}
+    others |= {"hand": [*HANDS, "both", "neither"], "check": ["yes", "no", "maybe", "partly"]}
+    rows = []
+    for number, (session, take) in enumerate(takes.items()):
+        rng = np.random.default_rng([number, 6])
+        for action, (start_s, end_s) in zip(take.actions, shown[session], strict=True):
+            middle, half = QUESTION_FPS * (start_s + end_s) / 2, QUESTION_FPS * (end_s - start_s) / mean_s / 2
+            for kind, question, answer in questions.answers(take, action, rng):
+                wrong = [text for text in others[kind] if text != answer]
+                rows.append(
+                    {
+                        "video_id": session,
+                        "sample_id": session,
+                        "question": question,
+                        "answer": answer,
+                        "moment_start_frame": middle - half,
+                        "moment_end_frame": middle + half,
+                        "start_sec": start_s,
+                        "end_sec": end_s,
+                        "wrong_answers": [wrong[i] for i in rng.permutation(len(wrong))[:3]],
+                    }
+                )
+    _write_json(folder / "annotations.EgoTimeQA.json", rows)
+
+
+def _write_egoexolearn(folder: Path, takes: dict[str, Take]) -> None:
+    """``fine_annotation_trainval_en.csv`` under the header that was released."""
+    header = ["video_uid", "annotation_id", "subset", "view", "scene", "start_sec", "end_sec"]
+    header += ["narration_en", "narration_en_hand_prompt", "narration_en_no_hand_prompt"]
+    (folder / "annotations").mkdir(parents=True)
+    with (folder / "annotations" / "fine_annotation_trainval_en.csv").open("w", newline="", encoding="utf-8") as out:
+        table = csv.writer(out)
+        table.writerow(header)
+        for session, take in takes.items():
+            for number, action in enumerate(take.actions):
+                caption = questions.caption(take, action)
+                texts = (f"C: {caption}", caption, caption.partition(" with the ")[0] + ".")
+                row = [session, f"{session}-{number}", "train", "ego", "lab", *_shown_s(action), *texts]
+                table.writerow(row)
 
 
 def _write_held_out(root: Path, settings: Settings, alpha: float) -> None:

@@ -1,0 +1,154 @@
+"""``python -m datamodules.egoit convert|export|leaks``: rebuild the instruction mix, and hand it on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from datamodules.egoit.export import FORMATS, export
+from datamodules.egoit.leaks import report
+from datamodules.egoit.source import InstructionSource, convert
+from datamodules.egoit.templates import FOLDER, LEVELS, Templates
+
+SOURCES = {
+    "egtea": "datamodules.egoit.egtea:Egtea",
+    "ssv2": "datamodules.egoit.ssv2:SomethingSomething",
+    "egotimeqa": "datamodules.egoit.egotimeqa:EgoTimeQA",
+    "openeqa": "datamodules.egoit.openeqa:OpenEQA",
+    "egoexolearn": "datamodules.egoit.egoexolearn:EgoExoLearn",
+}
+
+
+def _source_class(name: str) -> Any:
+    """The class of a source by its name, or by ``module:Class``."""
+    module, _, attribute = SOURCES.get(name, name).partition(":")
+    if not attribute:
+        raise ValueError(f"source: got {name!r}, allowed: {', '.join(SOURCES)}, or module:Class of your own")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"source: got {name!r}, which cannot be imported ({error})") from None
+
+
+def _add_option(parser: argparse.ArgumentParser, item: Field[Any], kind: Any) -> None:
+    """A field of a source as an option; its type says how it is read."""
+    name, several = f"--{item.name.replace('_', '-')}", str(kind).startswith("tuple")
+    help_text = item.metadata.get("help", "folder of the official annotation files")
+    if kind is bool:
+        parser.add_argument(name, action="store_true", help=help_text)
+        return
+    if item.default is not MISSING and item.default not in ((), None):
+        shown = " ".join(item.default) if several else item.default
+        help_text = f"{help_text} (default: {shown})"
+    parser.add_argument(
+        name,
+        type=Path if "Path" in str(kind) else float if kind is float else str,
+        nargs="+" if several else None,
+        choices=item.metadata.get("choices"),
+        required=item.default is MISSING,
+        default=None if item.default is MISSING else item.default,
+        help=help_text,
+    )
+
+
+def _convert(words: Sequence[str]) -> int:
+    names = argparse.ArgumentParser(add_help=False)
+    names.add_argument("source", nargs="?")
+    name = names.parse_known_args(words)[0].source
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.egoit convert",
+        description=f"Official annotation files to JSON Lines. Sources: {', '.join(SOURCES)}, or module:Class of your "
+        "own; a source has options of its own, see `convert SOURCE --help`.",
+    )
+    parser.add_argument("source", help="which one")
+    if name is not None:
+        kind = _source_class(name)
+        hints = get_type_hints(kind)
+        for item in fields(kind):
+            _add_option(parser, item, hints[item.name])
+    parser.add_argument("--out", type=Path, help="file to write (default: data/egoit/<source>[_<part>].jsonl)")
+    parser.add_argument("--templates", type=Path, default=FOLDER, help="folder of template banks (default: ours)")
+    parser.add_argument("--level", choices=LEVELS, default="task_ego", help="level of prompts (default: task_ego)")
+    parser.add_argument("--seed", type=int, default=0, help="of templates: epoch 0 of a run with it draws the same")
+    parser.add_argument("--skip-malformed", action="store_true", help="name wrong rows and go on without them")
+    given = vars(parser.parse_args(words))
+    out, templates, level, seed, skip = (
+        given.pop(key) for key in ("out", "templates", "level", "seed", "skip_malformed")
+    )
+    del given["source"]
+    if not given["root"].is_dir():
+        raise ValueError(f"--root: no folder {given['root']}: give the one that holds the official annotation files")
+    source: InstructionSource = kind(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    )
+    part = given.get("part", "fine")
+    out = out or Path("data/egoit") / f"{source.name}{'' if part == 'fine' else f'_{part}'}.jsonl"
+    done = convert(source, out, Templates(templates), level, seed, skip)
+    print(done.table)
+    print(f"{done.records:,} records written to {out}")
+    for warning in done.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return 0
+
+
+def _export(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.egoit export", description="Write instruction files for other training stacks."
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="instruction files")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="whose form")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--trim",
+        type=Path,
+        metavar="ROOT",
+        help="cut clips out of the videos below this data root, for readers that "
+        "know no windows; videos of the result are below --out",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that cut")
+    given = parser.parse_args(words)
+    for line in export(given.files, given.to, given.out, given.trim, given.workers):
+        print(line)
+    return 0
+
+
+def _leaks(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.egoit leaks",
+        description="Recordings that instruction files share with evaluation benchmarks.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="instruction files")
+    parser.add_argument("--benchmarks", type=Path, required=True, help="folder of the benchmarks' official files")
+    parser.add_argument("--clips", type=Path, nargs="+", default=[], help="files that tell the Ego4D video of a clip")
+    parser.add_argument("--clean", type=Path, metavar="FOLDER", help="write the files without shared recordings here")
+    parser.add_argument(
+        "--only", nargs="+", metavar="BENCHMARK", help="with --clean, leave out what these share (default: any)"
+    )
+    given = parser.parse_args(words)
+    print(report(given.files, given.benchmarks, tuple(given.clips), given.clean, given.only))
+    return 0
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command; exit status 2 with one line when something does not fit."""
+    commands = {"convert": _convert, "export": _export, "leaks": _leaks}
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.egoit", description="Rebuild the instruction mix, and hand it on."
+    )
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="see `<command> --help`")
+    given = parser.parse_args(words)
+    try:
+        return commands[given.command](given.words)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,161 @@
+"""Which recordings an instruction mix shares with the benchmarks that a model is scored on.
+
+Clips differ where recordings agree: EgoTimeQA, QAEgo4D, EgoMCQ, EgoSchema and EgoPlan are all cut out of Ego4D, and two
+questions about one home are about one home. So recordings are compared: ``video_uid`` of the records with that of a
+benchmark's official annotation file, an Ego4D clip being led back to its video.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datamodules.conversations import ConversationFile, MalformedRecords
+from datamodules.egoit.egotimeqa import read_clips
+from datamodules.egoit.openeqa import scene_of
+from datamodules.egoit.record import write_rows
+
+Clips = Mapping[str, tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark's recordings are named.
+
+    Attributes:
+        files: names of its official files, any of which may be there.
+        recordings: names them, given what a file holds (rows of a table as mappings) and the videos of Ego4D's clips.
+    """
+
+    files: tuple[str, ...]
+    recordings: Callable[[Any, Clips], Iterable[str]]
+
+
+def _qaego4d(rows: Any, clips: Clips) -> Iterator[str]:
+    for row in rows:
+        yield row.get("video_uid") or clips.get(row["video_id"], ("", 0.0))[0]
+
+
+def _egomcq(asked: Any, clips: Clips) -> Iterator[str]:
+    for item in asked.values():
+        yield item["query"]["video_uid"]
+        yield from (choice["video_uid"] for choice in item["choices"].values())
+
+
+BENCHMARKS = {
+    "egoschema": Benchmark(("uid_to_ego4d.json",), lambda rows, _: (cut["video_uid"] for cut in rows.values())),
+    "qaego4d": Benchmark(
+        ("annotations.QaEgo4D_test.json", "annotations.QaEgo4D_test_close.json", "annotations.test.json"), _qaego4d
+    ),
+    "egotaskqa": Benchmark(
+        ("test_qas.json", "egotaskqa_mcq.json"),
+        lambda rows, _: ((row.get("interval") or row["video_path"]).split("|")[0] for row in rows),
+    ),
+    "charades_ego": Benchmark(
+        ("CharadesEgo_v1_test_only1st.csv", "CharadesEgo_v0_egocentric_test.csv"),
+        lambda rows, _: (row["id"] for row in rows),
+    ),
+    "epic100_mir": Benchmark(("EPIC_100_retrieval_test.csv",), lambda rows, _: (row["video_id"] for row in rows)),
+    "egoplan": Benchmark(
+        ("EgoPlan_validation.json", "egoplan2.json"),
+        lambda rows, _: (row.get("video_id") or row["sample_id"].rpartition("_")[0] for row in rows),
+    ),
+    "vlnqa": Benchmark(
+        ("vlnqa.json",), lambda rows, _: (PurePosixPath(row["video_path"]).stem.partition("_")[0] for row in rows)
+    ),
+    "egomcq": Benchmark(("egomcq.json",), _egomcq),
+    "openeqa": Benchmark(("open-eqa-v0.json",), lambda rows, _: (scene_of(row["episode_history"]) for row in rows)),
+}
+
+
+def benchmark_recordings(root: Path, clips: Clips) -> dict[str, frozenset[str]]:
+    """Recordings of every benchmark whose official file lies anywhere below a folder.
+
+    Raises:
+        ValueError: a file has not the form it should have.
+    """
+    found: dict[str, frozenset[str]] = {}
+    for name, benchmark in BENCHMARKS.items():
+        files = sorted(file for wanted in benchmark.files for file in root.rglob(wanted))
+        recordings: set[str] = set()
+        for file in files:
+            try:
+                recordings |= set(benchmark.recordings(_load(file), clips))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file}: is no file of {name} ({error!r}): remove it or fetch it again") from None
+        if files:
+            found[name] = frozenset(recordings - {""})
+    return found
+
+
+def _load(file: Path) -> Any:
+    if file.suffix == ".csv":
+        with file.open(newline="", encoding="utf-8") as lines:
+            return list(csv.DictReader(lines))
+    return json.loads(file.read_bytes())
+
+
+def report(
+    files: Sequence[Path],
+    root: Path,
+    clip_files: tuple[Path, ...] = (),
+    clean: Path | None = None,
+    only: Sequence[str] | None = None,
+) -> str:
+    """Count shared recordings, and leave them out if asked.
+
+    Args:
+        files: instruction files.
+        root: folder of the benchmarks' official files.
+        clip_files: see ``egotimeqa.read_clips``.
+        clean: folder for copies of the files without records of shared recordings.
+        only: benchmarks whose recordings are left out; all that were found if None.
+
+    Returns:
+        A table, and what was not compared or was left out, as text.
+
+    Raises:
+        MalformedRecords: records that cannot be read.
+        ValueError: there is no such folder or benchmark, or a file is not what it should be.
+    """
+    if not root.is_dir():
+        raise ValueError(f"--benchmarks: no folder {root}: give the one that holds the official annotation files")
+    clips = read_clips(clip_files)
+    benchmarks = benchmark_recordings(root, clips)
+    if unknown := sorted(set(only or ()) - benchmarks.keys()):
+        raise ValueError(f"--only: got {', '.join(unknown)}, found below {root}: {', '.join(benchmarks) or 'none'}")
+    refused = frozenset().union(*(benchmarks[name] for name in (benchmarks if only is None else only)))
+    header = ["file", "records", "recordings", "unknown", *benchmarks]
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    notes: list[str] = []
+    for path in files:
+        file = ConversationFile(path)
+        records = Counter(_recording(row, clips) for _, row in file.records())
+        if file.problems:
+            raise MalformedRecords(file.problems)
+        named = records.keys() - {""}
+        cells = [path.name, f"{records.total():,}", f"{len(named):,}", f"{records['']:,}"]
+        for recordings in benchmarks.values():
+            shared = named & recordings
+            cells.append(f"{len(shared):,} ({sum(records[uid] for uid in shared):,} records)" if shared else "0")
+        lines.append(f"| {' | '.join(cells)} |")
+        if clean is not None:
+            again = ConversationFile(path)
+            kept = (row for _, row in again.records() if _recording(row, clips) not in refused)
+            target = clean / f"{path.stem}.jsonl"
+            left_out = records.total() - write_rows(target, kept)
+            notes.append(f"{target}: {left_out:,} records of shared recordings left out")
+        if records[""]:
+            notes.append(f"{path}: {records['']:,} records name no recording and were not compared; for Ego4D, --clips")
+    for name in BENCHMARKS.keys() - benchmarks.keys():
+        notes.append(f"{name}: not compared, no {' or '.join(BENCHMARKS[name].files)} below {root}")
+    return "\n".join([*lines, "", *sorted(notes)]).rstrip()
+
+
+def _recording(row: Mapping[str, Any], clips: Clips) -> str:
+    return str(row.get("video_uid") or clips.get(PurePosixPath(row["video"]).stem, ("", 0.0))[0])

@@ -1,0 +1,265 @@
+"""Files of other stacks: what is read of them, what is said to be changed, and that no wrong row goes unnamed."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datamodules.conversations import Conversation, ConversationFile, ConversationStore, MalformedRecords, Wording
+from datamodules.data_check import main as check
+from datamodules.egoit.record import Record, row, write_rows
+from datamodules.egoit.templates import Templates
+
+HUMAN = {"from": "human", "value": "<video>\nWhat is cut?"}
+GPT = {"from": "gpt", "value": "A tomato."}
+OURS = {"id": "a", "video": "a.mp4", "conversations": [HUMAN, GPT]}
+EXPECTED = Conversation("a", "a.mp4", None, None, (("What is cut?", "A tomato."),))
+
+
+def without(*names, **changes):
+    return {name: value for name, value in {**OURS, **changes}.items() if name not in names}
+
+
+def read(tmp_path, text):
+    file = ConversationFile(tmp_path / "some.jsonl")
+    file.path.write_text(text if isinstance(text, str) else "".join(json.dumps(record) + "\n" for record in text))
+    return file, list(file)
+
+
+def messages(*contents):
+    roles = ("user", "assistant") * len(contents)
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("record", "changes"),
+    [
+        (OURS, []),
+        (without(video=["a.mp4"]), ["field 'video' was a list of one"]),
+        (without("video", videos=["a.mp4"]), ["field 'videos' read as 'video'", "field 'videos' was a list of one"]),
+        (without("video", image={"video": "a.mp4"}), ["field 'image.video' read as 'video'"]),
+        (without("video", image="a.mp4"), ["field 'image' read as 'video'"]),
+        (without(start=None, end=None, videos=None), []),
+        (
+            without("conversations", messages=messages("<video>What is cut?", "A tomato.")),
+            ["field 'messages' read as 'conversations'", "'role' and 'content' read as 'from' and 'value'"],
+        ),
+        (
+            without(conversations=[{"from": "user", "value": "What is cut?\n<video>"}, GPT]),
+            ["<video> moved to the front"],
+        ),
+        (
+            without(conversations=[{"from": "system", "value": "Be brief."}, HUMAN, GPT]),
+            ["a system text left out: data.init_args.prompt.system gives one"],
+        ),
+        (
+            without(
+                "conversations",
+                "video",
+                messages=messages(
+                    [
+                        {"type": "video_url", "video_url": {"url": "a.mp4"}, "text": None},
+                        {"type": "text", "text": "What is cut?", "video_url": None},
+                    ],
+                    [{"type": "text", "text": "A tomato."}],
+                ),
+            ),
+            [
+                "field 'messages' read as 'conversations'",
+                "'role' and 'content' read as 'from' and 'value'",
+                "contents in pieces joined to one text",
+                "the video's path taken out of the contents",
+            ],
+        ),
+    ],
+)
+def test_forms_of_other_stacks_are_read_alike_and_changes_are_counted(tmp_path, record, changes):
+    file, found = read(tmp_path, [record, record])
+    assert found == [EXPECTED, EXPECTED]
+    assert file.problems == []
+    assert set(file.changes) == set(changes)
+    report = file.report()
+    assert report.startswith(f"{file.path}: " if changes else "") and "\n" not in report
+    assert all(change in report for change in changes)
+
+
+def test_a_json_array_is_read_like_lines(tmp_path):
+    file, found = read(tmp_path, json.dumps([OURS, without(id="b", start=1, end=2.5)], indent=1))
+    assert [(record.name, record.start_s, record.end_s) for record in found] == [("a", None, None), ("b", 1.0, 2.5)]
+    assert file.report() == f"{file.path}: a JSON array, read like JSON Lines (1x)"
+
+
+def test_entries_of_an_array_are_named_by_line_and_number(tmp_path):
+    file, found = read(
+        tmp_path, f"[\n {json.dumps(OURS)},\n\n [],\n {json.dumps(without('video'))} , {json.dumps(OURS)}\n]"
+    )
+    assert len(found) == 2
+    assert file.problems == [
+        f"{file.path} line 4 entry 2: expected a JSON object, got list",
+        f"{file.path} line 5 entry 3: field 'video' is missing",
+    ]
+
+
+def test_after_a_broken_entry_of_an_array_nothing_can_be_read_and_it_says_so(tmp_path):
+    file, found = read(tmp_path, f"[\n{json.dumps(OURS)},\n{{'x'}},\n{json.dumps(OURS)}]")
+    assert len(found) == 1
+    (problem,) = file.problems
+    assert problem.startswith(f"{file.path} line 3 entry 2: malformed JSON")
+    assert "nothing after it was read" in problem
+
+
+MALFORMED = {
+    "not JSON": "{",
+    "cut off": json.dumps(OURS)[:-5],
+    "a list": "[]",
+    "a number": "3",
+    "no UTF-8": b"\xff\xfe",
+    "no video": without("video"),
+    "video is null": without(video=None),
+    "video is empty": without(video=" "),
+    "video is a number": without(video=3),
+    "two videos": without(video=["a.mp4", "b.mp4"]),
+    "no list element": without("video", videos=[]),
+    "image without video": without("video", image={"path": "a.png"}),
+    "no conversation": without("conversations"),
+    "a conversation that is none": without(conversations="hello"),
+    "an empty conversation": without(conversations=[]),
+    "an odd conversation": without(conversations=[HUMAN]),
+    "only a system text": without(conversations=[{"from": "system", "value": "x"}]),
+    "speakers exchanged": without(conversations=[GPT, HUMAN]),
+    "an unknown speaker": without(conversations=[{"from": "robot", "value": "<video> x"}, GPT]),
+    "no speaker": without(conversations=[{"value": "<video> x"}, GPT]),
+    "a turn that is no object": without(conversations=[HUMAN, "A tomato."]),
+    "a value that is a number": without(conversations=[HUMAN, {"from": "gpt", "value": 3}]),
+    "a piece that is no text": without("conversations", messages=messages([{"type": "image", "image": "x"}], "y")),
+    "no tag": without(conversations=[{"from": "human", "value": "What is cut?"}, GPT]),
+    "two tags": without(conversations=[{"from": "human", "value": "<video><video> x"}, GPT]),
+    "a tag in the answer": without(conversations=[HUMAN, {"from": "gpt", "value": "<video>"}]),
+    "a start alone": without(start=1.0),
+    "an end alone": without(end=1.0),
+    "a start that is a text": without(start="00:01", end=2.0),
+    "an end that is a flag": without(start=0.0, end=True),
+    "a window backwards": without(start=2.0, end=1.0),
+    "a window of no length": without(start=2.0, end=2.0),
+    "a window before the file": without(start=-1.0, end=2.0),
+    "a window that is no number": '{"video": "a.mp4", "start": NaN, "end": 1.0, "conversations": '
+    + json.dumps([HUMAN, GPT])
+    + "}",
+    "a window without end": without(start=0.0, end=1e999),
+}
+
+
+def as_bytes(line):
+    return line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+
+
+def test_two_hundred_malformed_rows_of_all_kinds_are_each_named(tmp_path, capsys):
+    rng = random.Random(0)
+    kinds = [*MALFORMED, *rng.choices([*MALFORMED], k=200 - len(MALFORMED))]
+    lines = [MALFORMED[kind] for kind in kinds] + [OURS] * 50
+    order = [249, *rng.sample(range(249), 249)]  # a good one first
+    file = tmp_path / "users.jsonl"
+    file.write_bytes(b"".join(as_bytes(lines[place]) + b"\n" for place in order))
+    wrong = [number for number, place in enumerate(order, 1) if place < 200]
+
+    read = ConversationFile(file)
+    assert len(list(read)) == 50
+    assert len(read.problems) == len(wrong) == 200
+    for number, problem in zip(wrong, read.problems, strict=True):
+        assert problem.startswith(f"{file} line {number}: "), problem
+        assert "\n" not in problem
+
+    message = str(MalformedRecords(read.problems))
+    assert message.startswith(read.problems[0])
+    assert message.count(str(file)) == 5
+    assert message.endswith("and 195 more: `make data-check INDEX=<file>` names every one")
+
+    assert check([str(file), "--root", str(tmp_path), "--workers", "1"]) == 1  # and this is what that command prints
+    assert capsys.readouterr().out.splitlines()[:200] == read.problems
+
+
+def test_every_kind_of_malformed_row_is_refused_by_itself(tmp_path):
+    for kind, line in MALFORMED.items():
+        file = tmp_path / "one.jsonl"
+        file.write_bytes(as_bytes(line))
+        if kind != "a list":  # alone in a file, an empty array of records
+            read = ConversationFile(file)
+            assert (list(read), len(read.problems)) == ([], 1), kind
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rows that are written
+
+
+RECORD = Record("7", "v.mp4", Wording("qa", "mine", "What?", (), "that"), "train", "session", (1.0, 2.0))
+
+
+def test_a_row_is_read_back_as_it_was_written(tmp_path):
+    write_rows(tmp_path / "x.jsonl", [row(RECORD, Templates(), "task", seed=3)])
+    file = ConversationFile(tmp_path / "x.jsonl")
+    (found,) = file
+    assert file.changes == {}
+    assert (found.name, found.video, found.start_s, found.end_s) == ("mine/7", "v.mp4", 1.0, 2.0)
+    assert (found.wording, found.split, found.video_uid) == (RECORD.wording, "train", "session")
+    ((question, answer),) = found.turns
+    assert question.endswith("What?") and answer == "That."
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"id": "a", "x": 1.0}, {"id": "a", "x": 1.0}], "id 'a' is given twice"),
+        ([{"x": 1.0}, {"x": 1}], r"field 'x' is int, float in the first record"),
+        ([{"x": "a"}, {"x": None}], r"field 'x' is NoneType, str in the first record"),
+        ([{"x": None}], r"field 'x' is NoneType"),
+        ([{"x": "a"}, {"y": "a"}], r"other fields than the first record \(x, y\)"),
+        ([{"x": float("nan")}], r"field 'x' is nan"),
+        ([{"x": "a", "label": "b"}], r"field label: other readers give it a meaning"),
+    ],
+)
+def test_rows_that_some_reader_would_stumble_over_are_refused(tmp_path, rows, message):
+    (tmp_path / "x.jsonl").write_text("before")
+    with pytest.raises(ValueError, match=message):
+        write_rows(tmp_path / "x.jsonl", rows)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x.jsonl", "before")]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the store
+
+
+def test_the_store_gives_back_what_was_put_in():
+    fixed = Conversation("a", "x.mp4", None, None, (("q\n", "ä"), ("r", "s")))
+    made = Conversation("b", "y.mp4", 1.5, 2.0, (("?", "!"),), Wording("mcq", "mine", "which", ("a", "b"), "b"))
+    again = Conversation("c", "x.mp4", 0.0, 1.0, (("?", "!"),), Wording("qa", "mine", "what", (), "that"))
+    store = ConversationStore(worded=True)
+    for record in (fixed, made, again):
+        store.append(record)
+    store.freeze()
+    assert [store.name(index) for index in range(len(store))] == ["a", "b", "c"]
+    assert [store.video(index) for index in range(3)] == [
+        ("x.mp4", None),
+        ("y.mp4", (1.5, 2.0)),
+        ("x.mp4", (0.0, 1.0)),
+    ]
+    assert [store.content(index) for index in range(3)] == [fixed.turns, made.wording, again.wording]
+    assert store.video_numbers().tolist() == [0, 1, 0]
+    np.testing.assert_array_equal(store.windows_s(), [[-1, -1], [1.5, 2.0], [0, 1]])
+    texts = ConversationStore(worded=False)
+    texts.append(made)
+    assert texts.content(0) == (("?", "!"),)
+
+
+def test_the_rows_of_the_readme_are_read_alike(tmp_path):
+    readme = Path(__file__).parents[1] / "README.md"
+    block = readme.read_text(encoding="utf-8").partition("**Your own files**")[2].partition("```json\n")[2]
+    file, found = read(tmp_path, block.partition("```")[0])
+    assert file.problems == []
+    assert [record.turns for record in found] == [(("What do I hold?", "A ladle."),)] * 3
+    assert [record.video for record in found] == ["kitchen/0001.mp4", "kitchen/0002.mp4", "kitchen/frames_0003"]
+    assert [(record.start_s, record.end_s) for record in found] == [(3.0, 5.5), (None, None), (None, None)]
+    assert len(file.changes) == 6

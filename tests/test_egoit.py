@@ -1,0 +1,665 @@
+"""The five sources of EgoIT: counts and oddities of the official files, every trap, and the command.
+
+Real files are read where they lie beside the repository, and never copied; all others are invented.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from datamodules.conversations import ConversationFile, MalformedRecords
+from datamodules.egoit import egotimeqa
+from datamodules.egoit.__main__ import main
+from datamodules.egoit.egoexolearn import EgoExoLearn, read_fine
+from datamodules.egoit.egotimeqa import EgoTimeQA, read_clips
+from datamodules.egoit.egtea import Egtea, action_text, clip_parts, read_labels
+from datamodules.egoit.openeqa import OpenEQA, scene_of
+from datamodules.egoit.record import Record
+from datamodules.egoit.source import SourceError, Tally, convert, grown
+from datamodules.egoit.ssv2 import SomethingSomething
+from datamodules.egoit.templates import Templates
+
+SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "egoit"
+
+
+def sample(name):
+    if not (SAMPLES / name).exists():
+        pytest.skip(f"needs the official files in {SAMPLES / name}, which are not part of the repository")
+    return SAMPLES / name
+
+
+def read(source):
+    """Records and problems of a source, and what it counted."""
+    tally, records, problems = Tally(), [], []
+    for record in source.read(tally):
+        (records if isinstance(record, Record) else problems).append(record)
+    return records, [str(problem) for problem in problems], tally.counts
+
+
+def write(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the official files
+
+
+def test_real_egtea():
+    records, problems, counts = read(Egtea(sample("egtea"), ("train_split1", "test_split1")))
+    assert problems == []
+    assert len({record.key for record in records}) == len(records) == counts["clips"] == 10_321
+    assert Counter(record.split for record in records) == {"train_split1": 8_299, "test_split1": 2_022}
+    actions = read_labels(sample("egtea") / "action_idx.txt")
+    assert list(actions) == list(range(1, 107))
+    assert {record.wording.target for record in records} == {action_text(label) for label in actions.values()}
+    (one,) = [r for r in records if r.key == "P04-R06-GreekSalad-69970-77130-F001662-F001869"]
+    assert one.wording.target == "inspect/read recipe"
+    assert one.video == f"egtea/cropped_clips/P04-R06-GreekSalad/{one.key}.mp4"
+    assert one.window_s is None
+    session, start_s, end_s = clip_parts(one.key)
+    assert (session, round(end_s - start_s, 6)) == ("P04-R06-GreekSalad", 7.16)
+    with (sample("egtea") / "cls_label_index.csv").open() as lines:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=";")][1:]
+    assert {int(number) + 1: label for number, label, *_ in rows} == actions  # that file counts from 0
+
+
+def test_real_egtea_splits_have_the_official_sizes():
+    for split in (1, 2, 3):
+        source = Egtea(sample("egtea"), (f"train_split{split}", f"test_split{split}"))
+        records, problems, counts = read(source)
+        assert (len(records), problems) == (10_321, [])
+        assert {name: counts[name] for name in source.official()} == {
+            name: known.count for name, known in source.official().items()
+        }
+
+
+def test_real_ssv2():
+    source = SomethingSomething(sample("ssv2"), ("validation",))
+    records, problems, counts = read(source)
+    assert (len(records), problems, counts["classes"]) == (24_777, [], 174)
+    classes, _, _ = read(SomethingSomething(sample("ssv2"), ("validation",), answer="template"))
+    assert len({record.wording.target for record in classes}) == 174
+    assert all("[" not in record.wording.target for record in classes)
+    assert {record.key: record.wording.target for record in records}[
+        "74225"
+    ] == "spinning cube that quickly stops spinning"
+
+
+def test_real_egotimeqa(tmp_path):
+    content = (sample("egotimeqa") / "one_record_from_issue9.json").read_text()
+    write(tmp_path / "annotations.EgoTimeQA.json", content)
+    clips = write(
+        tmp_path / "clips.json",
+        {
+            "clips": [
+                {
+                    "clip_uid": json.loads(content)[0]["video_id"],
+                    "video_uid": "v",
+                    "video_start_sec": 10.0,
+                    "video_end_sec": 490.0,
+                }
+            ]
+        },
+    )
+    moment = egotimeqa.moment_s(json.loads(content)[0], "here", 3.0)
+    start_s, end_s = moment.annotated_s
+    assert ((start_s + end_s) / 2, end_s - start_s) == pytest.approx((124.317, 8.538), abs=5e-4)
+    (record,), problems, _ = read(EgoTimeQA(tmp_path, clips=(clips,)))
+    assert problems == []
+    start_s, end_s = record.window_s
+    assert ((start_s + end_s) / 2, end_s - start_s) == pytest.approx((124.317, 3 * 8.538), abs=2e-3)
+    assert (record.video_uid, record.duration_s) == ("v", 480.0)
+    (closed,), _, _ = read(EgoTimeQA(tmp_path, form="closed"))
+    assert len(set(closed.wording.options)) == 4
+    assert closed.wording.target in closed.wording.options
+
+
+def test_real_openeqa():
+    records, problems, counts = read(OpenEQA(sample("openeqa")))
+    assert (len(records), problems) == (1_636, [])
+    assert (counts["episodes"], counts["rows with extra answers"]) == (152, 263)
+    hold_out = sample("openeqa") / "open-eqa-v0-184-questions.json"
+    assert len(read(OpenEQA(sample("openeqa"), hold_out=hold_out))[0]) == 1_636 - 184
+    assert {record.video_uid.startswith("scene") for record in records if "/scannet-v0/" in record.video} == {True}
+
+
+def test_real_egoexolearn_test_file():
+    rows = [row for _, row in read_fine(sample("egoexolearn") / "fine_annotation_test.csv")]  # its header says _id
+    assert Counter(row["view"] for row in rows) == {"ego": 18_244, "exo": 4_930}
+    assert all(row["annotation_uid"] for row in rows)
+    assert sum(float(row["end_sec"]) <= float(row["start_sec"]) for row in rows) == 0
+
+
+def test_real_egoexolearn_narrations(tmp_path):
+    """The texts of the association benchmark, put under the header of the fine annotations."""
+    with (sample("egoexolearn") / "association_exo_train.csv").open(encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    texts = ("narration_en", "narration_en_hand_prompt", "narration_en_no_hand_prompt")
+    with (tmp_path / "fine_annotation_trainval_en.csv").open("w", newline="", encoding="utf-8") as out:
+        table = csv.writer(out)
+        table.writerow(["video_uid", "annotation_uid", "subset", "view", "scene", "start_sec", "end_sec", *texts])
+        for row in rows:
+            place = [row["video_uid"], row["annotation_id"], "train", "exo", row["scenario"]]
+            table.writerow([*place, row["start_sec"], row["end_sec"], *(row[text] for text in texts)])
+    records, problems, counts = read(EgoExoLearn(tmp_path, views=("exo",)))
+    assert (len(records), problems, counts["exo rows of train"]) == (6_270, [], 6_270)
+    assert [record.wording.target for record in records] == [row[texts[2]].strip() for row in rows]
+    assert min(end - start for start, end in (record.window_s for record in records)) > 0.4999
+    assert read(EgoExoLearn(tmp_path))[0] == []  # no ego row
+
+
+def test_real_egoexolearn_segments_and_questions():
+    segments, problems, counts = read(EgoExoLearn(sample("egoexolearn"), part="coarse"))
+    assert (problems, counts["videos"], counts["segments"]) == ([], 316, 6_691)
+    assert len(segments) == 6_691 - counts["segments of no length, left out"] == 6_689
+    asked, problems, counts = read(EgoExoLearn(sample("egoexolearn"), part="mcq"))
+    assert (len(asked), problems, counts["videos"]) == (6_832, [], 707)
+    assert counts["answers in words, given their option's letter"] == 2
+    letters = Counter("ABCDEF"[record.wording.options.index(record.wording.target)] for record in asked)
+    assert [round(100 * letters[letter] / len(asked)) for letter in "ABCD"] == [27, 34, 30, 8]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Egtea(sample("egtea"), ("train_split1", "test_split1")),
+        lambda: SomethingSomething(sample("ssv2"), ("validation",)),
+        lambda: OpenEQA(sample("openeqa")),
+        lambda: EgoExoLearn(sample("egoexolearn"), part="mcq"),
+        lambda: EgoExoLearn(sample("egoexolearn"), part="coarse"),
+    ],
+    ids=["egtea", "ssv2", "openeqa", "egoexolearn_mcq", "egoexolearn_coarse"],
+)
+def test_real_files_are_written_and_read_back_without_a_warning(tmp_path, make):
+    source = make()
+    out = tmp_path / "out.jsonl"
+    done = convert(source, out, Templates(), "task_ego", 0)
+    assert done.warnings == []
+    file = ConversationFile(out)
+    found = list(file)
+    assert (len(found), file.problems, file.changes) == (done.records, [], {})
+    assert len({record.name for record in found}) == done.records > 1000
+    assert all(record.wording is not None and len(record.turns) == 1 for record in found)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# EGTEA
+
+
+CLIP = "P99-R01-PastaSalad-12000-14500-F000285-F000351"
+
+
+@pytest.fixture
+def egtea(tmp_path):
+    write(tmp_path / "action_annotation/action_idx.txt", "Inspect/Read recipe 1\nTurn on faucet 2\nCut bell_pepper 3\n")
+    write(tmp_path / "action_annotation/train_split1.txt", f"{CLIP} 3 4 4\n\n{CLIP.replace('99', '98')} 1 1 1 2\n")
+    write(tmp_path / "action_annotation/test_split1.txt", f"{CLIP} 3 4 4\n")
+    return tmp_path
+
+
+def test_egtea_ids_start_at_one_and_labels_have_spaces(egtea):
+    records, problems, counts = read(Egtea(egtea, ("train_split1", "test_split1"), videos="here"))
+    assert problems == []
+    assert [(record.key, record.wording.target, record.split) for record in records] == [
+        (CLIP, "cut bell pepper", "train_split1"),
+        (CLIP.replace("99", "98"), "inspect/read recipe", "train_split1"),
+    ]
+    assert counts["clips"] == 2  # the one of both splits once
+    assert records[0].video == f"here/cropped_clips/P99-R01-PastaSalad/{CLIP}.mp4"
+    (whole, _), _, _ = read(Egtea(egtea, untrimmed=True))
+    assert (whole.video, whole.window_s) == ("egtea/P99-R01-PastaSalad.mp4", (12.0, 14.5))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{CLIP} 0 4 4", "action id 0 is not in action_idx.txt, whose ids go from 1 to 3"),
+        (f"{CLIP} 4 4 4", "action id 4 is not in"),
+        (f"{CLIP} 3", r"ids are \['3'\], expected those of an action, a verb and nouns"),
+        (f"{CLIP} 3 x 4", "ids are"),
+        ("P99-R01-PastaSalad-12000-F000285 3 4 4", "clip 'P99-R01-PastaSalad-12000-F000285' is not <session>"),
+        (f"{CLIP.replace('14500', '11000')} 3 4 4", "is not <session>-<start ms>-<end ms>"),
+    ],
+)
+def test_egtea_wrong_lines_are_named(egtea, line, message):
+    file = write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 3 4 4\n{line}\n")
+    _, (problem,), _ = read(Egtea(egtea))
+    assert problem.startswith(f"{file} line 2: ")
+    assert re.search(message, problem)
+
+
+def test_egtea_labels_that_count_from_zero_are_refused(egtea):
+    write(egtea / "action_annotation/action_idx.txt", "Inspect/Read recipe 0\nTurn on faucet 1\n")
+    with pytest.raises(SourceError, match=r"action_idx\.txt: ids begin at 0, expected 1"):
+        read(Egtea(egtea))
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [
+        ("Turn on faucet", "turn on faucet"),
+        ("Mix mixture,eating_utensil", "mix mixture and eating utensil"),
+        ("Pour oil,oil_container,pan", "pour oil, oil container and pan"),
+        ("Divide/Pull Apart paper_towel", "divide/pull apart paper towel"),
+    ],
+)
+def test_egtea_actions_as_text(label, text):
+    assert action_text(label) == text
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Something-Something
+
+
+@pytest.fixture
+def ssv2(tmp_path):
+    write(
+        tmp_path / "labels/labels.json", {"Moving something closer to something": "0", "Pouring part of something": "1"}
+    )
+    rows = [
+        {
+            "id": "7",
+            "label": "moving red cup closer to plate",
+            "template": "Moving [something] closer to [something]",
+            "placeholders": ["red cup", "plate"],
+        },
+        {
+            "id": "8",
+            "label": "pouring part of the milk",
+            "template": "Pouring [part] of [something]",
+            "placeholders": ["part", "the milk"],
+        },
+    ]
+    write(tmp_path / "labels/train.json", rows)
+    return tmp_path
+
+
+def test_ssv2_brackets_of_all_kinds_lead_to_the_class(ssv2):
+    records, problems, _ = read(SomethingSomething(ssv2))
+    assert problems == []
+    assert [record.wording.target for record in records] == [
+        "moving red cup closer to plate",
+        "pouring part of the milk",
+    ]
+    assert records[0].video == "ssv2/20bn-something-something-v2/7.webm"
+    classes, _, _ = read(SomethingSomething(ssv2, answer="template"))
+    assert [record.wording.target for record in classes] == [
+        "moving something closer to something",
+        "pouring part of something",
+    ]
+
+
+def test_ssv2_answers_of_the_test_split(ssv2):
+    write(ssv2 / "labels/test-answers.csv", "5;Pouring part of something\n")
+    with pytest.raises(SourceError, match="the test split has classes only: add --answer template"):
+        read(SomethingSomething(ssv2, ("test",)))
+    # its classes carry no brackets, and so no fillings
+    ((record,), problems, _) = read(SomethingSomething(ssv2, ("test",), answer="template"))
+    assert (record.key, record.wording.target, problems) == ("5", "pouring part of something", [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"template": "Moving [something]"}, "class 'Moving something' of field 'template' is not in labels.json"),
+        (
+            {"placeholders": ["cup"]},
+            "field 'placeholders' is ['cup'], but 'Moving [something] closer to [something]' has 2",
+        ),
+        ({"id": 7}, "field 'id' is 7, expected a text"),
+        ({"label": ""}, "field 'label' is '', expected a text"),
+    ],
+)
+def test_ssv2_wrong_rows_are_named(ssv2, change, message):
+    file = ssv2 / "labels/train.json"
+    rows = json.loads(file.read_text())
+    write(file, [rows[1], rows[0] | change])
+    records, (problem,), _ = read(SomethingSomething(ssv2))
+    assert len(records) == 1
+    assert problem.startswith(f"{file} entry 2: {message}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# EgoTimeQA
+
+
+def asked(start_s, end_s, **changes):
+    row = {
+        "video_id": "clip",
+        "sample_id": "clip",
+        "question": "Where did l put the knife?",
+        "answer": "in the drawer",
+        "moment_start_frame": 30 * start_s,
+        "moment_end_frame": 30 * end_s,
+        "wrong_answers": ["on the table", "in the sink", "on the shelf"],
+    }
+    return row | changes
+
+
+def egotimeqa_of(tmp_path, *rows, **options):
+    write(tmp_path / "data/unified/annotations.EgoTimeQA.json", list(rows))
+    return read(EgoTimeQA(tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    ("moment", "options", "window"),
+    [
+        ((99.0, 101.0), {}, (97.0, 103.0)),  # 2 means wide, three times that around 100 s
+        ((99.0, 101.0), {"stretch": 2.0}, (98.0, 102.0)),
+        ((99.9, 100.1), {}, (98.0, 102.0)),  # no shorter than 4 s
+        ((90.0, 110.0), {}, (85.0, 115.0)),  # no longer than 30 s
+        ((0.5, 2.5), {}, (0.0, 4.5)),  # not before the clip
+        ((498.0, 500.0), {}, (496.0, 500.0)),  # and not past what is known of it
+    ],
+)
+def test_egotimeqa_windows(tmp_path, moment, options, window):
+    records, problems, _ = egotimeqa_of(tmp_path, asked(*moment), asked(498.0, 500.0), **options)
+    assert problems == []
+    assert records[0].window_s == pytest.approx(window)
+
+
+def test_egotimeqa_seconds_are_taken_as_they_are_and_grown_to_half_a_second(tmp_path):
+    rows = [asked(0, 1, start_sec=100.0, end_sec=101.5), asked(0, 1, start_sec=50.0, end_sec=50.1)]
+    records, _, _ = egotimeqa_of(tmp_path, *rows)
+    assert [record.window_s for record in records] == [pytest.approx((100.0, 101.5)), pytest.approx((49.8, 50.3))]
+
+
+def test_egotimeqa_names_are_places_and_questions_say_i(tmp_path):
+    records, _, counts = egotimeqa_of(tmp_path, asked(1, 2), asked(1, 2, answer="Person A has it"))
+    assert [record.key for record in records] == ["000000", "000001"]
+    assert records[0].wording.query == "Where did I put the knife?"
+    assert counts["rows naming a Person A, B, ... that the clip does not name"] == 1
+    assert counts["rows without an Ego4D video (--clips tells them)"] == 2
+
+
+def test_egotimeqa_choices_are_balanced_and_stay(tmp_path):
+    rows = [asked(1, 2)] * 2000
+    records, _, _ = egotimeqa_of(tmp_path, *rows, form="closed")
+    places = Counter(record.wording.options.index("in the drawer") for record in records)
+    assert {record.wording.task for record in records} == {"mcq"}
+    assert all(abs(places[place] - 500) < 80 for place in range(4))  # four standard deviations
+    again, _, _ = egotimeqa_of(tmp_path, *rows, form="closed")
+    assert again == records
+    mixed, _, _ = egotimeqa_of(tmp_path, *rows, form="mixed")
+    assert abs(sum(record.wording.task == "mcq" for record in mixed) - 1000) < 90
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"question": " "}, {}, "field 'question' is ' ', expected a text"),
+        ({"video_id": None}, {}, "field 'video_id' is None"),
+        ({"moment_end_frame": "soon"}, {}, "field 'moment_end_frame' is 'soon', expected a number"),
+        ({"moment_end_frame": 1.0}, {}, "fields moment_start_frame and moment_end_frame give 1.000 to 0.033 s"),
+        (
+            {"wrong_answers": ["a", "b"]},
+            {"form": "closed"},
+            "['in the drawer', 'a', 'b'] are not four different answers",
+        ),
+        ({"wrong_answers": ["a", "a", "b"]}, {"form": "closed"}, "are not four different answers"),
+        ({"wrong_answers": "a"}, {"form": "closed"}, "field 'wrong_answers' is 'a', expected three texts"),
+    ],
+)
+def test_egotimeqa_wrong_rows_are_named(tmp_path, change, options, message):
+    records, (problem,), _ = egotimeqa_of(tmp_path, asked(1, 2), asked(1, 2, **change), **options)
+    assert len(records) == 1
+    assert problem.startswith(f"{tmp_path}/data/unified/annotations.EgoTimeQA.json entry 2: ")
+    assert message in problem
+
+
+def test_egotimeqa_clips_lead_to_videos_and_lengths(tmp_path):
+    metadata = {"clips": [{"clip_uid": "clip", "video_uid": "v1", "video_start_sec": 60.0, "video_end_sec": 160.0}]}
+    nlq = {"videos": [{"video_uid": "v2", "clips": [{"clip_uid": "other"}]}]}
+    files = (write(tmp_path / "ego4d.json", metadata), write(tmp_path / "nlq_train.json", nlq))
+    assert read_clips(files) == {"clip": ("v1", 100.0), "other": ("v2", -1.0)}
+    records, problems, _ = egotimeqa_of(tmp_path, asked(98, 100), asked(101, 102), clips=files)
+    assert (records[0].video_uid, records[0].duration_s) == ("v1", 100.0)
+    assert records[0].window_s == pytest.approx((96.0, 100.0))
+    assert "begins at 101.000 s of a clip of 100.000 s" in problems[0]
+    with pytest.raises(SourceError, match=r"x\.json: names no clips: give ego4d\.json"):
+        read_clips((write(tmp_path / "x.json", {"videos": []}),))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# OpenEQA
+
+
+def test_openeqa_shows_whole_episodes_and_knows_the_scene(tmp_path):
+    row = {
+        "question": "What is left of the sink?",
+        "answer": "A rack",
+        "category": "object localization",
+        "question_id": "q1",
+        "episode_history": "scannet-v0/999-scannet-scene9999_02",
+        "extra_answers": ["Drying rack"],
+    }
+    file = write(
+        tmp_path / "data/open-eqa-v0.json",
+        [row, row | {"question_id": "q2", "extra_answers": None}, row | {"answer": 3}],
+    )
+    records, problems, counts = read(OpenEQA(tmp_path))
+    assert [record.key for record in records] == ["q1", "q2"]
+    assert (records[0].video, records[0].window_s) == (f"openeqa/frames/{row['episode_history']}", None)
+    assert records[0].video_uid == "scene9999"
+    assert counts["rows with extra answers"] == 1
+    assert problems == [f"{file} entry 3: field 'answer' is 3, expected a text: correct it"]
+    hold_out = write(tmp_path / "some.json", ["q1"])
+    records, _, counts = read(OpenEQA(tmp_path, hold_out=hold_out, encoded=True))
+    assert [record.video for record in records] == [f"openeqa/frames/{row['episode_history']}-0.mp4"]
+    assert counts["rows held out"] == 1
+
+
+@pytest.mark.parametrize(
+    ("episode", "scene"),
+    [("hm3d-v0/000-hm3d-BFRyYbPCCPE", "BFRyYbPCCPE"), ("scannet-v0/002-scannet-scene0709_00", "scene0709"), ("x", "x")],
+)
+def test_openeqa_scenes(episode, scene):
+    assert scene_of(episode) == scene
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# EgoExoLearn
+
+
+FINE = "video_uid,{},subset,view,scene,start_sec,end_sec"
+FINE += ",narration_en,narration_en_hand_prompt,narration_en_no_hand_prompt\n"
+ROWS = (
+    "bee0,a1,train,ego,kitchen,12.4,15.1,Use your right hand.,The right hand takes the pan.,Take the pan.\n"
+    "bee0,a2,train,ego,kitchen,20.0,20.2,x,x,Stir.\n"
+    "bee0,a3,val,ego,kitchen,19.0,20.3,x,x,Wait.\n"
+    "cee0,a4,train,exo,lab,1,2,x,x,Shake.\n"
+)
+
+
+@pytest.mark.parametrize("key", ["annotation_uid", "annotation_id"])
+def test_egoexolearn_both_headers_and_three_texts(tmp_path, key):
+    write(tmp_path / "annotations/fine_annotation_trainval_en.csv", FINE.format(key) + ROWS)
+    records, problems, counts = read(EgoExoLearn(tmp_path))
+    assert problems == []
+    assert [(record.key, record.video, record.wording.target) for record in records] == [
+        ("a1", "egoexolearn/bee0.mp4", "Take the pan."),
+        ("a2", "egoexolearn/bee0.mp4", "Stir."),
+    ]
+    assert records[0].window_s == (12.4, 15.1)
+    assert records[1].window_s == pytest.approx((19.8, 20.3))  # grown to half a second, but not past what is annotated
+    assert counts == {"ego rows of train": 2, "ego rows of val": 1, "exo rows of train": 1}
+    for text, target in (("hand", "The right hand takes the pan."), ("raw", "Use your right hand.")):
+        (first, _), _, _ = read(EgoExoLearn(tmp_path, text=text))
+        assert first.wording.target == target
+        assert "hand" in first.wording.query
+    everything, _, _ = read(EgoExoLearn(tmp_path, splits=("train", "val"), views=("ego", "exo")))
+    assert [record.key for record in everything] == ["a1", "a2", "a3", "a4"]
+
+
+def test_egoexolearn_wrong_rows_are_named(tmp_path):
+    rows = (
+        "v,b1,train,ego,lab,3,3,x,x,Go.\nv,b2,train,ego,lab,x,3,x,x,Go.\nv,b3,train,ego,lab,1,3,x,x,\nv,b4,train,ego\n"
+    )
+    file = write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + ROWS + rows)
+    records, problems, _ = read(EgoExoLearn(tmp_path))
+    assert len(records) == 2
+    assert [problem.partition(": ")[0] for problem in problems] == [f"{file} line {number}" for number in (6, 7, 8, 9)]
+    assert "'start_sec' and 'end_sec' are 3.0 and 3.0" in problems[0]
+    assert "'start_sec' is 'x'" in problems[1]
+    assert "'narration_en_no_hand_prompt' is ''" in problems[2]
+    write(file, "video_uid,subset\n")
+    with pytest.raises(SourceError, match="column view, start_sec, end_sec, annotation_uid is missing"):
+        read(EgoExoLearn(tmp_path))
+
+
+def test_egoexolearn_segments(tmp_path):
+    good = {"start": 1, "end": 7.5, "duration": 7.0, "id": "s1", "textAttribute_en": "1. Go.\n 2. Stop. \n"}
+    segments = [good, {**good, "id": "s2", "start": 5, "end": 5, "duration": None}, {**good, "start": 8}]
+    content = json.dumps(segments).encode()
+    with tarfile.open(tmp_path / "coarse_annotations.tar.gz", "w:gz") as archive:
+        entry = tarfile.TarInfo("l1/bee0.json")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    (record,), (problem,), counts = read(EgoExoLearn(tmp_path, part="coarse"))
+    assert (record.window_s, record.duration_s, record.wording.target) == ((1.0, 7.0), 7.0, "1. Go.\n2. Stop.")
+    assert "l1/bee0.json entry 3: from 8.0 to 7.5 s of a video of 7.0 s" in problem
+    assert counts["segments of no length, left out"] == 1
+
+
+def mcq(answer, *options, number=0):
+    value = "<video>\nWhat now?\n" + "".join(f"{option}\n" for option in options)
+    value += "Answer with the option's letter from the given choices directly."
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return json.dumps({"id": f"v_{number}", "conversations": turns, "image": {"video": "v.mp4"}}) + "\n"
+
+
+def test_egoexolearn_questions_with_letters_and_words(tmp_path):
+    rows = mcq("B", "(A) Go", "(B) Stop") + mcq("Stop", "(A) Go", "(B) Stop", number=1)
+    rows += mcq("C", "(A) Go", "(B) Stop") + mcq("A", "(B) Go", "(A) Stop") + "{}\n"
+    file = write(tmp_path / "Video_QA/x_mcq.jsonl", rows)
+    records, problems, counts = read(EgoExoLearn(tmp_path, part="mcq"))
+    for record in records:
+        assert (record.wording.query, record.wording.options, record.wording.target) == (
+            "What now?",
+            ("Go", "Stop"),
+            "Stop",
+        )
+        assert (record.video, record.window_s) == ("egoexolearn/v.mp4", None)
+    assert [record.key for record in records] == ["mcq/v_0", "mcq/v_1"]
+    assert counts["answers in words, given their option's letter"] == 1
+    assert [problem.partition(": ")[0] for problem in problems] == [f"{file} line {number}" for number in (3, 4, 5)]
+    assert "answer 'C' is neither a letter nor an option" in problems[0]
+    write(tmp_path / "Video_QA/x_qa.jsonl", mcq("He stops."))
+    ((record,), _, _) = read(EgoExoLearn(tmp_path, part="qa"))
+    assert (record.wording.task, record.wording.query, record.wording.target) == ("qa", "What now?", "He stops.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# converting
+
+
+@pytest.mark.parametrize(
+    ("window", "grown_to"),
+    [((1.0, 2.0), (1.0, 2.0)), ((5.0, 5.1), (4.8, 5.3)), ((0.0, 0.1), (0.0, 0.5)), ((9.8, 9.9), (9.5, 10.0))],
+)
+def test_short_windows_grow_inside_the_file(window, grown_to):
+    assert grown(*window, least_s=0.5, last_s=10.0) == pytest.approx(grown_to)
+
+
+def test_wrong_rows_stop_a_conversion_and_are_all_named_or_left_out_with_a_warning(egtea, tmp_path):
+    write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n{CLIP} 3 4 4\nx 3 4 4\n")
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(MalformedRecords) as caught:
+        convert(Egtea(egtea), out, Templates(), "base", 0)
+    assert len(caught.value.problems) == 2
+    assert not out.exists() and not list(tmp_path.glob("*.partial"))
+    done = convert(Egtea(egtea), out, Templates(), "base", 0, skip_malformed=True)
+    assert (done.records, len(out.read_text().splitlines())) == (1, 1)
+    assert [warning for warning in done.warnings if warning.startswith("left out: ")] == [
+        f"left out: {problem}" for problem in caught.value.problems
+    ]
+
+
+def test_the_command_prints_counts_and_what_is_missing(egtea, tmp_path, capsys):
+    out = tmp_path / "out" / "egtea.jsonl"
+    arguments = ["convert", "egtea", "--root", str(egtea), "--splits", "train_split1", "test_split1", "--out", str(out)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert [line.split() for line in printed.out.splitlines()[1:3]] == [
+        ["actions", "3", "106"],
+        ["rows", "of", "train_split1", "2", "8,299"],
+    ]
+    assert printed.out.endswith(f"2 records written to {out}\n")
+    assert "warning: egtea: 8,297 of 8,299 rows of train_split1 are missing: fetch the file again\n" in printed.err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert list(rows[0]) == [
+        *("id", "video", "conversations", "source", "channel", "task", "prompt_level", "template_id", "query"),
+        *("options", "target", "video_uid", "duration", "split"),
+    ]
+    assert rows[0]["conversations"][1] == {"from": "gpt", "value": "cut bell pepper"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "source: got 'nothing', allowed: egtea, ssv2, egotimeqa, openeqa, egoexolearn, or module:Class"),
+        (["no_such:Thing"], "source: got 'no_such:Thing', which cannot be imported"),
+        (["openeqa"], "holds none of open-eqa-v0.json, data/open-eqa-v0.json: put OpenEQA's questions there"),
+        (["egtea", "--templates", "{root}"], "holds no templates"),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path, capsys, arguments, message):
+    words = [word.format(root=tmp_path) for word in arguments]
+    root = [] if "source: " in message else ["--root", str(tmp_path)]
+    assert main(["convert", *words, *root]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+def test_a_source_of_ones_own_is_one_file(tmp_path, monkeypatch, capsys):
+    write(
+        tmp_path / "my_sources.py",
+        """
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from datamodules.conversations import Wording
+from datamodules.egoit.record import Record
+from datamodules.egoit.source import Official, option
+
+
+@dataclass(frozen=True)
+class Mine:
+    root: Path
+    times: float = option(2.0, "how many")
+    name: ClassVar[str] = "mine"
+
+    def official(self):
+        return {"rows": Official(2)}
+
+    def read(self, tally):
+        for number in range(int(self.times)):
+            tally.add("rows")
+            yield Record(str(number), "v.mp4", Wording("qa", self.name, "What?", (), "that"), "train", "v")
+""",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", "my_sources:Mine", "--root", str(tmp_path), "--times", "3"]) == 0
+    assert len(list(ConversationFile(tmp_path / "data/egoit/mine.jsonl"))) == 3
+    assert "1 rows more than the official 2: another release?" in capsys.readouterr().err
+
+
+def test_converting_needs_neither_torch_nor_a_video_library():
+    code = "import sys, datamodules.egoit.__main__; print({'torch', 'lightning', 'av'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "set()\n"
