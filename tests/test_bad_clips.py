@@ -338,7 +338,7 @@ class Stuck(Files):
 
 @pytest.mark.parametrize(("dies", "words"), [(False, "timed out after 0.5 seconds"), (True, "exited unexpectedly")])
 def test_a_process_that_hangs_or_dies_stops_the_run_and_its_samples_are_named(whole, toy_tokenizer, dies, words):
-    source = load(Stuck(toy_tokenizer, [whole] * 4, dies=dies), 2, num_workers=1, timeout_s=0.5)
+    source = load(Stuck(toy_tokenizer, [whole] * 4, dies=dies), 2, num_workers=1, timeout_s=60 if dies else 0.5)
     expected = next(iter(source.order)).indices
     with pytest.raises(ReadingStopped) as caught:
         next(iter(source))

@@ -241,7 +241,7 @@ def test_batches_of_the_loader_pair_the_views_row_by_row(pairs, toy_world):
     made.num_workers = 0
     source = made.train_dataloader()
     assert isinstance(source, ResumableLoader)
-    source.load_state_dict({"epoch": 1, "position": 3})
+    source.load_state_dict({"epoch": 1, "global_batch": 3})
     batch = next(iter(source))
     assert batch.ego_video.shape == batch.exo_video.shape == (2, FRAMES, SIDE, SIDE, 3)
     for row, name in enumerate(batch.ids):

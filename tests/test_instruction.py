@@ -250,7 +250,7 @@ def test_a_mix_goes_on_where_it_was_stopped(toy_tokenizer, tmp_path):
     straight = take(loader(), 8)  # two epochs of three batches, and two more
     stopped = loader()
     first = take(stopped, 5)
-    state = {"epoch": 1, "position": 2}
+    state = {"epoch": 1, "global_batch": 2}
     again = loader()
     again.load_state_dict(state)
     assert first + take(again, 3) == straight
@@ -373,7 +373,7 @@ def test_seed_epoch_and_id_decide_the_prompt_on_any_rank_and_after_a_resume(toy_
                     state = json.loads(json.dumps(source.state_dict()))
                     source = loader()
                     source.load_state_dict(state)
-                    assert state["position"] == 5
+                    assert state["global_batch"] == 5
                 if step in (0, 5):
                     batches = requests(source)
                 epoch, indices = next(batches)
