@@ -487,6 +487,15 @@ class _Converter:
 
     def write(self, frame: VideoFrame, out: np.ndarray) -> None:
         """Convert ``frame`` and write it to the centre of ``out``, uint8 [size, size, 3], on ``PAD_RGB``."""
+        pixels = self._scaled_rgb(frame)
+        top, left = (out.shape[0] - pixels.shape[0]) // 2, (out.shape[1] - pixels.shape[1]) // 2
+        bottom, right = top + pixels.shape[0], left + pixels.shape[1]
+        for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, right:]):
+            border[:] = self._pad[: border.shape[1]]
+        out[top:bottom, left:right] = pixels
+
+    def _scaled_rgb(self, frame: VideoFrame) -> np.ndarray:
+        """The upright picture, uint8 [height, width, 3]."""
         quarter_turns = (frame.rotation // 90) % 4
         if self._crop is not None:
             self._crop.vpush(frame)
@@ -500,13 +509,7 @@ class _Converter:
         plane = rgb.planes[0]
         rows = np.frombuffer(cast(Any, plane), dtype=np.uint8, count=height * plane.line_size)
         pixels = rows.reshape(height, plane.line_size)[:, : width * 3].reshape(height, width, 3)
-        if quarter_turns:
-            pixels = np.rot90(pixels, quarter_turns)
-        top, left = (out.shape[0] - pixels.shape[0]) // 2, (out.shape[1] - pixels.shape[1]) // 2
-        bottom, right = top + pixels.shape[0], left + pixels.shape[1]
-        for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, right:]):
-            border[:] = self._pad[: border.shape[1]]
-        out[top:bottom, left:right] = pixels
+        return np.rot90(pixels, quarter_turns) if quarter_turns else pixels
 
 
 def segment_midpoints(start_s: float, end_s: float, num_frames: int) -> np.ndarray:
