@@ -202,24 +202,6 @@ class _OpenVideo:
     def time_s(self, tick: int) -> float:
         return (tick - self.start_tick) * self.tick_s
 
-    def is_torn(self, packet: Packet[VideoStream]) -> bool:
-        """Whether zeros stand where the coding rules them out, as where a block of the file was never written.
-
-        A decoder takes them for a picture that hardly changes.
-        """
-        if self.nal_length_bytes is None:
-            return False
-        data, end = bytes(packet), 0
-        while end < len(data):
-            begin = end + self.nal_length_bytes
-            end = begin + int.from_bytes(data[end:begin], "big")
-            if end == begin or end > len(data):
-                return True
-            is_picture = (data[begin] >> 1 & 63) < 32 if self.codec_name == "hevc" else (data[begin] & 31) < 6
-            if is_picture and data.find(b"\0\0\0", begin, end - 8) >= 0:
-                return True
-        return False
-
     def last_tick_shown_by(self, time_s: float) -> int:
         tolerance_s = min(1e-3, 0.1 * self.frame_s)
         return self.start_tick + math.floor((time_s + tolerance_s) / self.tick_s)
@@ -552,6 +534,15 @@ class _Converter:
 
     def write(self, frame: VideoFrame, out: np.ndarray) -> None:
         """Convert ``frame`` and write it to the centre of ``out``, uint8 [size, size, 3], on ``PAD_RGB``."""
+        pixels = self._scaled_rgb(frame)
+        top, left = (out.shape[0] - pixels.shape[0]) // 2, (out.shape[1] - pixels.shape[1]) // 2
+        bottom, right = top + pixels.shape[0], left + pixels.shape[1]
+        for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, right:]):
+            border[:] = self._pad[: border.shape[1]]
+        out[top:bottom, left:right] = pixels
+
+    def _scaled_rgb(self, frame: VideoFrame) -> np.ndarray:
+        """The upright picture, uint8 [height, width, 3]."""
         quarter_turns = (frame.rotation // 90) % 4
         if self._crop is not None:
             self._crop.vpush(frame)
@@ -565,13 +556,7 @@ class _Converter:
         plane = rgb.planes[0]
         rows = np.frombuffer(cast(Any, plane), dtype=np.uint8, count=height * plane.line_size)
         pixels = rows.reshape(height, plane.line_size)[:, : width * 3].reshape(height, width, 3)
-        if quarter_turns:
-            pixels = np.rot90(pixels, quarter_turns)
-        top, left = (out.shape[0] - pixels.shape[0]) // 2, (out.shape[1] - pixels.shape[1]) // 2
-        bottom, right = top + pixels.shape[0], left + pixels.shape[1]
-        for border in (out[:top], out[bottom:], out[top:bottom, :left], out[top:bottom, right:]):
-            border[:] = self._pad[: border.shape[1]]
-        out[top:bottom, left:right] = pixels
+        return np.rot90(pixels, quarter_turns) if quarter_turns else pixels
 
 
 def segment_midpoints(start_s: float, end_s: float, num_frames: int) -> np.ndarray:
@@ -758,17 +743,41 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> _
         fps=float(rate),
         header_end_s=float(min((claim_s for claim_s in claims_s if claim_s > 0), default=0)),
         pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0,
-        nal_length_bytes=_nal_length_bytes(codec),
+        nal_length_bytes=nal_length_bytes(codec),
     )
 
 
-def _nal_length_bytes(codec: VideoCodecContext) -> int | None:
+def nal_length_bytes(codec: VideoCodecContext) -> int | None:
     """Bytes of the length in front of each unit of H.264 and HEVC packets in MP4 or Matroska; None for others."""
     at = {"h264": 4, "hevc": 21}.get(codec.name)
     extra = codec.extradata or b""
     if at is None or len(extra) <= at or extra[0] != 1:  # without a configuration record, start codes divide the units
         return None
     return 1 + (extra[at] & 3)
+
+
+def is_torn(packet: Packet[VideoStream], codec_name: str, length_bytes: int | None) -> bool:
+    """Whether zeros stand where the coding rules them out, as where a block of the file was never written.
+
+    A decoder takes them for a picture that hardly changes.
+
+    Args:
+        packet: with a picture, or the empty one at the end of a file.
+        codec_name: ``h264``, ``hevc`` or another.
+        length_bytes: ``nal_length_bytes``; without it nothing can be said.
+    """
+    if length_bytes is None:
+        return False
+    data, end = bytes(packet), 0
+    while end < len(data):
+        begin = end + length_bytes
+        end = begin + int.from_bytes(data[end:begin], "big")
+        if end == begin or end > len(data):
+            return True
+        is_picture = (data[begin] >> 1 & 63) < 32 if codec_name == "hevc" else (data[begin] & 31) < 6
+        if is_picture and data.find(b"\0\0\0", begin, end - 8) >= 0:
+            return True
+    return False
 
 
 def _last_frame_end_s(video: _OpenVideo) -> float:
@@ -902,7 +911,7 @@ def _decode(
     for packet in chain(packets, (None,)):
         if packet is not None:
             pts = cast(int, packet.pts)
-            if packet.is_corrupt or video.is_torn(packet):
+            if packet.is_corrupt or is_torn(packet, video.codec_name, video.nal_length_bytes):
                 raise Damaged(f"corrupt packet at {video.time_s(pts):.3f} s", video.path)
             if exact_start and pts < first_pts:
                 continue

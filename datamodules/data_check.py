@@ -211,7 +211,7 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
         ClipDecodeError: as ``ClipReader.read``, on reaching a damaged packet or picture, or at the end if the decoder
             left out a picture that the file lists or the file ends more than a frame before its header says.
     """
-    from datamodules.clip_stream import Damaged, FrameMissing, NotAVideo, probe
+    from datamodules.clip_stream import Damaged, FrameMissing, NotAVideo, is_torn, nal_length_bytes, probe
 
     info = probe(path)
     listed: set[int] = set()
@@ -223,8 +223,9 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
                 raise NotAVideo("the file changed while it was read", path)
             codec, time_base, tick_s = stream.codec_context, stream.time_base, float(stream.time_base)
             codec.thread_type, codec.thread_count = "NONE", 1
+            codec_name, length_bytes = codec.name, nal_length_bytes(codec)
             for packet in container.demux(stream):
-                if packet.is_corrupt:
+                if packet.is_corrupt or is_torn(packet, codec_name, length_bytes):
                     raise Damaged(f"corrupt packet after {end_s:.3f} s", path)
                 if packet.pts is not None and not packet.is_discard:
                     listed.add(packet.pts)

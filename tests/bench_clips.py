@@ -7,11 +7,13 @@ Times are CPU times of the process with all its threads, the better of two reads
 over clips, so that they survive a noisy machine. torchcodec, decord and OpenCV take part where they are installed
 (``pip install torchcodec decord opencv-python-headless``), each with its fastest settings,
 one thread and its files kept open.
+Two more reads of each clip are profiled, which tells where our time goes beyond the decoder's.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import math
 import multiprocessing
@@ -243,6 +245,15 @@ OTHERS = {
     "OpenCV": ("opencv-python-headless", opencv_reader),
 }
 LENT = "BENCH_CLIPS_FFMPEG"
+DECODING, CONVERTING, REST = "decoding", "scaling, RGB", "rest"
+PHASES = {  # functions of clip_stream.py, without what they call there
+    DECODING: {"_decode"},
+    CONVERTING: {"_scaled_rgb"},
+    "copying": {"write"},
+    "packets": {"_demux", "_take_until"},
+    "checks": {"is_torn"},
+    REST: set(),
+}
 
 
 def installed() -> tuple[dict[str, Callable[[Wanted], Tensor]], dict[str, str]]:
@@ -283,10 +294,29 @@ def cpu_ms(call: Callable[[], object]) -> float:
     return 1000 * (time.process_time() - before)
 
 
+def phases(read: Callable[[], object]) -> dict[str, float]:
+    """CPU milliseconds of this thread in each of ``PHASES``, of the better of two reads by ``ClipReader``."""
+    return min((_phases(read) for _ in range(2)), key=lambda spent: sum(spent.values()))
+
+
+def _phases(read: Callable[[], object]) -> dict[str, float]:
+    profile = cProfile.Profile(time.thread_time, builtins=False)
+    profile.runcall(read)
+    spent = dict.fromkeys(PHASES, 0.0)
+    for entry in profile.getstats():
+        name = entry.code.co_name  # type: ignore[union-attr]  # a string for builtins only
+        phase = next((phase for phase, names in PHASES.items() if name in names), REST)
+        spent[phase] += 1000 * entry.inlinetime
+    return spent
+
+
 def bench_readers(
     videos: dict[str, Path], seconds: int, rounds: int, others: dict[str, Callable[[Wanted], Tensor]]
-) -> dict[str, dict[str, list[float]]]:
-    """CPU milliseconds of every method on the same clips, by configuration; ``START`` on every fifth clip."""
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[dict[str, float]]]]:
+    """By configuration, CPU milliseconds of every method on the same clips, and the phases of ours.
+
+    ``START`` reads every fifth clip only.
+    """
     reader, decoder, draw = ClipReader(), DecoderAlone(), random.Random(0)
     methods: dict[str, Callable[[Wanted], object]] = {
         OURS: lambda wanted: reader.read(wanted.path, wanted.times_s, SIZE),
@@ -294,6 +324,7 @@ def bench_readers(
         **others,
     }
     taken: dict[str, dict[str, list[float]]] = {}
+    profiles: dict[str, list[dict[str, float]]] = {}
     configurations = [(video, *sampling) for video in videos for sampling in SAMPLING]
     for turn in range(-1, rounds):  # the first one opens files and is not counted
         for video, frames, span_s in draw.sample(configurations, len(configurations)):
@@ -303,13 +334,16 @@ def bench_readers(
             calls |= {name: lambda method=method, wanted=wanted: method(wanted) for name, method in methods.items()}
             if turn % 5 == 0:
                 calls[START] = lambda wanted=wanted: usual_pyav(wanted, seek=False)
-            row = taken.setdefault(f"{video}, {frames} of {span_s:g} s", {})
+            configuration = f"{video}, {frames} of {span_s:g} s"
+            row = taken.setdefault(configuration, {})
             for name in draw.sample(list(calls), len(calls)):
                 spent = min(cpu_ms(calls[name]) for _ in range(1 if name == START else 2))
                 if turn >= 0:
                     row.setdefault(name, []).append(spent)
+            if turn >= 0:
+                profiles.setdefault(configuration, []).append(phases(calls[OURS]))
         print(f"  round {turn + 1} of {rounds}", file=sys.stderr)
-    return taken
+    return taken, profiles
 
 
 class Pairs(ClipTextDataset):
@@ -418,6 +452,24 @@ def reader_table(taken: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines)
 
 
+def phase_table(taken: dict[str, dict[str, list[float]]], profiles: dict[str, list[dict[str, float]]]) -> str:
+    """Per cent of our time by phase, and the share of the decoder reached and left by converting, in Markdown."""
+    lines = [
+        f"| file, frames of span | {' | '.join(PHASES)} | {LIMIT} | at most |",
+        f"|---|{'---:|' * (len(PHASES) + 2)}",
+    ]
+    shares: list[tuple[float, float]] = []
+    for configuration, clips in sorted(profiles.items()):
+        together = {phase: sum(clip[phase] for clip in clips) for phase in PHASES}
+        cells = [f"{100 * spent / sum(together.values()):.1f}" for spent in together.values()]
+        at_most = together[DECODING] / (together[DECODING] + together[CONVERTING])
+        shares.append((ratios(taken[configuration], LIMIT), at_most))
+        lines.append(f"| {configuration} | {' | '.join(cells)} | {shares[-1][0]:.2f} | {at_most:.2f} |")
+    reached, at_most = (geometric_mean(list(column)) for column in zip(*shares, strict=True))
+    lines.append(f"| geometric mean | {'| ' * len(PHASES)}| {reached:.2f} | {at_most:.2f} |")
+    return "\n".join(lines)
+
+
 def loader_table(taken: dict[int, dict[str, list[float]]]) -> str:
     """Milliseconds of a pair through the loader, in Markdown."""
     lines = ["| reading processes | CPU ms a pair | wall ms a pair |", "|---|---:|---:|"]
@@ -467,7 +519,7 @@ def main() -> None:
                 write_video(path.with_suffix(".part.mp4"), name.split()[0], int(name.split()[1]), seconds)
                 path.with_suffix(".part.mp4").rename(path)
         rates = {name: path.stat().st_size * 8e-6 / seconds for name, path in videos.items()}
-        taken = bench_readers(videos, seconds, rounds, others)
+        taken, profiles = bench_readers(videos, seconds, rounds, others)
         more = growth(videos, seconds, 200 if options.quick else 1000)
         write_tokenizer(folder)
         loader = bench_loader(Pairs(videos, seconds, str(folder)), blocks)
@@ -481,13 +533,15 @@ def main() -> None:
     print(f"\n{', '.join(f'{name} {text}' for name, text in versions.items())}; {os.cpu_count()} cores")
     print("Mbit/s: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()))
     print(f"\nA clip of 336 px, {OURS} in CPU ms, others in multiples of it\n\n{reader_table(taken)}")
+    print("\nPer cent of our CPU time; at most: share if nothing but scaling were added to decoding")
+    print(f"\n{phase_table(taken, profiles)}")
     print(f"\nA pair of clips, 16 of 0.68 s each, in batches of 4\n\n{loader_table(loader)}")
     print("\nHeld after all reads over the first 50: " + ", ".join(f"{name} {n:+.0f}" for name, n in more.items()))
     from_start = ratios(taken[f"exo {GOPS[0]}, 16 of 0.68 s"], START)
     print(f"\n{targets(means, from_start, loader)}")
     if options.json is not None:
         kept = {"versions": versions, "cores": os.cpu_count(), "mbit_per_s": rates, "quick": options.quick}
-        kept |= {"ratios": means, "clip_cpu_ms": taken, "loader_ms": loader, "growth": more}
+        kept |= {"ratios": means, "clip_cpu_ms": taken, "phase_cpu_ms": profiles, "loader_ms": loader, "growth": more}
         options.json.write_text(json.dumps(kept, indent=1) + "\n")
 
 

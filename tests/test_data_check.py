@@ -113,6 +113,22 @@ def test_damage_outside_the_sampled_clips_is_found_by_decoding_all(tmp_path: Pat
     assert found.kind == "Damaged" and found.reason.startswith("[0.500, 3.500) s: ")
 
 
+def test_a_block_that_was_never_written_is_found_though_it_decodes(tmp_path: Path) -> None:
+    path = KINDS["hevc"](tmp_path)
+    with av.open(str(path)) as container:
+        torn = next(packet for packet in container.demux(video=0) if packet.is_keyframe and packet.pts > 0)
+    content = bytearray(path.read_bytes())
+    content[torn.pos + torn.size // 3 : torn.pos + torn.size // 2] = bytes(torn.size // 2 - torn.size // 3)
+    path.write_bytes(content)
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "NONE"
+        frames = list(container.decode(video=0))
+    assert len(frames) == 40 and not any(frame.is_corrupt for frame in frames)
+    assert check_file(VideoFile(path.name, spans_s=[(0.0, 0.5)]), tmp_path, decode_all=False) is None
+    found = check_file(VideoFile(path.name), tmp_path, decode_all=True)
+    assert found.kind == "Damaged" and found.reason.startswith("corrupt packet after")
+
+
 def test_a_packet_without_a_picture_is_found(tmp_path: Path) -> None:
     quiet = {"x265-params": "pools=none:frame-threads=1:log-level=none"}
     source = make_video(tmp_path / "source.mp4", codec="libx265", gop=1, b_frames=0, codec_options=quiet)

@@ -179,6 +179,7 @@ def _encode(path: Path, frames: Iterable[NDArray[np.uint8]], camera: Camera, fps
     options = {"preset": "ultrafast", "crf": "20", "g": str(fps), "bf": "0"}
     if far_keys:
         options = {"preset": "medium", "crf": "20", "g": "250", "sc_threshold": "0"}
+        options["x264-params"] = "no-mbtree=1"  # with AVX-512, x264's macroblock tree differs from one time to the next
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt, stream.thread_count = camera.width, camera.height, "yuv420p", 1
