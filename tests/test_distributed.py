@@ -24,7 +24,7 @@ from lightning_modules.cli import STOPPED, main
 TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)
 STEPS = 4
-ROUNDING = 5e-6
+ROUNDING = 2e-5
 BF16 = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=bfloat16"]
 
 
@@ -123,7 +123,7 @@ def test_training_moves_weights_further_than_rounding(alone):
 def test_one_process_goes_on_from_the_handoff_of_two(alone, by_two, toy_world, tmp_path):
     shutil.copytree(by_two["chain"], tmp_path, dirs_exist_ok=True)
     assert main(arguments("stage2", toy_world, tmp_path, tmp_path)) == 0
-    assert largest_difference(weights(alone, "stage2"), weights(tmp_path, "stage2")) < 10 * ROUNDING
+    assert largest_difference(weights(alone, "stage2"), weights(tmp_path, "stage2")) < 5 * ROUNDING
 
 
 def test_clips_that_only_one_rank_lacks_change_nothing_for_the_others(toy_world, alone, tmp_path):
