@@ -482,6 +482,30 @@ def test_a_stage_starts_from_a_pretrained_language_model(toy_tokenizer, tmp_path
     assert stage.started_from().keys() == {"language_model"}
 
 
+def test_weights_of_one_unit_at_a_time_are_whole_where_they_are_sharded(toy_tokenizer, tmp_path, monkeypatch):
+    """Each unit is cut before the next one is read; here, cutting leaves nothing at all."""
+    plain = tiny.make_stage("stage1", toy_tokenizer, seed=1)
+    plain.configure_model()
+    plain.model.language_model.causal_lm.save_pretrained(tmp_path)
+    network = tiny.network()
+    network.language_model = LanguageModelConfig(pretrained=str(tmp_path))
+    stage = tiny.make_stage("stage1", toy_tokenizer, network=network)
+    stage._device_mesh, stage.trainer = object(), trainer(1)
+    whole = []
+
+    def cut(unit, mesh, precision):
+        whole.append({name for name, p in stage.model.part("language_model").items() if not p.is_meta})
+        unit.to("meta")
+
+    monkeypatch.setattr("lightning_modules.stage.shard", cut)
+    stage.configure_model()
+    read = [held for held in whole if held]
+    layers = [{name for name in plain.model.part("language_model") if f"layers.{n}." in name} for n in range(2)]
+    assert read[:2] == layers
+    assert read[2] == set(plain.model.part("language_model")) - layers[0] - layers[1]  # embeddings and last norm
+    assert len(read) == 3
+
+
 CLIPS = ClipConfig(num_frames=tiny.FRAMES, image_size=tiny.SIZE)
 
 
