@@ -17,8 +17,8 @@ IGNORE_INDEX = -100
 
 
 class _Movable:
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Move every tensor to ``device``, in place."""
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """Move every tensor to ``device``, in place, without waiting for those in page-locked memory."""
         for item in fields(self):  # type: ignore[arg-type]
             value = getattr(self, item.name)
             if isinstance(value, (Tensor, _Movable)):

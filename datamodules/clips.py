@@ -34,6 +34,7 @@ VIEWS = ("ego", "exo")
 NOTHING_TO_LEARN = EncodedText([VIDEO_TOKEN_ID], [IGNORE_INDEX])
 SHARE_IS_OVER = 200
 """Samples that the share of skipped ones is at least taken over, so that a single one at the start stops nothing."""
+HELD_OUT_BATCH = 32
 IN_A_ROW = 20
 """Skipped samples one after another that stop a run at any share: a disk or a network is gone."""
 
@@ -406,6 +407,8 @@ class ClipDataModule(L.LightningDataModule, ABC):
         self.max_skipped_share, self.decode_timeout_s = max_skipped_share, decode_timeout_s
         self.encoder = TextEncoder(tokenizer, max_text_tokens, prompt)
         self.train_set: ClipTextDataset | None = None
+        # There may be fewer held-out clips than ranks.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @abstractmethod
     def read(self) -> ClipTextDataset:
@@ -504,9 +507,12 @@ class ClipDataModule(L.LightningDataModule, ABC):
             self.shuffle_block_groups,
             self.train_set.epoch_samples,
         )
-        # Reading is bounded by itself, file by file; this is for all else, and must not come before it.
-        timeout_s = 300 + self.decode_timeout_s * self.global_batch_size // (accumulate * world)
-        return ResumableLoader(self.train_set, sampler, self.num_workers, self.max_skipped_share, timeout_s)
+        longest_s = self._longest_wait_s(self.global_batch_size // (accumulate * world))
+        return ResumableLoader(self.train_set, sampler, self.num_workers, self.max_skipped_share, longest_s)
+
+    def _longest_wait_s(self, clips: int) -> float:
+        """For a batch; files are bounded by themselves: this is for all else, and must not come before."""
+        return 300 + self.decode_timeout_s * clips
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Held-out questions in a fixed order, the share of this rank."""
@@ -517,7 +523,12 @@ class ClipDataModule(L.LightningDataModule, ABC):
         order = np.random.default_rng(0).permutation(len(dataset))  # so that the first batches show many takes
         mine = order[self.trainer.global_rank :: self.trainer.world_size].tolist()
         return DataLoader(
-            dataset, sampler=mine, batch_size=32, collate_fn=dataset.collate, num_workers=self.num_workers
+            dataset,
+            sampler=mine,
+            batch_size=HELD_OUT_BATCH,
+            collate_fn=dataset.collate,
+            num_workers=self.num_workers,
+            timeout=self._longest_wait_s(HELD_OUT_BATCH) if self.num_workers else 0,
         )
 
     test_dataloader = val_dataloader

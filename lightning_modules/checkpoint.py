@@ -14,7 +14,6 @@ stay.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from lightning_modules.stored import file_digest, sync
 
 if TYPE_CHECKING:
     from lightning_modules.stage import Stage
@@ -148,15 +150,21 @@ class CheckpointFolders(CheckpointIO):
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         tensors = {key: checkpoint.pop(key) for key in TENSORS}
         copies: Any = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
-        self._writer = self._writer or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        if self._writer is None:  # on the same device as this thread, else each process would use the first one
+            device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+            self._writer = ThreadPoolExecutor(1, "checkpoint", None if device is None else partial(_use, device))
         self._pending = self._writer.submit(self._write, Path(path), copies, checkpoint, sharded)
 
     def wait(self, at_most_s: float | None = None) -> None:
-        """Let the save that is under way come to its end."""
+        """Let the save that is under way come to its end.
+
+        Raises:
+            TimeoutError: it does not.
+            RuntimeError: another process is gone.
+        """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            with suppress(TimeoutError):
-                pending.result(at_most_s)
+            pending.result(at_most_s)
 
     def load_checkpoint(
         self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
@@ -191,11 +199,12 @@ class CheckpointFolders(CheckpointIO):
             files |= {name: _digest(new / name) for name in (".metadata", "state.pt")}
             text = json.dumps({"format": FORMAT, "step": state["global_step"], "files": files}, indent=1)
             _write_synced(new / "manifest.json", text.encode())
+            sync(new)
             shutil.rmtree(path, ignore_errors=True)
             os.replace(new, path)
-            _sync(path.parent)
+            sync(path.parent)
             for old in sorted(path.parent.glob("[0-9]*"))[:-KEPT]:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
 
         failure = self._together(begin if rank == 0 else None, path.parent, sharded)
         failure = failure or self._together(write, path.parent, sharded)
@@ -220,8 +229,9 @@ class CheckpointFolders(CheckpointIO):
                 work()
         except (Exception, CheckpointException) as error:
             failure = _reason(error)
-            if shutil.disk_usage(folder).free < _FULL_BYTES:  # libraries tell it in words of their own
-                failure = f"No space left on device ({failure})"
+            with suppress(OSError):
+                if shutil.disk_usage(folder).free < _FULL_BYTES:  # libraries tell it in words of their own
+                    failure = f"No space left on device ({failure})"
         failures = [failure]
         if sharded:
             failures = [None] * dist.get_world_size()
@@ -233,8 +243,8 @@ class Checkpoints(L.Callback):
     """Saves every so many optimiser steps and when the process is told to stop; reads what training goes on from.
 
     SIGTERM, SIGUSR1 (as SLURM sends ahead of a time limit or a preemption) and SIGINT stop all processes after the same
-    optimiser step; a second one kills as usual. What each process heard reaches the others one step later, so that none
-    waits for that message.
+    optimiser step; once one was heard, a second kills as usual. What each process heard reaches the others one step
+    later, so that none waits for that message.
 
     The last step is saved, too, so that nothing is lost where the hand-off cannot be written.
 
@@ -242,13 +252,14 @@ class Checkpoints(L.Callback):
         folder: gets a folder for each checkpoint.
         every_n_steps: optimiser steps between two checkpoints; 0 for none but the one on a signal.
 
-    Attributes:
-        stopped: training ended on a signal.
+    Raises:
+        ValueError: ``every_n_steps`` is negative.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
+        if every_n_steps < 0:
+            raise ValueError(f"checkpoint_every_n_steps: got {every_n_steps}, allowed: 0 or more")
         self.folder, self.every_n_steps = folder, every_n_steps
-        self.stopped = False
         self._told = False
         self._group: Any = None
         self._voices: tuple[Tensor, Any] | None = None
@@ -274,20 +285,23 @@ class Checkpoints(L.Callback):
         """Save where it is due."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        self.stopped = self._anyone_told()
+        told = self._anyone_told()
         step, every = trainer.global_step, self.every_n_steps
         stage: Stage = pl_module  # type: ignore[assignment]
-        if self.stopped or (every and (step % every == 0 or step == stage.total_steps())):
+        if told or (every and (step % every == 0 or step == stage.total_steps())):
             trainer.save_checkpoint(self.folder / f"{step:07d}", weights_only=False)
-        trainer.should_stop = trainer.should_stop or self.stopped
+        if told:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would validate once more, which may take longer than is left
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for the last save."""
         self._close(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Wait for the last save, unless it needs a process that is gone."""
-        self._close(trainer, at_most_s=60)
+        """Wait for the last save, unless it needs a process that is gone; what went wrong is said by the exception."""
+        with suppress(Exception):
+            self._close(trainer, at_most_s=60)
 
     def _close(self, trainer: L.Trainer, at_most_s: float | None = None) -> None:
         for number, handler in self._usual.items():
@@ -344,8 +358,13 @@ def _restore(folder: Path, stage: L.LightningModule, optimizer: torch.optim.Opti
     read_tensors(folder, {"state_dict": tensors, "optimizer": states})
     for name, state in states.items():
         optimizer.state[parameters[name]] = state
+    rates = read_state(folder)["learning_rates"]
     for group in optimizer.param_groups:
-        group["lr"] = read_state(folder)["learning_rates"][group["name"]]
+        group["lr"] = rates[group["name"]]
+
+
+def _use(device: int) -> None:
+    torch.cuda.set_device(device)
 
 
 def _reason(error: BaseException) -> str:
@@ -369,14 +388,5 @@ def _write_synced(file: Path, content: bytes | memoryview) -> None:
         os.fsync(stream.fileno())
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return file_digest(file).hex()

@@ -15,10 +15,13 @@ import os
 import re
 import shutil
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,6 +33,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from torch.distributed import distributed_c10d
 
 from datamodules.clips import ClipConfig, ClipDataModule
 from lightning_modules.checkpoint import (
@@ -246,15 +250,16 @@ def fit(config: dict[str, Any], force: bool) -> None:
         (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         _know_peak(run)
     run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
-    if checkpoint and int(checkpoint.name) >= run.stage.total_steps():
-        # All steps were made before, only the hand-off was not: the Trainer had nothing to do and read nothing.
+    if run.trainer.interrupted or run.trainer.global_step < run.stage.total_steps():
+        raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; call it again to go on")
+    if checkpoint and int(checkpoint.name) == run.trainer.global_step:
+        # All steps were made before, only the hand-off was not: the Trainer may not have read the weights at all.
         if first:
             _hand_off(checkpoint, config, folder / "handoff")
         run.trainer.strategy.barrier()
+        del run
         evaluate(config)
         return
-    if run.trainer.interrupted or not (folder / "handoff" / "manifest.json").is_file():
-        raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; call it again to go on")
     _answer(run)
 
 
@@ -279,8 +284,7 @@ def _answer(run: Run) -> None:
     if run.datamodule.held_out is None:
         return
     run.trainer.test(run.stage, datamodule=run.datamodule, verbose=False)
-    metrics = run.stage.held_out_metrics()
-    outcomes = run.stage.all_outcomes()
+    metrics, outcomes = run.stage.held_out_metrics, run.stage.all_outcomes()
     if run.trainer.is_global_zero:
         write_predictions(run.folder / "predictions.jsonl", outcomes)
         held_out = run.datamodule.held_out_set()
@@ -298,6 +302,7 @@ def consolidate(config: dict[str, Any]) -> None:
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{folder}/checkpoints: no checkpoint: run `make {config['stage']}` first")
+    _same_configuration(folder, config, "interrupted")
     check_files(checkpoint)
     out = folder / f"handoff_{checkpoint.name}"
     parts = _hand_off(checkpoint, config, out)
@@ -443,13 +448,17 @@ def main(arguments: list[str] | None = None) -> int:
             print(yaml.safe_dump(config, sort_keys=False), end="")
             build(config)
     except Interrupted as error:
-        return _left_early(f"stopped: {error}", STOPPED)
+        return _all_stop(f"stopped: {error}", STOPPED)
     except Diverged as error:
-        return _left_early(f"error: {error}", 1)
+        return _all_stop(f"error: {error}", 1)
     except (ValueError, OSError) as error:
         if options.traceback:
             raise
-        return _left_early(f"error: {_last_line(error)}", 2)
+        if not dist.is_initialized():
+            print(f"error: {_last_line(error)}", file=sys.stderr)
+            return 2
+        print(f"error: rank {dist.get_rank()}: {_last_line(error)}", file=sys.stderr)
+        _end(2)
     except Exception:
         if not dist.is_initialized():
             raise
@@ -458,14 +467,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _left_early(message: str, status: int) -> int:
-    """Say so once; the other processes of a run leave quietly, since the first one's status counts."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if first:
+def _all_stop(message: str, status: int) -> int:
+    """What all processes come to alike: the first one says so and its status counts; it leaves after the others."""
+    if not dist.is_initialized():
         print(message, file=sys.stderr)
-    if dist.is_initialized():
-        _end(status if first else 0)
-    return status
+        return status
+    store, rank = distributed_c10d._get_default_store(), dist.get_rank()
+    if rank:
+        store.set(f"left/{rank}", "")
+        _end(0)
+    with suppress(RuntimeError):
+        store.wait([f"left/{other}" for other in range(1, dist.get_world_size())], timedelta(seconds=30))
+        time.sleep(0.5)
+    print(message, file=sys.stderr)
+    _end(status)
 
 
 def _end(status: int) -> NoReturn:

@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.model.lora import LoRAConfig, from_peft_name, save_peft_adapter
-from lightning_modules.stored import StoredTensor, UnreadableWeights, open_tensors
+from lightning_modules.stored import StoredTensor, UnreadableWeights, file_digest, open_tensors, sync
 
 if TYPE_CHECKING:
     from lightning_modules.stage import Stage
@@ -105,15 +106,23 @@ def _digest(folder: Path, changed_ns: int) -> str:
     """Of all tensors in a folder, read once as long as it does not change."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(file_digest(file))
     return digest.hexdigest()[:16]
 
 
-def gathered(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors on the CPU; every process of a sharded run has to call this, in the same order."""
-    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in whole.items()}
+def gathered(parameters: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, gathered one at a time.
+
+    Args:
+        parameters: sharded or not; all processes of a sharded run have to call this, in the same order.
+        keep: this process wants them; the result is empty otherwise.
+    """
+    whole = {}
+    for name, parameter in parameters.items():
+        tensor = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        if keep:
+            whole[name] = tensor.detach().cpu().contiguous()
+    return whole
 
 
 def write_handoff(
@@ -139,14 +148,14 @@ def write_handoff(
         described[part] = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
     content = {"format": FORMAT, **manifest, "digest": _digest(new, time.time_ns()), "parts": described}
     (new / "manifest.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for path in [p for p in new.rglob("*") if p.is_file()] + [new]:
-        _sync(path)
+    for path in [*new.rglob("*"), new]:
+        sync(path)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -186,7 +195,8 @@ class StageHandoff(L.Callback):
         if trainer.interrupted or trainer.global_step < stage.total_steps():
             return
         stage.finite.settle()
-        parts = ((part, gathered(stage.model.part(part))) for part in stage.model.parts if part in stage.trained)
+        trained = [part for part in stage.model.parts if part in stage.trained]
+        parts = ((part, gathered(stage.model.part(part), trainer.is_global_zero)) for part in trained)
         if trainer.is_global_zero:
             manifest = {
                 "stage": self.stage,
@@ -199,7 +209,7 @@ class StageHandoff(L.Callback):
             }
             try:
                 write_handoff(self.folder, parts, stage.network.lora, manifest)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise HandoffError(
                     f"hand-off {self.folder}: could not be written ({error}): mend that and call the stage again, it "
                     "goes on from its last checkpoint"
@@ -207,11 +217,3 @@ class StageHandoff(L.Callback):
         else:
             deque(parts, maxlen=0)
         trainer.strategy.barrier()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -113,19 +113,20 @@ class TrainingMonitor(L.Callback):
         of_sources = [] if self.by_source is None else self.by_source.flatten().tolist()
         seconds = time.perf_counter() - self.window_began
         counted = (self.samples, self.tokens, self.frames, self.seen, self.skipped)
-        clocks = (1000 * seconds / self.steps, self.waited_s / seconds, _peak_gib(trainer.strategy.root_device))
+        busy_ms = 1000 * (seconds - self.waited_s) / self.steps
+        clocks = (busy_ms, self.waited_s / seconds, _peak_gib(trainer.strategy.root_device))
         kinds = (means, of_sources, counted, clocks)
         ranks = self._of_all_ranks(trainer, tuple(chain(*kinds))).split([len(kind) for kind in kinds], dim=1)
         values = dict(zip(names, ranks[0].mean(0).tolist(), strict=True))
         sources = ranks[1].sum(0).view(-1, 3)
         samples, tokens, frames, seen, skipped = ranks[2].sum(0).tolist()
-        step_ms, waiting, memory = ranks[3].unbind(1)
+        busy, waiting, memory = ranks[3].unbind(1)
         speed = {
             "perf/samples_per_s": samples / seconds,
             "perf/tokens_per_s": tokens / seconds,
             "perf/frames_per_s": frames / seconds,
-            "perf/step_ms": float(step_ms.mean()),
-            "perf/step_ms_spread": float(step_ms.max() - step_ms.min()),
+            "perf/step_ms": 1000 * seconds / self.steps,
+            "perf/busy_ms_spread": float(busy.max() - busy.min()),
             "perf/data_wait": float(waiting.mean()),
             "perf/data_wait_worst_rank": float(waiting.max()),
             "perf/peak_memory_gib": float(memory.max()),
@@ -160,8 +161,8 @@ class TrainingMonitor(L.Callback):
             median = {name: statistics.median(window[name] for window in windows) for name in windows[0]}
             mfu = f", MFU {100 * median['perf/mfu']:.1f} %" if "perf/mfu" in median else ""
             print(
-                f"{trainer.global_step} steps: {median['perf/step_ms']:.0f} ms a step (ranks differ by "
-                f"{median['perf/step_ms_spread']:.0f}), {median['perf/samples_per_s']:.1f} samples/s{mfu}, "
+                f"{trainer.global_step} steps: {median['perf/step_ms']:.0f} ms a step (without waiting for data, ranks "
+                f"differ by {median['perf/busy_ms_spread']:.0f}), {median['perf/samples_per_s']:.1f} samples/s{mfu}, "
                 f"{100 * median['perf/data_wait']:.0f} % of the time waiting for data (worst rank "
                 f"{100 * median['perf/data_wait_worst_rank']:.0f} %), "
                 f"peak memory {median['perf/peak_memory_gib']:.1f} GiB"

@@ -416,9 +416,9 @@ class Stage(L.LightningModule, ABC):
             for logger in self.trainer.loggers:
                 logger.log_metrics({name: float(value) for name, value in means.items()}, step=self.trainer.global_step)
 
-    def held_out_metrics(self) -> dict[str, float]:
-        """Means over all held-out clips and ranks since the last start."""
-        return {name: float(value) for name, value in self.means.compute().items()}
+    def on_test_epoch_end(self) -> None:
+        """Take the means over all held-out clips and ranks, while everything is where it computes."""
+        self.held_out_metrics = {name: float(value) for name, value in self.means.compute().items()}
 
     def all_outcomes(self) -> list[Outcome]:
         """Every answer since the last start, of all ranks, in the order of the clips' names."""

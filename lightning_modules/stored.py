@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -95,6 +97,21 @@ def fill(into: Mapping[str, Tensor], stored: Mapping[str, StoredTensor]) -> None
     """Copy stored tensors into parameters of the same names and shapes, whatever their types; see ``differences``."""
     for name, tensor in stored.items():
         into[name].copy_(tensor.read())
+
+
+def file_digest(file: Path) -> bytes:
+    """SHA-256 of a file's bytes."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
+
+
+def sync(path: Path) -> None:
+    """Let a file or folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _itself(value: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ class FiniteCheck:
         found = "; ".join(f"rank {rank}: loss {loss} on {_some(ids)}" for rank, ids, loss in wrong)
         all_ids = [name for _, ids, _ in batches for name in ids]
         raise Diverged(
-            f"step {step + 1}: the norm of the gradients is {float(norm)}, so it was not made ("
-            f"{found or f'all losses are finite, the batch is {_some(all_ids)}'}): the last checkpoint is of before; "
-            "lower model.init_args.optim.learning_rate or look at these samples, then call it again"
+            f"step {step + 1}: the norm of the gradients is {float(norm)} "
+            f"({found or f'all losses are finite, the batch is {_some(all_ids)}'}): nothing of it is saved; look at "
+            "these samples or lower model.init_args.optim.learning_rate, then call it again"
         )
 
 
@@ -114,13 +114,14 @@ class StallWatch(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begin to watch, where there are others."""
-        if trainer.world_size == 1 or self._store is not None:
+        if trainer.world_size == 1:
             return
+        self._over = threading.Event()
         self._store = PrefixStore("whereabouts", distributed_c10d._get_default_store())
         self._rank, self._world, self._trainer = trainer.global_rank, trainer.world_size, trainer
         self._parent = os.getppid() if trainer.local_rank else None
         self._say(trainer, "starting")
-        threading.Thread(target=self._watch, daemon=True, name="stall-watch").start()
+        threading.Thread(target=self._watch, args=(self._over,), daemon=True, name="stall-watch").start()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -153,22 +154,24 @@ class StallWatch(L.Callback):
             _print(f"rank {self._rank} stopped by an error; {self._places()}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The time between fitting and answering counts anew."""
-        if self._store is not None:
-            self._say(trainer, "ending")
+        """End watching; answering after training begins anew."""
+        self._over.set()
+        self._store = None
 
     def _say(self, trainer: L.Trainer, doing: str, ids: list[str] | None = None) -> None:
         if self._store is None:
             return
         # A list and a number per batch; the store is a dictionary on the first process.
         self._said = {"at": time.time(), "step": trainer.global_step + 1, "doing": doing, "ids": (ids or [])[:_SHOWN]}
-        self._store.set(str(self._rank), json.dumps(self._said))
+        self._said_at = time.monotonic()
+        with suppress(RuntimeError):  # the first process, which holds the store, may have left before this one
+            self._store.set(str(self._rank), json.dumps(self._said))
 
-    def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self.timeout_s / 4)):
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(min(1.0, self.timeout_s / 4)):
             if self._parent is not None and os.getppid() != self._parent:
                 self._end("the process that started this one is gone")
-            if time.time() - self._said["at"] > self.timeout_s:
+            if time.monotonic() - self._said_at > self.timeout_s:
                 self._end(f"nothing was done for {self.timeout_s:g} s (stall_timeout_s)")
 
     def _end(self, why: str) -> None:

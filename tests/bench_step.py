@@ -1,4 +1,6 @@
-"""What the Trainer with all our callbacks costs beside a bare loop doing the same work: ``make bench-step``.
+"""What the Trainer costs beside a bare loop doing the same work: ``make bench-step``.
+
+The Trainer has the callbacks that a run of one process has in every step, and writes its curves every ten steps.
 
 Both make the same optimiser steps of stage 2 of a small network on the same batch, in turns within one process. Ratios
 are medians over pairs of turns, in CPU and in wall time. The number of clips in the batch makes steps long or short.

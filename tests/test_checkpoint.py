@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 
 import lightning as L
@@ -12,7 +13,7 @@ import tiny
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_modules import checkpoint
+from lightning_modules import DemonstratorSelfPreparation, checkpoint
 from lightning_modules.checkpoint import (
     CheckpointError,
     CheckpointFolders,
@@ -26,18 +27,24 @@ from lightning_modules.watch import Diverged
 STEPS = 4
 
 
-def fit(tokenizer, folder, steps=STEPS, every=1, callbacks=()):
-    stage = tiny.make_stage("stage3", tokenizer)
-    run = L.Trainer(
+def trainer(steps, callbacks, **options):
+    return L.Trainer(
         accelerator="cpu",
         max_steps=steps,
-        callbacks=[Checkpoints(folder, every), *callbacks],
+        callbacks=callbacks,
         plugins=[CheckpointFolders()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **options,
     )
+
+
+def fit(tokenizer, folder, steps=STEPS, every=1, callbacks=()):
+    stage = tiny.make_stage("stage3", tokenizer)
+    run = trainer(steps, [Checkpoints(folder, every), *callbacks])
     run.fit(stage, DataLoader([tiny.clip_batch(seed) for seed in range(steps)], batch_size=None))
     return stage, run
 
@@ -151,11 +158,18 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(written, t
         subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
-def test_a_folder_that_cannot_be_written_is_said(toy_tokenizer, tmp_path, capfd):
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    _, run = fit(toy_tokenizer, tmp_path / "checkpoints")
+@pytest.mark.parametrize("file", ["checkpoints", "checkpoints/.."])
+def test_a_folder_that_cannot_be_written_is_said(toy_tokenizer, tmp_path, capfd, file):
+    """There is a file where the folder should be, or its parent."""
+    blocked = tmp_path / "run"
+    folder = blocked / "checkpoints"
+    blocked = folder if file == "checkpoints" else blocked
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.write_text("in the way")
+    _, run = fit(toy_tokenizer, folder)
     assert run.global_step == STEPS
-    assert "0000001 could not be written" in capfd.readouterr().err
+    said = [line for line in capfd.readouterr().err.splitlines() if "could not be written" in line]
+    assert len(said) == STEPS and "there is none before it, training goes on" in said[0]
 
 
 class Signal(L.Callback):
@@ -173,6 +187,17 @@ class Signal(L.Callback):
 def test_a_signal_saves_and_stops_after_the_step(toy_tokenizer, tmp_path, number):
     _, run = fit(toy_tokenizer, tmp_path / "told", every=0, callbacks=[Signal(number, 1)])
     assert run.global_step == 2 and newest(tmp_path / "told").name == "0000002"
+
+
+def test_a_signal_leaves_no_time_for_a_validation(toy_tokenizer, tmp_path, monkeypatch):
+    validated = []
+    monkeypatch.setattr(DemonstratorSelfPreparation, "on_validation_epoch_start", lambda stage: validated.append(1))
+    stage = tiny.make_stage("stage1", toy_tokenizer)
+    callbacks = [Checkpoints(tmp_path, 0), Signal(signal.SIGTERM, 1)]
+    run = trainer(STEPS, callbacks, val_check_interval=STEPS)
+    batches = DataLoader([tiny.clip_batch(seed) for seed in range(STEPS)], batch_size=None)
+    run.fit(stage, batches, batches)
+    assert run.global_step == 2 and not validated
 
 
 def test_losses_that_are_no_numbers_stop_before_the_step(toy_tokenizer, tmp_path):

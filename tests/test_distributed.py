@@ -196,6 +196,21 @@ class Launched:
         return status
 
 
+def test_what_stops_one_process_is_said_and_ends_the_other(alone, toy_world, tmp_path):
+    """One recording is gone and none may be skipped: the process that meets it first has to tell."""
+    world = tmp_path / "world"
+    shutil.copytree(toy_world, world)
+    (line, *_) = (world / "ego_exo_clip" / "groups.jsonl").read_text().splitlines()
+    (world / json.loads(line)["views"]["ego"]["path"]).unlink()
+    options = ["data.init_args.max_skipped_share=0", "trainer.devices=2", "trainer.strategy=fsdp2"]
+    words = arguments("stage2", world, tmp_path / "runs", alone, *options, "trainer.max_steps=100")
+    environment = os.environ | {"PYTHONPATH": str(tiny.EXPERIMENTS.parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lightning_modules", *words]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode != 0
+    assert re.search(r"error: rank \d: \d of \d+ samples of this rank could not be used", run.stderr)
+
+
 @pytest.mark.parametrize("told", [pytest.param("first", marks=pytest.mark.slow), "other"])
 def test_a_signal_to_one_process_saves_and_stops_both(alone, toy_world, tmp_path, told):
     run = Launched("stage3", toy_world, tmp_path, alone, "trainer.strategy=fsdp2")

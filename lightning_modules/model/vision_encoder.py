@@ -189,8 +189,8 @@ class VisionEncoder(nn.Module):
                 f"encoder: got {frames.dtype} frames of shape {tuple(frames.shape[1:])}, expected torch.uint8 of shape "
                 f"{(size, size, 3)}: make the datamodule's image_size and the encoder's image_size agree"
             )
-        pixels = frames.permute(0, 3, 1, 2).to(self._patch_conv.weight.dtype)
-        return (pixels - self.mean.to(pixels)) / self.std.to(pixels)
+        pixels = frames.permute(0, 3, 1, 2).float()
+        return ((pixels - self.mean.to(pixels)) / self.std.to(pixels)).to(self._patch_conv.weight.dtype)
 
 
 def _assign(parameter: Tensor, values: Tensor) -> None:
