@@ -33,6 +33,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import distributed_c10d
 
 from datamodules.clips import ClipConfig, ClipDataModule
@@ -153,6 +154,8 @@ def build(config: dict[str, Any]) -> Run:
     if (config.get("trainer") or {}).get("enable_progress_bar") is not False:
         callbacks.append(TQDMProgressBar(refresh_rate=5))
     cli = _checked(config, ExperimentCLI, callbacks)
+    if isinstance(cli.trainer.strategy, DDPStrategy | FSDP2):  # also before the watch begins, while they meet
+        cli.trainer.strategy._timeout = timedelta(seconds=stall_s)
     if config.get("threads"):
         torch.set_num_threads(config["threads"])
     trainer, stage, datamodule = cli.trainer, cli.model, cli.datamodule
@@ -459,7 +462,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         print(f"error: rank {dist.get_rank()}: {_last_line(error)}", file=sys.stderr)
         _end(2)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, dist.DistError) and not dist.is_initialized():
+            print(f"error: the processes did not meet (stall_timeout_s): {_last_line(error)}", file=sys.stderr)
+            return 1
         if not dist.is_initialized():
             raise
         traceback.print_exc()

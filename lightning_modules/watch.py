@@ -101,7 +101,8 @@ class StallWatch(L.Callback):
     ``timeout_s``, it prints which rank is behind, at which step and with which samples, and ends the process.
 
     Args:
-        timeout_s: longest time without a step or a validation batch; longer than one may take to read.
+        timeout_s: longest time without a step or a validation batch; longer than one may take to read. Waiting for each
+            other at the start ends after this time, too.
     """
 
     def __init__(self, timeout_s: float) -> None:
