@@ -301,7 +301,7 @@ class Checkpoints(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Wait for the last save, unless it needs a process that is gone; what went wrong is said by the exception."""
         with suppress(Exception):
-            self._close(trainer, at_most_s=60)
+            self._close(trainer, at_most_s=20)
 
     def _close(self, trainer: L.Trainer, at_most_s: float | None = None) -> None:
         for number, handler in self._usual.items():
