@@ -32,7 +32,7 @@ from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from datamodules.conversations import ConversationFile
-from datamodules.jsonl import is_array, read_jsonl, read_records, seconds
+from datamodules.jsonl import is_array, raw_lines, read_jsonl, read_records, seconds
 from datamodules.pair_index import PairIndex
 
 # clip_stream imports torch, which takes seconds: what needs it imports it when called.
@@ -403,12 +403,12 @@ def check_files(
 
 
 def _lines(file: Path) -> Iterator[bytes]:
-    """Lines of JSON Lines as they stand, empty ones left out; entries of an array as lines."""
+    """Lines of JSON Lines as they stand, empty ones left out; entries of an array as lines, empty if it is broken."""
     if is_array(file):
-        yield from ((json.dumps(record) + "\n").encode() for _, record in read_records(file))
-        return
-    with file.open("rb") as lines:
-        yield from (line for line in lines if line.strip())
+        for _, record in read_records(file):
+            yield b"" if isinstance(record, ValueError) else (json.dumps(record) + "\n").encode()
+    else:
+        yield from (line for _, line in raw_lines(file))
 
 
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:

@@ -434,3 +434,6 @@ def test_entries_of_an_array_are_kept_as_lines(tmp_path: Path) -> None:
     clean = tmp_path / "clean.jsonl"
     assert main([str(source), "--root", str(tmp_path), "--clean", str(clean), "--workers", "1"]) == 1
     assert read_lines(clean) == [{"video": "good.mp4"}, {"video": ["good.mp4"]}]
+    source.write_text('[{"video": "good.mp4"},\n{"video": 3,}]')
+    assert main([str(source), "--root", str(tmp_path), "--clean", str(clean), "--workers", "1"]) == 1
+    assert read_lines(clean) == [{"video": "good.mp4"}]
