@@ -115,7 +115,7 @@ class Annotations:
     malformed: list[str] = field(default_factory=list)
 
     def spoiled(self, problems: Mapping[str, Problem]) -> list[list[str] | None]:
-        """For each line the files that it needs and cannot use, of those with a problem; None as in ``paths_by_line``."""
+        """For each line the files that it needs and that are of no use to it; None for one that cannot be read."""
         spans_s = {path: iter(self.files[path].spans_s) for path in problems}  # one for each line that names the path
         return [
             None
@@ -466,7 +466,9 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=60.0, help="seconds without progress before a file is given up"
     )
     parser.add_argument("--clean", type=Path, help="write the lines of the annotations whose clips are all fine")
-    parser.add_argument("--bad", type=Path, help="write the bad files as JSON Lines: path, kind, reason, spans_s, lines")
+    parser.add_argument(
+        "--bad", type=Path, help="write the bad files as JSON Lines: path, kind, reason, spans_s, lines"
+    )
     return parser
 
 

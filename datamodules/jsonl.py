@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -96,8 +96,9 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
             if text[at : at + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
         except (ValueError, RecursionError) as error:  # where the next entry begins cannot be told
-            is_placed = isinstance(error, json.JSONDecodeError)
-            problem = f"{error.msg} at line {error.lineno} column {error.colno}" if is_placed else str(error)
+            problem = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                problem = f"{error.msg} at line {error.lineno} column {error.colno}"
             yield where, ValueError(f"{where}: malformed JSON ({problem}), nothing after it was read: mend it")
             return
         yield where, _object(value, text[begin:end], where)
@@ -124,7 +125,7 @@ def _object(value: Any, text: str, where: str) -> dict[str, Any] | ValueError:
     return value
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is a text that can be written as UTF-8; an escape in JSON can give half of a character."""
     if not isinstance(value, str):
         return False

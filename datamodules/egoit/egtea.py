@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from datamodules.conversations import Wording
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import Official, SourceError, Tally, checked, find_file, option
+from datamodules.egoit.source import Official, SourceError, Tally, checked, find_file, option, read_text
 
 _CLIP = re.compile(r"(?P<session>\w+-R\d+-\w+)-(?P<start>\d+)-(?P<end>\d+)-F(?P<first>\d+)-F(?P<last>\d+)")
 _ROWS = {"train_split1": 8299, "train_split2": 8299, "train_split3": 8300}
@@ -46,15 +46,24 @@ class Egtea:
         what = "EGTEA's action annotations"
         actions = read_labels(find_file(self.root, _places("action_idx"), what))
         tally.add("actions", len(actions))
+        known: dict[str, Record] = {}
         for split in self.splits:
             file = find_file(self.root, _places(split), what)
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(read_text(file).splitlines(), 1):
                 if not line.strip():
                     continue
                 tally.add(f"rows of {split}")
                 record = checked(self._record, line, split, actions, f"{file} line {number}")
-                if isinstance(record, SourceError) or tally.distinct("clips", record.key):
-                    yield record
+                if isinstance(record, Record):
+                    first = known.setdefault(record.key, record)
+                    if first.wording != record.wording:
+                        yield SourceError(
+                            f"{record.where}: {record.key} is {record.wording.target!r}, but {first.wording.target!r} "
+                            f"in {first.where}: correct one"
+                        )
+                    if not tally.distinct("clips", record.key):
+                        continue
+                yield record
 
     def _record(self, line: str, split: str, actions: dict[int, str], where: str) -> Record:
         clip, *ids = line.split()
@@ -79,6 +88,7 @@ class Egtea:
             split,
             session,
             (start_s, end_s) if self.untrimmed else None,
+            where=where,
         )
 
 
@@ -101,7 +111,7 @@ def read_labels(file: Path) -> dict[int, str]:
         SourceError: a line does not end in an id, one is given twice, or they do not start at 1.
     """
     labels: dict[int, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         label, _, identifier = line.strip().rpartition(" ")
         if not line.strip():
             continue

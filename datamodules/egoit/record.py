@@ -26,7 +26,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Record:
         video_uid: the recording that the video was cut out of; "" if unknown.
         window_s: start and end in seconds; None for the whole file.
         duration_s: of the file, in seconds; -1 if unknown.
+        where: file and line, or entry, that it was read from, for messages.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Record:
     video_uid: str
     window_s: tuple[float, float] | None = None
     duration_s: float = -1.0
+    where: str = field(default="a record without a place", compare=False)
 
     @property
     def name(self) -> str:
