@@ -679,6 +679,10 @@ def test_wrong_rows_stop_a_conversion_and_are_all_named_or_left_out_with_a_warni
     with pytest.raises(MalformedRecords) as caught:
         convert(Egtea(egtea), out, Templates(), "base", 0)
     assert len(caught.value.problems) == 2
+    write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n" * 6)
+    with pytest.raises(MalformedRecords, match=r"and 1 more: --skip-malformed \(which also writes the others\) names"):
+        convert(Egtea(egtea), out, Templates(), "base", 0)
+    write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n{CLIP} 3 4 4\nx 3 4 4\n")
     assert not out.exists() and not list(tmp_path.glob("*.partial"))
     done = convert(Egtea(egtea), out, Templates(), "base", 0, skip_malformed=True)
     assert (done.records, len(out.read_text().splitlines())) == (1, 1)
@@ -766,6 +770,13 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("words", [["--splits", "trian"], ["--views", "Ego"]])
+def test_splits_and_views_that_there_are_not_are_refused(tmp_path, capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", "egoexolearn", "--root", str(tmp_path), *words])
+    assert f"invalid choice: '{words[1]}'" in capsys.readouterr().err
 
 
 def test_a_source_of_ones_own_is_one_file(tmp_path, monkeypatch, capsys):
