@@ -229,6 +229,8 @@ def test_egtea_ids_start_at_one_and_labels_have_spaces(egtea):
         (f"{CLIP} 4 4 4", "action id 4 is not in"),
         (f"{CLIP} 3", r"ids are \['3'\], expected those of an action, a verb and nouns"),
         (f"{CLIP} 3 x 4", "ids are"),
+        (f"{CLIP} {'1' * 5000} 4 4", "ids are"),
+        (f"{CLIP.replace('12000', '1' * 5000)} 3 4 4", "is not <session>-<start ms>-<end ms>"),
         ("P99-R01-PastaSalad-12000-F000285 3 4 4", "clip 'P99-R01-PastaSalad-12000-F000285' is not <session>"),
         (f"{CLIP.replace('14500', '11000')} 3 4 4", "is not <session>-<start ms>-<end ms>"),
     ],

@@ -17,7 +17,8 @@ from datamodules.conversations import Wording
 from datamodules.egoit.record import Record
 from datamodules.egoit.source import Official, SourceError, Tally, checked, find_file, option, read_text
 
-_CLIP = re.compile(r"(?P<session>\w+-R\d+-\w+)-(?P<start>\d+)-(?P<end>\d+)-F(?P<first>\d+)-F(?P<last>\d+)")
+_CLIP = re.compile(r"(?P<session>\w+-R\d+-\w+)-(?P<start>\d{1,9})-(?P<end>\d{1,9})-F\d+-F\d+")
+_ID = re.compile(r"\d{1,9}")
 _ROWS = {"train_split1": 8299, "train_split2": 8299, "train_split3": 8300}
 _ROWS |= {"test_split1": 2022, "test_split2": 2022, "test_split3": 2021}
 _CLIPS, _ACTIONS = 10_321, 106  # clips of a train and a test split together
@@ -70,7 +71,7 @@ class Egtea:
         parts = clip_parts(clip)
         if parts is None:
             raise SourceError(f"{where}: clip {clip!r} is not <session>-<start ms>-<end ms>-F<first>-F<last>: mend it")
-        if len(ids) < 3 or not all(identifier.isdecimal() for identifier in ids):
+        if len(ids) < 3 or not all(map(_ID.fullmatch, ids)):
             raise SourceError(f"{where}: ids are {ids}, expected those of an action, a verb and nouns: mend it")
         if int(ids[0]) not in actions:
             raise SourceError(
@@ -115,7 +116,7 @@ def read_labels(file: Path) -> dict[int, str]:
         label, _, identifier = line.strip().rpartition(" ")
         if not line.strip():
             continue
-        if not label or not identifier.isdecimal() or int(identifier) in labels:
+        if not label or not _ID.fullmatch(identifier) or int(identifier) in labels:
             raise SourceError(f"{file} line {number}: {line!r} is not <label> <id of its own>: fetch the file again")
         labels[int(identifier)] = label.strip()
     if min(labels, default=0) != 1:
