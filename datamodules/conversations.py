@@ -215,11 +215,13 @@ def _check_window(record: dict[str, Any], where: str) -> None:
 def _turns(record: dict[str, Any], where: str, note: Callable[[str], None]) -> tuple[list[Turn], list[str]]:
     """Questions and answers without the clip's tag, and paths of videos that stand inside contents."""
     first, *others = [key for key in _CONVERSATION_KEYS if key in record] or ["conversations"]
-    read = _turns_in(record, first, where, note)
+    turns, paths = _turns_in(record, first, where, note)
     for key in others:
-        if _turns_in(record, key, where, lambda _: None)[0] != read[0]:
+        again, more_paths = _turns_in(record, key, where, note)
+        if again != turns:
             raise ValueError(f"{where}: fields {first!r} and {key!r} say different things: keep one of them")
-    return read
+        paths += more_paths
+    return turns, paths
 
 
 def _turns_in(

@@ -159,6 +159,9 @@ MALFORMED = {
     "two fields for the video": without(videos=["b.mp4"]),
     "a picture beside the video": without(image="a.png"),
     "two conversations": without(messages=messages("<video>What is cut?", "An onion.")),
+    "a path in the contents of a second conversation": without(
+        messages=messages([{"type": "video", "video": "b.mp4"}, {"type": "text", "text": "What is cut?"}], "A tomato.")
+    ),
     "a path in the contents that is another": without(
         conversations=[
             {"from": "human", "value": [{"type": "video", "video": "b.mp4"}, {"type": "text", "text": "What?"}]},
