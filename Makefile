@@ -44,15 +44,15 @@ ego-exoclip: $(VENV)/installed ## index of the Ego-Exo4D release in EGOEXO4D=fol
 
 egoit: $(VENV)/installed ## instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn from its files in ROOT=folder
 	@test -n "$(SOURCE)" && test -n "$(ROOT)" || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }
-	$(PYTHON) -m datamodules.egoit convert $(SOURCE) --root $(ROOT) $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(PYTHON) -m datamodules.egoit convert $(SOURCE) --root "$(ROOT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 egoit-export: $(VENV)/installed ## instruction FILES=... for other stacks, TO=llava|videollama3|llamafactory|swift|openai OUT=folder
 	@test -n "$(FILES)" && test -n "$(TO)" && test -n "$(OUT)" || { echo "error: name all: make egoit-export FILES=data/egoit/egtea.jsonl TO=llava OUT=export"; exit 2; }
-	$(PYTHON) -m datamodules.egoit export $(FILES) --to $(TO) --out $(OUT) $(ARGS)
+	$(PYTHON) -m datamodules.egoit export $(FILES) --to $(TO) --out "$(OUT)" $(ARGS)
 
 egoit-leaks: $(VENV)/installed ## recordings that instruction FILES=... share with the official files in BENCHMARKS=folder
 	@test -n "$(FILES)" && test -n "$(BENCHMARKS)" || { echo "error: name both: make egoit-leaks FILES=data/egoit/egtea.jsonl BENCHMARKS=/data/benchmarks"; exit 2; }
-	$(PYTHON) -m datamodules.egoit leaks $(FILES) --benchmarks $(BENCHMARKS) $(ARGS)
+	$(PYTHON) -m datamodules.egoit leaks $(FILES) --benchmarks "$(BENCHMARKS)" $(ARGS)
 
 data-check: $(VENV)/installed ## read the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."
 	@test -n "$(ROOT)" || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }

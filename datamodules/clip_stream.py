@@ -1,7 +1,7 @@
 """Random access to video files: the exact frames at given times, small and uint8, without decoding more than needed.
 
-A folder of pictures is a video too: ``PICTURES_FPS`` of its pictures a second in the order of their names, those that
-end in ``-rgb`` alone where there are such (OpenEQA keeps depth beside them).
+A folder of pictures is a video too: ``PICTURES_FPS`` of its pictures a second in the order of their names (2 before
+10), those that end in ``-rgb`` alone where there are such (OpenEQA keeps depth beside them).
 
 Shapes: ``N`` frames of one clip, ``size`` the side of the square output picture in pixels.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
 import threading
 from bisect import bisect_right
@@ -664,9 +665,15 @@ def _words(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts numbers in names by their value."""
+    parts = re.split("([0-9]+)", name)  # texts and numbers by turns
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
+
+
 def _picture_names(folder: str) -> tuple[str, ...]:
     try:
-        listed = sorted(os.listdir(folder))
+        listed = sorted((name for name in os.listdir(folder) if not name.startswith(".")), key=_natural)
     except OSError as error:
         raise NotAVideo(_words(error), folder) from error
     names = [name for name in listed if os.path.splitext(name)[1].lower() in _PICTURE_SUFFIXES]

@@ -398,7 +398,10 @@ class ClipDataModule(L.LightningDataModule, ABC):
         if not decode_timeout_s > 0:
             raise ValueError(f"data.decode_timeout_s: got {decode_timeout_s}, allowed: above 0")
         if not Path(root).is_dir():
-            raise ValueError(f"data.root: no folder {root}: run `make data`, or set data.init_args.root")
+            raise ValueError(
+                f"data.root: no folder {root}: run `make data` if it is of the generated world, else put your "
+                "videos there, or set data.init_args.root"
+            )
         if held_out is not None and not Path(held_out).is_file():
             raise ValueError(f"data.held_out: no file {held_out}: run `make data`, or set data.init_args.held_out")
         self.root, self.held_out = Path(root), None if held_out is None else Path(held_out)

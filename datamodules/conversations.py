@@ -2,8 +2,9 @@
 
 A record of our own files (see ``datamodules/egoit/record.py``) is read as it stands. Files of other stacks are brought
 to that form, and ``ConversationFile.changes`` says what it took: JSON arrays; ``messages`` of roles and contents;
-contents in pieces; lists of one video; ``{"image": {"video": path}}``; system texts; a tag that is not in front.
-Whatever cannot be read is kept as a problem that names file and line; nothing is left out without one.
+contents in pieces; lists of one video; ``{"image": {"video": path}}``; system texts; a tag that is not in front; an id
+that a record before has. Whatever cannot be read is kept as a problem that names file and line; nothing is left out
+without one.
 """
 
 from __future__ import annotations
@@ -116,11 +117,17 @@ class ConversationFile:
         """Every record in our form, or why it cannot be read, with its place; fields unknown here are kept."""
         if is_array(self.path):
             self.changes["a JSON array, read like JSON Lines"] = 1
+        names: set[str] = set()
         for where, record in read_records(self.path):
             try:
                 if isinstance(record, ValueError):
                     raise record
                 record = self._normalised(record, where)
+                if "id" in record:
+                    if str(record["id"]) in names:  # as where a video's id is given to each question about it
+                        record["id"] = f"{record['id']} ({where.removeprefix(f'{self.path} ')})"
+                        self.changes["an id that a record before has, made one of its own by the line"] += 1
+                    names.add(str(record["id"]))
             except ValueError as error:
                 self.problems.append(str(error))
                 record = error
@@ -207,7 +214,19 @@ def _check_window(record: dict[str, Any], where: str) -> None:
 
 def _turns(record: dict[str, Any], where: str, note: Callable[[str], None]) -> tuple[list[Turn], list[str]]:
     """Questions and answers without the clip's tag, and paths of videos that stand inside contents."""
-    key = next((key for key in _CONVERSATION_KEYS if key in record), "conversations")
+    first, *others = [key for key in _CONVERSATION_KEYS if key in record] or ["conversations"]
+    turns, paths = _turns_in(record, first, where, note)
+    for key in others:
+        again, more_paths = _turns_in(record, key, where, note)
+        if again != turns:
+            raise ValueError(f"{where}: fields {first!r} and {key!r} say different things: keep one of them")
+        paths += more_paths
+    return turns, paths
+
+
+def _turns_in(
+    record: dict[str, Any], key: str, where: str, note: Callable[[str], None]
+) -> tuple[list[Turn], list[str]]:
     values = require(record, key, where)
     if not isinstance(values, list):
         raise ValueError(f"{where}: field {key!r} must be a list of turns")
@@ -225,6 +244,8 @@ def _turns(record: dict[str, Any], where: str, note: Callable[[str], None]) -> t
         text = _text(entry, paths, note) if isinstance(entry, dict) and _speaker(entry) == wanted else None
         if text is None:
             raise ValueError(f"{where}: {key}[{number}] must be {{'from': '{wanted}', 'value': text}}")
+        if wanted == "gpt" and not text.strip():
+            raise ValueError(f"{where}: {key}[{number}] is an empty answer: give its text")
         texts.append(text)
     if VIDEO_TAG not in texts[0]:
         raise ValueError(f"{where}: {key}[0].value lacks {VIDEO_TAG}, the place of the clip")
@@ -258,23 +279,35 @@ def _text(entry: dict[str, Any], paths: list[str], note: Callable[[str], None]) 
         if not isinstance(given, str) or kind not in ("text", "video", "video_url"):
             return None
         if kind != "text":
+            if not given.strip():
+                return None
             paths.append(given)
         pieces.append(given if kind == "text" else VIDEO_TAG)
     return "\n".join(pieces)
 
 
 def _video(record: dict[str, Any], paths: list[str], where: str, note: Callable[[str], None]) -> str:
-    """Path of the one video, wherever it stands."""
-    key = next((key for key in _VIDEO_KEYS if key in record), "video")
-    if key not in record and paths:
-        value: Any = paths if len(paths) > 1 else paths[0]
+    """Path of the one video, wherever it stands; it may stand in several places, but be only one."""
+    places = [(f"field {key!r}", _video_in(record, key, where, note)) for key in _VIDEO_KEYS if key in record]
+    if not places and paths:
         note("the video's path taken out of the contents")
-    else:
-        value = require(record, key, where)
-        if key == "image" and isinstance(value, dict):
-            key, value = "image.video", value.get("video")
-        if key != "video":
-            note(f"field {key!r} read as 'video'")
+    places += [("a path in the contents", path) for path in paths]
+    if not places:
+        raise ValueError(f"{where}: field 'video' is missing")
+    for place, path in places[1:]:
+        if path != places[0][1]:
+            raise ValueError(
+                f"{where}: {places[0][0]} is {places[0][1]!r} and {place} is {path!r}: a record is about one video"
+            )
+    return places[0][1]
+
+
+def _video_in(record: dict[str, Any], key: str, where: str, note: Callable[[str], None]) -> str:
+    value = require(record, key, where)
+    if key == "image" and isinstance(value, dict):
+        key, value = "image.video", value.get("video")
+    if key != "video":
+        note(f"field {key!r} read as 'video'")
     if isinstance(value, list):
         if len(value) != 1:
             raise ValueError(f"{where}: field {key!r} lists {len(value)} videos: a record is about one")

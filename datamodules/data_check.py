@@ -17,14 +17,14 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import av
 from av.video.frame import VideoFrame
@@ -32,9 +32,11 @@ from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from datamodules.conversations import ConversationFile
-from datamodules.jsonl import is_array, read_jsonl, read_records, seconds
+from datamodules.jsonl import is_array, raw_lines, read_jsonl, read_records, seconds
 from datamodules.pair_index import PairIndex
 
+if TYPE_CHECKING:
+    from datamodules.clip_stream import ClipDecodeError
 # clip_stream imports torch, which takes seconds: what needs it imports it when called.
 
 Item = TypeVar("Item")
@@ -55,10 +57,16 @@ class Problem:
         kind: name of the ``ClipDecodeError``, or of another error, that it leads to; ``WrongRate`` or ``WrongLength``
             for one that is not as promised; ``TimedOut`` or ``Crashed`` if it stopped the process at work on it.
         reason: one line, in the decoder's words where it has any.
+        spans_s: the clips that lie outside a file which is sound otherwise; empty if the whole file is of no use.
     """
 
     kind: str
     reason: str
+    spans_s: tuple[tuple[float, float], ...] = ()
+
+    def spoils(self, span_s: tuple[float, float]) -> bool:
+        """Whether a clip of the file cannot be used."""
+        return not self.spans_s or span_s in self.spans_s
 
 
 @dataclass
@@ -71,6 +79,7 @@ class VideoFile:
         num_frames: frames in the file, one fewer is let pass.
         duration_s: seconds from first frame to end, a frame less is let pass.
         spans_s: start and end of every clip on the file's clock; an end of infinity is the end of the file.
+        samples: clips to decode at most; the others are held against the file's length.
     """
 
     path: str
@@ -78,13 +87,15 @@ class VideoFile:
     num_frames: int | None = None
     duration_s: float | None = None
     spans_s: list[tuple[float, float]] = field(default_factory=list)
+    samples: int | None = None
 
-    def with_samples(self, count: int) -> VideoFile:
-        """The same file with ``count`` of its clips, evenly through it, and in any case the one that ends last."""
-        spans = sorted(self.spans_s, key=lambda span: (span[1], span[0]))
-        if len(spans) > count:
-            spans = [spans[(i + 1) * len(spans) // count - 1] for i in range(count)]
-        return VideoFile(self.path, self.fps, self.num_frames, self.duration_s, spans)
+
+def sampled(spans_s: Iterable[tuple[float, float]], count: int | None) -> list[tuple[float, float]]:
+    """So many of some clips, evenly through their file, and in any case the one that ends last; None for all."""
+    spans = sorted(spans_s, key=lambda span: (span[1], span[0]))
+    if count is None or len(spans) <= count:
+        return spans
+    return [spans[(i + 1) * len(spans) // count - 1] for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -103,9 +114,15 @@ class Annotations:
     paths_by_line: list[tuple[str, ...] | None]
     malformed: list[str] = field(default_factory=list)
 
-    def is_clean(self, problems: Container[str]) -> list[bool]:
-        """Whether each line can be read, and so can its files."""
-        return [paths is not None and not any(path in problems for path in paths) for paths in self.paths_by_line]
+    def spoiled(self, problems: Mapping[str, Problem]) -> list[list[str] | None]:
+        """For each line the files that it needs and that are of no use to it; None for one that cannot be read."""
+        spans_s = {path: iter(self.files[path].spans_s) for path in problems}  # one for each line that names the path
+        return [
+            None
+            if paths is None
+            else [path for path in paths if path in problems and problems[path].spoils(next(spans_s[path]))]
+            for paths in self.paths_by_line
+        ]
 
 
 def read_annotations(source: Path) -> Annotations:
@@ -160,13 +177,13 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
     """Hold a video against what the annotations promise of it, and decode its clips.
 
     Args:
-        file: what is promised; each of its clips is decoded at ``FRAMES_PER_CLIP`` moments.
+        file: what is promised; ``samples`` of its clips are decoded at ``FRAMES_PER_CLIP`` moments each.
         root: folder that the path is relative to.
         decode_all: decode every picture of the file as well.
         beat: called whenever the decoder has got on.
 
     Returns:
-        The first problem met, None if there is none.
+        The first problem met, None if there is none; clips outside the file are one only if there is no other.
     """
     from datamodules.clip_stream import ClipDecodeError, ClipReader, SpanOutsideFile, probe, segment_midpoints
 
@@ -184,8 +201,15 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
                 reader.usable_end_s(path, 0.0, file.duration_s - 1e-3)  # 1 ms: durations are rounded decimals
             except SpanOutsideFile as error:
                 return Problem("WrongLength", f"{error.reason}, the annotations say {file.duration_s:.3f} s")
-        for start_s, end_s in file.spans_s:
-            end_s = reader.usable_end_s(path, start_s, end_s)
+        inside_s: list[tuple[float, float]] = []
+        outside: list[SpanOutsideFile] = []
+        for start_s, end_s in sorted(set(file.spans_s)):
+            try:
+                inside_s.append((start_s, reader.usable_end_s(path, start_s, end_s)))
+            except SpanOutsideFile as error:
+                outside.append(error)
+            beat()
+        for start_s, end_s in sampled(inside_s, file.samples):
             times_s = segment_midpoints(start_s, end_s, FRAMES_PER_CLIP)
             reader.read(path, times_s, size=16, fit="squash", span_s=(start_s, end_s))
             beat()
@@ -196,12 +220,18 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
         elif decode_all:
             for _ in decode_whole(path):
                 beat()
+        if outside:
+            spans_s = tuple((cast(float, error.start_s), cast(float, error.end_s)) for error in outside)
+            return Problem("SpanOutsideFile", _reason(outside[0]), spans_s)
     except ClipDecodeError as error:
-        span = "" if error.start_s is None else f"[{error.start_s:.3f}, {error.end_s:.3f}) s: "
-        return Problem(type(error).__name__, f"{span}{error.reason}")
+        return Problem(type(error).__name__, _reason(error))
     finally:
         reader.close()
     return None
+
+
+def _reason(error: ClipDecodeError) -> str:
+    return ("" if error.start_s is None else f"[{error.start_s:.3f}, {error.end_s:.3f}) s: ") + error.reason
 
 
 def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
@@ -402,13 +432,13 @@ def check_files(
     return {file.path: problems[file.path] for file in files if file.path in problems}
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    """Lines of JSON Lines as they stand, empty ones left out; entries of an array as lines."""
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Lines of JSON Lines as they stand with their place, empty ones left out; entries of an array as lines."""
     if is_array(file):
-        yield from ((json.dumps(record) + "\n").encode() for _, record in read_records(file))
-        return
-    with file.open("rb") as lines:
-        yield from (line for line in lines if line.strip())
+        for where, record in read_records(file):
+            yield where, b"" if isinstance(record, ValueError) else (json.dumps(record) + "\n").encode()
+    else:
+        yield from ((f"{file} line {number}", line) for number, line in raw_lines(file))
 
 
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
@@ -435,8 +465,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=float, default=60.0, help="seconds without progress before a file is given up"
     )
-    parser.add_argument("--clean", type=Path, help="write the lines of the annotations whose files are all fine")
-    parser.add_argument("--bad", type=Path, help="write the bad files as JSON Lines: path, kind, reason, lines")
+    parser.add_argument("--clean", type=Path, help="write the lines of the annotations whose clips are all fine")
+    parser.add_argument(
+        "--bad", type=Path, help="write the bad files as JSON Lines: path, kind, reason, spans_s, lines"
+    )
     return parser
 
 
@@ -450,20 +482,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    files = [file.with_samples(options.samples) for file in annotations.files.values()]
+    files = [replace(file, samples=options.samples) for file in annotations.files.values()]
     problems = check_files(files, options.root, options.all, options.workers, options.timeout)
-    is_clean = annotations.is_clean(problems)
+    spoiled = annotations.spoiled(problems)
+    is_clean = [paths == [] for paths in spoiled]
     if options.clean is not None:
-        kept = (line for line, keep in zip(_lines(annotations.file), is_clean, strict=True) if keep)
+        kept = (line for (_, line), keep in zip(_lines(annotations.file), is_clean, strict=True) if keep)
         _write_lines(options.clean, kept)
     if options.bad is not None:
-        needed = Counter(path for paths in annotations.paths_by_line for path in paths or ())
+        needed = Counter(path for paths in spoiled for path in paths or ())
         records = [{"path": path, **asdict(problem), "lines": needed[path]} for path, problem in problems.items()]
         _write_lines(options.bad, ((json.dumps(record) + "\n").encode() for record in records))
     for problem_of_line in annotations.malformed:
         print(problem_of_line)
     for path, problem in problems.items():
         print(f"{path}: {problem.kind}: {problem.reason}")
+    if any(problem.spans_s for problem in problems.values()):
+        for (where, _), paths in zip(_lines(annotations.file), spoiled, strict=True):
+            for path in paths or ():
+                if problems[path].spans_s:
+                    print(f"{where}: its clip lies outside {path}")
     kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(p.kind for p in problems.values()).most_common())
     print(f"{len(problems)} of {len(files)} files are bad{f' ({kinds})' if kinds else ''}")
     print(f"{sum(is_clean)} of {len(is_clean)} lines of {annotations.file.name} are clean")

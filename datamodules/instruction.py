@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -175,7 +176,10 @@ class InstructionDataModule(ClipDataModule):
         self.sources = [mix_source(given, f"data.sources[{number}]") for number, given in enumerate(sources)]
         for source in self.sources:
             if not Path(source.file).is_file():
-                raise ValueError(f"data.sources: no file {source.file}: run `make data`, or set data.init_args.sources")
+                raise ValueError(
+                    f"data.sources: no file {source.file}: run `make data` if it is of the generated world, "
+                    "`make egoit` if it is of EgoIT, or set data.init_args.sources"
+                )
         names = [Path(source.file).stem for source in self.sources]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"data.sources: got {', '.join(names) or 'none'}, allowed: one file or more, of own names")
@@ -204,9 +208,9 @@ class InstructionDataModule(ClipDataModule):
         sizes = []
         for source in self.sources:
             before, file = len(store), ConversationFile(Path(source.file))
-            found = set()
+            found: Counter[str] = Counter()
             for record in file:
-                found.add(record.split)
+                found[str(record.split)] += 1
                 if source.splits is None or record.split in source.splits:
                     if problem := self._problem(record):
                         file.problems.append(f"{source.file}: record {record.name}: {problem}")
@@ -215,9 +219,13 @@ class InstructionDataModule(ClipDataModule):
             sizes.append(len(store) - before)
             if report := file.report():
                 rank_zero_only(print)(report)
-            if not file.problems and not sizes[-1]:
-                there = ", ".join(sorted(map(str, found))) or "no record at all"
-                raise ValueError(f"data.sources: {source.file}: none of splits {source.splits} in it, but {there}")
+            wanted = found.keys() if source.splits is None else set(source.splits)
+            there = ", ".join(sorted(found)) or "no record at all"
+            if not file.problems and (wanted - found.keys() or not sizes[-1]):
+                splits = ", ".join(sorted(wanted - found.keys())) or "any split"
+                raise ValueError(f"data.sources: {source.file}: no record of {splits} in it, but {there}")
+            if others := ", ".join(f"{found[split]:,} of {split}" for split in sorted(found.keys() - wanted)):
+                rank_zero_only(print)(f"{source.file}: records of other splits left out: {others}")
         if problems:
             raise MalformedRecords(problems)
         dataset = InstructionDataset(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -32,48 +34,81 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]
 
 
 def is_array(file: Path) -> bool:
-    """Whether a file holds one JSON array rather than a record a line."""
+    """Whether a file holds one JSON array rather than a record a line.
+
+    It does if it begins with a bracket, unless its first line is a whole list and others follow: then that line is one
+    wrong record, and the others are records.
+    """
+    lines = raw_lines(file)
+    _, first = next(lines, (0, b""))
+    if not first.lstrip().startswith(b"["):
+        return False
+    if next(lines, None) is None:
+        return True
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def raw_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines of a file with their numbers from 1, without empty ones and without a byte order mark."""
     with file.open("rb") as lines:
-        return next((line.lstrip()[:1] for line in lines if line.strip()), b"") == b"["
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield number, line
 
 
 def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{file} line {number}"
-            try:
-                yield where, _object(json.loads(line.decode()), where)
-            except UnicodeDecodeError as error:
-                yield where, ValueError(f"{where}: no UTF-8 text ({error.reason}): save the file as UTF-8")
-            except json.JSONDecodeError as error:
-                yield where, ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno}): mend the line")
+    for number, line in raw_lines(file):
+        where = f"{file} line {number}"
+        try:
+            text = line.decode()
+            yield where, _object(json.loads(text), text, where)
+        except UnicodeDecodeError as error:
+            yield where, ValueError(f"{where}: no UTF-8 text ({error.reason}): save the file as UTF-8")
+        except json.JSONDecodeError as error:
+            yield where, ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno}): mend the line")
+        except (ValueError, RecursionError) as error:  # a number of too many digits, or lists in lists without end
+            yield where, ValueError(f"{where}: malformed JSON ({error}): mend the line")
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        text = file.read_bytes().decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
-        yield str(file), ValueError(f"{file}: no UTF-8 text ({error.reason}): save the file as UTF-8")
+        line = content.count(b"\n", 0, error.start) + 1
+        where = f"{file} line {line}"
+        yield where, ValueError(f"{where}: no UTF-8 text ({error.reason}), nothing was read: save the file as UTF-8")
         return
     decoder, number, line, counted = json.JSONDecoder(), 0, 1, 0
     at = _after_space(text, text.index("[") + 1)
     while text[at : at + 1] != "]":
         number, line, counted = number + 1, line + text.count("\n", counted, at), at
         where = f"{file} line {line} entry {number}"
+        begin = at
         try:
             value, end = decoder.raw_decode(text, at)
             at = _after_space(text, end)
             if text[at : at + 1] not in (",", "]"):
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        except json.JSONDecodeError as error:  # where the next entry begins cannot be told
-            problem = f"malformed JSON ({error.msg} at line {error.lineno} column {error.colno})"
-            yield where, ValueError(f"{where}: {problem}, nothing after it was read: mend it")
+        except (ValueError, RecursionError) as error:  # where the next entry begins cannot be told
+            problem = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                problem = f"{error.msg} at line {error.lineno} column {error.colno}"
+            yield where, ValueError(f"{where}: malformed JSON ({problem}), nothing after it was read: mend it")
             return
-        yield where, _object(value, where)
+        yield where, _object(value, text[begin:end], where)
         if text[at] == ",":
             at = _after_space(text, at + 1)
+    after = _after_space(text, at + 1)
+    if after < len(text):
+        line += text.count("\n", counted, after)
+        where = f"{file} line {line}"
+        yield where, ValueError(f"{where}: what follows the end of the array was not read: put it inside, or remove it")
 
 
 def _after_space(text: str, at: int) -> int:
@@ -82,10 +117,23 @@ def _after_space(text: str, at: int) -> int:
     return found.end()
 
 
-def _object(value: Any, where: str) -> dict[str, Any] | ValueError:
-    if isinstance(value, dict):
-        return value
-    return ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+def _object(value: Any, text: str, where: str) -> dict[str, Any] | ValueError:
+    if not isinstance(value, dict):
+        return ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
+    if _HALF.search(text) and not is_text(json.dumps(value, ensure_ascii=False)):
+        return ValueError(f"{where}: holds half of a character (\\ud800 to \\udfff without its partner): mend it")
+    return value
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """Whether a value is a text that can be written as UTF-8; an escape in JSON can give half of a character."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def require(record: dict[str, Any], field: str, where: str) -> Any:
@@ -108,4 +156,7 @@ def seconds(record: dict[str, Any], field: str, where: str) -> float:
     value = require(record, field, where)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where}: field {field!r} is {value!r}, expected seconds")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{where}: field {field!r} is an integer of too many digits, expected seconds") from None

@@ -69,6 +69,8 @@ def mix_source(given: str | Mapping[str, Any] | MixSource, where: str) -> MixSou
         return given
     if isinstance(given, str):
         return MixSource(given)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: got {given!r}, allowed: a path, or a mapping with a file")
     kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "file": ("a path", _is_text),
         "splits": ("a list of names or null", lambda value: _is(value, list) and all(map(_is_text, value or ()))),

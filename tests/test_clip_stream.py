@@ -589,6 +589,14 @@ def test_without_pictures_named_rgb_all_are_taken_in_order_of_name(tmp_path: Pat
     assert numbers_on(ClipReader().read(folder, [0.0, 1 / 30, 2 / 30], SIDE)) == [2, 0, 1]
 
 
+def test_pictures_are_sorted_by_their_numbers_and_hidden_files_are_none(tmp_path: Path) -> None:
+    folder = make_pictures(tmp_path / "scan", 12)
+    for number in range(12):
+        (folder / f"{number:06d}-rgb.png").rename(folder / f"frame_{number + 1}-rgb.png")
+        (folder / f"._frame_{number + 1}-rgb.png").write_bytes(b"of another system")
+    assert numbers_on(ClipReader().read(folder, [number / 30 for number in range(12)], SIDE)) == [*range(12)]
+
+
 def test_a_damaged_picture_is_an_error_that_names_it(tmp_path: Path) -> None:
     folder = make_pictures(tmp_path / "scan", 4)
     whole = (folder / "000002-rgb.png").read_bytes()

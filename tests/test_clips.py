@@ -300,7 +300,7 @@ def test_moving_a_batch_moves_every_tensor(toy_tokenizer):
 
 
 def test_missing_paths_name_the_key_and_what_to_do(options, tmp_path):
-    with pytest.raises(ValueError, match=r"^data\.root: no folder \S+/none: run `make data`, or set data\.init_"):
+    with pytest.raises(ValueError, match=r"^data\.root: no folder \S+/none: run `make data` if .*, or set data\.init_"):
         NumbersModule(**{**options, "root": str(tmp_path / "none")})
     with pytest.raises(ValueError, match=r"^data\.held_out: no file \S+/none: run .* set data\.init_args\.held_out"):
         NumbersModule(**options, held_out=str(tmp_path / "none"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,8 @@ def messages(*contents):
     ],
 )
 def test_forms_of_other_stacks_are_read_alike_and_changes_are_counted(tmp_path, record, changes):
-    file, found = read(tmp_path, [record, record])
-    assert found == [EXPECTED, EXPECTED]
+    file, found = read(tmp_path, [record, {**record, "id": "b"}])
+    assert found == [EXPECTED, replace(EXPECTED, name="b")]
     assert file.problems == []
     assert set(file.changes) == set(changes)
     report = file.report()
@@ -118,6 +119,9 @@ MALFORMED = {
     "a list": "[]",
     "a number": "3",
     "no UTF-8": b"\xff\xfe",
+    "half of a character": json.dumps(without(id="\ud800")),
+    "a number of too many digits": json.dumps(OURS)[:-1] + ', "x": ' + "1" * 5000 + "}",
+    "lists in lists without end": '{"x": ' + "[" * 100_000 + "]" * 100_000 + "}",
     "no video": without("video"),
     "video is null": without(video=None),
     "video is empty": without(video=" "),
@@ -150,6 +154,20 @@ MALFORMED = {
     + json.dumps([HUMAN, GPT])
     + "}",
     "a window without end": without(start=0.0, end=1e999),
+    "a time of too many digits": without(start=0.0, end=10**400),
+    "an empty answer": without(conversations=[HUMAN, {"from": "gpt", "value": " "}]),
+    "two fields for the video": without(videos=["b.mp4"]),
+    "a picture beside the video": without(image="a.png"),
+    "two conversations": without(messages=messages("<video>What is cut?", "An onion.")),
+    "a path in the contents of a second conversation": without(
+        messages=messages([{"type": "video", "video": "b.mp4"}, {"type": "text", "text": "What is cut?"}], "A tomato.")
+    ),
+    "a path in the contents that is another": without(
+        conversations=[
+            {"from": "human", "value": [{"type": "video", "video": "b.mp4"}, {"type": "text", "text": "What?"}]},
+            GPT,
+        ]
+    ),
 }
 
 
@@ -161,7 +179,7 @@ def test_two_hundred_malformed_rows_of_all_kinds_are_each_named(tmp_path, capsys
     rng = random.Random(0)
     kinds = [*MALFORMED, *rng.choices([*MALFORMED], k=200 - len(MALFORMED))]
     lines = [MALFORMED[kind] for kind in kinds] + [OURS] * 50
-    order = [249, *rng.sample(range(249), 249)]  # a good one first
+    order = rng.sample(range(250), 250)
     file = tmp_path / "users.jsonl"
     file.write_bytes(b"".join(as_bytes(lines[place]) + b"\n" for place in order))
     wrong = [number for number, place in enumerate(order, 1) if place < 200]
@@ -189,6 +207,55 @@ def test_every_kind_of_malformed_row_is_refused_by_itself(tmp_path):
         if kind != "a list":  # alone in a file, an empty array of records
             read = ConversationFile(file)
             assert (list(read), len(read.problems)) == ([], 1), kind
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_row_in_front_is_named_and_the_others_are_read(tmp_path, kind):
+    file = tmp_path / "users.jsonl"
+    file.write_bytes(b"\n".join(map(as_bytes, [MALFORMED[kind], OURS, without(id="b")])))
+    read = ConversationFile(file)
+    assert [record.name for record in read] == ["a", "b"]
+    (problem,) = read.problems
+    assert problem.startswith(f"{file} line 1: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "problems"),
+    [
+        ("[1, 2]\n{0}\n{1}", ["a", "b"], ["line 1: expected a JSON object, got list"]),
+        ("[{0}, {1}]\n{0}\n", ["a"], ["line 1: expected a JSON object, got list"]),
+        ("[{0},\n {1}]\n\n{0}\n{1}", ["a", "b"], ["line 4: what follows the end of the array was not read"]),
+        ("[{0}][{1}]", ["a"], ["line 1: what follows the end of the array was not read"]),
+        ("[{0}]\n\n", ["a"], []),
+        ("[{0}, {1}", ["a"], ["line 1 entry 2: malformed JSON (Expecting ',' delimiter at line 1"]),
+        ("[\n{0},\n1" + 5000 * "1" + "]", ["a"], ["line 3 entry 2: malformed JSON (Exceeds the limit"]),
+        ("[\n{0},\n" + 100_000 * "[", ["a"], ["line 3 entry 2: malformed JSON (maximum recursion depth"]),
+    ],
+)
+def test_nothing_beside_an_array_goes_unmentioned(tmp_path, text, names, problems):
+    rows = (json.dumps(OURS), json.dumps(without(id="b")))
+    file, found = read(tmp_path, text.replace("{0}", rows[0]).replace("{1}", rows[1]))
+    assert [record.name for record in found] == names
+    assert len(file.problems) == len(problems)
+    assert all(f"{file.path} {wanted}" in problem for wanted, problem in zip(problems, file.problems, strict=True))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    for text in (json.dumps(OURS), json.dumps([OURS]), json.dumps([OURS], indent=1)):
+        file, found = read(tmp_path, "\ufeff" + text)
+        assert (found, file.problems) == ([EXPECTED], [])
+
+
+def test_ids_that_are_given_again_become_their_own_and_it_says_so(tmp_path):
+    file, found = read(tmp_path, [OURS, OURS, without("id"), without(id="b"), OURS])
+    assert [record.name for record in found] == ["a", "a (line 2)", f"{file.path} line 3", "b", "a (line 5)"]
+    assert file.report() == f"{file.path}: an id that a record before has, made one of its own by the line (2x)"
+
+
+def test_one_video_or_conversation_may_stand_in_two_fields(tmp_path):
+    both = without(videos=["a.mp4"], messages=messages("<video>What is cut?", "A tomato."))
+    file, found = read(tmp_path, [both])
+    assert (found, file.problems) == ([EXPECTED], [])
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,16 @@ import pytest
 from PIL import Image
 from test_clip_stream import KINDS, make_video
 
-from datamodules.data_check import Problem, VideoFile, check_file, decode_whole, main, read_annotations, run_bounded
+from datamodules.data_check import (
+    Problem,
+    VideoFile,
+    check_file,
+    decode_whole,
+    main,
+    read_annotations,
+    run_bounded,
+    sampled,
+)
 
 FAST_START = {"movflags": "faststart"}
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
@@ -159,10 +168,10 @@ def test_an_end_before_the_one_that_the_header_promises_is_found(tmp_path: Path)
 
 def test_samples_are_spread_and_hold_the_clip_that_ends_last() -> None:
     spans = [(float(i), i + 1.5) for i in range(10)]
-    file = VideoFile("v.mp4", spans_s=[*reversed(spans), (0.0, 99.0)])
-    assert file.with_samples(1).spans_s == [(0.0, 99.0)]
-    assert file.with_samples(3).spans_s == [(2.0, 3.5), (6.0, 7.5), (0.0, 99.0)]
-    assert len(file.with_samples(20).spans_s) == 11
+    spans = [*reversed(spans), (0.0, 99.0)]
+    assert sampled(spans, 1) == [(0.0, 99.0)]
+    assert sampled(spans, 3) == [(2.0, 3.5), (6.0, 7.5), (0.0, 99.0)]
+    assert len(sampled(spans, 20)) == len(sampled(spans, None)) == 11
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -427,6 +436,37 @@ def test_folders_of_pictures_are_checked_too(tmp_path: Path, capsys) -> None:
     assert "2 of 3 files are bad" in printed
 
 
+def test_clips_outside_a_file_cost_their_own_lines_only(tmp_path: Path, capsys) -> None:
+    make_video(tmp_path / "a.mp4", 30)  # 3 s
+    windows = [(0, 1), (30, 31), (1, 2), (2, 99), (0, 1)]
+    records = [{"video": "a.mp4", "start": start, "end": end} for start, end in windows]
+    source, clean, bad = write_jsonl(tmp_path / "it.jsonl", records), tmp_path / "clean.jsonl", tmp_path / "bad.jsonl"
+    lists = ["--clean", str(clean), "--bad", str(bad), "--samples", "1"]
+    assert main([str(source), "--root", str(tmp_path), "--workers", "1", *lists]) == 1
+    assert read_lines(clean) == [records[0], records[2], records[4]]
+    reason = "[2.000, 99.000) s: the video ends at 3.000 s"
+    assert read_lines(bad) == [
+        {"path": "a.mp4", "kind": "SpanOutsideFile", "reason": reason, "spans_s": [[2, 99], [30, 31]], "lines": 2}
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        f"a.mp4: SpanOutsideFile: {reason}",
+        f"{source} line 2: its clip lies outside a.mp4",
+        f"{source} line 4: its clip lies outside a.mp4",
+        "1 of 1 files are bad (SpanOutsideFile 1)",
+        "3 of 5 lines of it.jsonl are clean",
+    ]
+
+
+def test_clips_outside_a_file_do_not_hide_damage(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "v.mp4", 40, gop=10, container_options=FAST_START)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)
+    path.write_bytes(content)
+    file = VideoFile(path.name, spans_s=[(0.0, 0.5), (50.0, 51.0)])
+    assert check_file(file, tmp_path, decode_all=False).kind == "SpanOutsideFile"
+    assert check_file(file, tmp_path, decode_all=True).kind == "Damaged"
+
+
 def test_entries_of_an_array_are_kept_as_lines(tmp_path: Path) -> None:
     make_video(tmp_path / "good.mp4", 10)
     source = tmp_path / "it.json"
@@ -434,3 +474,6 @@ def test_entries_of_an_array_are_kept_as_lines(tmp_path: Path) -> None:
     clean = tmp_path / "clean.jsonl"
     assert main([str(source), "--root", str(tmp_path), "--clean", str(clean), "--workers", "1"]) == 1
     assert read_lines(clean) == [{"video": "good.mp4"}, {"video": ["good.mp4"]}]
+    source.write_text('[{"video": "good.mp4"},\n{"video": 3,}]')
+    assert main([str(source), "--root", str(tmp_path), "--clean", str(clean), "--workers", "1"]) == 1
+    assert read_lines(clean) == [{"video": "good.mp4"}]

@@ -136,7 +136,7 @@ def test_real_openeqa():
 
 
 def test_real_egoexolearn_test_file():
-    rows = [row for _, row in read_fine(sample("egoexolearn") / "fine_annotation_test.csv")]  # its header says _id
+    rows = [row for _, row in read_fine(sample("egoexolearn") / "fine_annotation_test.csv", "scene")]  # no texts
     assert Counter(row["view"] for row in rows) == {"ego": 18_244, "exo": 4_930}
     assert all(row["annotation_uid"] for row in rows)
     assert sum(float(row["end_sec"]) <= float(row["start_sec"]) for row in rows) == 0
@@ -229,6 +229,8 @@ def test_egtea_ids_start_at_one_and_labels_have_spaces(egtea):
         (f"{CLIP} 4 4 4", "action id 4 is not in"),
         (f"{CLIP} 3", r"ids are \['3'\], expected those of an action, a verb and nouns"),
         (f"{CLIP} 3 x 4", "ids are"),
+        (f"{CLIP} {'1' * 5000} 4 4", "ids are"),
+        (f"{CLIP.replace('12000', '1' * 5000)} 3 4 4", "is not <session>-<start ms>-<end ms>"),
         ("P99-R01-PastaSalad-12000-F000285 3 4 4", "clip 'P99-R01-PastaSalad-12000-F000285' is not <session>"),
         (f"{CLIP.replace('14500', '11000')} 3 4 4", "is not <session>-<start ms>-<end ms>"),
     ],
@@ -257,6 +259,16 @@ def test_egtea_labels_that_count_from_zero_are_refused(egtea):
 )
 def test_egtea_actions_as_text(label, text):
     assert action_text(label) == text
+
+
+def test_egtea_labels_of_one_clip_that_differ_are_a_problem(egtea):
+    file = write(egtea / "action_annotation/test_split1.txt", f"{CLIP} 2 4 4\n")
+    records, (problem,), _ = read(Egtea(egtea, ("train_split1", "test_split1")))
+    assert len(records) == 2
+    first = file.with_name("train_split1.txt")
+    assert problem == (
+        f"{file} line 1: {CLIP} is 'turn on faucet', but 'cut bell pepper' in {first} line 1: correct one"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -329,6 +341,13 @@ def test_ssv2_wrong_rows_are_named(ssv2, change, message):
     records, (problem,), _ = read(SomethingSomething(ssv2))
     assert len(records) == 1
     assert problem.startswith(f"{file} entry 2: {message}")
+
+
+@pytest.mark.parametrize("content", ['5;Pouring "part" of\n6;"x\n7;x\n', '5;x\n6;"x"y\n'])
+def test_a_stray_quote_does_not_swallow_rows(ssv2, content):
+    file = write(ssv2 / "labels/test-answers.csv", content)
+    with pytest.raises(SourceError, match=rf"^{file} line 2: no row of a table \(.*\): double its quotes"):
+        read(SomethingSomething(ssv2, ("test",), answer="template"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -410,6 +429,10 @@ def test_egotimeqa_choices_are_balanced_and_stay(tmp_path):
         ),
         ({"wrong_answers": ["a", "a", "b"]}, {"form": "closed"}, "are not four different answers"),
         ({"wrong_answers": "a"}, {"form": "closed"}, "field 'wrong_answers' is 'a', expected three texts"),
+        ({"video_id": ["clip"]}, {}, "field 'video_id' is ['clip'], expected a text"),
+        ({"moment_end_frame": 10**400}, {}, "expected a number"),
+        ({"answer": "\ud800"}, {}, "field 'answer' is '\\ud800', expected a text"),
+        ({"wrong_answers": ["a", "b", "\ud800"]}, {"form": "closed"}, "expected three texts"),
     ],
 )
 def test_egotimeqa_wrong_rows_are_named(tmp_path, change, options, message):
@@ -417,6 +440,33 @@ def test_egotimeqa_wrong_rows_are_named(tmp_path, change, options, message):
     assert len(records) == 1
     assert problem.startswith(f"{tmp_path}/data/unified/annotations.EgoTimeQA.json entry 2: ")
     assert message in problem
+
+
+def test_egotimeqa_ids_are_trimmed_and_texts_stand_on_one_line(tmp_path):
+    (record,), problems, _ = egotimeqa_of(tmp_path, asked(1, 2, video_id=" c1 ", question="What did\n I  do?"))
+    assert problems == []
+    assert (record.video, record.wording.query) == ("ego4d/clips/c1.mp4", "What did I do?")
+
+
+def test_egotimeqa_spelling_does_not_give_the_answer_away(tmp_path):
+    row = asked(1, 2, answer="where l\nput it", wrong_answers=["where l sat", "what l cut", "what l did"])
+    (record,), problems, _ = egotimeqa_of(tmp_path, row, form="closed")
+    assert problems == []
+    assert sorted(record.wording.options) == ["what I cut", "what I did", "where I put it", "where I sat"]
+    question, answer = Templates().turn(record.wording, "task_ego", 0)
+    assert answer in question.split("\n")
+
+
+@pytest.mark.parametrize("stretch", ["nan", "-1", "0", "inf"])
+def test_egotimeqa_impossible_factors_are_refused(tmp_path, stretch):
+    with pytest.raises(SourceError, match=r"--stretch: got .*, allowed: above 0"):
+        EgoTimeQA(tmp_path, stretch=float(stretch))
+
+
+@pytest.mark.parametrize("content", [{"videos": 5}, {"videos": [{"video_uid": "v", "clips": 5}]}])
+def test_clips_that_are_no_list_are_refused(tmp_path, content):
+    with pytest.raises(SourceError, match=r"x\.json: field '(videos|clips)' is 5, expected a list: give ego4d\.json"):
+        read_clips((write(tmp_path / "x.json", content),))
 
 
 def test_egotimeqa_clips_lead_to_videos_and_lengths(tmp_path):
@@ -469,6 +519,19 @@ def test_openeqa_scenes(episode, scene):
     assert scene_of(episode) == scene
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [([{"question_id": "a"}], "expected a list of question_ids"), (None, "no such file: correct the path")],
+)
+def test_openeqa_hold_outs_that_are_none_are_refused(tmp_path, content, message):
+    write(tmp_path / "open-eqa-v0.json", [])
+    file = tmp_path / "held.json"
+    if content is not None:
+        write(file, content)
+    with pytest.raises(SourceError, match=f"^{file}: {message}"):
+        read(OpenEQA(tmp_path, hold_out=file))
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # EgoExoLearn
 
@@ -519,14 +582,53 @@ def test_egoexolearn_wrong_rows_are_named(tmp_path):
         read(EgoExoLearn(tmp_path))
 
 
+def test_egoexolearn_rows_that_are_cut_or_of_no_split_are_named(tmp_path):
+    rows = (
+        "v,b1,train,ego,lab,1,3,x,x,Go, then stop.\nv,b2,Train,ego,lab,1,3,x,x,Go.\nv,b3,train,Ego ,lab,1,3,x,x,Go.\n"
+    )
+    file = write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + ROWS + rows)
+    records, problems, _ = read(EgoExoLearn(tmp_path))
+    assert len(records) == 2
+    assert problems == [
+        f"{file} line 6: 11 cells in 10 columns: quote texts that hold a comma, or give what is missing",
+        f"{file} line 7: subset is 'Train' and view is 'ego', allowed: train, val, test and ego, exo",
+        f"{file} line 8: subset is 'train' and view is 'Ego ', allowed: train, val, test and ego, exo",
+    ]
+
+
+def test_egoexolearn_says_once_that_a_column_is_missing(tmp_path):
+    header = "video_uid,annotation_uid,subset,view,scene,start_sec,end_sec\n"
+    write(tmp_path / "fine_annotation_trainval_en.csv", header + "v,b1,train,ego,lab,1,3\n" * 3)
+    with pytest.raises(SourceError, match="column narration_en_no_hand_prompt is missing: take a file"):
+        read(EgoExoLearn(tmp_path))
+
+
+def archive_of(file, content):
+    with tarfile.open(file, "w:gz") as archive:
+        entry = tarfile.TarInfo("l1/bee0.json")
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
+    return file
+
+
+def test_egoexolearn_archives_that_are_none_are_named(tmp_path):
+    file = tmp_path / "coarse_annotations.tar.gz"
+    whole = archive_of(file, bytes(range(256)) * 400).read_bytes()
+    for content in (b"text", whole[: len(whole) // 2], b"\x1f\x8b" + bytes(50)):
+        file.write_bytes(content)
+        with pytest.raises(SourceError, match=rf"^{file}: cannot be unpacked \(.*\): fetch the file again$"):
+            read(EgoExoLearn(tmp_path, part="coarse"))
+    for content, message in ((b"null", "expected a JSON list, got NoneType"), (b"[" * 100_000, "malformed JSON")):
+        archive_of(file, content)
+        _, (problem,), _ = read(EgoExoLearn(tmp_path, part="coarse"))
+        assert problem.startswith(f"{file} l1/bee0.json: {message}")
+
+
 def test_egoexolearn_segments(tmp_path):
     good = {"start": 1, "end": 7.5, "duration": 7.0, "id": "s1", "textAttribute_en": "1. Go.\n 2. Stop. \n"}
     segments = [good, {**good, "id": "s2", "start": 5, "end": 5, "duration": None}, {**good, "start": 8}]
     content = json.dumps(segments).encode()
-    with tarfile.open(tmp_path / "coarse_annotations.tar.gz", "w:gz") as archive:
-        entry = tarfile.TarInfo("l1/bee0.json")
-        entry.size = len(content)
-        archive.addfile(entry, io.BytesIO(content))
+    archive_of(tmp_path / "coarse_annotations.tar.gz", content)
     (record,), (problem,), counts = read(EgoExoLearn(tmp_path, part="coarse"))
     assert (record.window_s, record.duration_s, record.wording.target) == ((1.0, 7.0), 7.0, "1. Go.\n2. Stop.")
     assert "l1/bee0.json entry 3: from 8.0 to 7.5 s of a video of 7.0 s" in problem
@@ -579,12 +681,58 @@ def test_wrong_rows_stop_a_conversion_and_are_all_named_or_left_out_with_a_warni
     with pytest.raises(MalformedRecords) as caught:
         convert(Egtea(egtea), out, Templates(), "base", 0)
     assert len(caught.value.problems) == 2
+    write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n" * 6)
+    with pytest.raises(MalformedRecords, match=r"and 1 more: --skip-malformed \(which also writes the others\) names"):
+        convert(Egtea(egtea), out, Templates(), "base", 0)
+    write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n{CLIP} 3 4 4\nx 3 4 4\n")
     assert not out.exists() and not list(tmp_path.glob("*.partial"))
     done = convert(Egtea(egtea), out, Templates(), "base", 0, skip_malformed=True)
     assert (done.records, len(out.read_text().splitlines())) == (1, 1)
     assert [warning for warning in done.warnings if warning.startswith("left out: ")] == [
         f"left out: {problem}" for problem in caught.value.problems
     ]
+
+
+def test_ids_that_are_given_twice_are_named_with_both_lines(tmp_path):
+    row = "v,b1,train,ego,lab,1,3,x,x,Go.\n"
+    file = write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + row * 3)
+    with pytest.raises(MalformedRecords) as caught:
+        convert(EgoExoLearn(tmp_path), tmp_path / "out.jsonl", Templates(), "base", 0)
+    assert caught.value.problems == [
+        f"{file} line {number}: 'egoexolearn/b1' is the id of {file} line 2 too: give each its own" for number in (3, 4)
+    ]
+    done = convert(EgoExoLearn(tmp_path), tmp_path / "out.jsonl", Templates(), "base", 0, skip_malformed=True)
+    assert done.records == 1
+    assert sum(warning.startswith("left out: ") for warning in done.warnings) == 2
+
+
+def test_files_with_a_byte_order_mark_are_read(egtea, ssv2, tmp_path):
+    write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + ROWS)
+    write(ssv2 / "labels/test-answers.csv", "5;Pouring part of something\n")
+    sources = [
+        Egtea(tmp_path),
+        SomethingSomething(tmp_path, ("train", "test"), answer="template"),
+        EgoExoLearn(tmp_path),
+    ]
+    before = [read(source) for source in sources]
+    for file in (*tmp_path.rglob("*.csv"), *tmp_path.rglob("*.txt"), *tmp_path.rglob("*.json")):
+        file.write_text("\ufeff" + file.read_text())
+    assert [read(source) for source in sources] == before
+    assert all(records and not problems for records, problems, _ in before)
+
+
+def test_files_of_another_encoding_are_named(egtea, ssv2, tmp_path):
+    write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + ROWS)
+    write(ssv2 / "labels/test-answers.csv", "5;Pouring part of something\n")
+    for source, name in (
+        (Egtea(tmp_path), "action_annotation/train_split1.txt"),
+        (Egtea(tmp_path), "action_annotation/action_idx.txt"),
+        (SomethingSomething(tmp_path, ("test",), answer="template"), "labels/test-answers.csv"),
+        (EgoExoLearn(tmp_path), "fine_annotation_trainval_en.csv"),
+    ):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\n\xe9\n")
+        with pytest.raises(SourceError, match=rf"^{tmp_path / name} line \d+: no UTF-8 text"):
+            read(source)
 
 
 def test_the_command_prints_counts_and_what_is_missing(egtea, tmp_path, capsys):
@@ -611,6 +759,8 @@ def test_the_command_prints_counts_and_what_is_missing(egtea, tmp_path, capsys):
     [
         (["nothing"], "source: got 'nothing', allowed: egtea, ssv2, egotimeqa, openeqa, egoexolearn, or module:Class"),
         (["no_such:Thing"], "source: got 'no_such:Thing', which cannot be imported"),
+        (["os:path"], "source: got 'os:path', expected a dataclass with a field root, a name, official() and read()"),
+        (["datamodules.mix:MixConfig"], "source: got 'datamodules.mix:MixConfig', expected a dataclass with a field"),
         (["openeqa"], "holds none of open-eqa-v0.json, data/open-eqa-v0.json: put OpenEQA's questions there"),
         (["egtea", "--templates", "{root}"], "holds no templates"),
     ],
@@ -622,6 +772,13 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize("words", [["--splits", "trian"], ["--views", "Ego"]])
+def test_splits_and_views_that_there_are_not_are_refused(tmp_path, capsys, words):
+    with pytest.raises(SystemExit, match="2"):
+        main(["convert", "egoexolearn", "--root", str(tmp_path), *words])
+    assert f"invalid choice: '{words[1]}'" in capsys.readouterr().err
 
 
 def test_a_source_of_ones_own_is_one_file(tmp_path, monkeypatch, capsys):
@@ -640,14 +797,14 @@ from datamodules.egoit.source import Official, option
 @dataclass(frozen=True)
 class Mine:
     root: Path
-    times: float = option(2.0, "how many")
+    times: int = option(2, "how many")
     name: ClassVar[str] = "mine"
 
     def official(self):
         return {"rows": Official(2)}
 
     def read(self, tally):
-        for number in range(int(self.times)):
+        for number in range(self.times):
             tally.add("rows")
             yield Record(str(number), "v.mp4", Wording("qa", self.name, "What?", (), "that"), "train", "v")
 """,

@@ -286,6 +286,64 @@ def test_whole_videos_are_linked_beside_cut_ones_and_failures_stop_the_export(wi
     assert (out / "scan" / "room" / "0-rgb.png").read_bytes() == b"x"
 
 
+def cut_record(key, video, window=(0.0, 1.0)):
+    return Record(key, video, Wording("qa", "mine", "?", (), "x"), "train", "s", window)
+
+
+@pytest.mark.parametrize("window", [(0.0, 1.0), None])
+@pytest.mark.parametrize("video", ["{root}/v.mp4", "../v.mp4", "a/../../v.mp4"])
+def test_nothing_is_cut_or_linked_outside_the_output(tmp_path, video, window):
+    root, out = tmp_path / "videos", tmp_path / "deep" / "out"
+    root.mkdir()
+    make_video(root / "v.mp4", 20)
+    file = write(tmp_path / "mine.jsonl", [cut_record("0", video.format(root=root), window)])
+    with pytest.raises(
+        MalformedRecords, match=rf"^{file} line 1: field 'video' is '.*v\.mp4', but clips are cut below"
+    ):
+        export([file], "swift", out, root)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["mine.jsonl", "v.mp4"]
+
+
+def test_videos_that_differ_in_their_suffix_are_cut_apart(tmp_path):
+    make_video(tmp_path / "a.mp4", 20)
+    make_video(tmp_path / "a.mkv", 20, width=64, height=48)
+    file = write(tmp_path / "mine.jsonl", [cut_record("0", "a.mp4"), cut_record("1", "a.mkv")])
+    export([file], "swift", tmp_path / "out", tmp_path)
+    first, second = (tmp_path / "out" / record.video for record in read(tmp_path / "out" / "mine.jsonl")[0])
+    assert (probe(first).width, probe(second).width) == (probe(tmp_path / "a.mp4").width, 64)
+    assert first != second
+
+
+def test_a_clip_of_another_root_is_cut_again(tmp_path):
+    for root, width in (("one", 96), ("two", 64)):
+        (tmp_path / root).mkdir()
+        make_video(tmp_path / root / "v.mp4", 20, width=width, height=48)
+        assert cut(tmp_path / root, tmp_path / "out", ("v.mp4", 0.0, 1.0, "clips/c.mp4")) == ""
+        assert probe(tmp_path / "out/clips/c.mp4").width == width
+
+
+def test_a_folder_of_pictures_is_not_cut_and_it_says_so(tmp_path):
+    (tmp_path / "scan").mkdir()
+    file = write(tmp_path / "mine.jsonl", [cut_record("0", "scan")])
+    with pytest.raises(
+        MalformedRecords, match=r"scan \[0\.000, 1\.000\) s: a folder of pictures is not cut: encode it"
+    ):
+        export([file], "swift", tmp_path / "out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", r"malformed JSON \(.*\): mend or remove it"), ("[]", "expected a JSON object, got list")],
+)
+def test_a_list_of_data_sets_that_is_none_is_left_alone(windows, tmp_path, content, message):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "dataset_info.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"^{out / 'dataset_info.json'}: {message}"):
+        export([windows], "llamafactory", out)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("dataset_info.json", content)]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # leaks
 
@@ -298,7 +356,10 @@ def official_files(root):
         "uid_to_ego4d.json": {"q": {"video_uid": "e1", "starting_sec": 0, "ending_sec": 180}},
         "annotations.QaEgo4D_test.json": [{"video_id": "c1", "question": "?"}, {"video_id": "c9", "video_uid": "e9"}],
         "test_qas.json": [{"interval": "9z-1-1-1|fpv1|480|960", "question": "?"}],
-        "EgoPlan_validation.json": [{"sample_id": 1, "video_source": "Ego4D", "video_id": "e3"}],
+        "EgoPlan_validation.json": [
+            {"sample_id": 1, "video_source": "Ego4D", "video_id": "e3"},
+            {"sample_id": 2, "video_source": "EpicKitchens", "video_id": "P01_11"},
+        ],
         "egoplan2.json": [{"sample_id": "e4_89"}],
         "vlnqa.json": [{"text": "?", "video_path": "left/4504_frame52.mp4", "gt": "B"}],
         "egomcq.json": {"0": {"query": clip, "choices": {"0": clip, "1": {**clip, "video_uid": "e5"}}, "answer": 0}},
@@ -313,19 +374,57 @@ def official_files(root):
 
 
 def test_recordings_of_every_benchmark(tmp_path):
-    found = benchmark_recordings(official_files(tmp_path / "b"), {"c1": ("e7", 10.0)})
+    root = official_files(tmp_path / "b")
+    found, notes = benchmark_recordings(root, {"c1": ("e7", 10.0)})
     assert found == {
-        "egoschema": {"e1"},
-        "qaego4d": {"e7", "e9"},
-        "egotaskqa": {"9z-1-1-1"},
-        "charades_ego": {"ID"},
-        "epic100_mir": {"VI"},
-        "egoplan": {"e3", "e4"},
-        "vlnqa": {"4504"},
-        "egomcq": {"e2", "e5"},
-        "openeqa": {"room"},
+        "egoschema": {("ego4d", "e1")},
+        "qaego4d": {("ego4d", "e7"), ("ego4d", "e9")},
+        "egotaskqa": {("lemma", "9z-1-1-1")},
+        "charades_ego": {("charades_ego", "ID")},
+        "epic100_mir": {("epic_kitchens", "VI")},
+        "egoplan": {("ego4d", "e3"), ("epic_kitchens", "P01_11"), ("ego4d", "e4")},
+        "vlnqa": {("r2r", "4504")},
+        "egomcq": {("ego4d", "e2"), ("ego4d", "e5")},
+        "openeqa": {("scans", "room")},
     }
     assert found.keys() == BENCHMARKS.keys()
+    assert notes == []
+    found, notes = benchmark_recordings(root, {})
+    assert found["qaego4d"] == {("ego4d", "e9")}
+    file = root / "annotations.QaEgo4D_test.json"
+    assert notes == [f"qaego4d: 1 of 2 rows of {file} name no recording and were not compared; for Ego4D, add --clips"]
+    question = write(tmp_path / "x.jsonl", [Record("0", "a.mp4", Wording("qa", "ssv2", "?", (), "x"), "train", "7")])
+    assert notes[0] in report([question], root)
+
+
+def test_names_of_another_collection_are_not_compared(tmp_path):
+    root = official_files(tmp_path / "b")
+    for source, shared in (("ssv2", "0"), ("egotimeqa", "0"), ("mine", "1 (1 records)")):
+        wording = Wording("action", source, "", (), "x")
+        file = write(tmp_path / f"{source}.jsonl", [Record("0", "a.webm", wording, "train", "4504")])
+        header, _, counts, *_ = report([file], root).splitlines()
+        cells = dict(zip(header.strip("| ").split(" | "), counts.strip("| ").split(" | "), strict=True))
+        assert cells["vlnqa"] == shared
+
+
+@pytest.mark.parametrize("command", [["leaks", "--benchmarks", "{b}", "--clean"], ["export", "--to", "swift", "--out"]])
+def test_files_that_are_read_are_never_written_over(mixed, tmp_path, capsys, command):
+    root = official_files(tmp_path / "b")
+    name, *options = [word.format(b=root) for word in command]
+    other = tmp_path / "other" / mixed.name
+    other.parent.mkdir()
+    other.write_bytes(mixed.read_bytes())
+    (tmp_path / "link").symlink_to(tmp_path)
+    for files, folder, message in (
+        ([mixed], tmp_path, "is read from and would be overwritten: give another folder"),
+        ([mixed], tmp_path / "link", "is read from and would be overwritten"),
+        ([mixed, other], tmp_path / "new", "two have one name: rename one"),
+    ):
+        assert main([name, *map(str, files), *options, str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert mixed.read_bytes() == other.read_bytes() != b""
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.fixture
@@ -374,7 +473,7 @@ def test_leaks_refuses_what_it_does_not_know(mixed, tmp_path, capsys):
     assert "--benchmarks: no folder" in capsys.readouterr().err
     root = official_files(tmp_path / "b")
     with pytest.raises(ValueError, match=r"--only: got nothing, found below .*: egoschema, qaego4d"):
-        report([mixed], root, (), tmp_path, ["nothing"])
+        report([mixed], root, (), tmp_path / "clean", ["nothing"])
     (root / "egomcq.json").write_text("[]")
     with pytest.raises(ValueError, match=r"egomcq\.json: is no file of egomcq \(.*\): remove it or fetch it again"):
         report([mixed], root)
@@ -384,7 +483,8 @@ def test_real_benchmark_files():
     root = SAMPLES / "benchmarks"
     if not root.is_dir():
         pytest.skip(f"needs the official files in {root}, which are not part of the repository")
-    found = benchmark_recordings(root, {})
+    found, notes = benchmark_recordings(root, {})
+    assert notes == []
     counts = {name: len(recordings) for name, recordings in found.items()}
     assert counts == {
         "egoschema": 1981,

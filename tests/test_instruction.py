@@ -142,7 +142,7 @@ def test_a_wrong_line_is_named(read, tmp_path, record, message):
 
 
 def test_a_missing_source_is_named(toy_tokenizer, tmp_path):
-    expected = rf"^data\.sources: no file {tmp_path / 'none.jsonl'}: run `make data`, or set data\.init_args\.sources"
+    expected = rf"^data\.sources: no file {tmp_path / 'none.jsonl'}: run `make data` if .*, `make egoit` if .*, or set"
     with pytest.raises(ValueError, match=expected):
         module(toy_tokenizer, tmp_path, [tmp_path / "none.jsonl"])
 
@@ -220,8 +220,12 @@ def test_splits_choose_records_and_files_name_sources(toy_tokenizer, tmp_path, c
     assert names == [f"both/{n}" for n in (1, 3, 5, 7, 9)] + [f"other/{n}" for n in range(3)]
     assert samples.source_names == ("both", "other")
     assert [samples.source(index) for index in range(8)] == [0] * 5 + [1] * 3
-    with pytest.raises(ValueError, match=r"both\.jsonl: none of splits \['test'\] in it, but train, val"):
-        mixed(toy_tokenizer, tmp_path, [MixSource(both, splits=["test"])]).read()
+    with pytest.raises(ValueError, match=r"both\.jsonl: no record of tset in it, but train, val"):
+        mixed(toy_tokenizer, tmp_path, [MixSource(both, splits=["train", "tset"])]).read()
+    (tmp_path / "both.jsonl").open("a").write((tmp_path / "other.jsonl").read_text())
+    capsys.readouterr()
+    mixed(toy_tokenizer, tmp_path, [MixSource(both, splits=["val"])]).read()
+    assert f"{both}: records of other splits left out: 3 of None, 5 of train\n" in capsys.readouterr().out
 
 
 def test_batches_know_their_sources_and_count_repeated_samples(toy_tokenizer, tmp_path):

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from datamodules.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts
+from datamodules.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts, mix_source
 
 
 def plain(count):
@@ -80,6 +80,7 @@ def test_contradictions_are_refused(sources, mix, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: mix_source(5, "data.sources[0]"), r"^data\.sources\[0\]: got 5, allowed: a path, or a mapping"),
         (lambda: MixSource("a", weight=0), "a: weight is 0, allowed: above 0"),
         (lambda: MixSource("a", samples=0), "a: samples is 0, allowed: 1 or more"),
         (lambda: MixConfig(alpha=1.5), r"data\.mix\.alpha: got 1\.5, allowed: from 0 to 1"),

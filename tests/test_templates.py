@@ -112,7 +112,8 @@ def test_draws_depend_on_seed_epoch_and_name_only():
 
 
 def entries(**changes):
-    return [{"id": n, "base": f"b{n}", "task": "t", "ego": "e"} | (changes if n == 3 else {}) for n in range(10)]
+    pieces = {"task": "t", "ego": "e"}
+    return [{"id": n, "base": f"b{n} {{question}}", **pieces} | (changes if n == 3 else {}) for n in range(10)]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,11 @@ def entries(**changes):
         ({"answer": "phrase", "default": entries(ego=3)}, r"default\[3\]: expected texts ego, base, task"),
         ({"answer": "phrase", "default": entries(order=["base"])}, r"default\[3\]: expected texts .* and an order"),
         ({"answer": "phrase", "default": entries(task="{answer}")}, r"default\[3\]: slot answer: allowed: question"),
+        ({"answer": "phrase", "default": entries(order=5)}, r"default\[3\]: expected texts .* and an order"),
+        ({"answer": "phrase", "order": 5, "default": entries()}, r"default\[0\]: expected texts .* and an order"),
+        ({"answer": "phrase", "default": 5}, r"default: got 5, expected a list of 10 entries"),
+        ({"answer": "phrase", "default": entries(base="What?")}, r"default\[3\]: base lacks question in braces"),
+        ({"answer": "phrase", "default": entries(base="b1 {question}")}, r"default\[3\]: base is that of \[1\]"),
     ],
 )
 def test_banks_that_cannot_be_used_are_refused(tmp_path, content, message):
@@ -134,12 +140,26 @@ def test_banks_that_cannot_be_used_are_refused(tmp_path, content, message):
         Templates(tmp_path)
 
 
+def test_a_bank_of_choices_must_show_them(tmp_path):
+    (tmp_path / "mcq.yaml").write_text(yaml.safe_dump({"answer": "letter", "default": entries()}))
+    with pytest.raises(ValueError, match=r"mcq\.yaml: default\[0\]: base lacks options in braces"):
+        Templates(tmp_path)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_prompts_of_choices_do_not_count_them(templates, count):
+    options = tuple("abcde"[:count])
+    made = Wording("mcq", "mine", "Which?", options, "b")
+    said = " ".join(templates.turn(made, "task_ego", number)[0] for number in range(BANK_SIZE))
+    assert not re.search(r"\b(two|three|four|five) of\b", said)
+
+
 def test_missing_banks_and_impossible_choices_are_named(tmp_path):
     with pytest.raises(ValueError, match=rf"^{tmp_path}: holds no templates: give a folder with any of action\.yaml"):
         Templates(tmp_path)
     (tmp_path / "qa.yaml").write_text(yaml.safe_dump({"answer": "phrase", "mine": entries()}))
     own = Templates(tmp_path)
-    assert own.turn(wording("qa", "mine"), "task_ego", 3) == ("e b3 t", "in the drawer")
+    assert own.turn(wording("qa", "mine"), "task_ego", 3) == (f"e b3 {wording('qa', 'mine').query} t", "in the drawer")
     with pytest.raises(ValueError, match=r"no templates for task 'action', there are: qa"):
         own.turn(wording("action", "mine"), "base", 0)
     with pytest.raises(ValueError, match=r"no templates for task 'qa'"):

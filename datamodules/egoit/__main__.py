@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -30,9 +30,13 @@ def _source_class(name: str) -> Any:
     if not attribute:
         raise ValueError(f"source: got {name!r}, allowed: {', '.join(SOURCES)}, or module:Class of your own")
     try:
-        return getattr(import_module(module), attribute)
+        kind = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"source: got {name!r}, which cannot be imported ({error})") from None
+    options = {item.name for item in fields(kind)} if isinstance(kind, type) and is_dataclass(kind) else set()
+    if "root" not in options or not all(hasattr(kind, member) for member in ("name", "official", "read")):
+        raise ValueError(f"source: got {name!r}, expected a dataclass with a field root, a name, official() and read()")
+    return kind
 
 
 def _add_option(parser: argparse.ArgumentParser, item: Field[Any], kind: Any) -> None:
@@ -47,7 +51,7 @@ def _add_option(parser: argparse.ArgumentParser, item: Field[Any], kind: Any) ->
         help_text = f"{help_text} (default: {shown})"
     parser.add_argument(
         name,
-        type=Path if "Path" in str(kind) else float if kind is float else str,
+        type=Path if "Path" in str(kind) else kind if kind in (int, float) else str,
         nargs="+" if several else None,
         choices=item.metadata.get("choices"),
         required=item.default is MISSING,

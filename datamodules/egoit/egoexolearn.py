@@ -11,10 +11,10 @@ in three texts; ``annotation_id`` in the released header is the ``annotation_uid
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 import tarfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +32,7 @@ from datamodules.egoit.source import (
     grown,
     number_of,
     option,
+    read_csv,
     text_of,
 )
 from datamodules.jsonl import read_records
@@ -43,6 +44,7 @@ TEXTS = {
 }
 """Columns, and what has to be asked for so that a text of that kind can be foreseen."""
 _STEPS = "If there are several steps, number them and give each a line."
+_SUBSETS, _VIEWS = ("train", "val", "test"), ("ego", "exo")
 _COLUMNS = ("video_uid", "subset", "view", "start_sec", "end_sec")
 _EGO_ROWS = {"train": Official(34_584, False), "val": Official(7_701, False), "test": Official(18_244)}
 _OPTION = re.compile(r"^\(([A-Z])\) *(.*)$")
@@ -55,9 +57,11 @@ class EgoExoLearn:
 
     root: Path
     part: str = option("fine", "part of the data set", ("fine", "coarse", "mcq", "qa"))
-    splits: tuple[str, ...] = option(("train",), "splits of the fine part; the authors ask not to train on test")
+    splits: tuple[str, ...] = option(
+        ("train",), "splits of the fine part; the authors ask not to train on test", _SUBSETS
+    )
     text: str = option("no_hand", "which of the three texts of the fine part", tuple(TEXTS))
-    views: tuple[str, ...] = option(("ego",), "views of the fine part", ("ego", "exo"))
+    views: tuple[str, ...] = option(("ego",), "views of the fine part", _VIEWS)
     videos: str = option("egoexolearn", "folder below the data root that holds <video>.mp4")
 
     name: ClassVar[str] = "egoexolearn"
@@ -82,23 +86,33 @@ class EgoExoLearn:
         return found[0]
 
     def _record(
-        self, key: str, video: str, wording: Wording, split: str, window: tuple[float, float] | None = None
+        self,
+        key: str,
+        video: str,
+        wording: Wording,
+        split: str,
+        where: str,
+        window: tuple[float, float] | None = None,
+        duration_s: float = -1.0,
     ) -> Record:
-        return Record(key, f"{self.videos}/{video}.mp4", wording, split, video, window)
+        return Record(key, f"{self.videos}/{video}.mp4", wording, split, video, window, duration_s, where)
 
     # ------------------------------------------------------------------------------------------------------- fine
 
     def _fine(self, tally: Tally) -> Iterator[Record | SourceError]:
         names = [f"fine_annotation_{which}_en.csv" for which in ("trainval", "trainvaltest")]
         file = self._find(*reversed(names) if "test" in self.splits else names)
-        rows: list[tuple[str, dict[str, str]]] = []
+        column, _ = TEXTS[self.text]
+        rows = list(read_fine(file, column))
         ends_s: dict[str, float] = defaultdict(float)
-        for where, fine in read_fine(file):
-            rows.append((where, fine))
-            end_s = checked(number_of, fine, "end_sec", where)
-            if not isinstance(end_s, SourceError):
-                ends_s[fine["video_uid"]] = max(ends_s[fine["video_uid"]], end_s)
         for where, fine in rows:
+            end_s = fine if isinstance(fine, SourceError) else checked(number_of, fine, "end_sec", where)
+            if not isinstance(fine, SourceError) and not isinstance(end_s, SourceError):
+                ends_s[fine["video_uid"].strip()] = max(ends_s[fine["video_uid"].strip()], end_s)
+        for where, fine in rows:
+            if isinstance(fine, SourceError):
+                yield fine
+                continue
             tally.add(f"{fine['view']} rows of {fine['subset']}")
             if fine["subset"] in self.splits and fine["view"] in self.views:
                 yield checked(self._narrated, fine, ends_s, where)
@@ -108,35 +122,28 @@ class EgoExoLearn:
         start_s, end_s = number_of(fine, "start_sec", where), number_of(fine, "end_sec", where)
         if not 0 <= start_s < end_s:
             raise SourceError(f"{where}: 'start_sec' and 'end_sec' are {start_s} and {end_s}: correct them")
-        if column not in fine:
-            raise SourceError(f"{where}: column {column} is missing: take a file whose name ends in _en.csv")
         video = text_of(fine, "video_uid", where)
         window = grown(start_s, end_s, MIN_WINDOW_S, ends_s[video])
         wording = Wording("description", self.name, request, (), text_of(fine, column, where))
-        return self._record(text_of(fine, "annotation_uid", where), video, wording, fine["subset"], window)
+        return self._record(text_of(fine, "annotation_uid", where), video, wording, fine["subset"], where, window)
 
     # ----------------------------------------------------------------------------------------------------- coarse
 
     def _coarse(self, tally: Tally) -> Iterator[Record | SourceError]:
         file = self._find("coarse_annotations.tar.gz")
-        with tarfile.open(file) as archive:
-            for member in archive:
-                content = archive.extractfile(member) if member.name.endswith(".json") else None
-                if content is None:
+        for name, content in _unpacked(file):
+            video, where = Path(name).stem, f"{file} {name}"
+            tally.add("videos")
+            segments = checked(_segments, content, where)
+            if isinstance(segments, SourceError):
+                yield segments
+                continue
+            for number, segment in enumerate(segments, 1):
+                tally.add("segments")
+                if isinstance(segment, dict) and segment.get("start") == segment.get("end") is not None:
+                    tally.add("segments of no length, left out")  # the released archive has two
                     continue
-                video, where = Path(member.name).stem, f"{file} {member.name}"
-                tally.add("videos")
-                try:
-                    segments = json.load(content)
-                except ValueError as error:
-                    yield SourceError(f"{where}: malformed JSON ({error}): fetch the file again")
-                    continue
-                for number, segment in enumerate(segments, 1):
-                    tally.add("segments")
-                    if isinstance(segment, dict) and segment.get("start") == segment.get("end") is not None:
-                        tally.add("segments of no length, left out")  # the released archive has two
-                        continue
-                    yield checked(self._segment, segment, video, f"{where} entry {number}")
+                yield checked(self._segment, segment, video, f"{where} entry {number}")
 
     def _segment(self, segment: Any, video: str, where: str) -> Record:
         start_s, end_s = number_of(segment, "start", where), number_of(segment, "end", where)
@@ -146,7 +153,7 @@ class EgoExoLearn:
         window = grown(start_s, min(end_s, duration_s), MIN_WINDOW_S, duration_s)
         wording = Wording("description", self.name, _STEPS, (), _text(segment, where))
         key = f"{video}/{text_of(segment, 'id', where)}"
-        return Record(key, f"{self.videos}/{video}.mp4", wording, "coarse", video, window, duration_s)
+        return self._record(key, video, wording, "coarse", where, window, duration_s)
 
     # -------------------------------------------------------------------------------------------------- questions
 
@@ -187,25 +194,66 @@ class EgoExoLearn:
             raise SourceError(f"{where}: question or answer is empty: correct it")
         task = "mcq" if self.part == "mcq" else "qa"
         wording = Wording(task, self.name, query, options if task == "mcq" else (), target)
-        return self._record(f"{self.part}/{text_of(entry, 'id', where)}", video, wording, self.part)
+        return self._record(f"{self.part}/{text_of(entry, 'id', where)}", video, wording, self.part, where)
 
 
-def read_fine(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of a file of fine annotations with their place, under the names of the README.
+def read_fine(file: Path, text: str) -> Iterator[tuple[str, dict[str, str] | SourceError]]:
+    """Rows of a file of fine annotations with their place, under the names of the README; or why one is none.
+
+    Args:
+        file: the table.
+        text: the column that is described with.
 
     Raises:
-        SourceError: a column is missing.
+        SourceError: a column is missing, or the file is no table.
     """
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines)
-        named = ["annotation_uid" if name == "annotation_id" else name for name in rows.fieldnames or ()]
-        if missing := [name for name in (*_COLUMNS, "annotation_uid") if name not in named]:
-            raise SourceError(f"{file}: column {', '.join(missing)} is missing: fetch the file again")
-        for row in rows:
-            yield (
-                f"{file} line {rows.line_num}",
-                dict(zip(named, (value or "" for value in row.values()), strict=False)),
+    rows = read_csv(file)
+    _, header = next(rows, ("", []))
+    named = ["annotation_uid" if name == "annotation_id" else name for name in header]
+    if missing := [name for name in (*_COLUMNS, "annotation_uid") if name not in named]:
+        raise SourceError(f"{file}: column {', '.join(missing)} is missing: fetch the file again")
+    if text not in named:
+        raise SourceError(f"{file}: column {text} is missing: take a file whose name ends in _en.csv")
+    for where, cells in rows:
+        row = dict(zip(named, cells, strict=False))
+        if len(cells) != len(named):
+            problem = (
+                f"{len(cells)} cells in {len(named)} columns: quote texts that hold a comma, or give what is missing"
             )
+            yield where, SourceError(f"{where}: {problem}")
+        elif row["subset"] not in _SUBSETS or row["view"] not in _VIEWS:
+            problem = f"subset is {row['subset']!r} and view is {row['view']!r}"
+            allowed = f"{', '.join(_SUBSETS)} and {', '.join(_VIEWS)}"
+            yield where, SourceError(f"{where}: {problem}, allowed: {allowed}")
+        else:
+            yield where, row
+
+
+def _unpacked(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the JSON files in an archive.
+
+    Raises:
+        SourceError: it cannot be unpacked.
+    """
+    try:
+        with tarfile.open(file) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.name.endswith(".json") else None
+                if content is not None:
+                    yield member.name, content.read()
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        words = " ".join(str(error).split())
+        raise SourceError(f"{file}: cannot be unpacked ({words}): fetch the file again") from None
+
+
+def _segments(content: bytes, where: str) -> list[Any]:
+    try:
+        segments = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where}: malformed JSON ({error}): fetch the file again") from None
+    if not isinstance(segments, list):
+        raise SourceError(f"{where}: expected a JSON list, got {type(segments).__name__}: fetch the file again")
+    return segments
 
 
 def _text(segment: Any, where: str) -> str:

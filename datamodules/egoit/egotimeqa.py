@@ -4,8 +4,8 @@ Read below the root, or in its ``data/unified``: ``annotations.EgoTimeQA.json``,
 not a video), ``question``, ``answer``, ``wrong_answers`` (three), ``moment_start_frame`` and ``moment_end_frame``.
 
 The frames are of 30 a second whatever the file has, and only their middle can be trusted: windows were divided by the
-mean length of all of them, so their length is in means and not in seconds. It is stretched by a factor, to 4 to 30 s.
-Where a row has ``start_sec`` and ``end_sec``, these are taken as they are.
+mean length of all of them, so their length is in means and not in seconds. It is stretched by a factor, to 4 to 30 s,
+and cut where the clip begins and ends. Where a row has ``start_sec`` and ``end_sec``, these are taken as they are.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from datamodules.egoit.source import (
     text_of,
 )
 from datamodules.egoit.templates import draw
+from datamodules.jsonl import is_text
 
 FPS = 30.0
 SHORTEST_S, LONGEST_S = 4.0, 30.0
@@ -55,6 +56,11 @@ class EgoTimeQA:
     clips: tuple[Path, ...] = option((), "files that tell the Ego4D video of a clip: ego4d.json, nlq_train.json, ...")
     videos: str = option("ego4d/clips", "folder below the data root that holds <clip>.mp4")
 
+    def __post_init__(self) -> None:
+        """Refuse an impossible factor."""
+        if not 0 < self.stretch < float("inf"):
+            raise SourceError(f"--stretch: got {self.stretch}, allowed: above 0")
+
     name: ClassVar[str] = "egotimeqa"
 
     def official(self) -> dict[str, Official]:
@@ -67,11 +73,10 @@ class EgoTimeQA:
         file = find_file(self.root, names, "GroundVQA's file of EgoTimeQA")
         entries = read_json(file, list)
         known = read_clips(self.clips)
-        ends_s: dict[Any, float] = {}  # of clips, at least
+        ends_s: dict[str, float] = {}  # of clips, at least
         for entry in entries:
-            ends = checked(moment_s, entry, "", self.stretch)
-            if not isinstance(ends, SourceError):
-                clip = entry.get("video_id")
+            clip, ends = checked(text_of, entry, "video_id", ""), checked(moment_s, entry, "", self.stretch)
+            if not isinstance(clip, SourceError) and not isinstance(ends, SourceError):
                 ends_s[clip] = max(ends_s.get(clip, 0.0), ends.annotated_s[1])
         for number, entry in enumerate(entries):
             where = f"{file} entry {number + 1}"
@@ -86,10 +91,10 @@ class EgoTimeQA:
             yield record
 
     def _record(
-        self, entry: Any, key: str, known: Mapping[str, tuple[str, float]], ends_s: Mapping[Any, float], where: str
+        self, entry: Any, key: str, known: Mapping[str, tuple[str, float]], ends_s: Mapping[str, float], where: str
     ) -> Record:
         clip = text_of(entry, "video_id", where)
-        question, answer = (_LONE_L.sub("I", text_of(entry, field, where)) for field in ("question", "answer"))
+        question, answer = (_spelled(text_of(entry, field, where)) for field in ("question", "answer"))
         moment = moment_s(entry, where, self.stretch)
         video_uid, duration_s = known.get(clip, ("", -1.0))
         last_s = duration_s if duration_s > 0 else ends_s[clip]
@@ -102,14 +107,19 @@ class EgoTimeQA:
         options: tuple[str, ...] = ()
         if closed:
             wrong = entry.get("wrong_answers")
-            if not isinstance(wrong, list) or not all(isinstance(text, str) and text.strip() for text in wrong):
+            if not isinstance(wrong, list) or not all(is_text(text) and text.strip() for text in wrong):
                 raise SourceError(f"{where}: field 'wrong_answers' is {wrong!r}, expected three texts: correct it")
-            others = [" ".join(text.split()) for text in wrong]
+            others = [_spelled(text) for text in wrong]
             if len({answer, *others}) != 4 or len(others) != 3:
                 raise SourceError(f"{where}: {[answer, *others]} are not four different answers: correct them")
             options = shuffled(f"{self.name}/{key}", [answer, *others])
         wording = Wording("mcq" if closed else "qa", self.name, question, options, answer)
-        return Record(key, f"{self.videos}/{clip}.mp4", wording, "train", video_uid, window, duration_s)
+        return Record(key, f"{self.videos}/{clip}.mp4", wording, "train", video_uid, window, duration_s, where)
+
+
+def _spelled(text: str) -> str:
+    """A text on one line, with its lone l made the I that it stands for; alike for right and wrong answers."""
+    return _LONE_L.sub("I", " ".join(text.split()))
 
 
 @dataclass(frozen=True)
@@ -149,11 +159,9 @@ def read_clips(files: tuple[Path, ...]) -> dict[str, tuple[str, float]]:
     """
     found: dict[str, tuple[str, float]] = {}
     for file in files:
-        if not file.is_file():
-            raise SourceError(f"{file}: no such file: correct --clips")
         whole, before = read_json(file, dict), len(found)
-        for holder in [whole, *(video for video in whole.get("videos") or () if isinstance(video, dict))]:
-            for number, clip in enumerate(holder.get("clips") or ()):
+        for holder in [whole, *(video for video in _list(whole, "videos", file) if isinstance(video, dict))]:
+            for number, clip in enumerate(_list(holder, "clips", file)):
                 where = f"{file} clip {number + 1}"
                 uid = holder if "video_uid" in holder else clip
                 length_s = -1.0
@@ -164,3 +172,10 @@ def read_clips(files: tuple[Path, ...]) -> dict[str, tuple[str, float]]:
         if len(found) == before:
             raise SourceError(f"{file}: names no clips: give ego4d.json or nlq_train.json to --clips")
     return found
+
+
+def _list(holder: Mapping[str, Any], key: str, file: Path) -> list[Any]:
+    value = holder.get(key) or []
+    if not isinstance(value, list):
+        raise SourceError(f"{file}: field {key!r} is {value!r}, expected a list: give ego4d.json or nlq_train.json")
+    return value

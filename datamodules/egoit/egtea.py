@@ -15,9 +15,10 @@ from typing import ClassVar
 
 from datamodules.conversations import Wording
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import Official, SourceError, Tally, checked, find_file, option
+from datamodules.egoit.source import Official, SourceError, Tally, checked, find_file, option, read_text
 
-_CLIP = re.compile(r"(?P<session>\w+-R\d+-\w+)-(?P<start>\d+)-(?P<end>\d+)-F(?P<first>\d+)-F(?P<last>\d+)")
+_CLIP = re.compile(r"(?P<session>\w+-R\d+-\w+)-(?P<start>\d{1,9})-(?P<end>\d{1,9})-F\d+-F\d+")
+_ID = re.compile(r"\d{1,9}")
 _ROWS = {"train_split1": 8299, "train_split2": 8299, "train_split3": 8300}
 _ROWS |= {"test_split1": 2022, "test_split2": 2022, "test_split3": 2021}
 _CLIPS, _ACTIONS = 10_321, 106  # clips of a train and a test split together
@@ -46,22 +47,31 @@ class Egtea:
         what = "EGTEA's action annotations"
         actions = read_labels(find_file(self.root, _places("action_idx"), what))
         tally.add("actions", len(actions))
+        known: dict[str, Record] = {}
         for split in self.splits:
             file = find_file(self.root, _places(split), what)
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(read_text(file).splitlines(), 1):
                 if not line.strip():
                     continue
                 tally.add(f"rows of {split}")
                 record = checked(self._record, line, split, actions, f"{file} line {number}")
-                if isinstance(record, SourceError) or tally.distinct("clips", record.key):
-                    yield record
+                if isinstance(record, Record):
+                    first = known.setdefault(record.key, record)
+                    if first.wording != record.wording:
+                        yield SourceError(
+                            f"{record.where}: {record.key} is {record.wording.target!r}, but {first.wording.target!r} "
+                            f"in {first.where}: correct one"
+                        )
+                    if not tally.distinct("clips", record.key):
+                        continue
+                yield record
 
     def _record(self, line: str, split: str, actions: dict[int, str], where: str) -> Record:
         clip, *ids = line.split()
         parts = clip_parts(clip)
         if parts is None:
             raise SourceError(f"{where}: clip {clip!r} is not <session>-<start ms>-<end ms>-F<first>-F<last>: mend it")
-        if len(ids) < 3 or not all(identifier.isdecimal() for identifier in ids):
+        if len(ids) < 3 or not all(map(_ID.fullmatch, ids)):
             raise SourceError(f"{where}: ids are {ids}, expected those of an action, a verb and nouns: mend it")
         if int(ids[0]) not in actions:
             raise SourceError(
@@ -79,6 +89,7 @@ class Egtea:
             split,
             session,
             (start_s, end_s) if self.untrimmed else None,
+            where=where,
         )
 
 
@@ -101,11 +112,11 @@ def read_labels(file: Path) -> dict[int, str]:
         SourceError: a line does not end in an id, one is given twice, or they do not start at 1.
     """
     labels: dict[int, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         label, _, identifier = line.strip().rpartition(" ")
         if not line.strip():
             continue
-        if not label or not identifier.isdecimal() or int(identifier) in labels:
+        if not label or not _ID.fullmatch(identifier) or int(identifier) in labels:
             raise SourceError(f"{file} line {number}: {line!r} is not <label> <id of its own>: fetch the file again")
         labels[int(identifier)] = label.strip()
     if min(labels, default=0) != 1:

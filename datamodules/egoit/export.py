@@ -19,7 +19,7 @@ from typing import Any
 
 from datamodules.build_pairs import parallel_map
 from datamodules.conversations import VIDEO_TAG, ConversationFile, MalformedRecords
-from datamodules.egoit.record import RESERVED, write_rows
+from datamodules.egoit.record import RESERVED, targets, write_rows
 
 Row = dict[str, Any]
 
@@ -82,19 +82,21 @@ def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = N
         Lines to print: what was written, what was changed or left out, and what to take care of.
 
     Raises:
-        MalformedRecords: records that cannot be read, of all files; nothing is written.
-        ValueError: two files have one name, some records of a file have windows and others not, or clips cannot be cut.
+        MalformedRecords: records that cannot be read, of all files, or clips that cannot be cut; no file is written.
+        ValueError: two files have one name or would be overwritten, some records of a file have windows and others
+            not, or ``dataset_info.json`` is none.
     """
-    if len({file.stem for file in files}) < len(files):
-        raise ValueError(f"{', '.join(map(str, files))}: two have one name: rename one")
+    written_to = targets(files, out, ".json" if FORMATS[to].array else ".jsonl")
+    info = out / "dataset_info.json"
+    registered = _registered(info) if to == "llamafactory" else {}
     read = [ConversationFile(file) for file in files]
-    surveys = [_survey(file) for file in read]
+    surveys = [_survey(file, trim_root is not None) for file in read]
     if problems := [problem for file in read for problem in file.problems]:
         raise MalformedRecords(problems)
     if trim_root is not None:
         _trim(surveys, trim_root, out, workers)
     lines = []
-    for file, survey in zip(read, surveys, strict=True):
+    for file, survey, target in zip(read, surveys, written_to, strict=True):
         lines += [file.report()] if file.report() else []
         if survey.left_out:
             lines.append(
@@ -105,25 +107,32 @@ def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = N
             lines.append(
                 f"{file.path}: has windows, which readers of this form ignore: add --trim ROOT to cut them out"
             )
-        target = out / f"{file.path.stem}.{'json' if FORMATS[to].array else 'jsonl'}"
         rows = _rows(ConversationFile(file.path), survey, trim_root is not None)
         written = write_rows(target, map(FORMATS[to].form, rows), FORMATS[to].array)
         lines.append(f"{written:,} records written to {target}")
         if to == "llamafactory":
+            registered[target.stem] = _entry(target)
+            info.write_text(json.dumps(registered, indent=2) + "\n", encoding="utf-8")
             lines.append(
-                f"{_register(out / 'dataset_info.json', target)}: entry {target.stem}; media_dir is the folder "
+                f"{info}: entry {target.stem}; media_dir is the folder "
                 f"that videos are below, {out if trim_root is not None else 'the data root'}"
             )
     return lines
 
 
-def _survey(file: ConversationFile) -> _Survey:
+def _survey(file: ConversationFile, trimmed: bool) -> _Survey:
     every: set[str] | None = None
     some: set[str] = set()
     windows: dict[tuple[str, float, float], str] = {}
     whole: set[str] = set()
     records = 0
-    for _, row in file.records():
+    for where, row in file.records():
+        if trimmed and (PurePosixPath(row["video"]).is_absolute() or ".." in PurePosixPath(row["video"]).parts):
+            file.problems.append(
+                f"{where}: field 'video' is {row['video']!r}, but clips are cut below the data root only: give a path "
+                "below it, without .."
+            )
+            continue
         every = set(row) if every is None else every & row.keys()
         some |= row.keys()
         records += 1
@@ -142,7 +151,7 @@ def _survey(file: ConversationFile) -> _Survey:
 
 def _clip_path(video: str, start_s: float, end_s: float) -> str:
     path = PurePosixPath(video)
-    return str(PurePosixPath("clips") / path.parent / f"{path.stem}_{start_s:.6f}_{end_s:.6f}.mp4")
+    return str(PurePosixPath("clips") / path.parent / f"{path.name}_{start_s:.6f}_{end_s:.6f}.mp4")
 
 
 def _rows(file: ConversationFile, survey: _Survey, trimmed: bool) -> Iterator[Row]:
@@ -172,13 +181,21 @@ def _trim(surveys: Sequence[_Survey], root: Path, out: Path, workers: int) -> No
             link.symlink_to((root / video).resolve())
 
 
-def _register(info: Path, file: Path) -> Path:
-    """Add a file to LLaMA-Factory's list of data sets, whose default tags fit."""
-    known = json.loads(info.read_bytes()) if info.is_file() else {}
-    entry = {
+def _registered(info: Path) -> dict[str, Any]:
+    """LLaMA-Factory's list of data sets, empty if it is not there."""
+    try:
+        known = json.loads(info.read_bytes()) if info.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{info}: malformed JSON ({error}): mend or remove it") from None
+    if not isinstance(known, dict):
+        raise ValueError(f"{info}: expected a JSON object, got {type(known).__name__}: mend or remove it")
+    return known
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """A file in that list; the default tags fit."""
+    return {
         "file_name": file.name,
         "formatting": "sharegpt",
         "columns": {"messages": "conversations", "videos": "video"},
     }
-    info.write_text(json.dumps({**known, file.stem: entry}, indent=2) + "\n", encoding="utf-8")
-    return info

@@ -40,7 +40,7 @@ class OpenEQA:
     def read(self, tally: Tally) -> Iterator[Record | SourceError]:
         """A record for each question."""
         file = find_file(self.root, ["open-eqa-v0.json", "data/open-eqa-v0.json"], "OpenEQA's questions")
-        left_out: set[Any] = set() if self.hold_out is None else set(read_json(self.hold_out, list))
+        left_out = _names(self.hold_out)
         for number, entry in enumerate(read_json(file, list), 1):
             tally.add("rows")
             record = checked(self._record, entry, f"{file} entry {number}")
@@ -57,7 +57,14 @@ class OpenEQA:
             text_of(entry, field, where) for field in ("question", "answer", "question_id", "episode_history")
         )
         video = f"{self.videos}/{episode}{'-0.mp4' if self.encoded else ''}"
-        return Record(key, video, Wording("qa", self.name, question, (), answer), "v0", scene_of(episode))
+        return Record(key, video, Wording("qa", self.name, question, (), answer), "v0", scene_of(episode), where=where)
+
+
+def _names(file: Path | None) -> frozenset[str]:
+    names = [] if file is None else read_json(file, list)
+    if not all(isinstance(name, str) for name in names):
+        raise SourceError(f"{file}: expected a list of question_ids: give one to --hold-out")
+    return frozenset(names)
 
 
 def scene_of(episode: str) -> str:

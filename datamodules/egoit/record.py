@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Record:
         video_uid: the recording that the video was cut out of; "" if unknown.
         window_s: start and end in seconds; None for the whole file.
         duration_s: of the file, in seconds; -1 if unknown.
+        where: file and line, or entry, that it was read from, for messages.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Record:
     video_uid: str
     window_s: tuple[float, float] | None = None
     duration_s: float = -1.0
+    where: str = field(default="a record without a place", compare=False)
 
     @property
     def name(self) -> str:
@@ -90,6 +92,22 @@ def row(record: Record, templates: Templates, level: str, seed: int) -> dict[str
         "duration": float(record.duration_s),
         "split": record.split,
     }
+
+
+def targets(files: Sequence[Path], folder: Path, suffix: str) -> list[Path]:
+    """Where the counterparts of some files go: their names in a folder, with a suffix.
+
+    Raises:
+        ValueError: two files have one name, or a file would be written over one that is read.
+    """
+    if len({file.stem for file in files}) < len(files):
+        raise ValueError(f"{', '.join(map(str, files))}: two have one name: rename one")
+    found = [folder / f"{file.stem}{suffix}" for file in files]
+    read = {file.resolve() for file in files}
+    for target in found:
+        if target.resolve() in read:
+            raise ValueError(f"{target}: is read from and would be overwritten: give another folder")
+    return found
 
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]], array: bool = False) -> int:

@@ -16,7 +16,9 @@ and ``python -m datamodules.egoit convert my_module:MyVideos --root ...`` conver
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +31,7 @@ import numpy as np
 from datamodules.conversations import MalformedRecords
 from datamodules.egoit.record import Record, row, write_rows
 from datamodules.egoit.templates import Templates
+from datamodules.jsonl import is_text
 
 Row = TypeVar("Row")
 MIN_WINDOW_S = 0.5
@@ -123,15 +126,21 @@ def convert(
     """
     tally = Tally()
     problems: list[str] = []
+    places: dict[str, str] = {}
 
     def rows() -> Iterator[dict[str, Any]]:
         for record in source.read(tally):
             if isinstance(record, SourceError):
                 problems.append(str(record))
-            elif skip_malformed or not problems:
-                yield row(record, templates, level, seed)
+            elif record.name in places:
+                before = places[record.name]
+                problems.append(f"{record.where}: {record.name!r} is the id of {before} too: give each its own")
+            else:
+                places[record.name] = record.where
+                if skip_malformed or not problems:
+                    yield row(record, templates, level, seed)
         if problems and not skip_malformed:
-            raise MalformedRecords(problems, "--skip-malformed")
+            raise MalformedRecords(problems, "--skip-malformed (which also writes the others)")
 
     records = write_rows(out, rows())
     official = source.official()
@@ -190,15 +199,50 @@ def checked(make: Callable[..., Row], *arguments: Any) -> Row | SourceError:
         return error
 
 
+def read_text(file: Path) -> str:
+    """A text file; a byte order mark is no part of it.
+
+    Raises:
+        SourceError: it is not UTF-8.
+    """
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise SourceError(f"{file} line {line}: no UTF-8 text ({error.reason}): save the file as UTF-8") from None
+
+
+def read_csv(file: Path, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
+    """Cells of every row of a table with their place; empty lines are passed over.
+
+    Raises:
+        SourceError: it is not UTF-8; or a quote stands where none may, so that it cannot be told where rows end.
+    """
+    rows = csv.reader(io.StringIO(read_text(file), newline=""), delimiter=delimiter, strict=True)
+    first = 1
+    try:
+        for cells in rows:
+            if cells:
+                yield f"{file} line {rows.line_num}", cells
+            first = rows.line_num + 1
+    except csv.Error as error:
+        raise SourceError(
+            f"{file} line {first}: no row of a table ({error}): double its quotes, or remove them"
+        ) from None
+
+
 def read_json(file: Path, kind: type[Row]) -> Row:
     """A JSON file whose top level is of a kind.
 
     Raises:
-        SourceError: it is not.
+        SourceError: it is not there, or not such a file.
     """
     try:
         value = json.loads(file.read_bytes())
-    except ValueError as error:
+    except FileNotFoundError:
+        raise SourceError(f"{file}: no such file: correct the path") from None
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: malformed JSON ({error}): fetch the file again") from None
     if not isinstance(value, kind):
         raise SourceError(f"{file}: expected a JSON {kind.__name__}, got {type(value).__name__}: fetch the file again")
@@ -212,7 +256,7 @@ def text_of(record: Any, key: str, where: str) -> str:
         SourceError: it is not.
     """
     value = record.get(key) if isinstance(record, Mapping) else None
-    if not isinstance(value, str) or not value.strip():
+    if not is_text(value) or not value.strip():
         raise SourceError(f"{where}: field {key!r} is {value!r}, expected a text: correct it")
     return value.strip()
 
@@ -226,7 +270,7 @@ def number_of(record: Any, key: str, where: str) -> float:
     value = record.get(key) if isinstance(record, Mapping) else None
     try:
         number = float("nan" if value is None or isinstance(value, bool) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not np.isfinite(number):
         raise SourceError(f"{where}: field {key!r} is {value!r}, expected a number: correct it")

@@ -7,7 +7,6 @@ template without brackets; brackets hold more than ``[something]``.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,17 @@ from typing import Any, ClassVar
 
 from datamodules.conversations import Wording
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import Official, SourceError, Tally, checked, find_file, option, read_json, text_of
+from datamodules.egoit.source import (
+    Official,
+    SourceError,
+    Tally,
+    checked,
+    find_file,
+    option,
+    read_csv,
+    read_json,
+    text_of,
+)
 
 _ROWS = {"train": 168_913, "validation": 24_777, "test": 27_157}
 _CLASSES = 174
@@ -61,14 +70,11 @@ class SomethingSomething:
     def _answers(self) -> Iterator[tuple[str, Any]]:
         if self.answer != "template":
             raise SourceError(f"{self.root}: the test split has classes only: add --answer template, or leave it out")
-        file = self._file("test-answers.csv")
-        with file.open(newline="", encoding="utf-8") as lines:
-            for number, cells in enumerate(csv.reader(lines, delimiter=";"), 1):
-                if len(cells) == 2:
-                    entry = {"id": cells[0], "template": cells[1], "placeholders": []}
-                    yield f"{file} line {number}", entry
-                else:
-                    yield f"{file} line {number}", {}
+        for where, cells in read_csv(self._file("test-answers.csv"), delimiter=";"):
+            if len(cells) == 2:
+                yield where, {"id": cells[0], "template": cells[1], "placeholders": []}
+            else:
+                yield where, {}
 
     def _record(self, entry: Any, split: str, classes: Mapping[str, Any], where: str) -> Record:
         identifier, template = text_of(entry, "id", where), text_of(entry, "template", where)
@@ -82,4 +88,4 @@ class SomethingSomething:
             )
         target = text_of(entry, "label", where) if self.answer == "label" else name[:1].lower() + name[1:]
         wording = Wording("action", self.name, "", (), target)
-        return Record(identifier, f"{self.videos}/{identifier}.webm", wording, split, identifier)
+        return Record(identifier, f"{self.videos}/{identifier}.webm", wording, split, identifier, where=where)

@@ -11,7 +11,8 @@ A bank is a list of ten entries in a YAML file named after its task::
     ssv2: [...]                       # ten others for records of one source
 
 Level ``base`` says the base piece only, ``task`` adds what is asked for, and ``task_ego`` (the paper's best) also from
-whose eyes the video is seen. ``{question}`` and ``{options}`` in a piece are filled from the record.
+whose eyes the video is seen. ``{question}`` and ``{options}`` in a piece are filled from the record; every base piece
+of ``qa`` holds the first and of ``mcq`` both, since it is all that is said at the lowest level.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ FOLDER = Path(__file__).with_name("templates")
 """The banks that come with this repository."""
 _PIECES = ("ego", "base", "task")
 _ANSWERS = ("phrase", "sentence", "letter")
+_REQUIRED = {"qa": {"question"}, "mcq": {"question", "options"}}
 _SLOT = re.compile(r"\{(\w+)\}")
 
 
@@ -128,23 +130,34 @@ def _read(file: Path) -> dict[str, _Bank]:
     if not isinstance(join, str) or not loaded:
         raise ValueError(f"{file}: join is {join!r} and there are {len(loaded)} banks: give a text and a bank")
     return {
-        str(name): _Bank(tuple(_entries(entries, order, f"{file}: {name}")), join, answer)
+        str(name): _Bank(
+            tuple(_entries(entries, order, _REQUIRED.get(file.stem, set()), f"{file}: {name}")), join, answer
+        )
         for name, entries in loaded.items()
     }
 
 
-def _entries(entries: Any, order: Any, where: str) -> list[tuple[dict[str, str], tuple[str, ...]]]:
-    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries or ()]
+def _entries(entries: Any, order: Any, required: set[str], where: str) -> list[tuple[dict[str, str], tuple[str, ...]]]:
+    if not isinstance(entries, list):
+        raise ValueError(f"{where}: got {entries!r}, expected a list of {BANK_SIZE} entries")
+    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
     if ids != list(range(BANK_SIZE)):
         raise ValueError(f"{where}: ids are {ids}, expected 0 to {BANK_SIZE - 1} in order")
-    checked = []
+    checked: list[tuple[dict[str, str], tuple[str, ...]]] = []
+    numbers: dict[str, int] = {}
     for entry in entries:
         own = entry.get("order", order)
         texts = {name: entry.get(name) for name in _PIECES}
-        if sorted(own) != sorted(_PIECES) or not all(isinstance(text, str) for text in texts.values()):
+        ordered = isinstance(own, list) and sorted(map(str, own)) == sorted(_PIECES)
+        if not ordered or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError(f"{where}[{entry['id']}]: expected texts {', '.join(_PIECES)} and an order of these three")
         unknown = {slot for text in texts.values() for slot in _SLOT.findall(text)} - {"question", "options"}
         if unknown:
             raise ValueError(f"{where}[{entry['id']}]: slot {', '.join(unknown)}: allowed: question, options")
+        if missing := sorted(required - set(_SLOT.findall(texts["base"]))):
+            raise ValueError(f"{where}[{entry['id']}]: base lacks {', '.join(missing)} in braces, and would not ask it")
+        first = numbers.setdefault(texts["base"].strip(), entry["id"])
+        if first != entry["id"]:
+            raise ValueError(f"{where}[{entry['id']}]: base is that of [{first}]: write {BANK_SIZE} different ones")
         checked.append((texts, tuple(own)))
     return checked

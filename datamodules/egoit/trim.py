@@ -29,7 +29,7 @@ _SAME_LEVELS = 8.0  # of 255: mean difference of thumbnails that show the same p
 
 
 def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
-    """Cut one clip, unless it is there.
+    """Cut one clip, unless it is there and of the same file.
 
     Args:
         root: folder that the video is below.
@@ -41,12 +41,14 @@ def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
     """
     video, start_s, end_s, clip = job
     source, target = root / video, out / clip
-    if target.is_file():
-        return ""
+    if source.is_dir():
+        return f"{source} [{start_s:.3f}, {end_s:.3f}) s: a folder of pictures is not cut: encode it as a video first"
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.partial")
     reader = ClipReader(max_open=2)
     try:
+        if target.is_file() and _origin_of(target) == _origin(source):
+            return ""
         end_s = reader.usable_end_s(source, start_s, end_s)
         times_s = _write(source, start_s, end_s, unfinished)
         _verify(reader, source, unfinished, np.array(times_s))
@@ -60,6 +62,17 @@ def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
     return ""
 
 
+def _origin(source: Path) -> str:
+    """Tells the source of a clip from others, a changed one and one below another root among them."""
+    status = source.stat()
+    return f"cut out of {status.st_size} bytes of {status.st_mtime_ns}"
+
+
+def _origin_of(clip: Path) -> str:
+    with av.open(os.fspath(clip), metadata_errors="ignore") as container:
+        return container.metadata.get("comment", "")
+
+
 def _write(source: Path, start_s: float, end_s: float, unfinished: Path) -> list[float]:
     """Encode the pictures of [start, end); their times in the source, in seconds."""
     info = probe(source)
@@ -67,6 +80,7 @@ def _write(source: Path, start_s: float, end_s: float, unfinished: Path) -> list
     tolerance_s = min(1e-3, 0.1 / info.fps)
     times_s: list[float] = []
     with av.open(os.fspath(unfinished), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = _origin(source)
         frames = _shown(source, info.start_s, start_s + tolerance_s, end_s - tolerance_s)
         first = next(frames)
         graph, width, height = upright(first, pixel_aspect, _WHOLE)
