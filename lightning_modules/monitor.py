@@ -42,7 +42,7 @@ class TrainingMonitor(L.Callback):
         self.every_n_steps = every_n_steps
         self.flops: int | None = None
         self.peak_flops = 0.0
-        self.process_began = self.batch_ended = self.window_began = self.validation_began = time.perf_counter()
+        self.made = self.batch_ended = self.window_began = self.validation_began = time.perf_counter()
         self.windows: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -52,10 +52,10 @@ class TrainingMonitor(L.Callback):
         self.named: set[str] = set()
         self.source_names: tuple[str, ...] = ()
         self.batch_ended = self.window_began = time.perf_counter()
-        ready = self.window_began - self.process_began, _host_gib()
+        ready = self.window_began - self.made, _host_gib()
         seconds, host_gib = self._of_all_ranks(trainer, ready).amax(0).tolist()
         if trainer.is_global_zero:
-            print(f"ready after {seconds:.1f} s, peak memory of a process so far {host_gib:.1f} GiB")
+            print(f"ready {seconds:.1f} s after reading the configuration, with at most {host_gib:.1f} GiB a process")
         self.startup = {"startup/seconds": seconds, "startup/host_gib": host_gib}
 
     def _clear(self) -> None:
