@@ -154,8 +154,9 @@ def build(config: dict[str, Any]) -> Run:
     if (config.get("trainer") or {}).get("enable_progress_bar") is not False:
         callbacks.append(TQDMProgressBar(refresh_rate=5))
     cli = _checked(config, ExperimentCLI, callbacks)
-    if isinstance(cli.trainer.strategy, DDPStrategy | FSDP2):  # also before the watch begins, while they meet
-        cli.trainer.strategy._timeout = timedelta(seconds=stall_s)
+    if isinstance(cli.trainer.strategy, DDPStrategy | FSDP2):
+        # Ends what the watch does not see, such as meeting at the start; later than the watch, which knows who is late.
+        cli.trainer.strategy._timeout = timedelta(seconds=stall_s + 30)
     if config.get("threads"):
         torch.set_num_threads(config["threads"])
     trainer, stage, datamodule = cli.trainer, cli.model, cli.datamodule

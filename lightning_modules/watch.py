@@ -102,7 +102,7 @@ class StallWatch(L.Callback):
 
     Args:
         timeout_s: longest time without a step or a validation batch; longer than one may take to read. Waiting for each
-            other at the start ends after this time, too.
+            other at the start ends half a minute later.
     """
 
     def __init__(self, timeout_s: float) -> None:
