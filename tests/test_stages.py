@@ -468,13 +468,18 @@ def test_frozen_parts_in_bfloat16(toy_tokenizer, name):
     torch.testing.assert_close(losses["bfloat16"], losses["float32"], atol=0.02, rtol=0.02)
 
 
-def test_a_stage_starts_from_a_pretrained_language_model(toy_tokenizer, tmp_path):
-    plain = tiny.make_stage("stage1", toy_tokenizer, seed=1)
+def from_pretrained(tokenizer, folder):
+    """A stage whose language model is written to a folder, and one that will start from it."""
+    plain = tiny.make_stage("stage1", tokenizer, seed=1)
     plain.configure_model()
-    plain.model.language_model.causal_lm.save_pretrained(tmp_path)
+    plain.model.language_model.causal_lm.save_pretrained(folder)
     network = tiny.network()
-    network.language_model = LanguageModelConfig(pretrained=str(tmp_path))
-    stage = tiny.make_stage("stage1", toy_tokenizer, network=network)
+    network.language_model = LanguageModelConfig(pretrained=str(folder))
+    return plain, tiny.make_stage("stage1", tokenizer, network=network)
+
+
+def test_a_stage_starts_from_a_pretrained_language_model(toy_tokenizer, tmp_path):
+    plain, stage = from_pretrained(toy_tokenizer, tmp_path)
     stage.configure_model()
     ours, expected = stage.model.part("language_model"), plain.model.part("language_model")
     assert ours.keys() == expected.keys()
@@ -484,12 +489,7 @@ def test_a_stage_starts_from_a_pretrained_language_model(toy_tokenizer, tmp_path
 
 def test_weights_of_one_unit_at_a_time_are_whole_where_they_are_sharded(toy_tokenizer, tmp_path, monkeypatch):
     """Each unit is cut before the next one is read; here, cutting leaves nothing at all."""
-    plain = tiny.make_stage("stage1", toy_tokenizer, seed=1)
-    plain.configure_model()
-    plain.model.language_model.causal_lm.save_pretrained(tmp_path)
-    network = tiny.network()
-    network.language_model = LanguageModelConfig(pretrained=str(tmp_path))
-    stage = tiny.make_stage("stage1", toy_tokenizer, network=network)
+    plain, stage = from_pretrained(toy_tokenizer, tmp_path)
     stage._device_mesh, stage.trainer = object(), trainer(1)
     whole = []
 
