@@ -1,0 +1,1 @@
+"""EgoBench: eight egocentric benchmarks from their official files."""

@@ -1,0 +1,97 @@
+"""What the eight benchmarks have in common once their official files are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+from datamodules.egoit.source import Official, SourceError, Tally
+
+Task = Literal["choice", "open", "vocabulary", "rank_texts", "rank_clips"]
+"""``choice``: which of the item's options. ``open``: a short answer in words. ``vocabulary``: which of the benchmark's
+texts answers the item's question. ``rank_texts``: how well every one of the benchmark's texts describes the clip.
+``rank_clips``: which of the item's clips its text describes."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Pictures of an item.
+
+    Attributes:
+        video: file below the benchmark's folder of videos.
+        start_s, end_s: seconds; an end of infinity stands for the end of the file.
+        last_at_end: the last picture is the one shown at ``end_s``, and none after it is ever read.
+    """
+
+    video: str
+    start_s: float = 0.0
+    end_s: float = math.inf
+    last_at_end: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that is asked.
+
+    Attributes:
+        id: unique within the benchmark.
+        clips: the candidates of ``rank_clips``, else one.
+        text: the question; the text whose clip is sought; "" in ``rank_texts``.
+        options: of a ``choice``, in the order in which they are shown.
+        answer: number of the right option or clip, or the answer's words; None where it is hidden or not one thing.
+        groups: names of the sub-scores that the item counts in, such as ``intra`` or ``direct``.
+        labels: what relevance is computed from in ``rank_texts``, as JSON: Charades-Ego ``{"classes": [3, 77]}``, MIR
+            ``{"verb": 0, "nouns": [2, 5]}``.
+    """
+
+    id: str
+    clips: tuple[Clip, ...]
+    text: str = ""
+    options: tuple[str, ...] = ()
+    answer: int | str | None = None
+    groups: tuple[str, ...] = ()
+    labels: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """A candidate of ``vocabulary`` or ``rank_texts``.
+
+    Attributes:
+        text: the words.
+        labels: as those of an item; Charades-Ego ``{"class": 3}``.
+    """
+
+    text: str
+    labels: Mapping[str, Any] | None = None
+
+
+class Benchmark(Protocol):
+    """A benchmark read from its official files; its class is a dataclass whose fields are keys of the YAML list.
+
+    Attributes:
+        videos: folder that the clips' files are below.
+    """
+
+    name: ClassVar[str]
+    task: ClassVar[Task]
+    videos: Path
+
+    def official(self) -> Mapping[str, Official]:
+        """Known numbers of what ``read`` counts."""
+
+    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+        """Every item in the order of the file; a row that is wrong is given as its error.
+
+        Raises:
+            SourceError: a file is missing or none of its rows can be read.
+        """
+
+    def texts(self) -> Sequence[Text]:
+        """Candidates that all items share; none for ``choice``, ``open`` and ``rank_clips``."""
+
+    def fast(self, items: Sequence[Item], texts: Sequence[Text]) -> tuple[list[Item], list[Text]]:
+        """A fixed part for curves while training (and its candidates), drawn by a seed that never changes."""
