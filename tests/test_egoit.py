@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from datamodules.annotations import SourceError, Tally
 from datamodules.conversations import ConversationFile, MalformedRecords
 from datamodules.egoit import egotimeqa
 from datamodules.egoit.__main__ import main
@@ -25,7 +26,7 @@ from datamodules.egoit.egotimeqa import EgoTimeQA, read_clips
 from datamodules.egoit.egtea import Egtea, action_text, clip_parts, read_labels
 from datamodules.egoit.openeqa import OpenEQA, scene_of
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import SourceError, Tally, convert, grown
+from datamodules.egoit.source import convert, grown
 from datamodules.egoit.ssv2 import SomethingSomething
 from datamodules.egoit.templates import Templates
 
@@ -791,7 +792,7 @@ from typing import ClassVar
 
 from datamodules.conversations import Wording
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import Official, option
+from datamodules.annotations import Official, option
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ import av
 import numpy as np
 import pytest
 
+from datamodules.annotations import Tally
 from datamodules.build_pairs import build_index, select_clips
 from datamodules.clip_stream import probe
 from datamodules.conversations import ConversationFile, Wording
 from datamodules.ego_exo4d import EgoExo4D
 from datamodules.egoit.egotimeqa import EgoTimeQA
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import Tally
 from datamodules.egoit.templates import LEVELS, Templates
 from datamodules.pair_index import PairIndex
 from datamodules.text import load_tokenizer

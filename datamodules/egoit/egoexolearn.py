@@ -21,20 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from datamodules.annotations import Official, SourceError, Tally, checked, number_of, option, read_csv, text_of
 from datamodules.conversations import VIDEO_TAG, Wording
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import (
-    MIN_WINDOW_S,
-    Official,
-    SourceError,
-    Tally,
-    checked,
-    grown,
-    number_of,
-    option,
-    read_csv,
-    text_of,
-)
+from datamodules.egoit.source import MIN_WINDOW_S, grown
 from datamodules.jsonl import read_records
 
 TEXTS = {

@@ -16,22 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.conversations import Wording
-from datamodules.egoit.record import Record
-from datamodules.egoit.source import (
-    MIN_WINDOW_S,
+from datamodules.annotations import (
     Official,
     SourceError,
     Tally,
     checked,
     find_file,
-    grown,
     number_of,
     option,
     read_json,
     shuffled,
     text_of,
 )
+from datamodules.conversations import Wording
+from datamodules.egoit.record import Record
+from datamodules.egoit.source import MIN_WINDOW_S, grown
 from datamodules.egoit.templates import draw
 from datamodules.jsonl import is_text
 

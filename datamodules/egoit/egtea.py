@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from datamodules.annotations import Official, SourceError, Tally, checked, find_file, option, read_text
 from datamodules.conversations import Wording
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import Official, SourceError, Tally, checked, find_file, option, read_text
 
 _CLIP = re.compile(r"(?P<session>\w+-R\d+-\w+)-(?P<start>\d{1,9})-(?P<end>\d{1,9})-F\d+-F\d+")
 _ID = re.compile(r"\d{1,9}")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from datamodules.annotations import read_csv, read_json
 from datamodules.conversations import ConversationFile, MalformedRecords
 from datamodules.egoit.egotimeqa import read_clips
 from datamodules.egoit.openeqa import scene_of
 from datamodules.egoit.record import targets, write_rows
-from datamodules.egoit.source import read_csv, read_json
 
 Clips = Mapping[str, tuple[str, float]]
 Recording = tuple[str, str]

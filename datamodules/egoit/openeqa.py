@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from datamodules.annotations import Official, SourceError, Tally, checked, find_file, option, read_json, text_of
 from datamodules.conversations import Wording
 from datamodules.egoit.record import Record
-from datamodules.egoit.source import Official, SourceError, Tally, checked, find_file, option, read_json, text_of
 
 _SCAN = re.compile(r"^\d+-(hm3d|scannet)-|_\d\d$")  # number and data set in front of a scene, and which of its scans
 

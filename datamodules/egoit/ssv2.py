@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.conversations import Wording
-from datamodules.egoit.record import Record
-from datamodules.egoit.source import (
+from datamodules.annotations import (
     Official,
     SourceError,
     Tally,
@@ -26,6 +24,8 @@ from datamodules.egoit.source import (
     read_json,
     text_of,
 )
+from datamodules.conversations import Wording
+from datamodules.egoit.record import Record
 
 _ROWS = {"train": 168_913, "validation": 24_777, "test": 27_157}
 _CLASSES = 174
