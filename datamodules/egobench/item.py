@@ -63,14 +63,18 @@ class Text:
     Attributes:
         text: the words.
         labels: as those of an item; Charades-Ego ``{"class": 3}``.
+        of: id of the item that it was written for; "" for none.
     """
 
     text: str
     labels: Mapping[str, Any] | None = None
+    of: str = ""
 
 
 class Benchmark(Protocol):
     """A benchmark read from its official files; its class is a dataclass whose fields are keys of the YAML list.
+
+    ``official.OfficialFiles`` has a default for all but ``read``.
 
     Attributes:
         videos: folder that the clips' files are below.
@@ -81,7 +85,7 @@ class Benchmark(Protocol):
     videos: Path
 
     def official(self) -> Mapping[str, Official]:
-        """Known numbers of what ``read`` counts."""
+        """Known numbers of what ``read`` counts, and of ``items`` and ``texts``."""
 
     def read(self, tally: Tally) -> Iterator[Item | SourceError]:
         """Every item in the order of the file; a row that is wrong is given as its error.
@@ -95,3 +99,14 @@ class Benchmark(Protocol):
 
     def fast(self, items: Sequence[Item], texts: Sequence[Text]) -> tuple[list[Item], list[Text]]:
         """A fixed part for curves while training (and its candidates), drawn by a seed that never changes."""
+
+    def remarks(self, counts: Mapping[str, int]) -> list[str]:
+        """What a reader of the scores should know, given what ``read`` counted."""
+
+    def submission(self, items: Sequence[Item], predictions: Mapping[str, int]) -> dict[str, str]:
+        """Files that the authors' server takes, by name; none where it has none.
+
+        Args:
+            items: all of the benchmark.
+            predictions: number of the option chosen, for each of them.
+        """

@@ -1,0 +1,79 @@
+"""Charades-Ego: which of 157 actions happen in a video of some thirty seconds.
+
+Read: ``CharadesEgo_v1_test_only1st.csv`` (``id``, ``actions``, ...) and ``Charades_v1_classes.txt``, lines
+``c000 Holding some clothes``. Actions are ``c012 3.50 9.10;c045 0.00 22.00``; there may be none, and some twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datamodules.annotations import Official, SourceError, Tally, checked, option, read_csv, read_text, text_of
+from datamodules.egobench.item import Clip, Item, Task, Text
+from datamodules.egobench.official import OfficialFiles, columns
+
+CLASSES = 157
+_FILES = {"first": "_only1st", "third": "_only3rd", "both": ""}
+_ACTION = re.compile(r"c(\d{3}) [0-9.]+ [0-9.]+")
+_CLASS = re.compile(r"c(\d{3}) (.+)")
+_EMPTY, _OLD = "videos without an action, which do not count", "videos of version 0"
+
+
+@dataclass(frozen=True)
+class CharadesEgo(OfficialFiles):
+    """Videos of the test split and all classes; a video is shown whole."""
+
+    view: str = option("first", "videos of whoever acts, of whoever looks on, or both", tuple(_FILES))
+    classes: Path | None = option(None, "Charades_v1_classes.txt, where it is not beside the annotations")
+
+    name: ClassVar[str] = "charades_ego"
+    task: ClassVar[Task] = "rank_texts"
+
+    def official(self) -> dict[str, Official]:
+        """Classes."""
+        return {"texts": Official(CLASSES)}
+
+    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+        """An item for each video; labels are its classes, each once."""
+        file = self.main_file([f"CharadesEgo_v1_test{_FILES[self.view]}.csv"], "the labels of Charades-Ego")
+        for where, row in columns(read_csv(file), ("id", "actions"), file):
+            item = row if isinstance(row, SourceError) else checked(self._item, row, where)
+            if isinstance(item, Item):
+                tally.add(_EMPTY, item.labels == {"classes": []})
+                tally.add(_OLD, "_v0_" in file.name)
+            yield item
+
+    def _item(self, row: Any, where: str) -> Item:
+        video = text_of(row, "id", where)
+        if self.view != "both" and video.endswith("EGO") != (self.view == "first"):
+            raise SourceError(
+                f"{where}: video {video} is not of the {self.view} person: give CharadesEgo_v1_test{_FILES[self.view]}"
+                ".csv, or another view"
+            )
+        actions = [action.strip() for action in row["actions"].split(";") if action.strip()]
+        found = [_ACTION.fullmatch(action) for action in actions]
+        numbers = {int(action[1]) for action in found if action}
+        if None in found or max(numbers, default=0) >= CLASSES:
+            raise SourceError(f"{where}: 'actions' is {row['actions']!r}, expected c012 3.50 9.10;...: correct it")
+        return Item(video, (Clip(f"{video}.mp4"),), labels={"classes": sorted(numbers)})
+
+    def texts(self) -> Sequence[Text]:
+        """All classes in their order."""
+        file = self.classes or self.other_file(["Charades_v1_classes.txt"], "the classes of Charades")
+        if not file.is_file():
+            raise SourceError(f"{file}: no such file: correct classes")
+        found = [_CLASS.fullmatch(line.strip()) for line in read_text(file).splitlines() if line.strip()]
+        if [line and int(line[1]) for line in found] != list(range(CLASSES)):
+            raise SourceError(f"{file}: expected lines from 'c000 ...' to 'c156 ...': fetch the file again")
+        return [Text(line[2].strip(), {"class": int(line[1])}) for line in found if line]
+
+    def remarks(self, counts: Mapping[str, int]) -> list[str]:
+        """Videos that do not count, and labels that nobody reports."""
+        lines = [f"{self.name}: {counts[_EMPTY]:,} {_EMPTY}"] if counts.get(_EMPTY) else []
+        if counts.get(_OLD):
+            lines.append(f"{self.name}: labels are of version 0, published scores of version 1")
+        return lines

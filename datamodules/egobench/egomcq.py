@@ -1,0 +1,95 @@
+"""EgoMCQ: which of five clips of Ego4D a narration was written for.
+
+Read: ``egomcq.json``, for each question ``query`` and ``choices`` ``0`` to ``4`` (``clip_text``, ``video_uid``,
+``clip_start`` and ``clip_end`` in seconds), ``answer`` and ``types``. Whether 1 or 2 of ``types`` stands for choices of
+one video is told differently by public programs, so it is seen from the choices. Videos are whole recordings: those
+that other programs cut into chunks end in the middle of a clip.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datamodules.annotations import Official, SourceError, Tally, checked, number_of, option, read_json, text_of
+from datamodules.ego_exo4d import camera_wearer_text
+from datamodules.egobench.item import Clip, Item, Task
+from datamodules.egobench.official import OfficialFiles, line_of, mapping_of, sample, whole_of
+
+_CLIPS, _FAST_OF_A_GROUP = 5, 1000
+
+
+@dataclass(frozen=True)
+class EgoMCQ(OfficialFiles):
+    """All questions; ``intra`` are those whose clips are of one video, ``inter`` the others."""
+
+    wording: str = option(
+        "as_trained", "narrations as written, or as those of stages 1 and 2 are", ("as_trained", "as_written")
+    )
+
+    name: ClassVar[str] = "egomcq"
+    task: ClassVar[Task] = "rank_clips"
+
+    def official(self) -> dict[str, Official]:
+        """Questions, of which the authors give a rounded number."""
+        return {"items": Official(39_000, exact=False)}
+
+    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+        """An item for each question."""
+        file = self.main_file(["egomcq.json"], "EgoMCQ's questions")
+        entries = read_json(file, dict)
+        items = {key: checked(self._item, entry, key, f"{file} entry {key!r}") for key, entry in entries.items()}
+        named: dict[int, Counter[str]] = {}
+        for key, item in items.items():
+            if isinstance(item, Item):
+                named.setdefault(int(entries[key]["types"]), Counter())[item.groups[0]] += 1
+        stands_for = {kind: groups.most_common(1)[0][0] for kind, groups in named.items()}
+        if len(set(stands_for.values())) < len(stands_for):
+            (group,) = set(stands_for.values())
+            raise SourceError(f"{file}: 'types' 1 and 2 both have clips of {_OF[group]}: fetch the file again")
+        for key, item in items.items():
+            if isinstance(item, Item):
+                kind, (group,) = int(entries[key]["types"]), item.groups
+                if stands_for[kind] != group:
+                    yield SourceError(
+                        f"{file} entry {key!r}: clips are of {_OF[group]}, 'types' {kind} has those of "
+                        f"{_OF[stands_for[kind]]}: correct it"
+                    )
+                    continue
+                tally.add(group)
+            yield item
+
+    def _item(self, entry: Any, key: str, where: str) -> Item:
+        text = line_of(mapping_of(entry, "query", where), "clip_text", f"{where} query")
+        if self.wording == "as_trained":
+            text = camera_wearer_text(text) or text  # of fewer than three words it stays
+        choices = mapping_of(entry, "choices", where)
+        if set(choices) != set(map(str, range(_CLIPS))):
+            raise SourceError(f"{where}: choices are {', '.join(choices)}, expected 0 to 4: correct them")
+        clips = tuple(_clip(choices[str(number)], f"{where} choice {number}") for number in range(_CLIPS))
+        answer, kind = whole_of(entry, "answer", where), whole_of(entry, "types", where)
+        if answer >= _CLIPS or kind not in (1, 2):
+            raise SourceError(f"{where}: 'answer' is {answer} and 'types' {kind}, expected 0 to 4 and 1 or 2: mend it")
+        group = "intra" if len({clip.video for clip in clips}) == 1 else "inter"
+        return Item(key, clips, text, (), answer, (group,))
+
+    def fast_items(self, items: Sequence[Item]) -> list[Item]:
+        """As many of either group."""
+        taken = {
+            item.id
+            for group in ("inter", "intra")
+            for item in sample([item for item in items if group in item.groups], _FAST_OF_A_GROUP)
+        }
+        return [item for item in items if item.id in taken]
+
+
+_OF = {"intra": "one video", "inter": "several videos"}
+
+
+def _clip(choice: Any, where: str) -> Clip:
+    start_s, end_s = max(0.0, number_of(choice, "clip_start", where)), number_of(choice, "clip_end", where)
+    if end_s <= start_s:
+        raise SourceError(f"{where}: 'clip_start' and 'clip_end' give {start_s:g} to {end_s:g} s: correct them")
+    return Clip(f"{text_of(choice, 'video_uid', where)}.mp4", start_s, end_s)

@@ -1,0 +1,146 @@
+"""EgoPlan-Bench: what to do next for a goal, given what was done and what is seen; four options.
+
+Read: ``EgoPlan_validation.json`` or ``EgoPlan_test.json``, lists of ``sample_id``, ``video_source``, ``video_id``,
+``task_goal``, ``question``, ``choice_a`` to ``choice_d``, ``golden_choice_idx``, ``answer``,
+``current_observation_frame`` and ``task_progress_metadata``; answers of the test file are hidden. EgoPlan-Bench2 names
+no source, video and question, since all its videos are of Ego4D and begin its ids.
+
+What comes after the frame of the current observation shows the answer. Frames are 30 a second for Ego4D, counted from
+0. For EPIC-KITCHENS they are numbers of the pictures that its authors made, counted from 1, 60 a second for videos of
+the first release (P01_13) and 50 for later ones (P01_101), whatever rate the video file has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datamodules.annotations import Official, SourceError, Tally, checked, option, read_json, text_of
+from datamodules.egobench.epic100_mir import video_file
+from datamodules.egobench.item import Clip, Item, Task
+from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, whole_of
+
+EGO4D_FPS = 30
+WITHOUT_PROGRESS_S = 4.0
+"""What is shown before the observation where nothing is known to have been done."""
+_CHOICES = tuple(f"choice_{letter}" for letter in "abcd")
+_EPIC = re.compile(r"(P\d\d)_(\d{2,3})")
+_NO_PROGRESS = "questions without a known step before the observation"
+
+
+@dataclass(frozen=True)
+class EgoPlan(OfficialFiles):
+    """The validation questions, which the paper reports."""
+
+    ego4d_file: str = option("{video}.mp4", "where a video of Ego4D lies below videos")
+    epic_file: str = option("{participant}/{video}.MP4", "where a video of EPIC-KITCHENS lies below videos")
+
+    name: ClassVar[str] = "egoplan"
+    task: ClassVar[Task] = "choice"
+    files: ClassVar[tuple[str, ...]] = ("EgoPlan_validation.json",)
+    items: ClassVar[int] = 3355
+    hidden: ClassVar[bool] = False
+
+    def official(self) -> dict[str, Official]:
+        """Questions."""
+        return {"items": Official(self.items)}
+
+    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+        """An item for each question; groups are the source of its video, or its domain."""
+        file = self.main_file(self.files, "EgoPlan's questions")
+        for number, row in enumerate(read_json(file, list), 1):
+            yield checked(self._item, row, tally, f"{file} entry {number}")
+
+    def _item(self, row: Any, tally: Tally, where: str) -> Item:
+        options = tuple(line_of(row, key, where) for key in _CHOICES)
+        if len(set(options)) != len(options):
+            raise SourceError(f"{where}: choices are {list(options)}, expected four different ones: correct them")
+        source, question = row.get("video_source"), row.get("question")
+        number = str(whole_of(row, "sample_id", where)) if self.hidden else str(row.get("sample_id"))
+        # ids of the two sources are not known to be different
+        key = number if self.hidden or source is None else f"{source}_{number}"
+        group = source or row.get("domain")
+        return Item(
+            key,
+            (self._clip(row, tally, where),),
+            _goal_question(line_of(row, "task_goal", where)) if question is None else line_of(row, "question", where),
+            options,
+            self._answer(row, options, where),
+            () if group is None else (str(group),),
+        )
+
+    def _answer(self, row: Any, options: Sequence[str], where: str) -> int | None:
+        letter = row.get("golden_choice_idx")
+        if self.hidden:
+            return None
+        if letter not in tuple(LETTERS[: len(options)]):
+            raise SourceError(f"{where}: field 'golden_choice_idx' is {letter!r}, expected A to D: correct it")
+        number, answer = LETTERS.index(letter), line_of(row, "answer", where)
+        if answer != options[number]:
+            raise SourceError(f"{where}: answer is {answer!r}, but choice {letter} {options[number]!r}: correct one")
+        return number
+
+    def _clip(self, row: Any, tally: Tally, where: str) -> Clip:
+        source = row.get("video_source")
+        if source not in (None, "Ego4D", "EpicKitchens"):
+            raise SourceError(f"{where}: field 'video_source' is {source!r}, expected Ego4D or EpicKitchens: mend it")
+        given = "video_id" if "video_id" in row else "sample_id"
+        video = text_of(row, given, where)
+        if given == "sample_id":
+            video = video.rpartition("_")[0]
+        epic = _EPIC.fullmatch(video)
+        if not video or (source is not None and (epic is None) != (source == "Ego4D")):
+            raise SourceError(f"{where}: field {given!r} is {row[given]!r}, no video of {source}: correct it")
+        if epic is None:
+            fps, first, file = EGO4D_FPS, 0, video_file(self.ego4d_file, "", video)
+        else:
+            fps, first, file = 60 if len(epic[2]) == 2 else 50, 1, video_file(self.epic_file, epic[1], video)
+        end_s = max(0, whole_of(row, "current_observation_frame", where) - first) / fps
+        steps = row.get("task_progress_metadata") or []
+        if not isinstance(steps, list):
+            raise SourceError(f"{where}: field 'task_progress_metadata' is {steps!r}, expected a list: correct it")
+        starts_s = [max(0, whole_of(step, "start_frame", where) - first) / fps for step in steps]
+        start_s = min(starts_s, default=end_s)
+        if start_s >= end_s:
+            tally.add(_NO_PROGRESS)
+            start_s = max(0.0, end_s - WITHOUT_PROGRESS_S)
+        return Clip(file, start_s, end_s, last_at_end=True)
+
+    def remarks(self, counts: Mapping[str, int]) -> list[str]:
+        """How many questions have no known past."""
+        found = counts.get(_NO_PROGRESS, 0)
+        shown = f"{self.name}: {found:,} {_NO_PROGRESS}, which show the {WITHOUT_PROGRESS_S:g} s before it"
+        return [shown] if found else []
+
+
+@dataclass(frozen=True)
+class EgoPlanTest(EgoPlan):
+    """The test questions, whose answers are hidden."""
+
+    name: ClassVar[str] = "egoplan_test"
+    files: ClassVar[tuple[str, ...]] = ("EgoPlan_test.json",)
+    items: ClassVar[int] = 1584
+    hidden: ClassVar[bool] = True
+
+    def submission(self, items: Sequence[Item], predictions: Mapping[str, int]) -> dict[str, str]:
+        """``submission.json``, the list that the authors' example is."""
+        rows = [{"sample_id": int(item.id), "label": LETTERS[predictions[item.id]]} for item in items]
+        return {"submission.json": json.dumps(rows, indent=1)}
+
+
+@dataclass(frozen=True)
+class EgoPlan2(EgoPlan):
+    """EgoPlan-Bench2, all of Ego4D, in four domains."""
+
+    name: ClassVar[str] = "egoplan2"
+    files: ClassVar[tuple[str, ...]] = ("EgoPlan-Bench2.json", "egoplan2.json")
+    items: ClassVar[int] = 1321
+
+
+def _goal_question(goal: str) -> str:
+    """The question where the file has none."""
+    doing = goal.split()[0].lower().endswith("ing")
+    return f"What should I do next {'while' if doing else 'to'} {goal}?"

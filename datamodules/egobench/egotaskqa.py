@@ -1,0 +1,157 @@
+"""EgoTaskQA: questions about videos of household tasks (LEMMA), answered by one of the answers of the training file.
+
+Read in ``direct`` or ``indirect`` below the annotations, or in that folder itself: ``train_qas.json`` and
+``test_qas.json``, or ``formatted_<split>_qas_encode.json``, lists of ``interval``, ``question``, ``answer``,
+``reference`` and ``reasoning_type``. The files of a split are fixed; the test file of ``direct`` asks about things
+named directly and indirectly, that of ``indirect`` only the latter.
+
+An interval is ``<take>|fpv<n>|<first frame>|<end frame>``, and its video ``<interval>.mp4``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datamodules.annotations import Official, SourceError, Tally, checked, read_json, text_of
+from datamodules.egobench.item import Clip, Item, Task, Text
+from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, mapping_of
+
+_INTERVAL = re.compile(r"[^|/\\]+\|(?:fpv|P)\d+\|(\d{1,9})\|(\d{1,9})")
+_YES_NO = frozenset({"yes", "no"})
+_UNKNOWN = "questions whose answer no training question has, which cannot be answered rightly"
+_TYPES = ("type", "category", "semantic", "structural")
+
+
+@dataclass(frozen=True)
+class _EgoTaskQA(OfficialFiles):
+    task: ClassVar[Task] = "vocabulary"
+    split: ClassVar[str]
+
+    def _file(self, part: str, given: bool) -> Path:
+        stems = [f"{part}_qas.json", f"formatted_{part}_qas_encode.json"]
+        names = [f"{folder}{stem}" for folder in (f"{self.split}/", "") for stem in stems]
+        return (self.main_file if given else self.other_file)(names, f"EgoTaskQA's {part} questions ({self.split})")
+
+    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+        """An item for each question of the test file, named by its place there; groups are the authors' sub-scores."""
+        file, vocabulary = self._file("test", given=True), {text.text for text in self.texts()}
+        rows = read_json(file, list)
+        if any(isinstance(row, Mapping) and "option" in row for row in rows):
+            raise SourceError(f"{file}: this is the version of five options: name it {EgoTaskQAMcq.name} instead")
+        references = {_reference(row) for row in rows}
+        other = {"direct": "indirect", "indirect": "direct"}[self.split]
+        if references and (self.split not in references or (self.split == "indirect" and "direct" in references)):
+            raise SourceError(
+                f"{file}: references are {' and '.join(sorted(references))}, so this is not the test file of "
+                f"{self.split}: give that folder, not {other}"
+            )
+        for number, row in enumerate(rows, 1):
+            item = checked(_item, row, f"{number:06d}", f"{file} entry {number}")
+            tally.add(_UNKNOWN, isinstance(item, Item) and item.answer not in vocabulary)
+            yield item
+
+    def texts(self) -> Sequence[Text]:
+        """Answers of the training file, each once."""
+        file = self._file("train", given=False)
+        answers = {line_of(row, "answer", f"{file} entry {n}"): None for n, row in enumerate(read_json(file, list), 1)}
+        return [Text(answer) for answer in answers]
+
+    def remarks(self, counts: Mapping[str, int]) -> list[str]:
+        """How many questions cannot be answered."""
+        found = counts.get(_UNKNOWN, 0)
+        return [f"{self.name}: {found:,} {_UNKNOWN}"] if found else []
+
+
+@dataclass(frozen=True)
+class EgoTaskQADirect(_EgoTaskQA):
+    """The normal split."""
+
+    name: ClassVar[str] = "egotaskqa_direct"
+    split: ClassVar[str] = "direct"
+
+
+@dataclass(frozen=True)
+class EgoTaskQAIndirect(_EgoTaskQA):
+    """Only things that are named indirectly, while training names them directly."""
+
+    name: ClassVar[str] = "egotaskqa_indirect"
+    split: ClassVar[str] = "indirect"
+
+
+@dataclass(frozen=True)
+class EgoTaskQAMcq(OfficialFiles):
+    """A version of five options by the authors of EgoThinker, whose options give most answers away: never train on it.
+
+    Read: ``egotaskqa_mcq.json``, a list of ``q``, ``video_path``, ``a`` (a letter) and ``option``, texts by letter.
+    """
+
+    name: ClassVar[str] = "egotaskqa_mcq"
+    task: ClassVar[Task] = "choice"
+
+    def official(self) -> dict[str, Official]:
+        """Questions."""
+        return {"items": Official(8783), "videos": Official(2128)}
+
+    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+        """An item for each question."""
+        file = self.main_file(["egotaskqa_mcq.json", "egotaskqa.json"], "EgoThinker's choices of EgoTaskQA")
+        for number, row in enumerate(read_json(file, list), 1):
+            item = checked(self._item, row, f"{number:06d}", f"{file} entry {number}")
+            if isinstance(item, Item):
+                tally.distinct("videos", item.clips[0].video)
+            yield item
+
+    def _item(self, row: Any, key: str, where: str) -> Item:
+        lettered, right = mapping_of(row, "option", where), text_of(row, "a", where)
+        options = tuple(line_of(lettered, letter, where) for letter in sorted(lettered))
+        if "".join(sorted(lettered)) != LETTERS[: len(options)] or right not in lettered or len(set(options)) < 2:
+            raise SourceError(f"{where}: answer {right!r} of options {dict(lettered)}: correct it")
+        answer = options[sorted(lettered).index(right)]
+        video = _video(text_of(row, "video_path", where).removesuffix(".mp4"), "video_path", where)
+        return Item(key, (Clip(video),), line_of(row, "q", where), options, options.index(answer), (_form(answer),))
+
+    def remarks(self, counts: Mapping[str, int]) -> list[str]:
+        """What its scores are worth."""
+        return [
+            f"{self.name}: its options give the answer away; from them alone, without video and question, 91 % can be "
+            "reached. Report it beside a run that sees no video, and never train on it"
+        ]
+
+
+def _item(row: Any, key: str, where: str) -> Item:
+    video = _video(text_of(row, "interval", where), "interval", where)
+    answer = line_of(row, "answer", where)
+    groups = [_reference(row), _form(answer), *_types(row)]
+    return Item(key, (Clip(video),), line_of(row, "question", where), (), answer, tuple(dict.fromkeys(groups)))
+
+
+def _video(interval: str, field: str, where: str) -> str:
+    found = _INTERVAL.fullmatch(interval)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise SourceError(f"{where}: field {field!r} is {interval!r}, expected <take>|fpv<n>|<start>|<end>: correct it")
+    return f"{interval}.mp4"
+
+
+def _form(answer: str) -> str:
+    return "binary" if answer.lower() in _YES_NO else "open"
+
+
+def _reference(row: Any) -> str:
+    """Whether things are named directly; files for training leave the field itself out."""
+    named = row.get("reference") if isinstance(row, Mapping) else None
+    return "direct" if named == "direct" or (named is None and "direct" in _types(row)) else "indirect"
+
+
+def _types(row: Any) -> list[str]:
+    if not isinstance(row, Mapping):
+        return []
+    joined = row.get("reasoning_type")
+    if isinstance(joined, str):
+        return [part.strip() for part in joined.split("$") if part.strip()]
+    values = [row.get(key) for key in _TYPES]
+    parts = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    return [part for part in parts if isinstance(part, str) and part.strip()]

@@ -1,0 +1,110 @@
+"""EPIC-KITCHENS-100 multi-instance retrieval: captions for clips, and clips for captions.
+
+Read, also in ``retrieval_annotations``: ``EPIC_100_retrieval_test.csv``, the clips, and
+``EPIC_100_retrieval_test_sentence.csv``, whose ``narration_id`` says which of the clips' narrations are captions. Its
+own texts are not read: six of them are those of the row before. Clips are cut by their times, since their frame numbers
+are those of pictures that were made at 60 a second, whatever the video has.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from datamodules.annotations import Official, SourceError, Tally, checked, option, read_csv, text_of
+from datamodules.egobench.item import Clip, Item, Task, Text
+from datamodules.egobench.official import OfficialFiles, columns, line_of, whole_of
+
+_CLIPS, _SENTENCES = "EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv"
+_COLUMNS = (
+    *("narration_id", "participant_id", "video_id", "start_timestamp", "stop_timestamp", "narration"),
+    *("verb_class", "all_noun_classes"),
+)
+_TIME = re.compile(r"(\d{1,3}):([0-5]\d):([0-5]\d(?:\.\d+)?)")
+_FAST_CLIPS = 400
+
+
+@dataclass(frozen=True)
+class Epic100Mir(OfficialFiles):
+    """Clips and captions of the test split."""
+
+    file: str = option("{participant}/{video}.MP4", "where a video lies below videos")
+
+    name: ClassVar[str] = "epic100_mir"
+    task: ClassVar[Task] = "rank_texts"
+
+    def official(self) -> dict[str, Official]:
+        """Clips, captions and videos."""
+        return {"items": Official(9668), "texts": Official(3842), "videos": Official(138)}
+
+    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+        """An item for each clip."""
+        for where, row in self._table():
+            item = row if isinstance(row, SourceError) else checked(self._item, row, where)
+            if isinstance(item, Item):
+                tally.distinct("videos", item.clips[0].video)
+            yield item
+
+    def _table(self) -> Iterator[tuple[str, Any]]:
+        file = self.main_file([_CLIPS, f"retrieval_annotations/{_CLIPS}"], "the clips of the retrieval test")
+        return columns(read_csv(file), _COLUMNS, file)
+
+    def _item(self, row: Any, where: str) -> Item:
+        participant, video = text_of(row, "participant_id", where), text_of(row, "video_id", where)
+        start_s, end_s = _seconds(row, "start_timestamp", where), _seconds(row, "stop_timestamp", where)
+        if start_s >= end_s:
+            raise SourceError(f"{where}: from {start_s:g} to {end_s:g} s: correct its timestamps")
+        clip = Clip(video_file(self.file, participant, video), start_s, end_s)
+        return Item(text_of(row, "narration_id", where), (clip,), labels=_labels(row, where))
+
+    def texts(self) -> Sequence[Text]:
+        """Captions in the order of the file of sentences."""
+        narrated = {row["narration_id"]: (where, row) for where, row in self._table() if isinstance(row, dict)}
+        file = self.other_file([_SENTENCES, f"retrieval_annotations/{_SENTENCES}"], "the captions of the test")
+        texts = []
+        for at, sentence in columns(read_csv(file), ("narration_id",), file):
+            if isinstance(sentence, SourceError):
+                raise sentence
+            name = sentence["narration_id"]
+            if name not in narrated:
+                raise SourceError(f"{at}: narration_id {name!r} is not in {_CLIPS}: take both of one release")
+            where, row = narrated[name]
+            texts.append(Text(line_of(row, "narration", where), _labels(row, where), name))
+        return texts
+
+    def fast_items(self, items: Sequence[Item]) -> list[Item]:
+        """The first clips."""
+        return list(items[:_FAST_CLIPS])
+
+
+def video_file(pattern: str, participant: str, video: str) -> str:
+    """Where a video lies.
+
+    Raises:
+        SourceError: the pattern has other slots than ``{participant}`` and ``{video}``.
+    """
+    try:
+        return pattern.format(participant=participant, video=video)
+    except (KeyError, IndexError, ValueError):
+        raise SourceError(f"file: got {pattern!r}, allowed slots: {{participant}}, {{video}}") from None
+
+
+def _seconds(row: Any, key: str, where: str) -> float:
+    found = _TIME.fullmatch(text_of(row, key, where))
+    if found is None:
+        raise SourceError(f"{where}: column {key!r} is {row[key]!r}, expected hh:mm:ss.ff: correct it")
+    return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
+
+
+def _labels(row: Any, where: str) -> dict[str, Any]:
+    given = text_of(row, "all_noun_classes", where)
+    try:
+        nouns = ast.literal_eval(given)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        nouns = None
+    if not isinstance(nouns, list) or not nouns or not all(type(noun) is int for noun in nouns):
+        raise SourceError(f"{where}: column 'all_noun_classes' is {given!r}, expected a list such as [2, 5]: mend it")
+    return {"verb": whole_of(row, "verb_class", where), "nouns": sorted(set(nouns))}

@@ -1,0 +1,111 @@
+"""Wordings of questions, from a YAML file that can be replaced."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from datamodules.egobench.item import Item
+from datamodules.egobench.official import LETTERS
+
+STYLES = ("base", "task", "ego")
+FILE = Path(__file__).with_name("prompts.yaml")
+"""The wordings that come with this repository."""
+_SLOT = re.compile(r"\{(\w+)\}")
+_ALLOWED = {"choice": {"context", "question", "options"}, "open": {"context", "question"}}
+_KEYS = ("prefill", "choice", "open", "context")
+
+
+class Prompts:
+    """The wordings of one benchmark in one style.
+
+    Args:
+        path: a file of the form of ``prompts.yaml``; None for that one.
+        benchmark: name, which says what is put for ``{context}``.
+        style: ``base`` says the question, ``task`` also what is wanted, ``ego`` also from whose eyes the video is seen.
+
+    Attributes:
+        prefill: how the answer to a choice begins.
+
+    Raises:
+        ValueError: the file cannot be used; names the file and all that is wrong with it.
+    """
+
+    def __init__(self, path: str | Path | None, benchmark: str, style: str = "ego") -> None:
+        if style not in STYLES:
+            raise ValueError(f"style: got {style!r}, allowed: {', '.join(STYLES)}")
+        given = _read(FILE if path is None else Path(path))
+        self.prefill: str = given["prefill"]
+        self._context: str = given["context"].get(benchmark, given["context"]["default"])
+        self._wordings: dict[str, str] = {kind: given[kind][style] for kind in _ALLOWED}
+
+    def choice(self, item: Item, order: Sequence[int] | None = None) -> str:
+        """A question with its options, ``(A) text`` a line.
+
+        Args:
+            item: of a ``choice``.
+            order: numbers of the options as they are shown; their own order if None.
+
+        Raises:
+            ValueError: the order is none of all options.
+        """
+        shown = range(len(item.options)) if order is None else order
+        if sorted(shown) != list(range(len(item.options))):
+            raise ValueError(f"{item.id}: order is {list(shown)}, expected each of {len(item.options)} options once")
+        options = "\n".join(f"({letter}) {item.options[n]}" for letter, n in zip(LETTERS, shown, strict=False))
+        return self._filled("choice", question=item.text, options=options)
+
+    def open(self, item: Item) -> str:
+        """A question to be answered in words."""
+        return self._filled("open", question=item.text)
+
+    def _filled(self, kind: str, **slots: str) -> str:
+        slots |= {"context": self._context}
+        text = _SLOT.sub(lambda slot: slots[slot[1]], self._wordings[kind])
+        return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        given = yaml.safe_load(file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"prompts: no file {file}: correct the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: no YAML ({' '.join(str(error).split())}): mend it") from None
+    if not isinstance(given, Mapping) or set(given) != set(_KEYS):
+        keys = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
+        raise ValueError(f"{file}: keys are {keys or 'none'}, expected {', '.join(_KEYS)}")
+    problems = [] if _is_text(given["prefill"]) else [f"prefill is {given['prefill']!r}, expected a text"]
+    for kind, allowed in _ALLOWED.items():
+        problems += _problems(kind, given[kind], allowed)
+    context = given["context"]
+    if not isinstance(context, Mapping) or not all(isinstance(line, str) for line in context.values()):
+        problems.append("context: expected a text for each name of a benchmark")
+    elif "default" not in context:
+        problems.append("context: default is missing, give it a text, or an empty one")
+    elif slots := {slot for line in context.values() for slot in _SLOT.findall(line)}:
+        problems.append(f"context: slot {', '.join(sorted(slots))}: it may have none")
+    if problems:
+        raise ValueError(f"{file}: {'; '.join(problems)}")
+    return dict(given)
+
+
+def _problems(kind: str, wordings: Any, allowed: set[str]) -> list[str]:
+    if not isinstance(wordings, Mapping) or set(wordings) != set(STYLES):
+        return [f"{kind}: expected a text for each of {', '.join(STYLES)}"]
+    problems = []
+    for style, text in wordings.items():
+        slots = set(_SLOT.findall(text)) if _is_text(text) else set()
+        if unknown := sorted(slots - allowed):
+            problems.append(f"{kind}.{style}: slot {', '.join(unknown)}: allowed: {', '.join(sorted(allowed))}")
+        if missing := sorted(allowed - {"context"} - slots):
+            problems.append(f"{kind}.{style} lacks {', '.join(missing)} in braces, and would not ask it")
+    return problems
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
