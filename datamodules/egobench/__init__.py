@@ -128,7 +128,7 @@ def load(entry: Mapping[str, Any]) -> Loaded:
 
 def _configured(entry: Mapping[str, Any]) -> tuple[Benchmark, int | None]:
     name = entry.get("name")
-    if name not in BENCHMARKS:
+    if not isinstance(name, str) or name not in BENCHMARKS:
         raise ValueError(f"benchmarks: name is {name!r}, allowed: {', '.join(BENCHMARKS)}")
     kind, problems, values = BENCHMARKS[name], [], {}
     known = {field.name: field for field in fields(kind)}
