@@ -171,7 +171,7 @@ def test_qaego4d_closed_orders_options_by_the_id_alone(tmp_path):
     file = write(tmp_path / "annotations.QaEgo4D_test_close.json", rows)
     items = read("qaego4d_closed", tmp_path).items
     assert all(item.options[item.answer] == "on the sink" and len(set(item.options)) == 4 for item in items)
-    assert min(Counter(item.answer for item in items).values()) > 30  # every letter is right about as often
+    assert all(Counter(item.answer for item in items)[letter] > 30 for letter in range(4))  # about as often
     write(file, rows[::-1])
     assert sorted(read("qaego4d_closed", tmp_path).items, key=lambda item: int(item.id[2:])) == items
     assert items[0].clips == (Clip("clip-9.mp4", 0.0, math.inf),)  # all of it, not the moment
@@ -357,6 +357,7 @@ def test_charades_ego_labels_each_class_once(tmp_path):
     assert [text.labels for text in loaded.texts] == [{"class": number} for number in range(157)]
     assert loaded.texts[45].text == "Doing thing 45"
     assert loaded.notes == ["charades_ego: 1 videos without an action, which do not count"]
+    assert loaded.fast().texts == loaded.texts
 
 
 def test_charades_ego_says_what_is_wrong(tmp_path):
@@ -566,6 +567,7 @@ def test_egoplan_without_a_past_shows_a_little_of_it(tmp_path, steps):
         ({"video_id": "P01_13"}, "field 'video_id' is 'P01_13', no video of Ego4D"),
         ({"current_observation_frame": -1}, "field 'current_observation_frame' is -1, expected a whole number from 0"),
         ({"task_progress_metadata": [{"stop_frame": 3}]}, "field 'start_frame' is None, expected a number"),
+        ({"sample_id": None}, "field 'sample_id' is None, expected a number"),
         ({"task_progress_metadata": 3}, "field 'task_progress_metadata' is 3, expected a list"),
     ],
 )
@@ -584,6 +586,8 @@ def test_egoplan_test_hides_its_answers_and_writes_what_the_server_takes(tmp_pat
     assert {tuple(row) for row in example} == {tuple(row) for row in written}
     assert [row["sample_id"] for row in example] == list(range(BENCHMARKS["egoplan_test"].items))
     assert read("egoplan", egoplan(tmp_path, plan_row())).submission({"Ego4D_9": 1}) == {}
+    egoplan(tmp_path, plan_row(sample_id="v_1"), file="EgoPlan_test.json")
+    assert "entry 1: field 'sample_id' is 'v_1', expected a number" in problem("egoplan_test", tmp_path)
 
 
 def test_egoplan_asks_for_the_goal_where_the_file_does_not(tmp_path):
@@ -635,6 +639,13 @@ def test_vlnqa_parses_a_prompt_whose_instruction_looks_like_one(tmp_path):
     assert item.text == question.replace("\r\n", "\n")
     assert (item.options, item.answer, item.id) == (WAYS, 2, "7_frame1")
     assert item.clips == (Clip("left/7_frame1.mp4", 0.0, math.inf),)
+
+
+def test_vlnqa_options_begin_their_line(tmp_path):
+    options = ("Stop, or E: go", *WAYS[1:])
+    text = vln_text("x", options).replace("Only give the best option.", "Say one of A: to D: here.")
+    rows = [{"text": text, "video_path": "left/7.mp4", "gt": "A"}]
+    assert read("vlnqa", write(tmp_path / "vlnqa.json", rows)).items[0].options == options
 
 
 def test_vlnqa_in_the_form_of_mvbench(tmp_path):
@@ -807,7 +818,9 @@ def test_an_entry_may_leave_optional_paths_empty_and_limit_its_items(tmp_path):
     assert numbers != [0, 1, 2]  # not those that happen to come first
     assert read("vlnqa", file, limit=3).items == loaded.items
     assert len(read("vlnqa", file, limit=None).items) == 400
-    assert len(read("vlnqa", file).fast().items) == 300
+    fast = [int(item.id) for item in read("vlnqa", file).fast().items]
+    assert fast == sorted(fast)
+    assert len(set(fast)) == 300
     write(tmp_path / "annotations.test.json", [qa_row()])
     assert len(read("qaego4d_open", tmp_path, nlq=None).items) == 1
 
@@ -830,3 +843,45 @@ def test_missing_videos_are_looked_for_once_each(tmp_path, monkeypatch):
 
 def test_a_file_that_asks_nothing_is_refused(tmp_path):
     assert problem("vlnqa", write(tmp_path / "vlnqa.json", [])) == "vlnqa: its file asks nothing: fetch it again"
+
+
+JUNK = (None, True, -1, 1.5, "", "x", "\ud800", [], [None], {}, {"0": None}, float("nan"))
+
+
+def spoiled(row):
+    """A row with each of its fields, and of those inside it, replaced by junk or left out."""
+    for key, value in row.items():
+        yield without(row, key)
+        yield from ({**row, key: junk} for junk in JUNK)
+        if isinstance(value, dict):
+            yield from ({**row, key: inner} for inner in spoiled(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "row"),
+    [
+        ("egoschema", "questions.json", schema_rows("a")[0]),
+        ("qaego4d_closed", "annotations.QaEgo4D_test_close.json", qa_row()),
+        ("qaego4d_open", "annotations.test.json", qa_row(video_uid="v", video_start_sec=1, video_end_sec=2)),
+        ("egotaskqa_direct", "test_qas.json", task_row()),
+        ("egoplan", "EgoPlan_validation.json", plan_row()),
+        ("egoplan_test", "EgoPlan_test.json", plan_row()),
+        ("egoplan2", "egoplan2.json", without(without(plan_row(sample_id="v_1"), "video_source"), "video_id")),
+        ("vlnqa", "vlnqa.json", {"text": vln_text("x"), "video_path": "left/7.mp4", "gt": "C"}),
+        ("vlnqa", "vlnqa.json", {"video": "a/7.mp4", "question": "x", "candidates": list(WAYS), "answer": WAYS[0]}),
+        ("egomcq", "egomcq.json", mcq(1, "abcde")),
+    ],
+)
+def test_whatever_a_field_holds_an_error_names_the_file(tmp_path, name, file, row):
+    write(tmp_path / "subset_answers.json", {})
+    write(tmp_path / "train_qas.json", [task_row()])
+    options = {"cut": True} if name == "qaego4d_open" else {}
+    refused = 0
+    for wrong in [*JUNK, *spoiled(row)]:
+        path = write(tmp_path / file, {"0": wrong} if name == "egomcq" else [wrong])
+        try:
+            read(name, tmp_path, **options)
+        except (SourceError, MalformedRecords) as error:
+            assert str(error).startswith(str(path)), error
+            refused += 1
+    assert refused > 4 * len(JUNK)

@@ -47,7 +47,7 @@ def test_options_are_lettered_in_the_order_that_they_are_shown_in(tmp_path):
     shown = Prompts(wordings(tmp_path), "vlnqa", "base").choice(ITEM, (2, 0, 1)).splitlines()
     assert shown[1:] == ["(A) under", "(B) on {question}", "(C) in"]
     for order in ((0, 1), (0, 1, 1), (1, 2, 3)):
-        with pytest.raises(ValueError, match="id-7: order is .*, expected each of 3 options once"):
+        with pytest.raises(ValueError, match=r"id-7: order is .*, expected each of 3 options once"):
             Prompts(wordings(tmp_path), "vlnqa").choice(ITEM, order)
 
 

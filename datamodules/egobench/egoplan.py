@@ -59,7 +59,8 @@ class EgoPlan(OfficialFiles):
         if len(set(options)) != len(options):
             raise SourceError(f"{where}: choices are {list(options)}, expected four different ones: correct them")
         source, question = row.get("video_source"), row.get("question")
-        number = str(whole_of(row, "sample_id", where)) if self.hidden else str(row.get("sample_id"))
+        named = text_of if isinstance(row.get("sample_id"), str) and not self.hidden else whole_of
+        number = str(named(row, "sample_id", where))
         # ids of the two sources are not known to be different
         key = number if self.hidden or source is None else f"{source}_{number}"
         group = source or row.get("domain")
