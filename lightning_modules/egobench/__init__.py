@@ -1,0 +1,1 @@
+"""EgoBench: eight egocentric benchmarks, from the model's answers to a table."""
