@@ -444,6 +444,15 @@ def test_a_folder_is_scored(tmp_path):
     assert "\n* reported, protocol unknown" in (tmp_path / "results.md").read_text()
 
 
+def test_a_benchmark_without_answers_yet_does_not_hold_up_others(tmp_path):
+    write(tmp_path / "predictions", "egoschema", header("choice", 4), CHOICES)
+    write(tmp_path / "predictions", "charades_ego", header("rank_texts", 100), [])
+    (tmp_path / "predictions" / "charades_ego.jsonl").unlink()
+    scores = score_folder(tmp_path)
+    assert scores[0] == Score("charades_ego", "asked", 0.0, None, None, 0, 100)
+    assert scores[1:] == score(header("choice", 4, benchmark="egoschema"), CHOICES)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     folder = tmp_path / "predictions"
     with pytest.raises(ValueError, match=r"predictions: holds no <benchmark>.header.json: evaluate a benchmark first"):
@@ -453,9 +462,6 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         score_folder(tmp_path)
     (folder / "egoplan.jsonl").write_text('{"id": "q0"\n')
     with pytest.raises(ValueError, match=r"egoplan.jsonl line 1: malformed JSON .*: mend the line"):
-        score_folder(tmp_path)
-    (folder / "egoplan.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"egoplan.jsonl: is missing beside its header"):
         score_folder(tmp_path)
     (folder / "egoplan.header.json").write_text("[]")
     with pytest.raises(ValueError, match=r"egoplan.header.json: expected a JSON object, got list"):

@@ -1,1 +1,1 @@
-"""EgoBench: eight egocentric benchmarks, from the model's answers to a table."""
+"""EgoBench: what a model knows about egocentric video, by eight benchmarks."""

@@ -98,8 +98,8 @@ def _score_file(file: Path, config: JudgeConfig) -> list[Score]:
     if header.benchmark != name:
         raise ValueError(f"{file}: field 'benchmark' is {header.benchmark!r}, expected {name!r} as in the file's name")
     rows, texts = (file.with_name(f"{name}{ending}") for ending in (".jsonl", ".texts.jsonl"))
-    if not rows.is_file():
-        raise ValueError(f"{rows}: is missing beside its header: evaluate the benchmark again")
+    if not rows.is_file():  # its evaluation has begun, but not ended
+        return [header.asked(0)]
     scores = score_placed(header, read_jsonl(rows), list(read_jsonl(texts)) if texts.is_file() else [])
     if header.task == "open" and config.kind != "none":
         placed: list[Placed] = list(read_jsonl(rows))

@@ -144,6 +144,10 @@ class Header:
         total = number.n if not partial else None if subset or group else self.total
         return Score(self.benchmark, f"{base}{'_partial' * partial}{slash}{group}", *number, total, unit)
 
+    def asked(self, n: int) -> Score:
+        """Share of the official items that have a row."""
+        return Score(self.benchmark, "asked", n / self.total, None, None, n, self.total)
+
 
 def score(header: Row, rows: Iterable[Row], texts: Iterable[Row] = ()) -> list[Score]:
     """All scores of one benchmark, the same for any order of the rows.
@@ -189,8 +193,7 @@ def score_placed(header: Header, rows: Iterable[Placed], texts: Sequence[Placed]
     read.sort(key=lambda item: item.id)
     scores = _TASKS[header.task][1](header, read, texts) if read else []
     if len(read) < header.total:
-        answered = Estimate(len(read) / header.total, None, None, len(read))
-        scores.append(Score(header.benchmark, "asked", *answered, total=header.total))
+        scores.append(header.asked(len(read)))
     return scores
 
 
