@@ -138,6 +138,19 @@ def test_equal_similarities_keep_the_order_of_candidates():
     assert (first["map_v2t"].value, last["map_v2t"].value) == (1, pytest.approx(1 / 3))
 
 
+def test_equal_similarities_keep_the_order_of_the_official_file():
+    metric = MultiInstanceRetrieval([0], [[1]])
+    metric.update(torch.tensor([7, 3]), torch.zeros(2, 1), [0, 1], [[1], [2]])  # item 3 is the wrong one, and first
+    assert metric.compute()["map_t2v"].value == 1 / 2
+    many = mir(np.zeros((1, 4000)), [0], [[1]], [1] * 3999 + [0], [[2]] * 3999 + [[1]])
+    assert many["map_v2t"].value == pytest.approx(1 / 4000)
+
+
+def test_no_nouns_at_all_share_nothing():
+    nothing = torch.zeros(1, 3, dtype=torch.bool)
+    assert relevancy((torch.tensor([0]), nothing), (torch.tensor([0]), nothing)).tolist() == [[0.5]]
+
+
 def test_queries_without_anything_relevant_give_no_number():
     found = mir([[0.5, 0.1]], [0], [[1]], [0, 2], [[2], [3]])  # relevance 0.5 and 0
     assert list(found) == ["ndcg_v2t", "ndcg_t2v", "ndcg"]
@@ -310,6 +323,12 @@ def test_bleu_smooths_missing_long_n_grams():
     metric = OpenAnswers()
     metric.update([0], ["one two three four"], ["one two three five"])  # 3/4, 2/3, 1/2, and 0/1 counted as 1/2
     assert metric.compute()["bleu"].value == pytest.approx((3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
+
+
+def test_bleu_of_short_answers_is_lowered():
+    metric = OpenAnswers()
+    metric.update([0], ["one two three four"], ["one two three four five six"])
+    assert metric.compute()["bleu"].value == pytest.approx(np.exp(1 - 6 / 4))
 
 
 def items(kind):

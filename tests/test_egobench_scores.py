@@ -59,6 +59,15 @@ def test_choices_by_hand():
     assert found["agreement"].value == 0.5  # of q0 and q2; q1 said the other letter, q3 none
 
 
+def test_generation_is_compared_with_what_it_saw():
+    rotated = [[-1.0, -2.0], [-1.0, -9.0]]  # A where A is shown first, but B on the mean
+    found = values(score(header("choice", 1), [choice(0, rotated, 1, said="(A)")]))
+    assert found == {"accuracy": 1.0, "parse_fail_rate": 0.0, "agreement": 1.0}
+    turned = [[-2.0, -1.0], [-1.0, -9.0]]
+    found = values(score(header("choice", 1), [choice(0, turned, 1, said="(B)")]))
+    assert found == {"accuracy": 1.0, "parse_fail_rate": 0.0, "agreement": 1.0}
+
+
 def test_a_part_is_never_under_the_plain_name():
     rows = [*CHOICES[:3], choice(3, [[-1.0, -2.0]], None)]
     found = by_name(score(header("choice", 6, missing={"q9": "no such file"}), rows))
@@ -351,6 +360,7 @@ BAD = {
             ({"likelihood": [-1.0]}, "field 'likelihood' has 1 numbers, expected 2, one for each option"),
             ({"answer": 2}, "field 'answer' is 2, expected a number from 0 to 1"),
             ({"answer": "A"}, "field 'answer' is 'A', expected a number from 0 to 1"),
+            ({"answer": True}, "field 'answer' is True, expected a number from 0 to 1"),
             ({"groups": "seen"}, "field 'groups' is 'seen', expected a list of texts"),
             ({"options": ["a"]}, "field 'options' has 1 texts, expected 2"),
             ({"id": 7}, "field 'id' is 7, expected text"),
@@ -491,7 +501,15 @@ def test_stages_stand_side_by_side():
         ["vlnqa", "accuracy", "25.0", "", "50.0", "3.5", "44.5", "25.0", "200 of 200"],
         ["new", "judge_me_score", "", "", "2.50", "0.10", "", "", "7 of 7"],
     ]
-    assert "paper" not in cells(table({"stage1": second}, paper=False))[0]
+    part = [Score("egomcq", "accuracy_partial/inter", 0.5, 0.1, 0.2, 7, None)]
+    assert cells(table({"stage1": part}, paper=False))[2:] == [
+        ["egomcq", "accuracy_partial/inter", "50.0", "10.0", "20.0", "7 of ?"]
+    ]
+    assert [row[1] for row in cells(table({"stage1": part}))[2:]] == [
+        "accuracy_partial/inter",
+        "accuracy/inter",
+        "accuracy/intra",
+    ]
 
 
 def test_the_mean_needs_all_ten_in_full():
