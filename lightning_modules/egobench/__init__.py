@@ -1,0 +1,1 @@
+"""EgoBench: what a model knows about egocentric video, by eight benchmarks."""

@@ -1,0 +1,134 @@
+"""Scores of a folder of predictions, and the table beside the paper's numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from datamodules.jsonl import read_jsonl
+from lightning_modules.egobench.judge import JudgeConfig, judge
+from lightning_modules.egobench.published import AVERAGED, MARKS, PAPER, Reported
+from lightning_modules.egobench.scores import Header, Placed, Score, score_placed
+from lightning_modules.report import markdown_table
+
+AVERAGE = ("average", "mean of the ten")
+NO_JUDGE = JudgeConfig()
+
+
+def score_folder(folder: Path, config: JudgeConfig = NO_JUDGE) -> list[Score]:
+    """Score all of ``<folder>/predictions``, and write ``<folder>/metrics.json`` and ``<folder>/results.md``.
+
+    Args:
+        folder: has a folder ``predictions`` with files as ``lightning_modules.egobench.scores`` describes them.
+        config: who judges open answers.
+
+    Raises:
+        ValueError: nothing is there, or something in it cannot be read; names file, line, field and what to do.
+    """
+    predictions = folder / "predictions"
+    headers = sorted(predictions.glob("*.header.json"))
+    if not headers:
+        raise ValueError(f"{predictions}: holds no <benchmark>.header.json: evaluate a benchmark first")
+    scores = [number for file in headers for number in _score_file(file, config)]
+    content = [asdict(number) for number in scores]
+    (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(table({"ours": scores}) + "\n", encoding="utf-8")
+    return scores
+
+
+def read_scores(folder: Path) -> list[Score]:
+    """What ``score_folder`` wrote.
+
+    Raises:
+        ValueError: the folder was not scored, or not by this version.
+    """
+    file = folder / "metrics.json"
+    try:
+        return [Score(**entry) for entry in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, AttributeError):
+        names = ", ".join(known.name for known in fields(Score))
+        raise ValueError(f"{file}: holds no list of scores ({names}): score the folder first") from None
+
+
+def table(columns: Mapping[str, Sequence[Score]], paper: bool = True) -> str:
+    """Markdown table of several models or stages side by side, in per cent (scores of judges in points).
+
+    A row for each benchmark and metric, a partial one under its own name, so that it never stands beside the number of
+    all items. Behind each model its standard error. The mean of the paper's ten numbers is shown for models that have
+    all ten of all items.
+
+    Args:
+        columns: title of a model to its scores.
+        paper: whether to show the paper's numbers and its average; not beside numbers of invented benchmarks.
+    """
+    found = {title: {(s.benchmark, s.metric): s for s in scores} for title, scores in columns.items()}
+    keys = dict.fromkeys(key for scores in found.values() for key in scores)
+    reported = {key: number for key, number in PAPER.items() if paper and key[0] in {name for name, _ in keys}}
+    order = list(dict.fromkeys(name for name, _ in keys))
+    rows = [["benchmark", "metric", *_pairs(columns), *(["paper"] if paper else []), "chance", "n of N"]]
+    for key in sorted(dict.fromkeys([*keys, *reported]), key=lambda key: order.index(key[0])):
+        numbers = [scores.get(key) for scores in found.values()]
+        known = [number for number in numbers if number is not None]
+        cells = [cell for number in numbers for cell in _cells(number)]
+        cells += [_reported(reported.get(key))] if paper else []
+        chance = dict.fromkeys(_shown(number.chance, number.unit) for number in known)
+        counts = dict.fromkeys(f"{number.n} of {'?' if number.total is None else number.total}" for number in known)
+        rows.append([*key, *cells, " / ".join(filter(None, chance)), " / ".join(counts)])
+    means = [_mean(scores) for scores in found.values()]
+    if any(means):
+        cells = [cell for mean in means for cell in (mean, "")]
+        whole = [f"{sum(PAPER[key].value for key in AVERAGED) / len(AVERAGED):.1f}"] if paper else []
+        rows.append([*AVERAGE, *cells, *whole, "", ""])
+    notes = [f"{mark} {MARKS[mark]}." for mark in dict.fromkeys(n.mark for n in reported.values() if n.mark)]
+    return "\n\n".join([markdown_table(rows, left=2), *notes])
+
+
+def _score_file(file: Path, config: JudgeConfig) -> list[Score]:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: malformed JSON ({error}): evaluate the benchmark again") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(record).__name__}: evaluate the benchmark again")
+    header = Header.read(record, str(file))
+    name = file.name.removesuffix(".header.json")
+    if header.benchmark != name:
+        raise ValueError(f"{file}: field 'benchmark' is {header.benchmark!r}, expected {name!r} as in the file's name")
+    rows, texts = (file.with_name(f"{name}{ending}") for ending in (".jsonl", ".texts.jsonl"))
+    if not rows.is_file():  # its evaluation has begun, but not ended
+        return [header.asked(0)]
+    scores = score_placed(header, read_jsonl(rows), list(read_jsonl(texts)) if texts.is_file() else [])
+    if header.task == "open" and config.kind != "none":
+        placed: list[Placed] = list(read_jsonl(rows))
+        scores += judge(header, placed, file.parent, config)
+    return scores
+
+
+def _pairs(columns: Mapping[str, Any]) -> Iterator[str]:
+    for title in columns:
+        yield from (title, "±")
+
+
+def _cells(number: Score | None) -> tuple[str, str]:
+    if number is None:
+        return "", ""
+    return _shown(number.value, number.unit), _shown(number.standard_error, number.unit)
+
+
+def _shown(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f}" if unit == "share" else f"{value:.2f}"
+
+
+def _reported(number: Reported | None) -> str:
+    return "" if number is None else f"{number.value:.1f}{number.mark}"
+
+
+def _mean(scores: Mapping[tuple[str, str], Score]) -> str:
+    if any(key not in scores for key in AVERAGED):
+        return ""
+    return _shown(sum(scores[key].value for key in AVERAGED) / len(AVERAGED), "share")
