@@ -11,7 +11,8 @@ from datamodules.toy_world.release import Settings, generate
 @pytest.fixture(scope="session")
 def toy_settings():
     """A generated world small enough for tests; the nine training takes hold every planted defect."""
-    return Settings(train_takes=9, val_takes=2, initialisation_takes=6, practice_takes=4, frame_counter=True)
+    counts = {"train_takes": 9, "val_takes": 2, "initialisation_takes": 6, "practice_takes": 4, "benchmark_takes": 3}
+    return Settings(**counts, frame_counter=True)
 
 
 @pytest.fixture(scope="session")

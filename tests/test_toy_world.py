@@ -34,7 +34,7 @@ from datamodules.toy_world.render import ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, SHAKE_M, VERBS, simulate
 
 FPS = 8
-SMALL = Settings(train_takes=2, val_takes=1, initialisation_takes=2, practice_takes=1, size=32)
+SMALL = Settings(train_takes=2, val_takes=1, initialisation_takes=2, practice_takes=1, benchmark_takes=1, size=32)
 NARRATION = re.compile(
     r"(?:C|Camera-wearer) (?P<verb>.+?) the (?P<colour>\w+) (?P<object>\w+) with the (?P<hand>\w+) hand\."
 )
@@ -45,7 +45,9 @@ def contents(root):
 
 
 def videos(root):
-    return {name: value for name, value in contents(root).items() if name.endswith(".mp4")}
+    """Those that are trained on or held out; benchmarks have the same takes under names of their own."""
+    found = {name: value for name, value in contents(root).items() if name.endswith(".mp4")}
+    return {name: value for name, value in found.items() if not name.startswith("egobench/")}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -92,7 +94,8 @@ def test_another_seed_is_another_world(small_world, tmp_path):
         assert first[name] != second[name]
     same = [name for name in first if first[name] == second.get(name)]
     labels = {f"official/egtea/{name}_idx.txt" for name in ("action", "noun", "verb")}
-    assert {name for name in same if name.split("/")[0] not in ("tokenizer", "templates")} == labels
+    assert {name for name in same if name.split("/")[0] not in ("tokenizer", "templates", "egobench")} == labels
+    assert not [name for name in same if name.startswith("egobench/") and name.endswith(("mp4", "MP4"))]
 
 
 def test_no_two_videos_of_a_world_are_equal(toy_world):
@@ -165,7 +168,18 @@ def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path, toy_worl
 
 
 def test_the_command_keeps_a_world_that_is_there(monkeypatch, capsys, toy_world):
-    counts = ("--train-takes", 9, "--val-takes", 2, "--initialisation-takes", 6, "--practice-takes", 4)
+    counts = (
+        "--train-takes",
+        9,
+        "--val-takes",
+        2,
+        "--initialisation-takes",
+        6,
+        "--practice-takes",
+        4,
+        "--benchmark-takes",
+        3,
+    )
     assert run(monkeypatch, "--root", toy_world, *counts, "--frame-counter") == 0
     assert capsys.readouterr().out == f"{toy_world}: already there\n"
 
@@ -402,8 +416,21 @@ def truth_of(take, action):
     return {**questions.parts(take, action), "caption": questions.caption(take, action)}
 
 
+LETTERED = re.compile(r"(?P<question>[^\n]+)\nOptions:\n(?P<options>(?:\([A-E]\) [^\n]+(?:\n|$))+)")
+
+
 def assert_true(question, answer, take, action):
-    """An answer agrees with the simulated action; the kind of the question."""
+    """An answer agrees with the simulated action, and its letter with its text; the kind of the question."""
+    if asked := LETTERED.fullmatch(question):
+        options = asked["options"].splitlines()
+        assert [option[:4] for option in options] == [f"({letter}) " for letter in "ABCDE"[: len(options)]]
+        assert answer in options
+        assert len(set(options)) == len(options) in (4, 5)
+        question, answer = asked["question"], answer[4:]
+        if question == questions.ACTION_QUESTION:
+            assert answer == questions.phrase(action.verb, take.things[action.thing], action.hand)
+            return "lettered action"
+        return f"lettered {assert_true(question, answer, take, action)}"
     kind = {text: kind for kind, text in questions.QUESTIONS.items()}.get(question, "check")
     kind = "caption" if question == questions.CAPTION_INSTRUCTION else kind
     if kind == "check":
@@ -425,7 +452,22 @@ def test_conversations_tell_the_truth_about_a_window_in_the_video(toy_world):
         assert values[0].startswith("<video>\n")
         for question, answer in zip(values[::2], values[1::2], strict=True):
             asked.add(assert_true(question.removeprefix("<video>\n"), answer, take, action))
-    assert asked == {*questions.QUESTIONS, "caption"}
+    letters = {kind for kind in asked if kind.startswith("lettered ")}
+    assert asked - letters == {*questions.QUESTIONS, "caption"}
+    assert letters
+
+
+@pytest.mark.parametrize("preset", ["easy", "hard"])
+def test_lettered_answers_are_true_and_every_letter_is_as_likely(preset):
+    kinds, given = set(), {4: [], 5: []}
+    for take, action, rng in actions(preset, 200):
+        question, answer = questions.lettered_turn(take, action, rng)
+        kinds.add(assert_true(question, answer, take, action))
+        given[question.count("\n") - 1].append("ABCDE".index(answer[1]))
+    assert kinds == {f"lettered {kind}" for kind in ("verb", "object", "colour", "action")}
+    for count, places in given.items():
+        shares = np.bincount(places, minlength=count) / len(places)
+        assert shares == pytest.approx(1 / count, abs=0.06)
 
 
 @pytest.fixture(scope="module")
@@ -489,8 +531,12 @@ def test_the_official_files_have_the_oddities_of_the_real_ones(toy_world):
 def test_the_worlds_templates_are_in_its_words_and_the_first_asks_as_held_out_clips_are_asked(toy_world, toy_tokenizer):
     templates, tokenizer = Templates(toy_world / "templates"), load_tokenizer(str(toy_tokenizer))
     question = questions.QUESTIONS["hand"]
-    for task, base in (("qa", question), ("description", questions.CAPTION_INSTRUCTION), ("action", None)):
-        made = Wording(task, "x", question if task == "qa" else "", (), "left")
+    choices = ("right", "left", "both", "neither")
+    lettered = questions.lettered(question, choices)
+    banks = {"qa": question, "description": questions.CAPTION_INSTRUCTION, "action": None, "mcq": lettered}
+    for task, base in banks.items():
+        made = Wording(task, "x", question if task in ("qa", "mcq") else "", choices if task == "mcq" else (), "left")
+        assert task != "mcq" or templates.turn(made, "base", 0)[1] == "(B) left"
         assert base is None or templates.turn(made, "base", 0)[0] == base
         for level in LEVELS:
             texts = [templates.turn(made, level, number)[0] for number in range(10)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.ego_exo4d import camera_wearer_text
-from datamodules.toy_world.scene import COLOURS, HANDS, KINDS, VERBS, Action, Take, Thing, sentence
+from datamodules.egoit.templates import letter
+from datamodules.toy_world.scene import COLOURS, HANDS, KINDS, VERBS, Action, Take, Thing, World, sentence
 
 CAPTION_INSTRUCTION = "Describe the video."
 QUESTIONS = {
@@ -24,6 +25,7 @@ QUESTIONS = {
     "check": "Does the camera-wearer use the {thing}?",
 }
 ACTION_QUESTION = "What does the camera-wearer do with the object?"
+LETTERED = 0.25  # of the clips of stage 0 are asked a question with lettered options, too
 _FRAMES = (
     "{}",
     "What? {}",
@@ -40,9 +42,31 @@ _TEMPLATES = {
     "qa": ("phrase", "{question}", "use the object. the colour. the hand. yes. no."),
     "description": ("sentence", CAPTION_INSTRUCTION, "use the object with the colour with the hand."),
     "action": ("phrase", ACTION_QUESTION, "use the colour with the object."),
+    "mcq": ("letter", "{question}\nOptions:\n{options}", "use the option with the object."),
 }
 """Of each task: the form of its answers, what is asked, and what level ``task`` adds."""
 _EGO = "the video is with the camera-wearer."
+BENCHMARK_PROMPTS = {
+    "prefill": "(",
+    "choice": {
+        "base": "{question}\nOptions:\n{options}",
+        "task": "use the video. {question}\nOptions:\n{options}",
+        "ego": f"{_EGO} use the video. {{question}}\nOptions:\n{{options}}",
+    },
+    "open": {
+        "base": "{question}",
+        "task": "use the video. {question}",
+        "ego": f"{_EGO} use the video. {{question}}",
+    },
+}
+"""How benchmarks ask: with options or for words, at three levels, and how the answer to a choice begins."""
+_PUNCTUATION = r"[.,?:()]"
+_MARKS = re.compile(rf"{_PUNCTUATION}|[^\s.,?:()]+")  # words and marks
+_MORE_TEXTS = (  # what else is asked with, and answered
+    "(A B C D E): Options option Best answer is In",
+    "both neither maybe partly",
+    "first, last, then and next before after that uses is",
+)
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ ' [INST] ' + message['content'] + ' [/INST] ' }}"
@@ -51,10 +75,8 @@ CHAT_TEMPLATE = (
 
 
 def caption(take: Take, action: Action) -> str:
-    """The training text of a narration, by the rule that also rewrites a real release's narrations."""
-    text = camera_wearer_text(take.narration(action))
-    assert text is not None
-    return text
+    """The training text of an action's narration."""
+    return full_caption(action.verb, take.things[action.thing], action.hand)
 
 
 def parts(take: Take, action: Action) -> dict[str, str]:
@@ -73,22 +95,67 @@ def answers(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[
     return [*rows, ("check", QUESTIONS["check"].format(thing=asked.phrase), "yes" if yes else "no")]
 
 
-def options(take: Take, action: Action, rng: np.random.Generator) -> tuple[list[str], int]:
-    """Four captions: the true one, another verb, another object, both; shuffled, with the true index."""
+def phrase(verb: str, thing: Thing, hand: str) -> str:
+    """What is done with what, without who does it and the hand."""
+    return f"{verb} the {thing.phrase}"
+
+
+def vocabulary(world: World) -> dict[str, list[str]]:
+    """Answers to each kind of question in a world."""
+    kinds, colours = list(KINDS[: world.kinds]), list(COLOURS)[: world.colours]
+    return {"verb": list(VERBS), "object": kinds, "colour": colours, "hand": list(HANDS), "check": ["yes", "no"]}
+
+
+def full_caption(verb: str, thing: Thing, hand: str) -> str:
+    """The training text of a narration, by the rule that also rewrites a real release's narrations."""
+    text = camera_wearer_text(sentence(verb, thing, hand))
+    assert text is not None
+    return text
+
+
+def options(
+    take: Take, action: Action, rng: np.random.Generator, worded: Callable[[str, Thing, str], str] = full_caption
+) -> tuple[list[str], int]:
+    """Four texts: the true one, another verb, another object, both; shuffled, with the true index."""
     used = take.things[action.thing]
     verb = str(rng.choice([v for v in VERBS if v != action.verb]))
     other = _pick(_mistakable(take, used), rng)
     candidates = [(action.verb, used), (verb, used), (action.verb, other), (verb, other)]
     order = rng.permutation(4)
-    texts = [camera_wearer_text(sentence(v, thing, action.hand)) for v, thing in (candidates[i] for i in order)]
-    return [str(t) for t in texts], int(np.argmin(order))
+    texts = [worded(v, thing, action.hand) for v, thing in (candidates[i] for i in order)]
+    return texts, int(np.argmin(order))
+
+
+def lettered(question: str, choices: Sequence[str]) -> str:
+    """A question with its options, as the world's templates write it."""
+    return "\n".join([question, "Options:", *(f"({letter(index)}) {text}" for index, text in enumerate(choices))])
+
+
+def lettered_turn(take: Take, action: Action, rng: np.random.Generator) -> tuple[str, str]:
+    """A question with four or five lettered options, and the answer with its letter; every letter is as likely."""
+    kind = str(rng.choice(["verb", "object", "colour", "action"]))
+    if kind == "action":
+        question, (choices, true) = ACTION_QUESTION, options(take, action, rng, phrase)
+    else:
+        question, truth = QUESTIONS[kind], parts(take, action)[kind]
+        others = [text for text in vocabulary(take.world)[kind] if text != truth]
+        count = min(int(rng.integers(4, 6)), len(others) + 1)
+        texts = [truth, *(others[i] for i in rng.permutation(len(others))[: count - 1])]
+        order = rng.permutation(count)
+        choices, true = [texts[i] for i in order], int(np.argmin(order))
+    return lettered(question, choices), f"({letter(true)}) {choices[true]}"
 
 
 def conversation(take: Take, action: Action, rng: np.random.Generator, with_caption: float) -> list[dict[str, str]]:
-    """Four turns about one clip in random order; the caption is among them with probability ``with_caption``."""
+    """Four turns about one clip in random order, and for some clips a fifth that is answered with a letter.
+
+    The caption is among the four with probability ``with_caption``.
+    """
     asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
     captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
     turns = captions + [asked[i] for i in rng.permutation(len(asked))[: 4 - len(captions)]]
+    if rng.random() < LETTERED:
+        turns.append(lettered_turn(take, action, rng))
     shuffled = [turns[i] for i in rng.permutation(len(turns))]
     return [
         {"from": speaker, "value": ("<video>\n" if index == 0 and speaker == "human" else "") + value}
@@ -116,29 +183,40 @@ def held_out_questions(take: Take, action: Action, rng: np.random.Generator) -> 
 
 
 def write_templates(folder: Path) -> None:
-    """Template banks in the world's few words, for ``egoit.templates``; the first wording asks as held-out ones do."""
+    """Template banks in the world's few words, for ``egoit.templates``, and ``BENCHMARK_PROMPTS`` as egobench.yaml.
+
+    The first wording of a bank asks as held-out questions do.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for task, (answer, asked, more) in _TEMPLATES.items():
         bases = [frame.format(asked) for frame in _FRAMES]
         entries = [{"id": number, "base": base, "task": more, "ego": _EGO} for number, base in enumerate(bases)]
         bank = {"answer": answer, "order": ["ego", "task", "base"], "default": entries}
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(bank, sort_keys=False))
+    (folder / "egobench.yaml").write_text(yaml.safe_dump(BENCHMARK_PROMPTS, sort_keys=False))
 
 
 def write_tokenizer(folder: Path) -> None:
     """A word-level tokenizer of the world's language, loadable by ``AutoTokenizer``."""
     things = [Thing(kind, colour) for kind in KINDS for colour in COLOURS]
-    texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}"]
-    texts += [str(camera_wearer_text(sentence(v, t, h))) for v in VERBS for t in things for h in HANDS]
-    words = sorted({word for text in texts for word in _words(text.replace("{thing}", ""))})
+    texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}", *_MORE_TEXTS]
+    texts += [full_caption(v, t, h) for v in VERBS for t in things for h in HANDS]
+    words = sorted({word for text in texts for word in _MARKS.findall(text.replace("{thing}", ""))})
     specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     vocabulary = {word: index for index, word in enumerate(specials + words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[.,?]"), "isolated")]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(_PUNCTUATION), "isolated")]
     )
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    joined = [("( ", "("), (" )", ")"), (" :", ":")]
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.WordPiece(prefix="##", cleanup=True),
+            decoders.Fuse(),
+            *(decoders.Replace(apart, together) for apart, together in joined),
+        ]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -149,10 +227,6 @@ def write_tokenizer(folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
     )
     fast.save_pretrained(folder)
-
-
-def _words(text: str) -> Iterable[str]:
-    return re.findall(r"[.,?]|[^\s.,?]+", text)
 
 
 def _mistakable(take: Take, used: Thing) -> list[Thing]:

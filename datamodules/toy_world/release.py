@@ -9,7 +9,8 @@
       practice/<session>.mp4                     stage 3: egocentric takes
       official/{egtea,egotimeqa,egoexolearn}/    what is said about them, in the form of these data sets' own files
       instructions/{initialisation,held_out,egtea,egotimeqa,egoexolearn}.jsonl    the last three converted from these
-      templates/                                 banks of wordings in the world's language
+      egobench/<benchmark>/                      eight benchmarks about takes of their own, see ``benchmarks.py``
+      templates/                                 banks of wordings in the world's language, and those of benchmarks
       ego_exo_clip/                              index of the release's training pairs, as for a real release
       tokenizer/
       world.json                                 settings of this world; written with the rest or not at all
@@ -28,7 +29,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,11 +42,13 @@ from datamodules.egoit.source import InstructionSource, convert
 from datamodules.egoit.templates import Templates
 from datamodules.pair_index import Take as NarratedTake
 from datamodules.toy_world import questions
+from datamodules.toy_world.benchmarks import write_benchmarks
 from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
-from datamodules.toy_world.scene import COLOURS, HANDS, KINDS, PRESETS, VERBS, Action, Take, World, simulate
+from datamodules.toy_world.scene import COLOURS, KINDS, PRESETS, VERBS, Action, Take, World, simulate
+from datamodules.toy_world.video import encode
 
-FORMAT = 3
-SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000}
+FORMAT = 4
+SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000, "benchmark": 400_000}
 CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initialisation and practice takes show
 
 
@@ -60,6 +62,7 @@ class Settings:
         train_takes, val_takes: takes of the release, filmed by the glasses and two to four cameras.
         initialisation_takes: takes of stage 0, filmed by one exocentric camera; one in 25 by the glasses.
         practice_takes: takes of stage 3, filmed by the glasses.
+        benchmark_takes: takes that all benchmarks ask about, filmed by the glasses.
         size: short side of every picture in pixels.
         frame_counter: paint the frame number into every picture (for tests).
     """
@@ -70,6 +73,7 @@ class Settings:
     val_takes: int = 50
     initialisation_takes: int = 600
     practice_takes: int = 160
+    benchmark_takes: int = 60
     size: int = 64
     frame_counter: bool = False
 
@@ -77,7 +81,7 @@ class Settings:
         """Refuse impossible settings."""
         if self.preset not in PRESETS:
             raise ValueError(f"preset: got {self.preset!r}, allowed: {', '.join(PRESETS)}")
-        for name in ("train_takes", "val_takes", "initialisation_takes", "practice_takes"):
+        for name in ("train_takes", "val_takes", "initialisation_takes", "practice_takes", "benchmark_takes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, allowed: 1 or more")
         if self.size % 16 or self.size < 32:
@@ -117,6 +121,9 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
     _write_release(partial_root, settings, workers)
     _write_conversations(partial_root, settings, workers)
     _write_practice(partial_root, settings, workers)
+    seeds = [SEEDS["benchmark"] + settings.seed * 1_000_000 + index for index in range(settings.benchmark_takes)]
+    counter = settings.frame_counter
+    write_benchmarks(partial_root / "egobench", settings.world, seeds, settings.size, counter, workers)
     index = build_index(EgoExo4D(partial_root), partial_root / "ego_exo_clip", probe_workers=workers)
     _write_held_out(partial_root, settings, index["alpha"])
     questions.write_tokenizer(partial_root / "tokenizer")
@@ -169,23 +176,8 @@ def _film(job: _Job, root: Path, settings: Settings) -> int:
         frames: Iterable[NDArray[np.uint8]] = render(take, camera, not name.startswith("aria"), settings.frame_counter)
         if name == job.short:
             frames = list(frames)[:-1]
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        _encode(root / path, frames, camera, settings.world.fps, job.far_keys)
+        encode(root / path, frames, camera, settings.world.fps, job.far_keys)
     return take.num_frames
-
-
-def _encode(path: Path, frames: Iterable[NDArray[np.uint8]], camera: Camera, fps: int, far_keys: bool) -> None:
-    """H.264 yuv420p, a key frame a second; ``far_keys``: every 250 frames with B-frames, as plain ffmpeg would."""
-    options = {"preset": "ultrafast", "crf": "20", "g": str(fps), "bf": "0"}
-    if far_keys:
-        options = {"preset": "medium", "crf": "20", "g": "250", "sc_threshold": "0"}
-        options["x264-params"] = "no-mbtree=1"  # with AVX-512, x264's macroblock tree differs from one time to the next
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt, stream.thread_count = camera.width, camera.height, "yuv420p", 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
 
 
 def _film_all(jobs: list[_Job], root: Path, settings: Settings, workers: int, what: str) -> list[int]:
@@ -360,7 +352,7 @@ def _write_practice(root: Path, settings: Settings, workers: int) -> None:
     templates = Templates(root / "templates")
     sources: list[InstructionSource] = [
         Egtea(official / "egtea", videos="practice", untrimmed=True),
-        EgoTimeQA(official / "egotimeqa", videos="practice"),
+        EgoTimeQA(official / "egotimeqa", form="mixed", videos="practice"),
         EgoExoLearn(official / "egoexolearn", text="hand", videos="practice"),
     ]
     for source in sources:
@@ -393,15 +385,15 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
     """``annotations.EgoTimeQA.json``; the moments' frames are divided by their mean length, as the authors' are."""
     shown = {session: [_shown_s(action) for action in take.actions] for session, take in takes.items()}
     mean_s = float(np.mean([end_s - start_s for spans in shown.values() for start_s, end_s in spans]))
-    others = {"verb": list(VERBS), "object": list(KINDS), "colour": list(COLOURS)}
-    others |= {"hand": [*HANDS, "both", "neither"], "check": ["yes", "no", "maybe", "partly"]}
+    more = {"hand": ["both", "neither"], "check": ["maybe", "partly"]}
     rows = []
     for number, (session, take) in enumerate(takes.items()):
         rng = np.random.default_rng([number, 6])
         for action, (start_s, end_s) in zip(take.actions, shown[session], strict=True):
             middle, half = QUESTION_FPS * (start_s + end_s) / 2, QUESTION_FPS * (end_s - start_s) / mean_s / 2
             for kind, question, answer in questions.answers(take, action, rng):
-                wrong = [text for text in others[kind] if text != answer]
+                texts = questions.vocabulary(take.world)[kind] + more.get(kind, [])
+                wrong = [text for text in texts if text != answer]
                 rows.append(
                     {
                         "video_id": session,
