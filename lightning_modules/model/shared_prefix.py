@@ -1,0 +1,199 @@
+"""Many continuations of one text with video, each as if it stood there alone: the video is read once.
+
+Letters: ``P`` positions of the prefix, ``R`` rows, ``L`` tokens of one pass, ``D`` width, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lightning_modules.model.language_model import LanguageModel
+
+Row = tuple[int, ...]
+TOKENS_A_PASS = 1024
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Rows of tokens as one tree, in which a common beginning is there once.
+
+    A row has a state before each of its tokens and one after the last; 0 is that of the prefix, n + 1 of the tree's
+    token n.
+
+    Attributes:
+        tokens: int64 [L], parents before children.
+        depth: int64 [L], tokens of the row before this one.
+        visible: bool [L, L], which tokens of the tree each one attends to: those of its own row, up to itself.
+        rows: int64 [M], numbers of the rows.
+        ends: int64 [M], state after the last token of each of them.
+        scored_rows, scored_states, scored_tokens: int64 [S], of each of their tokens: row, state before it, itself.
+    """
+
+    tokens: Tensor
+    depth: Tensor
+    visible: Tensor
+    rows: Tensor
+    ends: Tensor
+    scored_rows: Tensor
+    scored_states: Tensor
+    scored_tokens: Tensor
+
+
+@lru_cache(maxsize=4)
+def _passes(rows: tuple[Row, ...], scored: bool, tokens_a_pass: int) -> tuple[_Pass, ...]:
+    """Trees of at most so many tokens, unless a single row is longer; neighbours in the alphabet share most.
+
+    Args:
+        rows: to be laid out.
+        scored: leave each row's last token out of the tree, since nothing follows it.
+        tokens_a_pass: limit of a tree.
+    """
+    made: list[_Pass] = []
+    nodes: dict[Row, int] = {(): -1}
+    members: list[int] = []
+
+    def close() -> None:
+        beginnings = [beginning for beginning in nodes if beginning]
+        visible = torch.zeros(len(beginnings), len(beginnings), dtype=torch.bool)
+        for number, beginning in enumerate(beginnings):
+            if len(beginning) > 1:
+                visible[number] = visible[nodes[beginning[:-1]]]
+            visible[number, number] = True
+        steps = [(m, nodes[rows[m][:n]] + 1, rows[m][n]) for m in members for n in range(len(rows[m]) if scored else 0)]
+        ends = [nodes[rows[m][:-1] if scored else rows[m]] + 1 for m in members]
+        made.append(
+            _Pass(
+                torch.tensor([beginning[-1] for beginning in beginnings], dtype=torch.int64),
+                torch.tensor([len(beginning) - 1 for beginning in beginnings], dtype=torch.int64),
+                visible,
+                torch.tensor(members),
+                torch.tensor(ends),
+                *torch.tensor(steps, dtype=torch.int64).view(-1, 3).unbind(1),
+            )
+        )
+        nodes.clear()
+        nodes[()] = -1
+        members.clear()
+
+    for member in sorted(range(len(rows)), key=rows.__getitem__):
+        row = rows[member][:-1] if scored else rows[member]
+        beginnings = [row[: n + 1] for n in range(len(row))]
+        if members and len(nodes) - 1 + sum(beginning not in nodes for beginning in beginnings) > tokens_a_pass:
+            close()
+        for beginning in beginnings:
+            nodes.setdefault(beginning, len(nodes) - 1)
+        members.append(member)
+    if members:
+        close()
+    return tuple(made)
+
+
+class SharedPrefix:
+    """Keys and values of what the continuations have in common.
+
+    Continuations are exact: each one sees the prefix and itself only, at the positions it would have alone. Several go
+    through the model at once, in one row, by a mask over a tree of their tokens.
+
+    Args:
+        language_model: reads; without sliding window, or with one that nothing here reaches.
+        embeds: float [P, D], P >= 1, see ``LanguageModel.embed``.
+        tokens_a_pass: of continuations that are computed at once.
+    """
+
+    def __init__(self, language_model: LanguageModel, embeds: Tensor, tokens_a_pass: int = TOKENS_A_PASS) -> None:
+        self.language_model, self.tokens_a_pass = language_model, tokens_a_pass
+        self.cache: Any = DynamicCache(config=language_model.causal_lm.config)
+        self.length = 0
+        self.last = embeds.new_empty(0)
+        self._append(embeds)
+
+    @contextmanager
+    def extended(self, ids: Sequence[int]) -> Iterator[SharedPrefix]:
+        """The prefix with more tokens behind it, for as long as the context lasts."""
+        before = self.last
+        if ids:
+            self._append(self._embed(ids))
+        try:
+            yield self
+        finally:
+            self._crop(len(ids))
+            self.last = before
+
+    def log_likelihoods(self, rows: Sequence[Row]) -> Tensor:
+        """Log p of each row of tokens, none of them empty, as the continuation: float32 [R], summed over its tokens."""
+        log_p = torch.zeros(len(rows), device=self.last.device)
+        for part in _passes(tuple(rows), True, self.tokens_a_pass):
+            log_p_next = self._logits(self._states(part)).log_softmax(-1)
+            row, state, token = (t.to(log_p.device) for t in (part.scored_rows, part.scored_states, part.scored_tokens))
+            log_p.index_add_(0, row, log_p_next[state, token])
+        return log_p
+
+    def next_logits(self, rows: Sequence[Row]) -> Tensor:
+        """What would follow each row of tokens, any of which may be empty: float32 [R, V]."""
+        found = self.last.repeat(len(rows), 1)
+        for part in _passes(tuple(rows), False, self.tokens_a_pass):
+            found[part.rows.to(found.device)] = self._states(part)[part.ends.to(found.device)]
+        return self._logits(found)
+
+    def greedy(self, max_new_tokens: int, end: int) -> list[int]:
+        """The most likely token again and again, until ``end``, which is left out, or ``max_new_tokens``."""
+        tokens: list[int] = []
+        before = self.last
+        while len(tokens) < max_new_tokens:
+            token = int(self._logits(self.last).argmax())
+            if token == end:
+                break
+            tokens.append(token)
+            self._append(self._embed([token]))
+        self._crop(len(tokens))
+        self.last = before
+        return tokens
+
+    def _embed(self, ids: Sequence[int]) -> Tensor:
+        return self.language_model.embed(torch.tensor(ids, dtype=torch.int64, device=self.last.device))
+
+    def _append(self, embeds: Tensor) -> None:
+        self.last = self._read(embeds)[-1]
+        self.length += len(embeds)
+
+    def _states(self, part: _Pass) -> Tensor:
+        """The prefix's state and that after each token of a tree: float [1 + L, D]; the cache is as before."""
+        count, device = len(part.tokens), self.last.device
+        if not count:
+            return self.last[None]
+        prefix = torch.ones(count, self.length, dtype=torch.bool)
+        visible = torch.cat([prefix, part.visible], dim=1)[None, None].to(device)
+        states = self._read(
+            self.language_model.embed(part.tokens.to(device)),
+            attention_mask=visible,
+            position_ids=(self.length + part.depth)[None].to(device),
+        )
+        self._crop_cache(count)
+        return torch.cat([self.last[None], states])
+
+    def _read(self, embeds: Tensor, **how: Tensor) -> Tensor:
+        outputs = self.language_model.causal_lm.get_decoder()(
+            inputs_embeds=embeds[None], past_key_values=self.cache, use_cache=True, **how
+        )
+        hidden: Tensor = outputs.last_hidden_state
+        return hidden[0]
+
+    def _crop(self, count: int) -> None:
+        self._crop_cache(count)
+        self.length -= count
+
+    def _crop_cache(self, count: int) -> None:
+        if count:
+            self.cache.crop(-count)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits: Tensor = self.language_model.causal_lm.get_output_embeddings()(states)
+        return logits.float()

@@ -1,0 +1,85 @@
+"""Continuations that share a prefix, against each of them alone."""
+
+import pytest
+import torch
+from test_language_model import EOS, OVERRIDES, build, spliced_row, visual_tokens
+
+from lightning_modules.model.language_model import VIDEO_TOKEN_ID as V
+from lightning_modules.model.lora import LoRAConfig, add_lora
+from lightning_modules.model.shared_prefix import SharedPrefix, _passes
+
+PROMPT = [1, V, 5, 6]
+ROWS = [(7, 8, EOS), (7, 8, 9, EOS), (10, EOS), (EOS,), (7, 8, EOS), (11, 12, 13, 14, 15, EOS), (7, 9, EOS)]
+
+
+def embeds(model, ids=PROMPT):
+    return spliced_row(model, ids, visual_tokens(1)[0])
+
+
+def alone(model, row):
+    """Log p of a row by a forward pass of its own, without any cache."""
+    prompt = embeds(model)
+    logits = model.causal_lm(inputs_embeds=torch.cat([prompt, model.embed(torch.tensor(row))])[None]).logits[0]
+    log_p = logits.log_softmax(-1)
+    return sum(log_p[len(prompt) - 1 + n, token] for n, token in enumerate(row))
+
+
+@pytest.fixture(params=list(OVERRIDES))
+def model(request):
+    with torch.no_grad():
+        yield build(request.param)
+
+
+@pytest.mark.parametrize("tokens_a_pass", [1, 7, 23])
+def test_packed_scores_equal_those_of_each_row_alone(model, tokens_a_pass):
+    prefix = SharedPrefix(model, embeds(model), tokens_a_pass)
+    expected = torch.stack([alone(model, row) for row in ROWS])
+    for _ in range(2):  # the first call leaves the prefix as it was
+        torch.testing.assert_close(prefix.log_likelihoods(ROWS), expected, atol=1e-5, rtol=0)
+
+
+def test_packed_scores_with_adapters_equal_those_of_each_row_alone(model):
+    add_lora(model.causal_lm, LoRAConfig(rank=4, alpha=8, dropout=0.5))
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter)
+    model.eval()
+    expected = torch.stack([alone(model, row) for row in ROWS])
+    torch.testing.assert_close(SharedPrefix(model, embeds(model)).log_likelihoods(ROWS), expected, atol=1e-5, rtol=0)
+
+
+def test_next_logits_equal_a_full_forward(model):
+    prefix = SharedPrefix(model, embeds(model), tokens_a_pass=4)
+    rows = [(), (7, 8), (7,), (9, 9, 9, 9, 9), ()]
+    for row, logits in zip(rows, prefix.next_logits(rows), strict=True):
+        full = model.causal_lm(inputs_embeds=embeds(model, [*PROMPT, *row])[None]).logits[0, -1]
+        torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
+
+
+def test_an_extended_prefix_scores_as_a_longer_one_and_is_short_again_afterwards(model):
+    prefix = SharedPrefix(model, embeds(model))
+    before = prefix.log_likelihoods(ROWS)
+    with prefix.extended([16, 17]):
+        longer = SharedPrefix(model, embeds(model, [*PROMPT, 16, 17])).log_likelihoods(ROWS)
+        torch.testing.assert_close(prefix.log_likelihoods(ROWS), longer, atol=1e-5, rtol=0)
+        assert not torch.allclose(longer, before, atol=1e-2)
+    torch.testing.assert_close(prefix.log_likelihoods(ROWS), before, atol=1e-5, rtol=0)
+
+
+def test_greedy_answers_equal_those_of_transformers(model):
+    ids, mask = torch.tensor([PROMPT]), torch.ones(1, len(PROMPT), dtype=torch.bool)
+    (full,) = model.generate(ids, mask, visual_tokens(1), 12, eos_token_id=-1, pad_token_id=0)
+    prefix = SharedPrefix(model, embeds(model))
+    before = prefix.log_likelihoods(ROWS)
+    assert prefix.greedy(12, end=-1) == full
+    assert prefix.greedy(12, end=full[4]) == full[: full.index(full[4])]
+    torch.testing.assert_close(prefix.log_likelihoods(ROWS), before, atol=1e-5, rtol=0)
+
+
+def test_common_beginnings_are_computed_once():
+    (tree,) = _passes(tuple(ROWS), True, 100)
+    assert sorted(tree.tokens.tolist()) == [7, 8, 9, 9, 10, 11, 12, 13, 14, 15]  # last tokens need no state
+    for limit in (1, 3, 6):
+        parts = _passes(tuple(ROWS), True, limit)
+        assert sorted(torch.cat([part.rows for part in parts]).tolist()) == list(range(len(ROWS)))
+        assert all(len(part.tokens) <= limit or len(part.rows) == 1 for part in parts)
