@@ -134,3 +134,80 @@ class QuestionBatch(_Movable):
     option_clip: Tensor
     ego_video: Tensor | None = None
     exo_video: Tensor | None = None
+
+
+Row = tuple[int, ...]
+"""Token ids that stand behind the clip."""
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Which letter comes next, by the log-probabilities of the letters alone.
+
+    Attributes:
+        contexts: a row for each order of the options.
+        letters: for each of them the letters' tokens, in the order of the alphabet.
+    """
+
+    contexts: tuple[Row, ...]
+    letters: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """How likely each of some answers is, by its mean log-likelihood per token.
+
+    Attributes:
+        context: stands before each of them.
+        answers: with their end tokens.
+        blind: without the clip's tokens, which tells what is likely whatever is seen.
+    """
+
+    context: Row
+    answers: tuple[Row, ...]
+    blind: bool = False
+
+
+@dataclass(frozen=True)
+class Say:
+    """What the model answers, greedily.
+
+    Attributes:
+        context: what it answers to.
+        max_new_tokens: longest answer.
+    """
+
+    context: Row
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted to know about a clip for one item of a benchmark.
+
+    Attributes:
+        item: its name; "" for what holds for all items.
+        clip: number of the clip among the item's.
+        asks: by the name of the field that the answer goes to.
+    """
+
+    item: str
+    clip: int
+    asks: dict[str, Letters | Rank | Say]
+
+
+@dataclass
+class Exam(_Movable):
+    """One clip and all that is asked about it.
+
+    Attributes:
+        lead: tokens in front of the clip.
+        requests: answered one by one.
+        video: uint8 [1, T, S, S, 3]; None without a clip, or if it cannot be read.
+        problem: why it cannot be read; "" if it can.
+    """
+
+    lead: Row
+    requests: list[Request]
+    video: Tensor | None = None
+    problem: str = ""

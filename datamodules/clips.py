@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Question, QuestionBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Exam, Question, QuestionBatch
 from datamodules.clip_stream import ClipDecodeError, ClipReader, Fit, read_views
 from datamodules.jsonl import read_jsonl, require, seconds
 from datamodules.text import CHAT, EncodedText, PromptConfig, TextEncoder, UnusableText
@@ -410,6 +410,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         self.max_skipped_share, self.decode_timeout_s = max_skipped_share, decode_timeout_s
         self.encoder = TextEncoder(tokenizer, max_text_tokens, prompt)
         self.train_set: ClipTextDataset | None = None
+        self.exams: list[Dataset[Exam]] = []  # of benchmarks that are asked whenever held-out clips are
         # There may be fewer held-out clips than ranks.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -517,24 +518,29 @@ class ClipDataModule(L.LightningDataModule, ABC):
         """For a batch; files are bounded by themselves: this is for all else, and must not come before."""
         return 300 + self.decode_timeout_s * clips
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Held-out questions in a fixed order, the share of this rank."""
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """Held-out questions, then exams of each benchmark."""
+        return [*self.test_dataloader(), *(self._share(exams, list) for exams in self.exams)]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Held-out questions, if there are any."""
         if self.held_out is None:
             return []
-        assert self.trainer is not None, "the Trainer calls this"
         dataset = self.held_out_set()
-        order = np.random.default_rng(0).permutation(len(dataset))  # so that the first batches show many takes
-        mine = order[self.trainer.global_rank :: self.trainer.world_size].tolist()
+        return [self._share(dataset, dataset.collate)]
+
+    def _share(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+        """This rank's share of clips in a fixed order in which the first batches show many takes."""
+        assert self.trainer is not None, "the Trainer calls this"
+        order = np.random.default_rng(0).permutation(len(dataset))  # type: ignore[arg-type]
         return DataLoader(
             dataset,
-            sampler=mine,
+            sampler=order[self.trainer.global_rank :: self.trainer.world_size].tolist(),
             batch_size=HELD_OUT_BATCH,
-            collate_fn=dataset.collate,
+            collate_fn=collate,
             num_workers=self.num_workers,
             timeout=self._longest_wait_s(HELD_OUT_BATCH) if self.num_workers else 0,
         )
-
-    test_dataloader = val_dataloader
 
     def held_out_set(self) -> HeldOutDataset:
         """The held-out clips.

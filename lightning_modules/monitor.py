@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, QuestionBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Exam, QuestionBatch, TextBatch
 
 if TYPE_CHECKING:
     from lightning_modules.stage import Stage
@@ -193,12 +193,12 @@ class SamplePanel(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: QuestionBatch,
+        batch: QuestionBatch | list[Exam],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Write the first batch's first clips."""
-        if batch_idx or not trainer.is_global_zero or not trainer.loggers:
+        if batch_idx or isinstance(batch, list) or not trainer.is_global_zero or not trainer.loggers:
             return
         writer: Any = getattr(trainer.loggers[0], "experiment", None)
         if not isinstance(writer, SummaryWriter):

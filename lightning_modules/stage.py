@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import lightning as L
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batch import IGNORE_INDEX, ClipBatch, QuestionBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, ClipBatch, Exam, QuestionBatch, TextBatch
 from datamodules.clips import ClipConfig
 from datamodules.text import load_tokenizer
+from lightning_modules.egobench.examiner import examine
+from lightning_modules.egobench.rows import score_answers
 from lightning_modules.handoff import HandoffError
 from lightning_modules.held_out import HeldOutMeans, Outcome, judge_choice, judge_text, score_names
 from lightning_modules.losses import loss_by_source
@@ -33,6 +36,7 @@ from lightning_modules.strategy import shard
 from lightning_modules.watch import FiniteCheck
 
 MAX_ANSWER_TOKENS = 32
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -400,9 +404,12 @@ class Stage(L.LightningModule, ABC):
         """Start counting."""
         self._begin_questions()
 
-    def validation_step(self, batch: QuestionBatch, batch_idx: int) -> None:
-        """Answer held-out questions."""
-        self.model(self._ask, batch)
+    def validation_step(self, batch: QuestionBatch | list[Exam], batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        """Answer held-out questions, or the exams of a benchmark."""
+        if isinstance(batch, QuestionBatch):
+            self.model(self._ask, batch)
+        else:
+            self.answers[dataloader_idx] += [answer for exam in batch for answer in self.predict_step(exam)]
 
     def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Answer held-out questions."""
@@ -410,7 +417,7 @@ class Stage(L.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, at the number of optimiser steps made; Lightning's own count lags by one inside an epoch."""
-        means = {f"val/{name}": value for name, value in self.means.compute().items()}
+        means = {f"val/{name}": value for name, value in self.means.compute().items()} | self._benchmark_scores()
         self.log_dict(means, logger=False)
         if not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
@@ -422,16 +429,23 @@ class Stage(L.LightningModule, ABC):
 
     def all_outcomes(self) -> list[Outcome]:
         """Every answer since the last start, of all ranks, in the order of the clips' names."""
-        gathered: list[list[Outcome]] = [self.outcomes]
-        if dist.is_initialized():
-            gathered = [[] for _ in range(dist.get_world_size())]
-            dist.all_gather_object(gathered, self.outcomes)
-        return sorted((o for outcomes in gathered for o in outcomes), key=lambda o: (o.clip, o.view))
+        return sorted(_of_all_ranks(self.outcomes), key=lambda o: (o.clip, o.view))
+
+    def _benchmark_scores(self) -> dict[str, Tensor]:
+        """Of the benchmarks that were asked, over all ranks."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        found: dict[str, Tensor] = {}
+        for number, exams in enumerate(datamodule.exams, start=len(datamodule.test_dataloader())):
+            scores = score_answers(exams.loaded, _of_all_ranks(self.answers[number]))
+            found |= {f"val/{exams.loaded.name}_{s.metric}": torch.tensor(s.value, device=self.device) for s in scores}
+        return found
 
     def _begin_questions(self) -> None:
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.means = HeldOutMeans(score_names(datamodule.held_out_set().all_questions(), self.views)).to(self.device)
+        questions = [] if datamodule.held_out is None else datamodule.held_out_set().all_questions()
+        self.means = HeldOutMeans(score_names(questions, self.views)).to(self.device)
         self.outcomes: list[Outcome] = []
+        self.answers: dict[int, list[dict[str, Any]]] = defaultdict(list)
 
     @torch.no_grad()
     def _ask(self, batch: QuestionBatch) -> None:
@@ -455,6 +469,16 @@ class Stage(L.LightningModule, ABC):
         for outcome in outcomes:
             self.means.add(outcome)
         self.outcomes += outcomes
+
+    def predict_step(self, batch: Exam, batch_idx: int = 0, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Answer what a benchmark asks about one egocentric clip, see ``examine``."""
+        rows: list[dict[str, Any]] = self.model(self._examine, batch)
+        return rows
+
+    @torch.no_grad()
+    def _examine(self, exam: Exam) -> list[dict[str, Any]]:
+        visual = None if exam.video is None else self.visual_tokens(exam.video, "ego")[0]
+        return examine(self.model.language_model, self.tokenizer, exam, visual)
 
     def generate(self, prompts: TextBatch, visual: Tensor) -> list[str]:
         """Greedy answers to R prompts about float [R, N, D]."""
@@ -498,3 +522,12 @@ class Stage(L.LightningModule, ABC):
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("model/parts", table, self.global_step)
+
+
+def _of_all_ranks(found: list[Found]) -> list[Found]:
+    """What every rank found, joined."""
+    gathered = [found]
+    if dist.is_initialized():
+        gathered = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, found)
+    return [one for of_rank in gathered for one in of_rank]

@@ -37,8 +37,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, precision: str) -> None:
 class FSDP2(ModelParallelStrategy):
     """``trainer.strategy: fsdp2``: torch's ``fully_shard`` over all processes, on GPUs or, with gloo, on CPUs.
 
-    Held-out clips are answered by whole parameters on every process: answers differ in length and processes in their
-    number of clips, so gathering while they compute would leave some waiting for others for good.
+    Held-out clips and benchmarks are answered by whole parameters on every process: answers differ in length and
+    processes in their number of clips, so gathering while they compute would leave some waiting for others for good.
     """
 
     def setup_environment(self) -> None:
@@ -76,6 +76,14 @@ class FSDP2(ModelParallelStrategy):
         self._gather()
 
     def on_test_end(self) -> None:
+        """Cut everything again."""
+        self._release()
+
+    def on_predict_start(self) -> None:
+        """Gather everything."""
+        self._gather()
+
+    def on_predict_end(self) -> None:
         """Cut everything again."""
         self._release()
 

@@ -137,12 +137,18 @@ class StallWatch(L.Callback):
         self._say(trainer, "waiting for the batch after", batch.ids)
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
-        """A batch of questions has arrived."""
-        self._say(trainer, "answering questions about", batch.ids)
+        """A batch of questions has arrived, or one of exams."""
+        exams = batch if isinstance(batch, list) else []
+        ids = [request.item for exam in exams for request in exam.requests] if exams else batch.ids
+        self._say(trainer, "answering questions about", ids)
 
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         """A batch of questions has arrived."""
         self._say(trainer, "answering questions about", batch.ids)
+
+    def on_predict_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
+        """A clip of a benchmark has arrived."""
+        self._say(trainer, "answering questions about", [request.item for request in batch.requests])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last save and the hand-off may take their time."""

@@ -46,7 +46,7 @@ class Loaded:
         texts: candidates that all items share.
         notes: a line for each number that is not the official one, and for what a reader of the scores should know.
         benchmark: how it was read.
-        whole: items are all of the benchmark.
+        total: items in the file, of which ``items`` may be a part.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Loaded:
     texts: Sequence[Text]
     notes: Sequence[str]
     benchmark: Benchmark
-    whole: bool = True
+    total: int
 
     def fast(self) -> Loaded:
         """A fixed part for curves while training."""
         items, texts = self.benchmark.fast(self.items, self.texts)
-        return replace(self, items=items, texts=texts, whole=self.whole and len(items) == len(self.items))
+        return replace(self, items=items, texts=texts)
 
     def missing(self) -> dict[str, str]:
         """Items that cannot be shown: id, and the first of its clips' files that does not exist."""
@@ -79,7 +79,7 @@ class Loaded:
         Raises:
             ValueError: an item has no prediction, or one that is no option of it.
         """
-        if not self.whole or not self.benchmark.submission((), {}):
+        if len(self.items) < self.total or not self.benchmark.submission((), {}):
             return {}
         wrong = [item.id for item in self.items if not 0 <= predictions.get(item.id, -1) < len(item.options)]
         if wrong:
@@ -119,11 +119,11 @@ def load(entry: Mapping[str, Any]) -> Loaded:
     if not items:
         raise SourceError(f"{benchmark.name}: its file asks nothing: fetch it again")
     notes = differences(benchmark.name, tally, benchmark.official()) + benchmark.remarks(tally.counts)
-    loaded = Loaded(benchmark.name, benchmark.task, benchmark.videos, items, texts, notes, benchmark)
+    loaded = Loaded(benchmark.name, benchmark.task, benchmark.videos, items, texts, notes, benchmark, len(items))
     if limit is None or limit >= len(items):
         return loaded
     limited = f"{benchmark.name}: limited to {limit:,} of {len(items):,} items"
-    return replace(loaded, items=sample(items, limit), notes=[*notes, limited], whole=False)
+    return replace(loaded, items=sample(items, limit), notes=[*notes, limited])
 
 
 def _configured(entry: Mapping[str, Any]) -> tuple[Benchmark, int | None]:

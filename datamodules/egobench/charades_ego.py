@@ -40,14 +40,15 @@ class CharadesEgo(OfficialFiles):
     def read(self, tally: Tally) -> Iterator[Item | SourceError]:
         """An item for each video; labels are its classes, each once."""
         file = self.main_file([f"CharadesEgo_v1_test{_FILES[self.view]}.csv"], "the labels of Charades-Ego")
+        classes = len(self.texts())
         for where, row in columns(read_csv(file), ("id", "actions"), file):
-            item = row if isinstance(row, SourceError) else checked(self._item, row, where)
+            item = row if isinstance(row, SourceError) else checked(self._item, row, where, classes)
             if isinstance(item, Item):
                 tally.add(_EMPTY, item.labels == {"classes": []})
                 tally.add(_OLD, "_v0_" in file.name)
             yield item
 
-    def _item(self, row: Any, where: str) -> Item:
+    def _item(self, row: Any, where: str, classes: int) -> Item:
         video = text_of(row, "id", where)
         if self.view != "both" and video.endswith("EGO") != (self.view == "first"):
             raise SourceError(
@@ -57,8 +58,10 @@ class CharadesEgo(OfficialFiles):
         actions = [action.strip() for action in row["actions"].split(";") if action.strip()]
         found = [_ACTION.fullmatch(action) for action in actions]
         numbers = {int(action[1]) for action in found if action}
-        if None in found or max(numbers, default=0) >= CLASSES:
-            raise SourceError(f"{where}: 'actions' is {row['actions']!r}, expected c012 3.50 9.10;...: correct it")
+        if None in found or max(numbers, default=0) >= classes:
+            raise SourceError(
+                f"{where}: 'actions' is {row['actions']!r}, expected c012 3.50 9.10;... of {classes}: correct it"
+            )
         return Item(video, (Clip(f"{video}.mp4"),), labels={"classes": sorted(numbers)})
 
     def texts(self) -> Sequence[Text]:
@@ -67,8 +70,8 @@ class CharadesEgo(OfficialFiles):
         if not file.is_file():
             raise SourceError(f"{file}: no such file: correct classes")
         found = [_CLASS.fullmatch(line.strip()) for line in read_text(file).splitlines() if line.strip()]
-        if [line and int(line[1]) for line in found] != list(range(CLASSES)):
-            raise SourceError(f"{file}: expected lines from 'c000 ...' to 'c156 ...': fetch the file again")
+        if not found or [line and int(line[1]) for line in found] != list(range(len(found))):
+            raise SourceError(f"{file}: expected lines 'c000 ...', 'c001 ...' and so on: fetch the file again")
         return [Text(line[2].strip(), {"class": int(line[1])}) for line in found if line]
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:

@@ -43,6 +43,10 @@ class Prompts:
         self._context: str = given["context"].get(benchmark, given["context"]["default"])
         self._wordings: dict[str, str] = {kind: given[kind][style] for kind in _ALLOWED}
 
+    def wordings(self) -> dict[str, str]:
+        """All that questions are filled into, and what answers begin with."""
+        return {**self._wordings, "context": self._context, "prefill": self.prefill}
+
     def choice(self, item: Item, order: Sequence[int] | None = None) -> str:
         """A question with its options, ``(A) text`` a line.
 

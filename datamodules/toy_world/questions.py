@@ -58,6 +58,7 @@ BENCHMARK_PROMPTS = {
         "task": "use the video. {question}",
         "ego": f"{_EGO} use the video. {{question}}",
     },
+    "context": {"default": ""},
 }
 """How benchmarks ask: with options or for words, at three levels, and how the answer to a choice begins."""
 _PUNCTUATION = r"[.,?:()]"

@@ -46,13 +46,18 @@ def binomial_error(share: float, n: int) -> float:
 
 
 class _PerItem(Metric):
-    """Rows by item number. Subclasses give the columns and their kinds to ``_columns`` and append with ``_keep``."""
+    """Rows by item number. Subclasses give the columns and their kinds, and append with ``_keep``.
+
+    Args:
+        alone: rows are complete, so nothing is exchanged with other processes, of which one alone may compute.
+        empty: no rows of each column.
+    """
 
     full_state_update = False
     higher_is_better = True
 
-    def __init__(self, **empty: Tensor) -> None:
-        super().__init__()
+    def __init__(self, alone: bool = False, **empty: Tensor) -> None:
+        super().__init__(sync_on_compute=not alone)
         self._empty = {"index": torch.zeros(0, dtype=torch.int64), **empty}
         for name in self._empty:
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -114,10 +119,10 @@ class ChoiceAccuracy(_PerItem):
     chance: list[Tensor]
     member: list[Tensor]
 
-    def __init__(self, groups: Iterable[str] = ()) -> None:
+    def __init__(self, groups: Iterable[str] = (), alone: bool = False) -> None:
         self.groups = tuple(groups)
         number = torch.zeros(0, dtype=torch.float64)
-        super().__init__(right=number, chance=number, member=torch.zeros(0, len(self.groups), dtype=torch.bool))
+        super().__init__(alone, right=number, chance=number, member=torch.zeros(0, len(self.groups), dtype=torch.bool))
 
     def update(self, index: int, letters: Any, answer: int, groups: Iterable[str] = ()) -> None:
         """Count one item.
@@ -180,8 +185,11 @@ class MultiInstanceRetrieval(_PerItem):
     text_verbs: Tensor
     text_nouns: Tensor
 
-    def __init__(self, verbs: Sequence[int], nouns: Sequence[Sequence[int]], num_nouns: int = 300) -> None:
+    def __init__(
+        self, verbs: Sequence[int], nouns: Sequence[Sequence[int]], num_nouns: int = 300, alone: bool = False
+    ) -> None:
         super().__init__(
+            alone,
             scores=torch.zeros(0, len(verbs), dtype=torch.float64),
             verbs=torch.zeros(0, dtype=torch.int64),
             nouns=torch.zeros(0, num_nouns, dtype=torch.bool),
@@ -308,8 +316,9 @@ class ClassAveragePrecision(_PerItem):
     scores: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self, num_classes: int, draws: int = 200) -> None:
+    def __init__(self, num_classes: int, draws: int = 200, alone: bool = False) -> None:
         super().__init__(
+            alone,
             scores=torch.zeros(0, num_classes, dtype=torch.float64),
             labels=torch.zeros(0, num_classes, dtype=torch.bool),
         )
@@ -383,8 +392,8 @@ class OpenAnswers(_PerItem):
     index: list[Tensor]
     rows: list[Tensor]
 
-    def __init__(self) -> None:
-        super().__init__(rows=torch.zeros(0, len(self.MEANS) + 10, dtype=torch.float64))
+    def __init__(self, alone: bool = False) -> None:
+        super().__init__(alone, rows=torch.zeros(0, len(self.MEANS) + 10, dtype=torch.float64))
 
     def update(self, index: Sequence[int], predictions: Sequence[str], answers: Sequence[str]) -> None:
         """Count items: their numbers in the official file, what was said and what is right."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ from lightning_modules.egobench.scores import Header, Placed, Score, score_place
 from lightning_modules.report import markdown_table
 
 AVERAGE = ("average", "mean of the ten")
+SUMMARY = re.compile(r"(accuracy|map|ndcg)(_likelihood)?|accuracy/int(er|ra)|em|rougeL|judge_.*")
+"""Metrics that the table over stages shows, whole or partial; the rest is in each stage's own."""
 NO_JUDGE = JudgeConfig()
 
 
@@ -35,8 +38,43 @@ def score_folder(folder: Path, config: JudgeConfig = NO_JUDGE) -> list[Score]:
     scores = [number for file in headers for number in _score_file(file, config)]
     content = [asdict(number) for number in scores]
     (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / "results.md").write_text(table({"ours": scores}) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(table({"ours": scores}, not _invented(folder)) + "\n", encoding="utf-8")
     return scores
+
+
+def score_stages(runs: Path, config: JudgeConfig = NO_JUDGE) -> None:
+    """Score every stage's predictions anew.
+
+    Args:
+        runs: folder of one experiment, with a folder for each stage.
+        config: who judges open answers.
+
+    Raises:
+        ValueError: no stage has predictions, or some cannot be read.
+    """
+    folders = [stage / "egobench" for stage in sorted(runs.glob("stage?")) if (stage / "egobench").is_dir()]
+    if not folders:
+        raise ValueError(f"{runs}: no stage has answered a benchmark: run `make evaluate BENCHMARKS=all` first")
+    for folder in folders:
+        score_folder(folder, config)
+
+
+def stages_table(runs: Path) -> str:
+    """Write ``egobench.md``: the stages side by side, the metrics of ``SUMMARY`` alone; "" without any scores.
+
+    Args:
+        runs: folder of one experiment, with a folder for each stage.
+    """
+    folders = {file.parents[1].name: file.parent for file in sorted(runs.glob("stage?/egobench/metrics.json"))}
+    if not folders:
+        return ""
+    shown = {
+        stage: [s for s in read_scores(folder) if SUMMARY.fullmatch(s.metric.replace("_partial", ""))]
+        for stage, folder in folders.items()
+    }
+    text = table(shown, paper=not any(map(_invented, folders.values())))
+    (runs / "egobench.md").write_text(text + "\n", encoding="utf-8")
+    return text
 
 
 def read_scores(folder: Path) -> list[Score]:
@@ -84,6 +122,12 @@ def table(columns: Mapping[str, Sequence[Score]], paper: bool = True) -> str:
         rows.append([*AVERAGE, *cells, *whole, "", ""])
     notes = [f"{mark} {MARKS[mark]}." for mark in dict.fromkeys(n.mark for n in reported.values() if n.mark)]
     return "\n\n".join([markdown_table(rows, left=2), *notes])
+
+
+def _invented(folder: Path) -> bool:
+    """Whether the items are of a generated world, beside which the paper's numbers mean nothing."""
+    headers = (folder / "predictions").glob("*.header.json")
+    return any(json.loads(file.read_text(encoding="utf-8")).get("invented", False) for file in headers)
 
 
 def _score_file(file: Path, config: JudgeConfig) -> list[Score]:

@@ -4,7 +4,7 @@ Every number can be computed again from three files of a benchmark.
 
 ``<benchmark>.header.json``, an object:
     ``benchmark``, ``task``; ``total``: items in the official file; ``missing``: ``{id: why it was not asked}``;
-    ``settings``: an object of what the answers depend on.
+    ``settings``: an object of what the answers depend on; ``invented``: whether the items are of a generated world.
 
 ``<benchmark>.jsonl``, a row for each item that was asked, in any order:
     choice
@@ -291,7 +291,7 @@ def _score_vocabulary(header: Header, items: Sequence[_Item], texts: Sequence[Pl
     guess = _majority_by_group(items)
     scores = []
     for name, prior_weight in (("accuracy", 1.0), ("accuracy_likelihood", 0.0)):
-        metric = ChoiceAccuracy(sorted({group for item in items for group in item.groups}))
+        metric = ChoiceAccuracy(sorted({group for item in items for group in item.groups}), alone=True)
         for index, item in enumerate(items):
             corrected = item.numbers["scores"] - prior_weight * item.numbers["priors"]
             metric.update(index, corrected[None], number_of.get(item.answer, -1), item.groups)
@@ -310,7 +310,7 @@ def _binary(header: Header, items: Sequence[_Item], number_of: Mapping[str, int]
     asked = [item for item in items if number_of.get(item.answer) in sides]
     if len(sides) != 2 or not asked:
         return []
-    metric = ChoiceAccuracy()
+    metric = ChoiceAccuracy(alone=True)
     for index, item in enumerate(asked):
         metric.update(index, item.numbers["scores"][sides][None], sides.index(number_of[item.answer]))
     number = metric.compute()["accuracy"]._replace(chance=majority(item.answer for item in asked))
@@ -351,7 +351,7 @@ def _rank_classes(
         if unknown := [number for number in present if number not in column]:
             raise ValueError(f"{item.where}: field 'labels' has classes {unknown} that no text has: mend either file")
         target[row, [column[number] for number in present]] = True
-    metric = ClassAveragePrecision(len(classes))
+    metric = ClassAveragePrecision(len(classes), alone=True)
     metric.update(torch.arange(len(items)), values, target)
     found = metric.compute()
     if absent := round(found.pop("classes_without_positives").value):
@@ -369,7 +369,7 @@ def _rank_relevant(
     text_verbs, text_nouns = split((where, label) for (where, _), label in zip(texts, labels, strict=True))
     verbs, nouns = split((item.where, item.labels) for item in items)
     count = 1 + max((noun for classes in (*nouns, *text_nouns) for noun in classes), default=0)
-    metric = MultiInstanceRetrieval(text_verbs, text_nouns, count)
+    metric = MultiInstanceRetrieval(text_verbs, text_nouns, count, alone=True)
     metric.update(torch.arange(len(items)), values, verbs, nouns)
     return metric.compute()
 
@@ -414,7 +414,7 @@ def _accuracies(header: Header, name: str, items: Sequence[_Item], numbers: str)
     scored = [item for item in items if item.answer is not None and numbers in item.numbers]
     if not scored:
         return []
-    metric = ChoiceAccuracy(sorted({group for item in scored for group in item.groups}))
+    metric = ChoiceAccuracy(sorted({group for item in scored for group in item.groups}), alone=True)
     for index, item in enumerate(scored):
         metric.update(index, item.numbers[numbers], item.answer, item.groups)
     found = metric.compute()
@@ -423,7 +423,7 @@ def _accuracies(header: Header, name: str, items: Sequence[_Item], numbers: str)
 
 def _open_numbers(items: Sequence[_Item]) -> dict[str, Estimate]:
     said, right = [item.words["prediction"] for item in items], [item.words["answer"] for item in items]
-    metric = OpenAnswers()
+    metric = OpenAnswers(alone=True)
     metric.update(range(len(items)), said, right)
     found = metric.compute()
     for name, form in (("em", normalise_answer), ("plain_acc", str)):

@@ -1,0 +1,282 @@
+"""One model, any number of benchmarks: predictions that outlive an interruption, and scores made of nothing else.
+
+::
+
+    <folder>/
+      predictions/<benchmark>.jsonl           a line for each item, see ``scores``
+      predictions/<benchmark>.texts.jsonl     candidates that all items share
+      predictions/<benchmark>.header.json     how many items there are, which could not be asked, and how it was asked
+      predictions/<benchmark>.part<n>.jsonl   answers of process n, until all are there
+      submissions/<benchmark>/...             for the authors' servers; never sent
+      metrics.json  results.md                made of the predictions alone, again by ``make score``
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import lightning as L
+import numpy as np
+from torch.utils.data import DataLoader
+
+from datamodules.batch import Exam
+from datamodules.egobench.exam import Exams
+from lightning_modules.egobench.metrics import option_log_p
+from lightning_modules.egobench.rows import Answer, header, item_row, text_rows
+from lightning_modules.stage import Stage
+
+
+class OtherPredictions(ValueError):
+    """A folder holds predictions that were made in another way; none of them are touched."""
+
+
+class Predictions:
+    """A benchmark's predictions in a folder.
+
+    Args:
+        exams: the benchmark.
+        folder: for the files.
+        model: what tells this model from others, as JSON.
+
+    Raises:
+        OtherPredictions: the folder holds those of another model, or of other items or settings.
+    """
+
+    def __init__(self, exams: Exams, folder: Path, model: Mapping[str, Any]) -> None:
+        self.exams, self.loaded = exams, exams.loaded
+        self.rows, self.texts, self.header = (
+            folder / f"{self.loaded.name}{suffix}" for suffix in (".jsonl", ".texts.jsonl", ".header.json")
+        )
+        items = hashlib.sha256(repr((self.loaded.items, self.loaded.texts)).encode()).hexdigest()[:16]
+        self.settings = json.loads(json.dumps({**model, **exams.settings(), "items": items}))
+        self.missing = self.loaded.missing()
+
+    def require_same(self) -> None:
+        """Compare with what is there.
+
+        Raises:
+            OtherPredictions: see the class.
+        """
+        if not self.header.is_file():
+            return
+        before = json.loads(self.header.read_text(encoding="utf-8"))["settings"]
+        keys = sorted(before.keys() | self.settings.keys())
+        if changed := [key for key in keys if before.get(key) != self.settings.get(key)]:
+            raise OtherPredictions(
+                f"{self.rows}: was made with another {', '.join(changed)}: FORCE=1 makes it anew, or move it away"
+            )
+
+    def line(self) -> str:
+        """How many items can be shown, and which file is the first that cannot."""
+        items, absent = len(self.loaded.items), len(self.missing)
+        text = f"{self.loaded.name}: {items - absent:,} of {self.loaded.total:,} items, {len(self.exams):,} clips"
+        if not absent:
+            return text
+        first = self.loaded.videos / next(iter(self.missing.values()))
+        return f"{text}; {absent:,} items are left out, since videos are missing, such as {first}"
+
+    def forget(self) -> None:
+        """Delete everything."""
+        for file in (self.rows, self.texts, self.header, *self._parts()):
+            file.unlink(missing_ok=True)
+
+    def begin(self) -> None:
+        """Say how the predictions are made before the first one is."""
+        self.rows.parent.mkdir(parents=True, exist_ok=True)
+        self._write_header()
+
+    def left(self) -> list[int]:
+        """Exams that are not answered yet, but for those of missing videos."""
+        whole = {name for name, _, _ in _lines(self.rows)} | self.missing.keys()
+        done = {(item.id, place) for item in self.loaded.items if item.id in whole for place in range(len(item.clips))}
+        done |= {(name, answer["clip"]) for part in self._parts() for name, _, answer in _lines(part)}
+        return self.exams.left(done | ({("", 0)} if self.texts.is_file() else set()))
+
+    def part(self, process: int) -> Path:
+        """Where a process puts its answers."""
+        return self.rows.with_name(f"{self.loaded.name}.part{process}.jsonl")
+
+    def join(self) -> None:
+        """Make one file of all answers, a line for each item in the official order, and delete the parts."""
+        places: dict[str, dict[int, tuple[Path, int]]] = defaultdict(dict)
+        for part in self._parts():
+            for name, at, answer in _lines(part):
+                places[name][answer["clip"]] = (part, at)
+                if "problem" in answer:
+                    self.missing[name] = answer["problem"]
+        before = {name: at for name, at, _ in _lines(self.rows)}
+        if self.loaded.texts and ("" in places or not self.texts.is_file()):
+            priors = [_line_at(*place)["priors"] for place in places[""].values()]
+            _write(self.texts, text_rows(self.loaded, priors[0] if priors else None))
+        _write(self.rows, self._joined(before, places))
+        self._write_header()
+        for part in self._parts():
+            part.unlink()
+
+    def _joined(
+        self, before: Mapping[str, int], places: Mapping[str, Mapping[int, tuple[Path, int]]]
+    ) -> Iterator[dict[str, Any]]:
+        for item in self.loaded.items:
+            found = places.get(item.id, {})
+            if item.id in before:
+                yield _line_at(self.rows, before[item.id])
+            elif item.id not in self.missing:
+                yield item_row(self.loaded, item, [_line_at(*found[place]) for place in range(len(item.clips))])
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.rows.parent.glob(f"{self.loaded.name}.part*.jsonl"))
+
+    def _write_header(self) -> None:
+        content = header(self.loaded, self.missing, self.settings, self.exams.config.invented)
+        _replace(self.header, json.dumps(content, indent=1) + "\n")
+
+
+class Benchmarks(L.LightningDataModule):
+    """Exams that are left, dealt to the processes by number: none comes twice, whatever their count.
+
+    Args:
+        predictions: of each benchmark.
+        num_workers: decoding processes per rank.
+        force: forget what is there.
+    """
+
+    def __init__(self, predictions: Sequence[Predictions], num_workers: int, force: bool) -> None:
+        super().__init__()
+        self.predictions, self.num_workers, self.force = predictions, num_workers, force
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.prepare_data_per_node = False  # the folder is everyone's
+
+    def prepare_data(self) -> None:
+        """Clear and begin the files, by the first process while the others wait."""
+        for predictions in self.predictions:
+            if self.force:
+                predictions.forget()
+            predictions.require_same()
+            predictions.begin()
+
+    def predict_dataloader(self) -> list[DataLoader[Exam]]:
+        """A loader for each benchmark; Lightning lets no process answer before all have come here."""
+        assert self.trainer is not None, "the Trainer calls this"
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return [
+            exam_loader(predictions.exams, predictions.left()[rank::world], self.num_workers)
+            for predictions in self.predictions
+        ]
+
+
+def exam_loader(exams: Exams, order: Sequence[int], num_workers: int) -> DataLoader[Exam]:
+    """Single exams in an order."""
+    return DataLoader(exams, batch_size=1, sampler=order, collate_fn=_only, num_workers=num_workers)  # type: ignore[arg-type]
+
+
+def _only(exams: list[Exam]) -> Exam:
+    (exam,) = exams
+    return exam
+
+
+class _KeepAnswers(L.Callback):
+    """Writes every exam's answers at once, so that a killed process loses none but the last."""
+
+    def __init__(self, predictions: Sequence[Predictions]) -> None:
+        self.predictions = predictions
+        self.files: dict[int, BinaryIO] = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Append the answers to this process's part."""
+        if dataloader_idx not in self.files:
+            part = self.predictions[dataloader_idx].part(trainer.global_rank)
+            whole = sum(len(line) for line in _whole_lines(part))
+            self.files[dataloader_idx] = part.open("ab")
+            self.files[dataloader_idx].truncate(whole)
+        file = self.files[dataloader_idx]
+        file.write("".join(json.dumps(answer) + "\n" for answer in outputs).encode())
+        file.flush()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the parts."""
+        for file in self.files.values():
+            file.close()
+
+
+def predict(trainer: L.Trainer, stage: Stage, benchmarks: Benchmarks) -> None:
+    """Answer all exams that are left; one file for each benchmark at the end.
+
+    Raises:
+        OtherPredictions: predictions of another model or other settings are there.
+    """
+    keep = _KeepAnswers(benchmarks.predictions)
+    trainer.callbacks.append(keep)  # type: ignore[attr-defined]
+    try:
+        trainer.predict(stage, datamodule=benchmarks, return_predictions=False)
+    finally:
+        trainer.callbacks.remove(keep)  # type: ignore[attr-defined]
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        for predictions in benchmarks.predictions:
+            predictions.join()
+    trainer.strategy.barrier()
+
+
+def write_submissions(predictions: Sequence[Predictions], folder: Path) -> None:
+    """Write the files of authors' servers for benchmarks all of whose items were answered; nothing is sent.
+
+    Args:
+        predictions: joined.
+        folder: gets a folder for each benchmark that has a server.
+    """
+    for kept in predictions:
+        if kept.loaded.task != "choice" or kept.missing:
+            continue
+        chosen = {name: int(option_log_p(np.array(row["letters"])).argmax()) for name, _, row in _lines(kept.rows)}
+        for name, text in kept.loaded.submission(chosen).items():
+            (folder / kept.loaded.name).mkdir(parents=True, exist_ok=True)
+            _replace(folder / kept.loaded.name / name, text)
+
+
+def _whole_lines(file: Path) -> Iterator[bytes]:
+    """Lines that were written to their end."""
+    if file.is_file():
+        with file.open("rb") as opened:
+            yield from (line for line in opened if line.endswith(b"\n"))
+
+
+def _lines(file: Path) -> Iterator[tuple[str, int, Answer]]:
+    """Item, place in the file and content of each line."""
+    at = 0
+    for line in _whole_lines(file):
+        answer = json.loads(line)
+        yield answer["id"], at, answer
+        at += len(line)
+
+
+def _line_at(file: Path, at: int) -> dict[str, Any]:
+    with file.open("rb") as opened:
+        opened.seek(at)
+        content: dict[str, Any] = json.loads(opened.readline())
+    return content
+
+
+def _write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    unfinished = file.with_name(f".{file.name}.new")
+    with unfinished.open("w", encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)
+    unfinished.replace(file)
+
+
+def _replace(file: Path, text: str) -> None:
+    unfinished = file.with_name(f".{file.name}.new")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
