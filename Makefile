@@ -3,6 +3,7 @@ EXPERIMENT ?= toy
 RUNS ?= runs
 ARGS ?=
 PORT ?= 6006
+STAGES ?= stage0 stage1 stage2 stage3
 INDEX ?= $(ROOT)/ego_exo_clip
 BASE_PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +20,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 plan consolidate evaluate tensorboard test test-all chaos lint format bench bench-clips bench-step bench-index bench-mix clean
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-clips bench-step bench-egobench bench-index bench-mix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,11 +83,14 @@ consolidate: $(VENV)/installed ## make a hand-off of the last checkpoint of STAG
 	@test -n "$(STAGE)" || { echo "error: name the stage: make consolidate STAGE=stage2"; exit 2; }
 	$(PYTHON) -m lightning_modules consolidate experiments/$(EXPERIMENT) $(STAGE) runs=$(RUNS) $(ARGS)
 
-evaluate: $(VENV)/installed ## answer the held-out questions again with every finished stage, and print the table
-	@for stage in stage0 stage1 stage2 stage3; do \
+evaluate: $(VENV)/installed $(WORLD) ## ask finished STAGES="stage3 ..." the held-out questions, or BENCHMARKS=all|name,name; print the tables
+	@for stage in $(STAGES); do \
 	  if [ -f $(RUNS)/$(EXPERIMENT)/$$stage/handoff/manifest.json ]; then \
-	    $(PYTHON) -m lightning_modules evaluate experiments/$(EXPERIMENT) $$stage runs=$(RUNS) $(ARGS) || exit; fi; done
+	    $(PYTHON) -m lightning_modules evaluate experiments/$(EXPERIMENT) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS)) || exit; fi; done
 	@$(PYTHON) -m lightning_modules report $(RUNS)/$(EXPERIMENT)
+
+score: $(VENV)/installed ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..."
+	@$(PYTHON) -m lightning_modules score $(RUNS)/$(EXPERIMENT) $(ARGS)
 
 tensorboard: $(VENV)/installed ## serve the curves of all runs on PORT
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --port $(PORT)
@@ -117,6 +121,9 @@ bench-clips: $(VENV)/installed ## measure clip reading against other readers, pi
 
 bench-step: $(VENV)/installed ## measure what the Trainer costs beside a bare loop
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench_step.py $(ARGS)
+
+bench-egobench: $(VENV)/installed ## measure scoring many captions of a clip behind one reading of it
+	$(PYTHON) tests/bench_egobench.py $(ARGS)
 
 bench-index: $(VENV)/installed ## measure building and holding an index of 1.1 million pairs
 	$(PYTHON) tests/bench_index.py $(ARGS)

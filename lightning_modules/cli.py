@@ -37,6 +37,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import distributed_c10d
 
 from datamodules.clips import ClipConfig, ClipDataModule
+from datamodules.egobench import load
+from datamodules.egobench.exam import EgoBenchConfig, Exams
 from lightning_modules.checkpoint import (
     CheckpointError,
     CheckpointFolders,
@@ -49,11 +51,15 @@ from lightning_modules.checkpoint import (
 )
 from lightning_modules.config import STAGES, ConfigError, compose, config_hash
 from lightning_modules.config_errors import explain
+from lightning_modules.egobench.cost import cost_table
+from lightning_modules.egobench.evaluate import Benchmarks, Predictions, predict, write_submissions
+from lightning_modules.egobench.judge import JudgeConfig
+from lightning_modules.egobench.results import score_folder, score_stages, stages_table
 from lightning_modules.handoff import StageHandoff, check_handoff, code_version, write_handoff
 from lightning_modules.held_out import chance_levels
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.monitor import SamplePanel, TrainingMonitor
-from lightning_modules.plan import PlanConfig, flops_per_sample, plan_stage, plan_table
+from lightning_modules.plan import PlanConfig, device_count, flops_per_sample, plan_stage, plan_table
 from lightning_modules.report import write_metrics, write_predictions, write_report
 from lightning_modules.stage import Stage
 from lightning_modules.strategy import FSDP2, POLICIES
@@ -67,6 +73,8 @@ HOW_IT_RUNS = (
     "data.init_args.max_skipped_share",
     "data.init_args.micro_batch_size",
     "data.init_args.num_workers",
+    "egobench",
+    "judge",
     "model.init_args.activation_checkpointing",
     "monitor",
     "panel",
@@ -115,6 +123,8 @@ class ExperimentCLI(LightningCLI):
         parser.add_lightning_class_args(TrainingMonitor, "monitor")
         parser.add_lightning_class_args(SamplePanel, "panel")
         parser.add_argument("--plan", type=PlanConfig, default=PlanConfig())
+        parser.add_argument("--egobench", type=EgoBenchConfig, default=EgoBenchConfig())
+        parser.add_argument("--judge", type=JudgeConfig, default=JudgeConfig())
 
 
 @dataclass(frozen=True)
@@ -175,9 +185,29 @@ def build(config: dict[str, Any]) -> Run:
                 "data.init_args.micro_batch_size and the number of devices: remove one of them"
             )
         trainer.accumulate_grad_batches = datamodule.accumulation(trainer.world_size)
+    if fast := EgoBenchConfig(**(config.get("egobench") or {})).fast:
+        datamodule.exams = [exams.fast() for exams in _exams(config, datamodule, fast)]
     if isinstance(trainer.val_check_interval, int):  # in optimiser steps here, in micro-batches there
         trainer.val_check_interval *= trainer.accumulate_grad_batches
     return Run(config, trainer, stage, datamodule)
+
+
+def _exams(config: dict[str, Any], datamodule: ClipDataModule, names: Sequence[str] | None) -> list[Exams]:
+    """Benchmarks of the configuration, all of them or the named ones, read and checked.
+
+    Raises:
+        ValueError: a name is unknown, or a file is missing or wrong.
+    """
+    bench = EgoBenchConfig(**(config.get("egobench") or {}))
+    known = [str(entry.get("name")) for entry in bench.benchmarks]
+    if unknown := [name for name in names or () if name not in known]:
+        raise ConfigError(f"benchmark {', '.join(unknown)}: not in egobench.benchmarks: {', '.join(known) or 'none'}")
+    entries = [e for e, name in zip(bench.benchmarks, known, strict=True) if names is None or name in names]
+    d = datamodule
+    made = [Exams(load(entry), bench, d.clips, d.encoder, d.decode_timeout_s) for entry in entries]
+    for exams in made:
+        exams.check()
+    return made
 
 
 def stage_only(config: dict[str, Any]) -> Stage:
@@ -275,13 +305,46 @@ def _know_peak(run: Run) -> None:
         monitor.flops, monitor.peak_flops = flops_per_sample(run.config, stage_only(run.config)), peak * 1e12
 
 
-def evaluate(config: dict[str, Any]) -> None:
-    """Answer the held-out questions with a finished stage."""
+def evaluate(config: dict[str, Any], benchmarks: Sequence[str] | None = (), force: bool = False) -> None:
+    """Answer the held-out questions with a finished stage, or those of benchmarks.
+
+    Args:
+        config: resolved configuration of the stage.
+        benchmarks: names; None for all of the configuration, none for the held-out questions.
+        force: forget predictions that are there.
+    """
     folder = Path(str(config.get("run_dir", ""))) / "handoff"
-    learned = check_handoff(folder)["parts"]
+    manifest = check_handoff(folder)
     run = build(config)
-    run.stage.start_from({part: str(folder) for part in learned})
-    _answer(run)
+    run.stage.start_from({part: str(folder) for part in manifest["parts"]})
+    if benchmarks is not None and not benchmarks:
+        _answer(run)
+        return
+    _examine(run, _exams(config, run.datamodule, benchmarks), manifest["step"], force)
+
+
+def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
+    model = {
+        "model": run.stage.started_from(),
+        "learner_reads": run.stage.network.learner_reads,
+        "text": {key: run.config["data"]["init_args"].get(key) for key in ("tokenizer", "prompt", "max_text_tokens")},
+    }
+    out = run.folder / "egobench"
+    predictions = [Predictions(e, out / "predictions", model) for e in exams]
+    if not force:
+        for kept in predictions:
+            kept.require_same()
+    if run.trainer.is_global_zero:
+        for kept in predictions:
+            print(*kept.loaded.notes, kept.line(), sep="\n")
+    predict(run.trainer, run.stage, Benchmarks(predictions, run.datamodule.num_workers, force))
+    if run.trainer.is_global_zero:
+        scores = score_folder(out, JudgeConfig(**(run.config.get("judge") or {})))
+        for logger in run.trainer.loggers:
+            logger.log_metrics({f"eval/{s.benchmark}/{s.metric}": s.value for s in scores}, step=step)
+            logger.save()
+        write_submissions(predictions, out / "submissions")
+        print(stages_table(run.folder.parent))
 
 
 def _answer(run: Run) -> None:
@@ -294,6 +357,18 @@ def _answer(run: Run) -> None:
         held_out = run.datamodule.held_out_set()
         write_metrics(run.folder, run.name, len(held_out), metrics, chance_levels(held_out.all_questions()))
         print(write_report(run.folder.parent))
+
+
+def report(runs: Path) -> None:
+    """Print what every stage of an experiment scored: on the held-out questions, then on benchmarks.
+
+    Raises:
+        ValueError: no stage was asked anything.
+    """
+    benchmarks = stages_table(runs)
+    if not benchmarks or any((runs / stage / "metrics.json").is_file() for stage in STAGES):
+        print(write_report(runs) + "\n" * bool(benchmarks))
+    print(benchmarks)
 
 
 def consolidate(config: dict[str, Any]) -> None:
@@ -345,6 +420,9 @@ def plan(experiment: Path, stages: Sequence[str], overrides: list[str]) -> None:
     plans = [plan_stage(config, stage_only(config)) for config in configs]
     assumed = [PlanConfig(**(config.get("plan") or {})) for config in configs]
     print(plan_table(plans, assumed))
+    if configs[-1]["stage"] == "stage3":
+        num_frames, trainer = int(configs[-1]["clips"]["num_frames"]), configs[-1]["trainer"]
+        print(f"\n{cost_table(stage_only(configs[-1]), num_frames, assumed[-1], device_count(trainer))}")
     problems = []
     for plan, assumption in zip(plans, assumed, strict=True):
         try:
@@ -391,7 +469,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def _put_aside(folder: Path) -> None:
-    for name in ("checkpoints", "metrics.json", "predictions.jsonl"):
+    for name in ("checkpoints", "egobench", "metrics.json", "predictions.jsonl"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for events in folder.glob("events.out.tfevents.*"):
@@ -424,14 +502,27 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
         if name == "fit":
             command.add_argument("--force", action="store_true", help="train anew even if finished or begun")
-    report = commands.add_parser("report", help="print the table of all stages of a run")
-    report.add_argument("runs", type=Path, help="folder of an experiment's runs, e.g. runs/toy")
-    report.add_argument("--traceback", action="store_true", help=argparse.SUPPRESS)
+        if name == "evaluate":
+            which = "ask benchmarks of the experiment instead: names with commas between, or all"
+            command.add_argument("--benchmarks", metavar="NAMES", default="", help=which)
+            command.add_argument("--force", action="store_true", help="forget their predictions that are there")
+    again = {
+        "report": "print the tables of all stages of a run",
+        "score": "compute benchmark scores of all stages of a run anew, from their predictions alone",
+    }
+    for name, text in again.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("runs", type=Path, help="folder of an experiment's runs, e.g. runs/toy")
+        command.add_argument("--traceback", action="store_true", help="show where an error came from")
+    command.add_argument("--judge", choices=("none", "file", "hf"), default="none", help="who judges open answers")
+    command.add_argument("--judge-model", metavar="NAME", help="folder or hub name of the model, or who wrote the file")
     options = parser.parse_args(arguments)
     _quiet()
     try:
-        if options.command == "report":
-            print(write_report(options.runs))
+        if options.command in again:
+            if options.command == "score":
+                score_stages(options.runs, JudgeConfig(options.judge, options.judge_model))
+            report(options.runs)
             return 0
         stage = options.rest.pop(0) if options.rest and "=" not in options.rest[0] else None
         if stage is not None and stage not in STAGES:
@@ -445,7 +536,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "fit":
             fit(config, options.force)
         elif options.command == "evaluate":
-            evaluate(config)
+            asked = [name for name in options.benchmarks.split(",") if name]
+            evaluate(config, None if asked == ["all"] else asked, options.force)
         elif options.command == "consolidate":
             consolidate(config)
         else:

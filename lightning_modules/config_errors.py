@@ -11,7 +11,10 @@ from typing import Any, get_type_hints
 
 import lightning as L
 
+from datamodules.egobench.exam import EgoBenchConfig
+from lightning_modules.egobench.judge import JudgeConfig
 from lightning_modules.monitor import SamplePanel, TrainingMonitor
+from lightning_modules.plan import PlanConfig
 
 _UNION = re.compile(
     r'^(?:Parser key "(?P<key>[\w.]+)": )?Does not validate against any of the Union subtypes .*? Errors: - '
@@ -85,6 +88,7 @@ def _unknown(written: str, key: str, config: dict[str, Any]) -> str:
 def _known(keys: list[str], config: dict[str, Any]) -> list[str]:
     """Names that may stand in the place of the last of ``keys``; none if the way there is unknown."""
     owners: dict[str, Any] = {"trainer": L.Trainer, "monitor": TrainingMonitor, "panel": SamplePanel}
+    owners |= {"egobench": EgoBenchConfig, "judge": JudgeConfig, "plan": PlanConfig}
     owner, rest = owners.get(keys[0]), keys[1:]
     if keys[0] in ("model", "data") and keys[1:2] == ["init_args"]:
         module, _, name = str(config[keys[0]].get("class_path")).rpartition(".")

@@ -151,7 +151,7 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     """
     assumed = PlanConfig(**(config.get("plan") or {}))
     data, trainer = config["data"]["init_args"], config["trainer"]
-    devices = _devices(trainer)
+    devices = device_count(trainer)
     micro_batch, accumulate = _split(data, trainer, devices)
     stage.num_frames = num_frames = config["clips"]["num_frames"]
     low_precision = str(trainer.get("precision", "32-true")).startswith("bf16")
@@ -252,7 +252,12 @@ def _hours(plan: StagePlan, assumed: PlanConfig) -> str | None:
     return f"{plan.hours(assumed.peak_tflops, assumed.mfu):,.1f}"
 
 
-def _devices(trainer: dict[str, Any]) -> int:
+def device_count(trainer: dict[str, Any]) -> int:
+    """Devices of all nodes.
+
+    Raises:
+        ValueError: the configuration leaves it to the machine.
+    """
     devices = trainer.get("devices", 1)
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices: got {devices!r}; a plan needs a number: make plan ARGS=trainer.devices=8")

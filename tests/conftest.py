@@ -11,7 +11,7 @@ from datamodules.toy_world.release import Settings, generate
 @pytest.fixture(scope="session")
 def toy_settings():
     """A generated world small enough for tests; the nine training takes hold every planted defect."""
-    counts = {"train_takes": 9, "val_takes": 2, "initialisation_takes": 6, "practice_takes": 4, "benchmark_takes": 3}
+    counts = {"train_takes": 9, "val_takes": 2, "initialisation_takes": 6, "practice_takes": 4, "benchmark_takes": 8}
     return Settings(**counts, frame_counter=True)
 
 

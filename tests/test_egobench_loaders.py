@@ -363,7 +363,7 @@ def test_charades_ego_labels_each_class_once(tmp_path):
 def test_charades_ego_says_what_is_wrong(tmp_path):
     charades(tmp_path, ("AB1EGO", "c157 1.0 2.0"), ("AB2EGO", "c001 1.0"), ("AB3", ""))
     said = problem("charades_ego", tmp_path)
-    assert "only1st.csv line 2: 'actions' is 'c157 1.0 2.0', expected c012 3.50 9.10;...: correct it" in said
+    assert "only1st.csv line 2: 'actions' is 'c157 1.0 2.0', expected c012 3.50 9.10;... of 157: correct it" in said
     assert "line 3: 'actions' is 'c001 1.0'" in said
     assert "line 4: video AB3 is not of the first person: give CharadesEgo_v1_test_only1st.csv, or another view" in said
     said = problem("charades_ego", charades(tmp_path / "b", ("AB1EGO", ""), classes=156))
@@ -471,7 +471,7 @@ def test_real_mir_relevance_and_its_fast_part():
         fast = loaded.fast()
         assert [rows[item.id] for item in fast.items] == values["ekreal_rows"].tolist()
         assert fast.texts == [loaded.texts[column] for column in values["ekreal_cols"].tolist()]
-        assert (len(fast.items), len(fast.texts), fast.whole) == (400, 232, False)
+        assert (len(fast.items), len(fast.texts), fast.total) == (400, 232, 9_668)
 
         def relevance(a, b):
             ours, theirs = set(a["nouns"]), set(b["nouns"])

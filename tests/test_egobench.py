@@ -1,0 +1,295 @@
+"""Benchmarks put to a model: what is asked, what is kept, and that neither processes nor interruptions change it."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from ranks import run_together
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datamodules.clip_stream import ClipReader
+from datamodules.clips import ClipConfig
+from datamodules.egobench import load
+from datamodules.egobench.exam import EgoBenchConfig, Exams
+from datamodules.text import TextEncoder
+from lightning_modules.cli import main
+from lightning_modules.config import compose
+from lightning_modules.egobench.examiner import examine
+from lightning_modules.egobench.results import read_scores
+from lightning_modules.stage import Stage
+
+TOY = str(tiny.EXPERIMENTS / "toy")
+NAMES = [
+    *("egoschema", "qaego4d_closed", "qaego4d_open", "egotaskqa_direct", "egotaskqa_indirect"),
+    *("charades_ego", "epic100_mir", "egoplan", "vlnqa", "egomcq"),
+]
+
+
+def command(kind, world, runs, stage, *more):
+    return [kind, TOY, stage, *tiny.OVERRIDES, f"data_root={world}", f"runs={runs}", *more]
+
+
+@pytest.fixture(scope="module")
+def trained(toy_world, tmp_path_factory):
+    """Runs with a hand-off of stage 3, whose weights differ from what they were drawn as."""
+    runs = tmp_path_factory.mktemp("trained")
+    for stage in tiny.STAGES:
+        assert main(command("fit", toy_world, runs, stage)) == 0
+    return runs
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """A copy to evaluate in."""
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def evaluate(world, runs, *more, names="all"):
+    return main([*command("evaluate", world, runs, "stage3"), *more, "--benchmarks", names])
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, toy_world, tmp_path_factory):
+    """All benchmarks by one process without interruption."""
+    runs = shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "runs")
+    assert evaluate(toy_world, runs, "egobench.cyclic=true") == 0
+    return runs
+
+
+def out(runs):
+    return runs / "toy" / "stage3" / "egobench"
+
+
+def contents(runs):
+    """Predictions and scores by file."""
+    files = [*sorted((out(runs) / "predictions").iterdir()), out(runs) / "metrics.json", out(runs) / "results.md"]
+    return {file.name: file.read_text() for file in files}
+
+
+def rows(runs, name):
+    return [json.loads(line) for line in (out(runs) / "predictions" / f"{name}.jsonl").read_text().splitlines()]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+def test_one_command_scores_all_benchmarks(evaluated, toy_world):
+    scores = read_scores(out(evaluated))
+    assert list(dict.fromkeys(score.benchmark for score in scores)) == sorted(NAMES)
+    for name in NAMES:
+        header = json.loads((out(evaluated) / "predictions" / f"{name}.header.json").read_text())
+        answered = rows(evaluated, name)
+        assert len(answered) == header["total"] > 0 and not header["missing"]
+        assert len({row["id"] for row in answered}) == len(answered)
+    assert not list((out(evaluated) / "predictions").glob("*.part*"))
+    curves = EventAccumulator(str(evaluated / "toy" / "stage3")).Reload()
+    (inter,) = curves.Scalars("eval/egomcq/accuracy/inter")
+    (score,) = (s for s in scores if (s.benchmark, s.metric) == ("egomcq", "accuracy/inter"))
+    assert inter.value == pytest.approx(score.value) and inter.step == 2  # optimiser steps of the stage
+    assert "paper" not in (out(evaluated) / "results.md").read_text()  # of an invented world
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_number_of_processes_gives_the_same_files(world, evaluated, runs, toy_world, tmp_path):
+    strategy = ["trainer.strategy=fsdp2" if world == 2 else "trainer.strategy=ddp"] if world > 1 else []
+    asked = command("evaluate", toy_world, runs, "stage3", f"trainer.devices={world}", *strategy)
+    run_together(world, [[*asked, "egobench.cyclic=true", "--benchmarks", "all"]], tmp_path)
+    assert contents(runs) == contents(evaluated)
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluated, runs, toy_world, monkeypatch):
+    answer, answered = Stage.predict_step, []
+
+    def killed(stage, batch, *args):
+        if len(answered) == 25:
+            raise KeyboardInterrupt
+        answered.append(batch)
+        return answer(stage, batch, *args)
+
+    monkeypatch.setattr(Stage, "predict_step", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        evaluate(toy_world, runs, "egobench.cyclic=true")
+    (part,) = (out(runs) / "predictions").glob("egoschema.part0.jsonl")
+    part.write_bytes(part.read_bytes() + b'{"id": "torn by a')
+    first = len(answered)
+    monkeypatch.setattr(
+        Stage, "predict_step", lambda stage, batch, *args: answered.append(batch) or answer(stage, batch, *args)
+    )
+    assert evaluate(toy_world, runs, "egobench.cyclic=true") == 0
+    assert contents(runs) == contents(evaluated)
+    assert first == 25
+    assert len(answered) == sum(len(exams_of(toy_world, name)) for name in NAMES), "nothing was asked twice"
+
+
+def test_predictions_of_another_model_or_setting_are_kept(runs, toy_world, capsys):
+    assert evaluate(toy_world, runs, names="egoschema") == 0
+    before = contents(runs)
+    assert evaluate(toy_world, runs, "egobench.style=base", names="egoschema") == 2
+    assert "egoschema.jsonl: was made with another prompts: FORCE=1 makes it anew" in capsys.readouterr().err
+    assert contents(runs) == before
+    assert evaluate(toy_world, runs, "egobench.style=base", "--force", names="egoschema") == 0
+    assert contents(runs) != before
+
+
+def test_scores_follow_from_the_predictions_alone(evaluated, runs, capsys):
+    shutil.copytree(out(evaluated), out(runs))
+    before = contents(runs)
+    for made in ("metrics.json", "results.md"):
+        (out(runs) / made).unlink()
+    capsys.readouterr()
+    assert main(["score", str(runs / "toy")]) == 0
+    assert contents(runs) == before
+    printed = capsys.readouterr().out
+    assert "| egomcq" in printed and "stage3" in printed
+
+
+def test_videos_that_are_missing_or_damaged_are_counted(runs, toy_world, tmp_path, capsys):
+    world = shutil.copytree(toy_world, tmp_path / "world")
+    videos = sorted((world / "egobench" / "egoschema" / "videos").iterdir())
+    videos[0].unlink()
+    videos[1].write_bytes(videos[1].read_bytes()[:-2000])
+    assert evaluate(world, runs, names="egoschema") == 0
+    total = len(videos)
+    assert f"egoschema: {total - 1} of {total} items" in (printed := capsys.readouterr().out)
+    assert str(videos[0]) in printed
+    header = json.loads((out(runs) / "predictions" / "egoschema.header.json").read_text())
+    assert list(header["missing"]) == [videos[0].stem, videos[1].stem]
+    assert str(videos[1]) in header["missing"][videos[1].stem]
+    assert all("_partial" in s.metric or "accuracy" not in s.metric for s in read_scores(out(runs)))
+    shutil.copy(sorted((toy_world / "egobench" / "egoschema" / "videos").iterdir())[0], videos[0])
+    shutil.copy(sorted((toy_world / "egobench" / "egoschema" / "videos").iterdir())[1], videos[1])
+    assert evaluate(world, runs, names="egoschema") == 0  # what was missing is asked now, nothing else
+    assert json.loads((out(runs) / "predictions" / "egoschema.header.json").read_text())["missing"] == {}
+    assert len(rows(runs, "egoschema")) == total
+
+
+def test_wrong_names_and_keys_are_refused_at_once(runs, toy_world, capsys):
+    assert evaluate(toy_world, runs, names="egoschema,egoskema") == 2
+    assert "benchmark egoskema: not in egobench.benchmarks: egoschema" in capsys.readouterr().err
+    assert evaluate(toy_world, runs, "egobench.stile=ego", names="egoschema") == 2
+    assert "egobench.stile: no such key in egobench, allowed: benchmarks" in capsys.readouterr().err
+    broken = "egobench.benchmarks=[{name: egoschema, annotations: /nowhere, videos: /nowhere}]"
+    assert evaluate(toy_world, runs, broken) == 2
+    assert "/nowhere" in capsys.readouterr().err
+
+
+def test_a_fixed_part_is_scored_while_stage_3_validates(runs, toy_world):
+    starts = [f"handoffs.stage{n}={runs}/toy/stage{n}/handoff" for n in range(3)]
+    options = ["experiment=fast", "egobench.fast=[egoschema,egomcq]", "data.init_args.held_out=null"]
+    assert main([*command("fit", toy_world, runs, "stage3"), *starts, *options]) == 0
+    tags = EventAccumulator(str(runs / "fast" / "stage3")).Reload().Tags()["scalars"]
+    assert any(re.fullmatch("val/egoschema_accuracy.*", tag) for tag in tags), tags
+    assert any(re.fullmatch("val/egomcq_accuracy.*/inter", tag) for tag in tags), tags
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# exams
+
+
+def exams_of(world, name, **changes):
+    config = compose(tiny.EXPERIMENTS / "toy", "stage3", [f"data_root={world}"])["egobench"] | changes
+    (entry,) = (entry for entry in config["benchmarks"] if entry["name"] == name)
+    encoder = TextEncoder(str(world / "tokenizer"), 400)
+    return Exams(load(entry), EgoBenchConfig(**config), ClipConfig(tiny.FRAMES, tiny.SIZE), encoder)
+
+
+def stage_of(world):
+    stage = tiny.make_stage("stage3", world / "tokenizer")
+    stage.configure_model()
+    tiny.scatter(stage)
+    return stage.eval()
+
+
+def test_letters_equal_a_loop_over_rotations_and_letters(toy_world):
+    exams, stage = exams_of(toy_world, "egoschema", cyclic=True), stage_of(toy_world)
+    exam = exams[0]
+    (row,) = stage.predict_step(exam)
+    item, encoder, language_model = exams.loaded.items[0], exams.encoder, stage.model.language_model
+    assert np.array(row["letters"]).shape == (5, 5)
+    visual = stage.visual_tokens(exam.video, "ego")
+    for shift in range(5):
+        question = exams.prompts.choice(item, [(p + shift) % 5 for p in range(5)])
+        logits = []
+        for letter in "ABCDE":
+            text = encoder.conversation([(question, f"{exams.prompts.prefill}{letter}")])
+            at = len(text.input_ids) - 2  # the letter stands before the end token
+            batch = encoder.batch([text])
+            labels = torch.full_like(batch.labels, -100)
+            labels[0, at] = batch.input_ids[0, at]
+            log_p, _ = language_model.token_log_likelihood(batch.input_ids, batch.attention_mask, labels, visual)
+            logits.append(float(log_p))
+        expected = torch.tensor(logits).log_softmax(-1)
+        torch.testing.assert_close(torch.tensor(row["letters"][shift]), expected, atol=1e-5, rtol=0)
+
+
+def test_ranking_equals_scoring_each_text_in_a_batch_of_its_own(toy_world):
+    exams, stage = exams_of(toy_world, "epic100_mir"), stage_of(toy_world)
+    exam = exams[0]
+    (row,) = stage.predict_step(exam)
+    visual = stage.visual_tokens(exam.video, "ego")
+    for text, score in zip(exams.loaded.texts, row["scores"], strict=True):
+        batch = exams.encoder.batch([exams.encoder.conversation([("Describe the video.", text.text)])])
+        (one,) = stage.score(batch, visual)
+        assert score == pytest.approx(one[0] / one[1], abs=1e-5)
+
+
+def test_priors_are_those_of_the_same_rows_without_the_clip(toy_world):
+    exams, stage = exams_of(toy_world, "epic100_mir"), stage_of(toy_world)
+    (row,) = stage.predict_step(exams[len(exams) - 1])
+    assert row["id"] == ""
+    decoder = stage.model.language_model.causal_lm
+    for text, prior in zip(exams.loaded.texts[:5], row["priors"], strict=False):
+        encoded = exams.encoder.conversation([("Describe the video.", text.text)])
+        ids = [token for token in encoded.input_ids if token >= 0]
+        count = encoded.label_tokens
+        log_p = decoder(torch.tensor([ids])).logits[0].log_softmax(-1)
+        at = range(len(ids) - count, len(ids))
+        assert prior == pytest.approx(sum(float(log_p[n - 1, ids[n]]) for n in at) / count, abs=1e-5)
+
+
+def test_nothing_after_the_observation_is_read(toy_world, monkeypatch):
+    exams, read, spans = exams_of(toy_world, "egoplan"), ClipReader.read, []
+
+    def counted(reader, path, times_s, *args):
+        spans.append((float(min(times_s)), float(max(times_s)), len(times_s)))
+        return read(reader, path, times_s, *args)
+
+    monkeypatch.setattr(ClipReader, "read", counted)
+    for number, unit in enumerate(exams.units):
+        exam = exams[number]
+        assert exam.video is not None, exam.problem
+        first, last, count = spans[-1]
+        assert unit.clip.start_s <= first and last == unit.clip.end_s and count == tiny.FRAMES
+
+
+def test_a_clip_that_several_items_share_is_read_once(toy_world):
+    exams = exams_of(toy_world, "egomcq")
+    clips = {clip for item in exams.loaded.items for clip in item.clips}
+    asked = sum(len(item.clips) for item in exams.loaded.items)
+    requests = [request for number in range(len(exams)) for request in exams[number].requests]
+    assert len(exams) == len(clips) < asked == len({(request.item, request.clip) for request in requests})
+
+
+def test_no_prompt_names_a_file(toy_world):
+    for name in ("egoschema", "vlnqa", "egoplan"):
+        exams = exams_of(toy_world, name)
+        for item in exams.loaded.items:
+            text = exams.prompts.choice(item)
+            assert item.id not in text.split() and item.clips[0].video not in text
+
+
+def test_exams_do_not_depend_on_which_came_before(toy_world):
+    exams, stage = exams_of(toy_world, "qaego4d_closed"), stage_of(toy_world)
+    twice = [stage.predict_step(exams[n]) for n in (0, 1, 0)]
+    assert twice[0] == twice[2] != twice[1]
+    exam = exams[0]
+    exam.problem = "cannot be read"
+    language_model, tokenizer = stage.model.language_model, stage.tokenizer
+    assert examine(language_model, tokenizer, exam, None) == [
+        {"id": request.item, "clip": 0, "problem": "cannot be read"} for request in exam.requests
+    ]
