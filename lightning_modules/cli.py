@@ -336,7 +336,8 @@ def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
             kept.require_same()
     if run.trainer.is_global_zero:
         for kept in predictions:
-            print(*kept.loaded.notes, kept.line(), sep="\n")
+            notes = () if kept.exams.config.invented else kept.loaded.notes
+            print(*notes, kept.line(), sep="\n")
     predict(run.trainer, run.stage, Benchmarks(predictions, run.datamodule.num_workers, force))
     if run.trainer.is_global_zero:
         scores = score_folder(out, JudgeConfig(**(run.config.get("judge") or {})))

@@ -173,6 +173,9 @@ def test_wrong_names_and_keys_are_refused_at_once(runs, toy_world, capsys):
     assert "benchmark egoskema: not in egobench.benchmarks: egoschema" in capsys.readouterr().err
     assert evaluate(toy_world, runs, "egobench.stile=ego", names="egoschema") == 2
     assert "egobench.stile: no such key in egobench, allowed: benchmarks" in capsys.readouterr().err
+    nowhere = f"egobench.benchmarks=[{{name: vlnqa, annotations: {toy_world}/egobench/vlnqa, videos: /nowhere}}]"
+    assert evaluate(toy_world, runs, nowhere) == 2
+    assert "vlnqa: none of its videos is below /nowhere, such as" in capsys.readouterr().err
     broken = "egobench.benchmarks=[{name: egoschema, annotations: /nowhere, videos: /nowhere}]"
     assert evaluate(toy_world, runs, broken) == 2
     assert "/nowhere" in capsys.readouterr().err

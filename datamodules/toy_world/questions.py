@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.ego_exo4d import camera_wearer_text
-from datamodules.egoit.templates import letter
 from datamodules.toy_world.scene import COLOURS, HANDS, KINDS, VERBS, Action, Take, Thing, World, sentence
 
 CAPTION_INSTRUCTION = "Describe the video."
@@ -25,7 +24,6 @@ QUESTIONS = {
     "check": "Does the camera-wearer use the {thing}?",
 }
 ACTION_QUESTION = "What does the camera-wearer do with the object?"
-LETTERED = 0.25  # of the clips of stage 0 are asked a question with lettered options, too
 _FRAMES = (
     "{}",
     "What? {}",
@@ -42,7 +40,6 @@ _TEMPLATES = {
     "qa": ("phrase", "{question}", "use the object. the colour. the hand. yes. no."),
     "description": ("sentence", CAPTION_INSTRUCTION, "use the object with the colour with the hand."),
     "action": ("phrase", ACTION_QUESTION, "use the colour with the object."),
-    "mcq": ("letter", "{question}\nOptions:\n{options}", "use the option with the object."),
 }
 """Of each task: the form of its answers, what is asked, and what level ``task`` adds."""
 _EGO = "the video is with the camera-wearer."
@@ -127,36 +124,11 @@ def options(
     return texts, int(np.argmin(order))
 
 
-def lettered(question: str, choices: Sequence[str]) -> str:
-    """A question with its options, as the world's templates write it."""
-    return "\n".join([question, "Options:", *(f"({letter(index)}) {text}" for index, text in enumerate(choices))])
-
-
-def lettered_turn(take: Take, action: Action, rng: np.random.Generator) -> tuple[str, str]:
-    """A question with four or five lettered options, and the answer with its letter; every letter is as likely."""
-    kind = str(rng.choice(["verb", "object", "colour", "action"]))
-    if kind == "action":
-        question, (choices, true) = ACTION_QUESTION, options(take, action, rng, phrase)
-    else:
-        question, truth = QUESTIONS[kind], parts(take, action)[kind]
-        others = [text for text in vocabulary(take.world)[kind] if text != truth]
-        count = min(int(rng.integers(4, 6)), len(others) + 1)
-        texts = [truth, *(others[i] for i in rng.permutation(len(others))[: count - 1])]
-        order = rng.permutation(count)
-        choices, true = [texts[i] for i in order], int(np.argmin(order))
-    return lettered(question, choices), f"({letter(true)}) {choices[true]}"
-
-
 def conversation(take: Take, action: Action, rng: np.random.Generator, with_caption: float) -> list[dict[str, str]]:
-    """Four turns about one clip in random order, and for some clips a fifth that is answered with a letter.
-
-    The caption is among the four with probability ``with_caption``.
-    """
+    """Four turns about one clip in random order; the caption is among them with probability ``with_caption``."""
     asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
     captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
     turns = captions + [asked[i] for i in rng.permutation(len(asked))[: 4 - len(captions)]]
-    if rng.random() < LETTERED:
-        turns.append(lettered_turn(take, action, rng))
     shuffled = [turns[i] for i in rng.permutation(len(turns))]
     return [
         {"from": speaker, "value": ("<video>\n" if index == 0 and speaker == "human" else "") + value}

@@ -352,7 +352,7 @@ def _write_practice(root: Path, settings: Settings, workers: int) -> None:
     templates = Templates(root / "templates")
     sources: list[InstructionSource] = [
         Egtea(official / "egtea", videos="practice", untrimmed=True),
-        EgoTimeQA(official / "egotimeqa", form="mixed", videos="practice"),
+        EgoTimeQA(official / "egotimeqa", videos="practice"),
         EgoExoLearn(official / "egoexolearn", text="hand", videos="practice"),
     ]
     for source in sources:

@@ -44,7 +44,7 @@ class Predictions:
         model: what tells this model from others, as JSON.
 
     Raises:
-        OtherPredictions: the folder holds those of another model, or of other items or settings.
+        ValueError: no item can be shown.
     """
 
     def __init__(self, exams: Exams, folder: Path, model: Mapping[str, Any]) -> None:
@@ -55,12 +55,18 @@ class Predictions:
         items = hashlib.sha256(repr((self.loaded.items, self.loaded.texts)).encode()).hexdigest()[:16]
         self.settings = json.loads(json.dumps({**model, **exams.settings(), "items": items}))
         self.missing = self.loaded.missing()
+        if len(self.missing) == len(self.loaded.items):
+            first = next(iter(self.missing.values()))
+            raise ValueError(
+                f"egobench.benchmarks: {self.loaded.name}: none of its videos is below {self.loaded.videos}, such as "
+                f"{first}: put them there, or correct videos"
+            )
 
     def require_same(self) -> None:
         """Compare with what is there.
 
         Raises:
-            OtherPredictions: see the class.
+            OtherPredictions: the folder holds those of another model, or of other items or settings.
         """
         if not self.header.is_file():
             return

@@ -16,7 +16,7 @@ from lightning_modules.egobench.scores import Header, Placed, Score, score_place
 from lightning_modules.report import markdown_table
 
 AVERAGE = ("average", "mean of the ten")
-SUMMARY = re.compile(r"(accuracy|map|ndcg)(_likelihood)?|accuracy/int(er|ra)|em|rougeL|judge_.*")
+SUMMARY = re.compile(r"(accuracy|map|ndcg)(_likelihood)?|accuracy/int(er|ra)|asked|em|rougeL|judge_.*")
 """Metrics that the table over stages shows, whole or partial; the rest is in each stage's own."""
 NO_JUDGE = JudgeConfig()
 
