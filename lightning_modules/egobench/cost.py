@@ -59,16 +59,20 @@ def cost_table(stage: Stage, num_frames: int, assumed: PlanConfig, devices: int)
     """
     read, follow = _flops(stage, num_frames)
     head = ["benchmark", "clips", "tokens behind each", "PFLOP"]
-    rows = [head if assumed.peak_tflops is None else [*head, f"hours, {devices} devices", "pair by pair"]]
+    rows = [head if assumed.peak_tflops is None else [*head, f"on {devices} x {assumed.peak_tflops:g}", "pair by pair"]]
     for name, size in SIZES.items():
         flops = size.clips * (read + size.tokens * follow)
         alone = size.pairs * (read + size.tokens * size.clips / size.pairs * follow)
-        cells = [name, f"{size.clips:,}", f"{size.tokens:,}", f"{flops / 1e15:,.1f}"]
+        cells = [name, f"{size.clips:,}", f"{size.tokens:,}", f"{flops / 1e15:,.3g}"]
         if assumed.peak_tflops is not None:
             speed = devices * assumed.peak_tflops * 1e12 * assumed.mfu * 3600
-            cells += [f"{flops / speed:,.3g}", f"{alone / speed:,.3g}"]
+            cells += [_duration(flops / speed), _duration(alone / speed)]
         rows.append(cells)
     return markdown_table(rows)
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def _flops(stage: Stage, num_frames: int) -> tuple[float, float]:
