@@ -44,7 +44,7 @@ def importers(package):
 
 def test_video_files_are_opened_in_few_places():
     reading = {"datamodules/clip_stream.py", "datamodules/data_check.py"}
-    writing = {"datamodules/toy_world/release.py", "datamodules/reencode.py", "datamodules/egoit/trim.py"}
+    writing = {"datamodules/toy_world/video.py", "datamodules/reencode.py", "datamodules/egoit/trim.py"}
     assert importers("av") == reading | writing
 
 

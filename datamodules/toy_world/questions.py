@@ -40,6 +40,7 @@ _TEMPLATES = {
     "qa": ("phrase", "{question}", "use the object. the colour. the hand. yes. no."),
     "description": ("sentence", CAPTION_INSTRUCTION, "use the object with the colour with the hand."),
     "action": ("phrase", ACTION_QUESTION, "use the colour with the object."),
+    "mcq": ("letter", "{question}\nOptions:\n{options}", "use the option with the object."),
 }
 """Of each task: the form of its answers, what is asked, and what level ``task`` adds."""
 _EGO = "the video is with the camera-wearer."
