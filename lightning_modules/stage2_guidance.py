@@ -137,8 +137,8 @@ class DemonstratorLearnerGuidance(Stage):
         if batch.exo_video is None:
             if self.kl.weight or self.cycle.weight or self.contrastive.weight:
                 raise ValueError(
-                    "data.views: got ego alone, but stage 2 compares with exocentric video: add exo, or set the weights "
-                    "of model.kl, model.cycle and model.contrastive to 0"
+                    "data.views: got ego alone, but the losses compare with exocentric video: add exo, or set the "
+                    "weights of model.kl, model.cycle and model.contrastive to 0"
                 )
             return {"vtg": self._generation(self.model.learner_tokens(batch.ego_video), batch)}
         model = self.model
