@@ -87,6 +87,18 @@ def test_regimes_set_what_their_titles_say(tmp_path):
     assert round(0.09 * 330) == 30
 
 
+def test_a_regime_reaches_both_stages_or_stage_2_alone(tmp_path):
+    file = write_plan(tmp_path, GOOD)
+    few = {"title": "", "overrides": ["x=1", "y=1"], "stage2_overrides": ["y=2"], "stage2": ["b"], "stage3": ["b"]}
+    file.write_text(yaml.safe_dump(GOOD | {"regimes": {"few": few}}))
+    for name in ("toy", "b"):
+        (tmp_path / name / "experiment.yaml").write_text("run_dir: ${runs}/${stage}\nstage: x\nnetwork: {}")
+    waves = all_jobs(file, read_plan(file), [0], tmp_path, ["x=0", "z=0"])
+    found = [{key: wave[0].config.get(key) for key in "xyz"} for wave in waves]
+    shared = {"x": 0, "y": None, "z": 0}
+    assert found == [shared, shared, {"x": 1, "y": 2, "z": 0}, {"x": 1, "y": 1, "z": 0}]
+
+
 GOOD = {"prepare": "toy", "control": "b", "regimes": {"few": {"title": "Few", "stage2": ["b", "e"]}}}
 
 
@@ -338,29 +350,35 @@ def test_numbers_survive_json(content):
     assert run["trained"] == 3 * 5 + 7 and run["clips"]["seen"]["ego_choice"] == 1.0
 
 
-def cells(text, title, first):
-    section = text.split(title, 1)[1]
-    (row,) = [line for line in section.split("\n\n")[1].splitlines() if line.startswith(f"| {first} ")]
-    return [cell.strip() for cell in row.strip("|").split("|")]
+def cells(text, title, *first):
+    """Of the row that begins with ``first``, in the table below ``title``."""
+    table = text.split(f"{title}\n", 1)[1].lstrip("\n").split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    (row,) = [row for row in rows if tuple(row[: len(first)]) == first]
+    return row
 
 
 def test_tables(content):
     text = markdown(content)
     few = text.split("## Some takes narrated\n", 1)[1].split("## Some takes narrated, and no other")[0]
-    stage2 = few.split("### stage2\n", 1)[1].split("### stage3")[0]
-    names = content["names"]
-    mean = cells(few, "### stage2", names["b_mapping_alone"])
-    assert "50.0 ± 211.8" in mean and mean[1] == "22"  # 3 of 6 in both seeds' mean: 2/6 and 4/6, t(1) = 12.706
-    difference = cells(stage2, f"Minus {names['b_mapping_alone']}:", names["e_full"])
+    stage2, stage3 = few.split("### stage2\n", 1)[1].split("### stage3\n")
+    a, b, e = (content["names"][name] for name in ("a_ego_only", "b_mapping_alone", "e_full"))
+    mean = cells(few, "### stage2", b, "all clips")
+    assert mean[2] == "22" and "50.0 ± 211.8" in mean  # 2 of 6 and 4 of 6 right, t(1) = 12.706
+    difference = cells(stage2, f"Minus {b}:", e, "all clips")
     assert "**+16.7 ± 0.0**" in difference
-    hidden = cells(stage2, f"Minus {names['b_mapping_alone']}, clips whose action they do not see:", names["e_full"])
-    assert "+0.0 ± 0.0" in hidden
-    assert f"| {names['e_full']} | F(x) alone |" in re.sub(" +", " ", stage2)
-    assert f"| {names['a_ego_only']} | F(x) alone |" not in re.sub(" +", " ", stage2)
-    assert "95 %" in text and "e_without_lora" in few.split("### stage3")[1]
+    assert "-25.0 ± 105.9" not in difference and "-16.7 ± 211.8" in cells(stage2, f"Minus {b}:", a, "all clips")
+    assert "+0.0 ± 0.0" in cells(stage2, f"Minus {b}:", e, "clips whose action they do not see")
+    assert "+0.0 ± 0.0" in cells(stage2, f"Minus {b}:", e, "F(x) alone, all clips")
+    with pytest.raises(ValueError, match="not enough values"):
+        cells(stage2, f"Minus {b}:", a, "F(x) alone, all clips")
+    assert cells(stage3, f"Minus {b}:", "e_without_lora", "all clips")
+    assert "95 %" in text
+    by_stage = cells(stage3, "### Stage by stage", e, "four-way choice")
+    assert by_stage[2] == "50.0" and by_stage[3] == "50.0 ± 0.0" and by_stage[4] == by_stage[5] == "66.7 ± 211.8"
     sweep = text.split("## Takes without narration for each narrated one\n", 1)[1]
     assert [line.split("|")[1].strip() for line in sweep.splitlines() if line.startswith("| ")][1:] == ["0", "2"] * 2
-    advantage = cells(text, "## How much better informed", "four-way choice")
+    advantage = cells(text, "## How much better informed the exocentric cameras are", "four-way choice")
     assert advantage[2].startswith("+62.5 ±")
 
 

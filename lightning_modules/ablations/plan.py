@@ -18,13 +18,15 @@ class Regime:
 
     Attributes:
         title: for tables.
-        overrides: ``key=value`` of stage 2.
+        overrides: ``key=value`` of both stages.
+        stage2_overrides: more of stage 2, such as what its data are.
         stage2, stage3: experiments beside the plan that run these stages. One that is in ``stage3`` alone starts from
             what its own files say.
     """
 
     title: str
     overrides: tuple[str, ...] = ()
+    stage2_overrides: tuple[str, ...] = ()
     stage2: tuple[str, ...] = ()
     stage3: tuple[str, ...] = ()
 
@@ -189,6 +191,7 @@ def all_jobs(file: Path, plan: Plan, seeds: Sequence[int], out: Path, overrides:
         if plan.view_probe:
             waves["stage2"].append(job("views", plan.view_probe, "stage2", seed))
         for group, regime in plan.regimes.items():
-            waves["stage2"] += [job(group, v, "stage2", seed, regime.overrides) for v in regime.stage2]
-            waves["stage3"] += [job(group, v, "stage3", seed) for v in regime.stage3]
+            more, of_stage2 = regime.overrides, (*regime.overrides, *regime.stage2_overrides)
+            waves["stage2"] += [job(group, v, "stage2", seed, of_stage2) for v in regime.stage2]
+            waves["stage3"] += [job(group, v, "stage3", seed, more) for v in regime.stage3]
     return list(waves.values())

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_modules.ablations.figures import draw
 from lightning_modules.ablations.plan import Job, Plan
+from lightning_modules.config import STAGES
 from lightning_modules.handoff import check_handoff, code_version
 from lightning_modules.report import SCORES, markdown_table
 
@@ -179,54 +180,75 @@ class _Lookup:
 
 def markdown(content: dict[str, Any]) -> str:
     """Tables of ``collect``."""
-    means, effects, names = _Lookup(content["means"]), _Lookup(content["effects"]), content["names"]
-    control, headline = content["control"], content["headline"]
-    trained = {(run["regime"], run["variant"], run["stage"]): run["trained"] for run in content["runs"]}
+    means, effects = _Lookup(content["means"]), _Lookup(content["effects"])
+    places = list(dict.fromkeys((run["regime"], run["variant"], run["stage"]) for run in content["runs"]))
     lines = [f"Code {content['code_version']}. {content['interval']} Scores in per cent, held-out clips.", ""]
     if content["views"]:
-        lines += ["## How much better informed the exocentric cameras are", "", *_views(content), ""]
+        lines += ["## How much better informed the exocentric cameras are", "", _views(content), ""]
     for regime, title in content["regimes"].items():
         lines += [f"## {title}", ""]
-        for stage in dict.fromkeys(stage for r, _, stage in trained if r == regime):
-            variants = [v for r, v, s in trained if (r, s) == (regime, stage)]
-            others = [v for v in variants if v != control]
-
-            def table(
-                lookup: _Lookup, rows: list[str], reads: str = "whole", clips: str = "all", signed: bool = False
-            ) -> str:
-                head = ["", "trained", *COLUMNS.values()]
-                body = [
-                    [names[v], f"{trained[regime, v, stage]:,}"]  # noqa: B023
-                    + [lookup.cell(regime, v, stage, reads, clips, f"ego_{c}", signed=signed) for c in COLUMNS]  # noqa: B023
-                    for v in rows
-                ]
-                return markdown_table([head, *body])
-
-            lines += [f"### {stage}", "", table(means, variants), "", f"Minus {names[control]}:", ""]
-            lines += [table(effects, others, signed=True), ""]
-            lines += [f"Minus {names[control]}, {CLIPS['hidden']}:", ""]
-            lines += [table(effects, others, clips="hidden", signed=True), ""]
-            rows = [["", "reads", *(COLUMNS[score] for score in headline)]]
-            rows += [
-                [names[v], title, *(means.cell(regime, v, stage, reads, "all", f"ego_{score}") for score in headline)]
-                for v in variants
-                for reads, title in READS.items()
-            ]
-            lines += [markdown_table([row for row in rows if any(row[2:])], left=2), ""]
+        for stage in dict.fromkeys(stage for r, _, stage in places if r == regime):
+            variants = [v for r, v, s in places if (r, s) == (regime, stage)]
+            others = [v for v in variants if v != content["control"]]
+            lines += [f"### {stage}", "", _of_stage(content, means, regime, stage, variants), ""]
+            if others:
+                lines += [f"Minus {content['names'][content['control']]}:", ""]
+                lines += [_of_stage(content, effects, regime, stage, others, signed=True), ""]
+        if (regime, content["control"], "stage3") in places:
+            lines += ["### Stage by stage", "", _stages(content, means, regime), ""]
     if content["sweep"]:
-        lines += [f"## {content['sweep']['title']}", "", *_sweep(content, means, effects), ""]
+        lines += [f"## {content['sweep']['title']}", "", _sweep(content, means, effects), ""]
     return "\n".join(lines).rstrip()
 
 
-def _views(content: dict[str, Any]) -> list[str]:
+SELECTIONS = {
+    ("whole", "all"): "all clips",
+    ("whole", "hidden"): CLIPS["hidden"],
+    ("ego", "all"): f"{READS['ego']}, all clips",
+    ("mapped", "all"): f"{READS['mapped']}, all clips",
+}
+
+
+def _of_stage(
+    content: dict[str, Any], lookup: _Lookup, regime: str, stage: str, variants: list[str], signed: bool = False
+) -> str:
+    trained = {(run["regime"], run["variant"], run["stage"]): run["trained"] for run in content["runs"]}
+    rows = [["", "answers", "trained", *COLUMNS.values()]]
+    for variant in variants:
+        name, count = content["names"][variant], f"{trained[regime, variant, stage]:,}"
+        for (reads, clips), title in SELECTIONS.items():
+            where = (regime, variant, stage, reads, clips)
+            cells = [lookup.cell(*where, f"ego_{score}", signed=signed) for score in COLUMNS]
+            if any(cells):
+                rows.append([name, title, count, *cells])
+    return markdown_table(rows, left=2)
+
+
+def _stages(content: dict[str, Any], means: _Lookup, regime: str) -> str:
+    """Egocentric scores of the demonstrator, then of each variant that goes as far as stage 3."""
+    demonstrator = next(run["variant"] for run in content["runs"] if run["regime"] == "prepared")
+    variants = {run["variant"]: None for run in content["runs"] if (run["regime"], run["stage"]) == (regime, "stage3")}
+    rows = [["", "score", *STAGES]]
+    for score in content["headline"]:
+        for variant in variants:
+            places = [("prepared", demonstrator), ("prepared", demonstrator), (regime, variant), (regime, variant)]
+            cells = [
+                means.cell(*place, stage, "whole", "all", f"ego_{score}")
+                for place, stage in zip(places, STAGES, strict=True)
+            ]
+            rows.append([content["names"][variant], COLUMNS[score], *cells])
+    return markdown_table(rows, left=2)
+
+
+def _views(content: dict[str, Any]) -> str:
     lookup = _Lookup(content["views"])
-    rows = [["exocentric minus egocentric", *CLIPS.values()]]
+    rows = [["stage 1 on exocentric minus the same on egocentric video", *CLIPS.values()]]
     for score, title in COLUMNS.items():
         rows.append([title, *(lookup.cell("views", "exo - ego", "", "whole", c, score, signed=True) for c in CLIPS)])
-    return [markdown_table(rows)]
+    return markdown_table(rows)
 
 
-def _sweep(content: dict[str, Any], means: _Lookup, effects: _Lookup) -> list[str]:
+def _sweep(content: dict[str, Any], means: _Lookup, effects: _Lookup) -> str:
     sweep, names, control = content["sweep"], content["names"], content["control"]
     head = [f"{sweep['title']}", "score", names[control], *(f"{names[v]} minus it" for v in sweep["variants"])]
     rows = [
@@ -238,4 +260,4 @@ def _sweep(content: dict[str, Any], means: _Lookup, effects: _Lookup) -> list[st
         for score in content["headline"]
         for point, regime in sweep["points"].items()
     ]
-    return [markdown_table([head, *rows], left=2)]
+    return markdown_table([head, *rows], left=2)
