@@ -12,7 +12,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import tiny
 import yaml
@@ -275,7 +277,7 @@ def test_quantiles_of_students_t():
 def answers(folder, visible, hidden, view="ego"):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [(True, score) for score in visible] + [(False, score) for score in hidden]
-    lines = [{"view": view, "ego_visible": v, "scores": {"choice": s, "loss": 2 - s}} for v, s in rows]
+    lines = [{"view": view, "ego_visible": v, "scores": {"choice": s, "caption": 0, "loss": 2 - s}} for v, s in rows]
     with (folder / "predictions.jsonl").open("a") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -339,7 +341,7 @@ def test_effects_are_differences_within_seeds(content):
 def test_the_advantage_of_the_exocentric_views_by_hand(content):
     seen = entry(content, "views", clips="seen", score="choice")
     assert seen["by_seed"] == [0.75 - 0.25, 0.75 - 0.0]
-    assert {e["score"] for e in content["views"]} == {"choice", "loss"}
+    assert {e["score"] for e in content["views"]} == {"choice", "caption", "loss"}
 
 
 def test_numbers_survive_json(content):
@@ -386,6 +388,41 @@ def test_without_matplotlib_there_are_tables_and_a_word_about_it(content, tmp_pa
     monkeypatch.setattr(figures, "matplotlib", None)
     assert figures.draw(content, tmp_path) == []
     assert capsys.readouterr().out == "no figures: matplotlib is missing, pip install '.[dev]'\n"
+
+
+class Panels:
+    """Stands for a figure, and keeps what is drawn into each of its panels."""
+
+    def __init__(self, **_):
+        self.panels = np.empty(0)
+
+    def subplots(self, rows, columns, **_):
+        self.panels = np.array([[Mock() for _ in range(columns)] for _ in range(rows)])
+        return self.panels
+
+
+def bars(panel):
+    """(place, mean, half) of each bar, or line of bars."""
+    return [(call.args[1], call.args[0], call.kwargs.get("xerr")) for call in panel.errorbar.call_args_list]
+
+
+def test_what_is_drawn(content, monkeypatch):
+    monkeypatch.setattr(figures, "Figure", Panels, raising=False)
+    effects = figures._effects(content).panels
+    assert effects.shape == (2, 2)  # regimes, headline scores
+    where = {"regime": "few", "stage": "stage2", "reads": "whole", "clips": "all", "score": "ego_choice"}
+    found = [entry(content, "effects", variant=variant, **where) for variant in ("a_ego_only", "e_full")]
+    assert bars(effects[0, 0]) == [(i, 100 * e["mean"], 100 * e["half"]) for i, e in enumerate(found)]
+    stages = figures._stages(content).panels
+    assert stages.shape == (1, 2)  # one regime goes as far as stage 3
+    lines = {call.kwargs["label"]: call.args for call in stages[0, 0].errorbar.call_args_list}
+    assert lines[content["names"]["e_full"]][0] == ["stage0", "stage1", "stage2", "stage3"]
+    assert lines[content["names"]["e_full"]][1] == pytest.approx([50.0, 50.0, 200 / 3, 200 / 3])
+    assert lines[content["names"]["e_without_lora"]][0] == ["stage0", "stage1", "stage3"]
+    sweep = figures._sweep(content).panels
+    (line,) = sweep[0, 0].errorbar.call_args_list
+    assert line.args == ([0, 1], pytest.approx([100 / 6, 100 / 6]))
+    assert sweep[1, 0].set_xticks.call_args.args == ([0, 1], ["0", "2"])
 
 
 def test_figures_show_the_numbers(content, tmp_path):
