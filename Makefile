@@ -2,6 +2,8 @@
 EXPERIMENT ?= toy
 RUNS ?= runs
 ARGS ?=
+SEEDS ?= 3
+RESULTS ?= $(RUNS)/ablations/results
 PORT ?= 6006
 STAGES ?= stage0 stage1 stage2 stage3
 INDEX ?= $(ROOT)/ego_exo_clip
@@ -11,8 +13,11 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 FIT = $(PYTHON) -m lightning_modules fit experiments/$(EXPERIMENT)
 OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
-# Experiments on the generated world make it first.
-WORLD := $(if $(filter toy% ablations%,$(EXPERIMENT)),data/toy/ego_exo_clip/index.json)
+# Experiments on a generated world make it first.
+FAIR := data/fair/ego_exo_clip/index.json
+TOY := data/toy/ego_exo_clip/index.json
+WORLD := $(if $(filter toy_fair ablations/%,$(EXPERIMENT)),$(FAIR),$(if $(filter toy%,$(EXPERIMENT)),$(TOY)))
+ABLATE = $(PYTHON) -m lightning_modules ablations
 
 # Threads that spin for long steal time from the decoding process, those that never spin are slow: spin briefly.
 export GOMP_SPINCOUNT ?= 10000
@@ -20,7 +25,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-clips bench-step bench-egobench bench-index bench-mix clean
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-clips bench-step bench-egobench bench-index bench-mix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +39,16 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-data: data/toy/ego_exo_clip/index.json ## generate the default data set
+data: $(TOY) ## generate the default data set
 
-data/toy/ego_exo_clip/index.json: | $(VENV)/installed
+$(TOY): | $(VENV)/installed
 	$(PYTHON) -m datamodules.toy_world --root data/toy
+
+$(FAIR): | $(VENV)/installed
+	$(PYTHON) -m datamodules.toy_world --root data/fair --preset fair --train-takes 330 --val-takes 100
+
+data/fair_quick/ego_exo_clip/index.json: | $(VENV)/installed
+	$(PYTHON) -m datamodules.toy_world --root data/fair_quick --preset fair --train-takes 9 --val-takes 2 --initialisation-takes 6 --practice-takes 4
 
 ego-exoclip: $(VENV)/installed ## index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..."
 	@test -n "$(EGOEXO4D)" || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
@@ -76,6 +87,12 @@ stage2: $(VENV)/installed $(WORLD) ## Demonstrator-Learner Guidance, needs stage
 stage3: $(VENV)/installed $(WORLD) ## Learner Self-Practice, needs stage2
 	$(FIT) stage3 $(OPTIONS)
 
+ablations: $(VENV)/installed $(FAIR) ## run experiments/ablations/plan.yaml over SEEDS=3 or go on with it, tables and figures to RESULTS=folder
+	$(ABLATE) experiments/ablations/plan.yaml $(ARGS) --seeds $(SEEDS) --out $(RUNS)/ablations --results $(RESULTS)
+
+ablations-quick: $(VENV)/installed data/fair_quick/ego_exo_clip/index.json ## the same machinery in minutes, to see that it works
+	$(ABLATE) experiments/ablations/quick.yaml data_root=data/fair_quick $(ARGS) --seeds 2 --out $(RUNS)/ablations_quick --results $(RUNS)/ablations_quick/results
+
 plan: $(VENV)/installed $(WORLD) ## what EXPERIMENT costs: parameters, memory, operations, hours; allocates nothing
 	@$(PYTHON) -m lightning_modules plan experiments/$(EXPERIMENT) $(ARGS)
 
@@ -113,7 +130,7 @@ format: $(VENV)/installed ## let ruff rewrite
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/installed data/toy/ego_exo_clip/index.json ## measure memory of the loss, clip reading and training steps
+bench: $(VENV)/installed $(TOY) ## measure memory of the loss, clip reading and training steps
 	$(PYTHON) tests/bench.py
 
 bench-clips: $(VENV)/installed ## measure clip reading against other readers, pip install '.[bench]' for all of them
@@ -132,4 +149,4 @@ bench-mix: $(VENV)/installed ## measure loading a mix of 600,000 instruction rec
 	$(PYTHON) tests/bench_mix.py $(ARGS)
 
 clean: ## remove runs and the generated data; .venv stays
-	rm -rf $(RUNS) data/toy
+	rm -rf $(RUNS) data/toy data/fair data/fair_quick

@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.clips import VIEWS, ClipConfig, ClipDataModule, ClipTextDataset, Span
+from datamodules.clips import NOTHING_TO_LEARN, VIEWS, ClipConfig, ClipDataModule, ClipTextDataset, Span
 from datamodules.pair_index import PairIndex, read_header
 from datamodules.text import EncodedText, TextEncoder
 
 ExoPolicy = Literal["all", "best", "random"]
+
+
+@dataclass(frozen=True)
+class NarrationConfig:
+    """How much of the paired video has its narration used; the other pairs are seen and supervise no text.
+
+    Which takes are narrated is drawn from the data's seed, and a smaller fraction's are among a larger one's.
+
+    Attributes:
+        ego_text_fraction: share of the takes that are narrated, one at least.
+        unnarrated_ratio: how many of the other takes are used for each narrated one; null for all of them.
+        share: share of each epoch's samples that are narrated, reached by repeating or leaving out narrated ones (every
+            sample without narration comes once); null takes every sample once.
+    """
+
+    ego_text_fraction: float = 1.0
+    unnarrated_ratio: float | None = None
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not 0 < self.ego_text_fraction <= 1:
+            raise ValueError(f"data.narration.ego_text_fraction: got {self.ego_text_fraction}, allowed: above 0 to 1")
+        ratio = self.unnarrated_ratio
+        if ratio is not None and ratio < 0:
+            raise ValueError(f"data.narration.unnarrated_ratio: got {ratio}, allowed: 0 or more, or null")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"data.narration.share: got {self.share}, allowed: between 0 and 1, or null")
+
+    def draw(self, takes: int, seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which of ``takes`` takes are narrated, and which are used at all: bool [takes] each."""
+        order = np.random.default_rng([seed, 7]).permutation(takes)
+        narrated = max(1, round(self.ego_text_fraction * takes))
+        others = takes if self.unnarrated_ratio is None else round(self.unnarrated_ratio * narrated)
+        place = np.argsort(order)
+        return place < narrated, place < narrated + others
 
 
 class EgoExoClipDataset(ClipTextDataset):
@@ -32,6 +69,7 @@ class EgoExoClipDataset(ClipTextDataset):
         seed: of the random view.
         clips: frames of a clip.
         encoder: text to tokens.
+        narration: which pairs are used, and which of them with their narration.
 
     Raises:
         ValueError: ``exo_policy`` is none of the three.
@@ -47,6 +85,7 @@ class EgoExoClipDataset(ClipTextDataset):
         seed: int,
         clips: ClipConfig,
         encoder: TextEncoder,
+        narration: NarrationConfig = NarrationConfig(),
     ) -> None:
         super().__init__(clips, encoder)
         if exo_policy not in ("all", "best", "random"):
@@ -55,10 +94,35 @@ class EgoExoClipDataset(ClipTextDataset):
         self.exo_policy, self.instruction, self.seed = exo_policy, instruction, seed
         counts = pairs.num_exos() if exo_policy == "all" else np.ones(len(pairs), dtype=np.int64)
         self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # of each narration
+        self.narration = narration
+        self.narrated, used = narration.draw(len(pairs.first_view) - 1, seed)
+        of_take = self.groups()
+        narrated = self.narrated[of_take]
+        self.with_text = np.flatnonzero(narrated)
+        self.without_text = np.flatnonzero(used[of_take] & ~narrated)
 
     def __len__(self) -> int:
         """Number of pairs."""
         return int(self.first_pair[-1])
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of an epoch."""
+        return self._narrated_length() + len(self.without_text)
+
+    def epoch_samples(self, epoch: int) -> NDArray[np.int64]:
+        """Every pair without narration, and as many narrated ones as are to come with them."""
+        length, pairs = self._narrated_length(), self.with_text
+        if length != len(pairs):
+            rng = np.random.default_rng([self.seed, epoch, 8])
+            pairs = np.concatenate([rng.permutation(pairs) for _ in range(0, length, len(pairs))])[:length]
+        return np.sort(np.concatenate([pairs, self.without_text]))
+
+    def _narrated_length(self) -> int:
+        share = self.narration.share
+        if share is None or not len(self.without_text):
+            return len(self.with_text)
+        return max(1, round(len(self.without_text) * share / (1 - share)))
 
     def name(self, index: int) -> str:
         """Take, annotator and narration."""
@@ -87,8 +151,11 @@ class EgoExoClipDataset(ClipTextDataset):
         )
 
     def text(self, index: int, epoch: int) -> EncodedText:
-        """The narration, the wearer spelled out."""
-        caption = self.pairs.texts[self._clip(index)]
+        """The narration, the wearer spelled out; nothing to learn where it is not used."""
+        clip = self._clip(index)
+        if not self.narrated[self.pairs.clip_groups[clip]]:
+            return NOTHING_TO_LEARN
+        caption = self.pairs.texts[clip]
         if self.instruction is None:
             return self.encoder.plain(caption)
         return self.encoder.conversation([(self.instruction, caption)])
@@ -107,6 +174,7 @@ class EgoExoClipDataModule(ClipDataModule):
         views: views that the stage looks at, ``ego`` and ``exo``.
         exo_policy: which exocentric views of a narration become samples, see ``EgoExoClipDataset``.
         instruction: question put before every caption; null trains on bare captions.
+        narration: how much of the paired video has its narration used.
         **shared: see ``ClipDataModule``; ``root`` is the folder that the index's paths are relative to.
 
     Raises:
@@ -119,6 +187,7 @@ class EgoExoClipDataModule(ClipDataModule):
         views: list[Literal["ego", "exo"]],
         exo_policy: ExoPolicy = "all",
         instruction: str | None = None,
+        narration: NarrationConfig = NarrationConfig(),
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
@@ -129,7 +198,7 @@ class EgoExoClipDataModule(ClipDataModule):
             read_header(self.index)
         except ValueError as error:
             raise ValueError(f"data.index: {error}") from None
-        self.views, self.exo_policy, self.instruction = views, exo_policy, instruction
+        self.views, self.exo_policy, self.instruction, self.narration = views, exo_policy, instruction, narration
 
     def read(self) -> EgoExoClipDataset:
         """Read the index; no video is opened."""
@@ -142,6 +211,7 @@ class EgoExoClipDataModule(ClipDataModule):
             self.seed,
             self.clips,
             self.encoder,
+            self.narration,
         )
 
     def annotation_files(self) -> list[Path]:

@@ -39,6 +39,9 @@ from torch.distributed import distributed_c10d
 from datamodules.clips import ClipConfig, ClipDataModule
 from datamodules.egobench import load
 from datamodules.egobench.exam import EgoBenchConfig, Exams
+from lightning_modules.ablations.plan import all_jobs, read_plan
+from lightning_modules.ablations.results import write_results
+from lightning_modules.ablations.runner import RunsFailed, carry_out
 from lightning_modules.checkpoint import (
     CheckpointError,
     CheckpointFolders,
@@ -49,7 +52,7 @@ from lightning_modules.checkpoint import (
     read_tensors,
     stored_tensors,
 )
-from lightning_modules.config import STAGES, ConfigError, compose, config_hash
+from lightning_modules.config import STAGES, ConfigError, compose, config_hash, single_streams
 from lightning_modules.config_errors import explain
 from lightning_modules.egobench.cost import cost_table
 from lightning_modules.egobench.evaluate import Benchmarks, Predictions, predict, write_submissions
@@ -305,15 +308,18 @@ def _know_peak(run: Run) -> None:
         monitor.flops, monitor.peak_flops = flops_per_sample(run.config, stage_only(run.config)), peak * 1e12
 
 
-def evaluate(config: dict[str, Any], benchmarks: Sequence[str] | None = (), force: bool = False) -> None:
+def evaluate(
+    config: dict[str, Any], benchmarks: Sequence[str] | None = (), force: bool = False, handoff: Path | None = None
+) -> None:
     """Answer the held-out questions with a finished stage, or those of benchmarks.
 
     Args:
         config: resolved configuration of the stage.
         benchmarks: names; None for all of the configuration, none for the held-out questions.
         force: forget predictions that are there.
+        handoff: of the same parts, in place of the stage's own.
     """
-    folder = Path(str(config.get("run_dir", ""))) / "handoff"
+    folder = handoff or Path(str(config.get("run_dir", ""))) / "handoff"
     manifest = check_handoff(folder)
     run = build(config)
     run.stage.start_from({part: str(folder) for part in manifest["parts"]})
@@ -348,12 +354,23 @@ def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
         print(stages_table(run.folder.parent))
 
 
+def answer_by_streams(config: dict[str, Any]) -> None:
+    """Answer the held-out questions by x alone and by F(x) alone, where a finished stage reads both.
+
+    The streams left out are not there, rather than zero: a language model knows one stream from stage 1, and no zeros.
+    """
+    for changed in single_streams(config).values():
+        if not (Path(changed["run_dir"]) / "metrics.json").is_file():
+            evaluate(changed, handoff=Path(config["run_dir"]) / "handoff")
+
+
 def _answer(run: Run) -> None:
     if run.datamodule.held_out is None:
         return
     run.trainer.test(run.stage, datamodule=run.datamodule, verbose=False)
     metrics, outcomes = run.stage.held_out_metrics, run.stage.all_outcomes()
     if run.trainer.is_global_zero:
+        run.folder.mkdir(parents=True, exist_ok=True)
         write_predictions(run.folder / "predictions.jsonl", outcomes)
         held_out = run.datamodule.held_out_set()
         write_metrics(run.folder, run.name, len(held_out), metrics, chance_levels(held_out.all_questions()))
@@ -434,6 +451,46 @@ def plan(experiment: Path, stages: Sequence[str], overrides: list[str]) -> None:
         raise ConfigError("; ".join(problems))
 
 
+def _add_ablations(commands: Any) -> None:
+    """Declare the command that carries out a plan of runs."""
+    text = "run what a plan of ablations lacks, then write tables and figures"
+    cores = len(os.sched_getaffinity(0))
+    command = commands.add_parser(
+        "ablations", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.add_argument("plan", type=Path, help="e.g. experiments/ablations/plan.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="overridden keys of every run")
+    command.add_argument("--seeds", type=int, default=3, help="how many")
+    command.add_argument("--first-seed", type=int, default=0, help="the others follow it")
+    command.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
+    command.add_argument("--results", type=Path, default=Path("runs/ablations/results"), help="of tables and figures")
+    command.add_argument("--threads", type=int, default=1, help="of each run")
+    command.add_argument("--jobs", type=int, default=cores, help="runs at a time; times threads at most the cores")
+    command.add_argument("--dry-run", action="store_true", help="list the runs only")
+    command.add_argument("--traceback", action="store_true", help="show where an error came from")
+
+
+def ablations(options: argparse.Namespace) -> int:
+    """Carry out a plan and write what it shows; exit status."""
+    plan = read_plan(options.plan)
+    for name in ("seeds", "jobs", "threads"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name}: got {getattr(options, name)}, allowed: 1 or more")
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    overrides = [f"threads={options.threads}", "trainer.enable_progress_bar=false", *options.overrides]
+    waves = all_jobs(options.plan, plan, seeds, options.out, overrides)
+    if options.dry_run:
+        print("\n".join(job.name for wave in waves for job in wave))
+        return 0
+    try:
+        carry_out(waves, options.out, options.jobs, options.threads)
+    except (RunsFailed, KeyboardInterrupt) as error:
+        print(f"stopped: {error or 'told to'}; call it again to go on", file=sys.stderr)
+        return 1 if isinstance(error, RunsFailed) else STOPPED
+    print(write_results(plan, [job for wave in waves for job in wave], options.results))
+    return 0
+
+
 def _same_configuration(folder: Path, config: dict[str, Any], state: str) -> None:
     file = folder / "config.yaml"
     before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -501,6 +558,8 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("experiment", type=Path, help="folder of the experiment, or a run's config.yaml")
         command.add_argument("rest", nargs="*", metavar="stage0|..|stage3 key=value", help="stage and overridden keys")
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
+        if name in ("fit", "evaluate"):
+            command.add_argument("--streams", action="store_true", help="also answer by x alone and by F(x) alone")
         if name == "fit":
             command.add_argument("--force", action="store_true", help="train anew even if finished or begun")
         if name == "evaluate":
@@ -517,6 +576,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--traceback", action="store_true", help="show where an error came from")
     command.add_argument("--judge", choices=("none", "file", "hf"), default="none", help="who judges open answers")
     command.add_argument("--judge-model", metavar="NAME", help="folder or hub name of the model, or who wrote the file")
+    _add_ablations(commands)
     options = parser.parse_args(arguments)
     _quiet()
     try:
@@ -525,6 +585,8 @@ def main(arguments: list[str] | None = None) -> int:
                 score_stages(options.runs, JudgeConfig(options.judge, options.judge_model))
             report(options.runs)
             return 0
+        if options.command == "ablations":
+            return ablations(options)
         stage = options.rest.pop(0) if options.rest and "=" not in options.rest[0] else None
         if stage is not None and stage not in STAGES:
             raise ConfigError(f"stage: got {stage!r}, allowed: {', '.join(STAGES)}")
@@ -544,6 +606,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(yaml.safe_dump(config, sort_keys=False), end="")
             build(config)
+        if getattr(options, "streams", False):
+            answer_by_streams(config)
     except Interrupted as error:
         return _all_stop(f"stopped: {error}", STOPPED)
     except Diverged as error:

@@ -8,6 +8,7 @@ Interpolations are resolved after all layers, so an overridden key reaches every
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -57,6 +58,20 @@ def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) 
         raise ConfigError(f"{files[-1]}: {_first_line(error)} (key {error.full_key})") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def single_streams(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of a stage that reads x and F(x): configurations that read one of them, each with a folder of its own."""
+    network = config["network"]
+    if config["stage"] not in ("stage2", "stage3") or network.get("learner_reads", "both") != "both":
+        return {}
+    folder, found = Path(config["run_dir"]), {}
+    for reads in ("ego", "mapped"):
+        changed = copy.deepcopy(config) | {"run_dir": str(folder.parent / f"reads_{reads}" / folder.name)}
+        changed["model"]["init_args"]["network"] = changed["network"] = {**network, "learner_reads": reads}
+        changed["trainer"]["logger"] = False
+        found[reads] = changed
+    return found
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -125,6 +125,32 @@ def guidance_kl_loss(
     return tau**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
+def contrastive_loss(target: Tensor, mapped: Tensor, readable: Tensor, different: Tensor, tau: float = 0.1) -> Tensor:
+    """Find y by F(x) among the micro-batch's other clips, by the cosine of features averaged over all positions.
+
+    Not of the paper. The other clips of the same micro-batch on the same rank are what a clip is told from, so unlike
+    the other losses it depends on how a global batch is split. The target is detached.
+
+    Args:
+        target: float [B, T, h, w, C], standardised y.
+        mapped: the same shape, F(x) standardised with the same statistics.
+        readable: bool [B], the clips that count.
+        different: bool [B, B], clips that show different things; others are no counterexamples to each other.
+        tau: temperature.
+
+    Returns:
+        float32 scalar >= 0: cross-entropy, summed over readable clips and divided by B.
+    """
+    y, x = (
+        F.normalize(where_readable(readable, f, f.new_zeros(())).float().mean((1, 2, 3)), dim=-1)
+        for f in (target.detach(), mapped)
+    )
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    logits = (x @ y.T / tau).masked_fill(~(itself | different & readable), -torch.inf)
+    log_p = logits.log_softmax(dim=1).diagonal()
+    return -log_p.where(readable, 0.0).sum() / len(x)
+
+
 class FeatureStandardizer(nn.Module):
     """Brings features to zero mean and unit deviation per channel, by the statistics of the exocentric ones.
 

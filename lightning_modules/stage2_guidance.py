@@ -14,11 +14,13 @@ from lightning_modules.losses import (
     FeatureStandardizer,
     Pool,
     Standardize,
+    contrastive_loss,
     cycle_consistency_loss,
     guidance_kl_loss,
     vtg_loss,
     where_readable,
 )
+from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.stage import Stage
 
 
@@ -42,13 +44,33 @@ class CycleConfig:
 
 @dataclass(frozen=True)
 class KLConfig:
-    """KL(y || F(x)), see ``guidance_kl_loss`` and ``FeatureStandardizer``."""
+    """KL(y || F(x)), see ``guidance_kl_loss`` and ``FeatureStandardizer``.
+
+    Attributes:
+        weight: after the warm-up.
+        where: compares ``patches``, the encoder's features and what F makes of them, or the ``tokens`` that the
+            projector makes of both and the language model reads.
+        warmup_fraction: share of all steps over which the weight rises from 0.
+    """
 
     weight: float = 1.0
     tau: float = 1.0
     axis: Axis = "channel"
     pool: Pool = "none"
     standardize: Standardize = "ema"
+    where: Literal["patches", "tokens"] = "patches"
+    warmup_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Finding y by F(x) among the clips of a micro-batch, see ``contrastive_loss``; not of the paper.
+
+    Compares where the KL does, with features standardised as there.
+    """
+
+    weight: float = 0.0
+    tau: float = 0.1
 
 
 class DemonstratorLearnerGuidance(Stage):
@@ -56,12 +78,13 @@ class DemonstratorLearnerGuidance(Stage):
 
     The ego encoder, F and G learn by video-text generation with the language model reading x and F(x), by cycle
     consistency, and by KL between the demonstrator's features y and F(x). The exo encoder and the language model are
-    frozen; gradients pass through the latter.
+    frozen; gradients pass through the latter. With the weights of all else 0, exocentric video may be left out.
 
     Args:
         vtg_weight: weight of video-text generation.
         cycle: weight and form of cycle consistency.
         kl: weight and form of the guidance.
+        contrastive: weight and temperature of a contrastive term beside the KL.
         **shared: see ``Stage``.
     """
 
@@ -74,13 +97,30 @@ class DemonstratorLearnerGuidance(Stage):
         vtg_weight: float = 1.0,
         cycle: CycleConfig = CycleConfig(),
         kl: KLConfig = KLConfig(),
+        contrastive: ContrastiveConfig = ContrastiveConfig(),
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
         if cycle.weight and not (cycle.forward or cycle.backward):
             raise ValueError("model.cycle: got forward and backward false, allowed: one of them true, or weight 0")
-        self.vtg_weight, self.cycle, self.kl = vtg_weight, cycle, kl
-        self.standardizer = FeatureStandardizer(self.network.encoder.width, kl.standardize)
+        if not 0 <= kl.warmup_fraction <= 1:
+            raise ValueError(f"model.kl.warmup_fraction: got {kl.warmup_fraction}, allowed: from 0 to 1")
+        self.vtg_weight, self.cycle, self.kl, self.contrastive = vtg_weight, cycle, kl, contrastive
+
+    def attach(self, model: Exo2EgoModel) -> None:
+        """Standardise what the KL compares."""
+        super().attach(model)
+        dim = model.language_model.dim if self.kl.where == "tokens" else self.network.encoder.width
+        self.standardizer = FeatureStandardizer(dim, self.kl.standardize)
+
+    def on_fit_start(self) -> None:
+        """Refuse to compare tokens of F(x) where the language model reads none."""
+        super().on_fit_start()
+        if self.kl.where == "tokens" and self.network.learner_reads != "both":
+            raise ValueError(
+                f"model.kl.where: got tokens, but the language model reads {self.network.learner_reads} alone: set "
+                "network.learner_reads to both, or where to patches"
+            )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The step's exocentric features count from the next one on."""
@@ -93,23 +133,42 @@ class DemonstratorLearnerGuidance(Stage):
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Video-text generation on x and F(x), KL(y || F(x)), cycle consistency."""
-        assert batch.ego_video is not None and batch.exo_video is not None
+        assert batch.ego_video is not None
+        if batch.exo_video is None:
+            if self.kl.weight or self.cycle.weight or self.contrastive.weight:
+                raise ValueError(
+                    "data.views: got ego alone, but the losses compare with exocentric video: add exo, or set the "
+                    "weights of model.kl, model.cycle and model.contrastive to 0"
+                )
+            return {"vtg": self._generation(self.model.learner_tokens(batch.ego_video), batch)}
         model = self.model
         ego = model.ego_encoder(batch.ego_video)  # paper x
         with torch.no_grad():
             exo = model.exo_encoder(batch.exo_video)  # paper y
         ego_as_exo = model.ego_to_exo(ego)  # F(x)
-        logits, targets = self.read_text(model.learner_view(ego, ego_as_exo), batch)
-        losses = {
-            "vtg": self.vtg_weight * vtg_loss(logits, targets, batch.label_tokens),
-            "kl": self.kl.weight * self._guidance(ego, ego_as_exo, exo, batch.readable),
-        }
+        visual = model.learner_view(ego, ego_as_exo)
+        losses = {"vtg": self._generation(visual, batch)}
+        losses |= self._guidance(*self._compared(ego, ego_as_exo, exo, visual), batch)
         if self.cycle.weight:
             losses["cycle"] = self.cycle.weight * self._cycles(ego, ego_as_exo, exo, batch.readable)
         return losses
 
-    def _guidance(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, readable: Tensor) -> Tensor:
+    def _generation(self, visual: Tensor, batch: ClipBatch) -> Tensor:
+        logits, targets = self.read_text(visual, batch)
+        return self.vtg_weight * vtg_loss(logits, targets, batch.label_tokens)
+
+    def _compared(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Y, F(x) and x, float [B, T, h, w, C], or the tokens of each as [B, 1, 1, N, D]."""
+        if self.kl.where == "patches":
+            return exo, ego_as_exo, ego
+        with torch.no_grad():
+            target = self.model.project(exo)
+        unmapped, mapped = visual.chunk(2, dim=1)
+        return target[:, None, None], mapped[:, None, None], unmapped[:, None, None]
+
+    def _guidance(self, exo: Tensor, ego_as_exo: Tensor, ego: Tensor, batch: ClipBatch) -> dict[str, Tensor]:
         """KL(y || F(x)); the curves also show KL(y || x) and how far F is from the identity."""
+        readable = batch.readable
         self.standardizer.observe(exo, readable)
         target, mapped, unmapped = (self.standardizer(feature) for feature in (exo, ego_as_exo, ego))
         kl = guidance_kl_loss(target, mapped, readable, self.kl.tau, self.kl.axis, self.kl.pool)
@@ -121,7 +180,18 @@ class DemonstratorLearnerGuidance(Stage):
             "guidance/kl_without_mapping": without_mapping,
             "guidance/mapping_change": change / size.clamp(min=1e-12),
         }
-        return kl
+        losses = {"kl": self._kl_weight() * kl}
+        if self.contrastive.weight:
+            clips = {name: number for number, name in enumerate(dict.fromkeys(batch.ids))}
+            number = torch.tensor([clips[name] for name in batch.ids], device=readable.device)
+            different = number != number[:, None]
+            contrastive = contrastive_loss(target, mapped, readable, different, self.contrastive.tau)
+            losses["contrastive"] = self.contrastive.weight * contrastive
+        return losses
+
+    def _kl_weight(self) -> float:
+        rising = self.kl.warmup_fraction * self.total_steps() if self.kl.warmup_fraction else 0.0
+        return self.kl.weight * min(1.0, (self.trainer.global_step + 1) / (rising + 1)) if rising else self.kl.weight
 
     def _cycles(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, readable: Tensor) -> Tensor:
         """Sum of the directions: G(F(x)) against x, F(G(y)) against y."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -15,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.batch import IGNORE_INDEX
 from datamodules.clip_stream import ClipReader, Damaged, FileMissing, probe, read_views, segment_midpoints
-from datamodules.clips import ClipConfig, ResumableLoader
-from datamodules.ego_exo_clip import EgoExoClipDataModule
+from datamodules.clips import ClipConfig, GlobalBatchSampler, ResumableLoader, _Request
+from datamodules.ego_exo_clip import EgoExoClipDataModule, NarrationConfig
 
 SIDE, FRAMES, FPS = 64, 4, 8
 NARRATIONS = 7 * 6 + (6 + 3) + 1  # seven takes with one annotator, one with two, one with a single narration
@@ -344,3 +346,109 @@ def test_the_fingerprint_is_of_takes_and_narrated_clips(copy):
         file.write_text(text + "\n")
         assert made.fingerprint() != before
         file.write_text(text)
+
+
+# ----------------------------------------------------------------------------------- narrations that are not used
+
+
+def takes(pairs):
+    return pairs.groups()
+
+
+def partly(root, seed=0, **narration):
+    return dataset(root, seed=seed, narration=NarrationConfig(**narration))
+
+
+def test_the_default_uses_every_narration_once(pairs):
+    assert pairs.epoch_length == len(pairs)
+    assert pairs.epoch_samples(3).tolist() == list(range(len(pairs)))
+    assert all(pairs.text(index, 0).label_tokens > 0 for index in range(len(pairs)))
+
+
+def test_a_fraction_of_the_takes_keeps_its_text_and_the_others_their_pictures(toy_world, pairs):
+    some = partly(toy_world, ego_text_fraction=0.34)
+    narrated = {int(takes(some)[index]) for index in range(len(some)) if some.text(index, 0).label_tokens}
+    everything = set(takes(some).tolist())
+    assert len(narrated) == round(0.34 * len(everything)) == 3
+    for index in range(len(some)):
+        assert some.span(index, 0) == pairs.span(index, 0)
+        if int(takes(some)[index]) in narrated:
+            assert some.text(index, 0) == pairs.text(index, 0)
+    assert some.epoch_samples(0).tolist() == list(range(len(pairs)))
+
+
+def test_a_batch_counts_the_tokens_of_narrated_clips_only(toy_world, pairs):
+    some = partly(toy_world, ego_text_fraction=0.34)
+    indices = [int(some.with_text[0]), *some.without_text[:3].tolist()]
+    batch = some.__getitems__(_Request(0, indices, indices, 1))
+    assert batch.readable.all() and not batch.skipped
+    supervised = (batch.text.labels != IGNORE_INDEX).sum(1).tolist()
+    assert supervised == [pairs.text(indices[0], 0).label_tokens, 0, 0, 0]
+    assert batch.label_tokens == supervised[0]
+    full = pairs.__getitems__(_Request(0, indices, indices, 1))
+    assert torch.equal(batch.ego_video, full.ego_video) and torch.equal(batch.exo_video, full.exo_video)
+
+
+def test_the_narrated_takes_depend_on_the_seed_and_are_nested(toy_world):
+    def narrated(fraction, seed):
+        some = partly(toy_world, seed, ego_text_fraction=fraction)
+        return set(takes(some)[some.with_text].tolist())
+
+    assert narrated(0.3, 0) < narrated(0.7, 0) < narrated(1.0, 0)
+    assert narrated(0.3, 0) == narrated(0.3, 0)
+    assert len({frozenset(narrated(0.3, seed)) for seed in range(8)}) > 1
+    assert len(narrated(0.001, 0)) == 1
+
+
+@pytest.mark.parametrize(("ratio", "others"), [(0, 0), (1, 2), (2, 4), (100, 7), (None, 7)])
+def test_the_ratio_says_how_many_other_takes_are_used(toy_world, ratio, others):
+    some = partly(toy_world, ego_text_fraction=0.22, unnarrated_ratio=ratio)
+    used = some.epoch_samples(0)
+    count = len(set(takes(some).tolist()))
+    assert len(set(takes(some)[some.with_text].tolist())) == 2
+    assert len(set(takes(some)[used].tolist())) == 2 + min(others, count - 2)
+    assert len(used) == some.epoch_length
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_the_share_of_narrated_samples_is_reached_by_repeating_or_leaving_out(toy_world, share):
+    some = partly(toy_world, ego_text_fraction=0.22, share=share)
+    epochs = [some.epoch_samples(epoch) for epoch in range(2)]
+    for samples in epochs:
+        assert len(samples) == some.epoch_length
+        narrated = np.isin(samples, some.with_text)
+        assert narrated.mean() == pytest.approx(share, abs=0.5 / len(samples) + 1e-9)
+        assert samples[~narrated].tolist() == some.without_text.tolist()
+        times = np.unique(samples[narrated], return_counts=True)[1]
+        assert times.max() - times.min() <= 1
+    assert np.array_equal(epochs[0], some.epoch_samples(0))
+    assert share == 0.5 or not np.array_equal(*epochs)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_loader_goes_on_with_the_same_mix_of_narrated_pairs(toy_world, world):
+    def requests(start=0, rank=0):
+        some = partly(toy_world, ego_text_fraction=0.22, share=0.5)
+        sampler = GlobalBatchSampler(some.epoch_length, 4, 1, rank, world, 0, epoch_samples=some.epoch_samples)
+        sampler.epoch, sampler.start = 1, start
+        return [request.indices for request in sampler]
+
+    ranks = [requests(rank=rank) for rank in range(world)]
+    assert len({len(of_rank) for of_rank in ranks}) == 1
+    together = [list(chain(*parts)) for parts in zip(*ranks, strict=True)]
+    assert {len(batch) for batch in together} == {4}
+    assert requests(start=3) == ranks[0][3:]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("ego_text_fraction", 0.0, "above 0 to 1"),
+        ("ego_text_fraction", 1.1, "above 0 to 1"),
+        ("unnarrated_ratio", -1.0, "0 or more"),
+        ("share", 1.0, "between 0 and 1"),
+    ],
+)
+def test_impossible_narrations_are_refused(key, value, allowed):
+    with pytest.raises(ValueError, match=rf"data.narration.{key}: got {value}, allowed: {allowed}"):
+        NarrationConfig(**{key: value})

@@ -394,21 +394,45 @@ def test_a_run_without_held_out_clips(toy_world, tmp_path):
 ABLATIONS = sorted(path.parent.name for path in (tiny.EXPERIMENTS / "ablations").glob("*/experiment.yaml"))
 
 
+REMOVED = {
+    **{name: {"ego_to_exo", "exo_to_ego"} for name in ("a_ego_only", "a_more_steps", "ego_preparation")},
+    **{name: {"exo_to_ego"} for name in ABLATIONS if name[0] in "bd"},
+    "e_without_lora": {"lora"},
+}
+
+
 @pytest.mark.parametrize("name", ABLATIONS)
-def test_ablations_train_from_the_stages_of_toy(finished, toy_world, tmp_path, name):
+def test_ablations_train_from_the_stages_before(finished, toy_world, tmp_path, name):
     shared = [f"handoffs.{stage}={finished}/toy/{stage}/handoff" for stage in ("stage0", "stage1")]
     few = ["data.init_args.held_out=null", "trainer.max_steps=1", *shared]
-    no_cycle = {"plain_mapping": {"exo_to_ego"}, "without_cycle": {"exo_to_ego"}}
-    removed = {"ego_only": {"ego_to_exo", "exo_to_ego"}, "without_lora": {"lora"}, **no_cycle}.get(name, ())
+    experiment, second = str(tiny.EXPERIMENTS / "ablations" / name), tmp_path / "ablations" / name / "stage2"
+    if name.startswith("e_"):
+        few.append(f"handoffs.stage2={second}/handoff")
     for stage in ("stage2", "stage3"):
-        assert (
-            main(arguments(stage, toy_world, tmp_path, *few, experiment=str(tiny.EXPERIMENTS / "ablations" / name)))
-            == 0
-        )
+        assert main(arguments(stage, toy_world, tmp_path, *few, experiment=experiment)) == 0
         manifest = check_handoff(tmp_path / "ablations" / name / stage / "handoff")
-        assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - set(removed)
-    assert manifest["started_from"]["projector"] == digest(tmp_path / "ablations" / name / "stage2")
+        assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - REMOVED.get(name, set())
+    assert manifest["started_from"]["projector"] == digest(second)
     assert manifest["started_from"]["language_model"] == digest(finished / "toy" / "stage0")
+
+
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_one_stream_alone_is_answered_beside_the_run(runs, toy_world, stage):
+    before = contents(runs / "toy" / stage)
+    assert main([*arguments(stage, toy_world, runs, command="evaluate"), "--streams"]) == 0
+    assert (runs / "toy" / stage / "metrics.json").read_bytes() == before[runs / "toy" / stage / "metrics.json"][1]
+    losses = {"whole": json.loads((runs / "toy" / stage / "metrics.json").read_text())["metrics"]["ego_loss"]}
+    for reads in ("ego", "mapped"):
+        folder = runs / "toy" / f"reads_{reads}" / stage
+        losses[reads] = json.loads((folder / "metrics.json").read_text())["metrics"]["ego_loss"]
+        assert not (folder / "handoff").exists()
+        alone = arguments(stage, toy_world, runs / reads, f"network.learner_reads={reads}", command="evaluate")
+        shutil.copytree(runs / "toy" / stage / "handoff", runs / reads / "toy" / stage / "handoff")
+        shared = [f"handoffs.{s}={runs}/toy/{s}/handoff" for s in STAGES[:3]]
+        assert main([*alone, *shared]) == 0
+        again = json.loads((runs / reads / "toy" / stage / "metrics.json").read_text())["metrics"]["ego_loss"]
+        assert again == losses[reads]
+    assert len(set(losses.values())) == 3
 
 
 @pytest.mark.parametrize("name", ["toy_coarse", "toy_qwen3"])

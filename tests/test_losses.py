@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_modules.losses import FeatureStandardizer, cycle_consistency_loss, guidance_kl_loss, vtg_loss
+from lightning_modules.losses import (
+    FeatureStandardizer,
+    contrastive_loss,
+    cycle_consistency_loss,
+    guidance_kl_loss,
+    vtg_loss,
+)
 
 LN3 = math.log(3)
 READABLE = torch.tensor([True])
@@ -170,6 +176,55 @@ def test_standardizer_state_travels_with_checkpoints():
     read.load_state_dict(written.state_dict())
     step(read, features([[6.0], [6.0]]), READABLE)
     assert (read.mean.item(), read.variance.item()) == (4.0, 0.5)
+
+
+# -------------------------------------------------------------------------------------------------------- contrastive
+
+
+def apart(clips):
+    return ~torch.eye(clips, dtype=torch.bool)
+
+
+def test_contrastive_by_hand():
+    y = torch.stack([features([[2.0, 0.0], [4.0, 0.0]])[0], features([[0.0, 1.0], [0.0, 1.0]])[0]])
+    x = torch.stack([features([[1.0, 0.0], [1.0, 0.0]])[0], features([[6.0, 2.0], [2.0, 4.0]])[0]])
+    # averaged over positions and normalised: y (1, 0), (0, 1); x (1, 0), (0.8, 0.6)
+    loss = contrastive_loss(y, x, torch.ones(2, dtype=torch.bool), apart(2), tau=0.5)
+    rows = [math.log(1 + math.exp(-1 / 0.5)), math.log(1 + math.exp((0.8 - 0.6) / 0.5))]
+    torch.testing.assert_close(loss, torch.tensor(sum(rows) / 2))
+
+
+def test_contrastive_does_not_tell_a_clip_from_itself():
+    y, x = (torch.randn(3, 1, 2, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    readable, different = torch.ones(3, dtype=torch.bool), apart(3)
+    different[0, 2] = different[2, 0] = False
+    together = contrastive_loss(y, x, readable, different)
+    pair = torch.ones(2, dtype=torch.bool)
+    first = contrastive_loss(y[:2], x[:2], pair, apart(2))  # rows 0 and 1 see only each other
+    assert not torch.isclose(together, contrastive_loss(y, x, readable, apart(3)))
+    y[2] = y[0]
+    x[2] = x[0]
+    rows = [contrastive_loss(y[i:2], x[i:2], pair[i:], apart(2)[i:, i:]) for i in (0, 1)]
+    assert rows[0] == first and rows[1] == 0
+    alone = contrastive_loss(y[[0, 2]], x[[0, 2]], pair, torch.zeros(2, 2, dtype=torch.bool))
+    assert alone == 0
+
+
+def test_contrastive_moves_the_mapped_features_only():
+    y, x = (torch.randn(2, 1, 2, 2, 4).requires_grad_() for _ in range(2))
+    contrastive_loss(y, x, torch.ones(2, dtype=torch.bool), apart(2)).backward()
+    assert y.grad is None and x.grad.abs().max() > 0
+
+
+def test_contrastive_leaves_unreadable_clips_out():
+    y, x = (torch.randn(3, 1, 2, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
+    x.requires_grad_()
+    readable = torch.tensor([True, False, True])
+    masked = contrastive_loss(y, x, readable, apart(3))
+    kept = contrastive_loss(y[readable], x[readable], readable[readable], apart(2))
+    torch.testing.assert_close(masked, kept * 2 / 3)
+    (gradient,) = torch.autograd.grad(masked, x)
+    assert gradient[1].abs().max() == 0 and gradient.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------- clips that could not be read

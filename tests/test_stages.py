@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -15,10 +16,11 @@ from datamodules import ClipConfig, InstructionDataModule
 from lightning_modules import OptimConfig
 from lightning_modules.checkpoint import CheckpointError, CheckpointFolders, Checkpoints, newest, stored_tensors
 from lightning_modules.handoff import HandoffError, StageHandoff
+from lightning_modules.losses import contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.sources import FoundPart
-from lightning_modules.stage2_guidance import CycleConfig, KLConfig
+from lightning_modules.stage2_guidance import ContrastiveConfig, CycleConfig, KLConfig
 
 
 def trainer(max_steps, callbacks=(), **options):
@@ -201,6 +203,100 @@ def test_stage2_reads_the_demonstrator_without_moving_it(toy_tokenizer):
     after = stage.losses(batch)
     assert torch.equal(before["vtg"], after["vtg"])  # the language model reads x and F(x) only
     assert before["kl"] != after["kl"]
+
+
+def guided(tokenizer, **changes):
+    stage = tiny.make_stage("stage2", tokenizer, **changes)
+    stage.configure_model()
+    tiny.scatter(stage.model)
+    return stage
+
+
+def features_of(stage, batch):
+    """Y and F(x) as the encoders and F give them."""
+    model = stage.model
+    return model.exo_encoder(batch.exo_video), model.ego_to_exo(model.ego_encoder(batch.ego_video))
+
+
+@pytest.mark.parametrize("pool", ["none", "all"])
+def test_kl_on_tokens_compares_what_the_language_model_reads(toy_tokenizer, pool):
+    batch = tiny.clip_batch()
+    stage = guided(toy_tokenizer, kl=KLConfig(weight=2.0, where="tokens", standardize="token", pool=pool))
+    tokens = [F.layer_norm(stage.model.projector(f), (32,)) for f in features_of(stage, batch)]  # [B, N, D]
+    if pool == "all":
+        tokens = [t.mean(1, keepdim=True) for t in tokens]
+    log_p, log_q = (t.log_softmax(-1) for t in tokens)
+    by_hand = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    kl = stage.losses(batch)["kl"]
+    torch.testing.assert_close(kl, 2 * by_hand)
+    on_patches = guided(toy_tokenizer, kl=KLConfig(weight=2.0, standardize="token", pool=pool)).losses(batch)["kl"]
+    assert not torch.isclose(kl, on_patches)
+    kl.backward()
+    assert all(p.grad is not None for p in stage.model.part("ego_to_exo").values())
+    assert all(p.grad is None for p in stage.model.part("exo_encoder").values())
+
+
+def test_kl_on_tokens_has_statistics_of_tokens_and_a_fixed_target(toy_tokenizer):
+    batch = tiny.clip_batch()
+    stage = guided(toy_tokenizer, kl=KLConfig(where="tokens"))
+    stage.losses(batch)
+    stage.standardizer.update()
+    tokens = stage.model.projector(stage.model.exo_encoder(batch.exo_video)).flatten(0, 1)
+    torch.testing.assert_close(stage.standardizer.mean, tokens.mean(0))
+    same = tiny.clip_batch()
+    same.exo_video = same.ego_video
+    stage = guided(toy_tokenizer, kl=KLConfig(where="tokens"), network=tiny.network(dropout=0.0))
+    stage.model.exo_encoder.load_state_dict(stage.model.ego_encoder.state_dict())
+    stage.model.ego_to_exo = torch.nn.Identity()
+    assert stage.losses(same)["kl"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_kl_on_tokens_needs_tokens_of_both_streams(toy_tokenizer):
+    stage = tiny.make_stage(
+        "stage2", toy_tokenizer, network=tiny.network(learner_reads="ego"), kl=KLConfig(where="tokens")
+    )
+    with pytest.raises(ValueError, match=r"model.kl.where: got tokens, but the language model reads ego alone"):
+        fit(stage)
+
+
+def test_the_weight_of_the_kl_rises_over_its_warmup(toy_tokenizer):
+    stage = tiny.make_stage("stage2", toy_tokenizer, kl=KLConfig(weight=6.0, warmup_fraction=0.5), learning_rate=1e-4)
+    weights = []
+
+    class Weights(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            weights.append(float(pl_module.step_log["train/loss_kl"] / pl_module.step_log["guidance/kl"]))
+
+    fit(stage, steps=4, callbacks=[Weights()])
+    assert weights == pytest.approx([2.0, 4.0, 6.0, 6.0])
+    with pytest.raises(ValueError, match=r"model.kl.warmup_fraction: got 1.5, allowed: from 0 to 1"):
+        tiny.make_stage("stage2", toy_tokenizer, kl=KLConfig(warmup_fraction=1.5))
+
+
+def test_the_contrastive_term_is_added_and_knows_equal_clips(toy_tokenizer):
+    batch = tiny.clip_batch()
+    stage = guided(toy_tokenizer, kl=KLConfig(standardize="none"), contrastive=ContrastiveConfig(0.5, tau=0.2))
+    losses = stage.losses(batch)
+    apart = ~torch.eye(2, dtype=torch.bool)
+    expected = contrastive_loss(*features_of(stage, batch), batch.readable, apart, 0.2)
+    torch.testing.assert_close(losses["contrastive"], 0.5 * expected)
+    batch.ids = ["a", "a"]
+    assert stage.losses(batch)["contrastive"] == 0
+
+
+def test_without_exocentric_video_text_is_learned_and_nothing_else_may_be_asked_for(toy_tokenizer):
+    batch = tiny.clip_batch()
+    network = tiny.network(learner_reads="ego", dropout=0.0)
+    off = {"kl": KLConfig(weight=0.0), "cycle": CycleConfig(weight=0.0)}
+    stage = guided(toy_tokenizer, network=network, train=["ego_encoder"], **off)
+    expected = stage.losses(batch)["vtg"]
+    batch.exo_video = None
+    losses = stage.losses(batch)
+    assert losses.keys() == {"vtg"}
+    assert torch.equal(losses["vtg"], expected)
+    for on in ({"kl": KLConfig()}, {"cycle": CycleConfig()}, {"contrastive": ContrastiveConfig(1.0)}):
+        with pytest.raises(ValueError, match=r"data.views: got ego alone, .* add exo, or set the"):
+            guided(toy_tokenizer, network=network, **(off | on)).losses(batch)
 
 
 def test_word_loss_by_hand(toy_tokenizer):

@@ -141,7 +141,7 @@ def test_the_same_world_is_kept_and_another_one_refused(toy_world, toy_settings,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"preset": "none"}, "preset: got 'none', allowed: easy, hard"),
+        ({"preset": "none"}, "preset: got 'none', allowed: easy, hard, fair"),
         ({"val_takes": 0}, "val_takes: got 0, allowed: 1 or more"),
         ({"size": 33}, "size: got 33, allowed: multiples of 16 from 32"),
         ({"size": 16}, "size: got 16, allowed: multiples of 16 from 32"),
@@ -386,7 +386,7 @@ def actions(preset, seeds):
             yield take, action, np.random.default_rng([seed, number])
 
 
-@pytest.mark.parametrize("preset", ["easy", "hard"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_options_differ_in_verb_and_object_and_the_place_of_the_true_one_is_even(preset):
     places = []
     for take, action, rng in actions(preset, 100):
@@ -401,7 +401,7 @@ def test_options_differ_in_verb_and_object_and_the_place_of_the_true_one_is_even
     assert all(abs(count - 150) < 40 for count in np.bincount(places, minlength=4))
 
 
-@pytest.mark.parametrize("preset", ["easy", "hard"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_yes_and_no_are_about_as_frequent_and_right(preset):
     said = []
     for take, action, rng in actions(preset, 100):
@@ -537,7 +537,7 @@ def frames_of(take, action):
     return start, min(round(action.end_s * FPS), take.num_frames)
 
 
-@pytest.mark.parametrize("preset", ["easy", "hard"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_verbs_move_the_object_as_they_say(preset):
     moved, shaken = {verb: [] for verb in VERBS}, []
     for take, action, _ in actions(preset, 60):
@@ -569,7 +569,7 @@ def test_verbs_move_the_object_as_they_say(preset):
     assert np.median(shaken) > 1.5 * SHAKE_M
 
 
-@pytest.mark.parametrize("preset", ["easy", "hard"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_held_object_stays_in_the_hand_that_took_it(preset):
     checked = 0
     for seed in range(60):
@@ -605,7 +605,7 @@ def picture_position(camera, point):
     return np.stack([x / reach, -y / reach * camera.width / camera.height], axis=1)
 
 
-@pytest.mark.parametrize("preset", ["easy", "hard"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_object_and_hand_are_in_the_ego_picture_when_flagged_visible(preset):
     inside = {True: [], False: []}
     for seed in range(60):
@@ -656,12 +656,12 @@ def test_exo_cameras_see_left_and_right_mirrored():
         assert ((left[:, 0] < right[:, 0]) == (name == "ego")).all(), name
 
 
-@pytest.mark.parametrize(("width", "height"), [(84, 64), (64, 84)])
+@pytest.mark.parametrize(("preset", "width", "height"), [("hard", 84, 64), ("hard", 64, 84), ("fair", 84, 64)])
 @pytest.mark.parametrize("name", ["cam01", "cam02", "cam03", "cam04"])
-def test_exo_cameras_see_object_and_hand(name, width, height):
+def test_exo_cameras_see_object_and_hand(name, preset, width, height):
     inside = []
     for seed in range(20):
-        take = simulate(seed, PRESETS["hard"])
+        take = simulate(seed, PRESETS[preset])
         camera = exo_camera(take, name, width, height)
         for action in take.actions:
             start, end = frames_of(take, action)
@@ -669,3 +669,49 @@ def test_exo_cameras_see_object_and_hand(name, width, height):
                 at = picture_position(camera, point)[start:end]
                 inside.append((np.abs(at) < 1).all(axis=1).mean())
     assert np.mean(inside) > 0.97
+
+
+def test_in_the_fair_world_exo_cameras_see_more_and_the_glasses_less_than_in_the_default():
+    def size_and_drift(preset, see):
+        """Of the used object: its width relative to half the picture, and how far it moves between frames."""
+        widths, drifts = [], []
+        for seed in range(20):
+            take = simulate(seed, PRESETS[preset])
+            camera = see(take)
+            for action in take.actions:
+                start, end = frames_of(take, action)
+                at = take.positions[:, action.thing]
+                here, beside = (picture_position(camera, at + np.array([x, 0.0, 0.0]))[start:end] for x in (0.0, 0.1))
+                widths.append(np.abs(here - beside)[:, 0].mean())
+                drifts.append(np.linalg.norm(np.diff(here, axis=0), axis=1).mean())
+        return np.mean(widths), np.mean(drifts)
+
+    views = {"ego": lambda take: ego_camera(take, 64), "exo": lambda take: exo_camera(take, "cam02", 84, 64)}
+    (width, _), (fair_width, _) = (size_and_drift(preset, views["exo"]) for preset in ("easy", "fair"))
+    assert fair_width / width == pytest.approx(np.tan(np.radians(27)) / np.tan(np.radians(21)), rel=0.01)
+    (_, drift), (_, fair_drift) = (size_and_drift(preset, views["ego"]) for preset in ("easy", "fair"))
+    assert fair_drift > 1.5 * drift
+    away = [
+        np.mean([not a.ego_visible for seed in range(100) for a in simulate(seed, PRESETS[preset]).actions])
+        for preset in ("easy", "fair")
+    ]
+    assert away[0] < 0.08 and 0.25 < away[1] < 0.35
+
+
+def test_hands_of_the_fair_world_cover_more_of_the_ego_picture():
+    take = simulate(1, PRESETS["easy"])
+    large = replace(take, world=replace(take.world, hand_scale=1.5))
+    covered = []
+    for world in (take, large):
+        away = replace(world, hands={hand: place - np.array([0.0, 50.0, 0.0]) for hand, place in world.hands.items()})
+        camera = ego_camera(world, 64)
+        pictures = (np.stack(list(render(t, camera, wearer=False))).astype(int) for t in (world, away))
+        covered.append((np.abs(np.subtract(*pictures)).max(axis=-1) > 24).sum())
+    assert covered[1] > 1.3 * covered[0]
+
+
+def test_every_take_of_the_fair_world_has_four_exo_cameras(tmp_path):
+    settings = Settings(preset="fair", train_takes=2, val_takes=1, initialisation_takes=1, practice_takes=1)
+    generate(tmp_path / "fair", settings, workers=1)
+    groups = [json.loads(line) for line in (tmp_path / "fair" / "ego_exo_clip" / "groups.jsonl").open()]
+    assert [len(group["views"]["exo"]) for group in groups] == [4, 4]

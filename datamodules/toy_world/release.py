@@ -227,7 +227,7 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
     take = simulate(seed, settings.world)
     uid = str(uuid.UUID(int=seed + (1 << 64)))
     ego = "aria02" if trap == 0 else "aria01"
-    exos = ["cam01", "cam02", "cam03", "cam04"][: int(rng.choice([2, 3, 4], p=[0.7, 0.2, 0.1]))]
+    exos = ["cam01", "cam02", "cam03", "cam04"][: int(rng.choice([2, 3, 4], p=take.world.exo_cameras))]
     folder = f"takes/{name}/frame_aligned_videos/downscaled/448"
     streams = {ego: {"rgb": _stream(ego, "214-1", "rgb"), "slam-left": _stream(ego, "1201-1", "slam-left")}}
     streams |= {cam: {"0": _stream(cam, "0", "rgb")} for cam in exos}

@@ -19,11 +19,11 @@ from datamodules.toy_world.scene import COLOURS, HANDS, Array, Take
 NEAR_M = 0.05
 LIGHT = np.array([0.35, -0.45, 0.82])
 SHOULDER = {"left": (-0.34, -0.20, 0.08), "right": (0.34, -0.20, 0.08)}
-EXO_CAMERAS = {  # position, looked-at point, field of view
-    "cam01": ((0.0, 1.25, 0.62), (0.0, 0.24, 0.06), 54.0),
-    "cam02": ((-0.72, 1.10, 0.66), (0.0, 0.24, 0.06), 54.0),
-    "cam03": ((0.72, 1.10, 0.66), (0.0, 0.24, 0.06), 54.0),
-    "cam04": ((0.0, 0.86, 1.05), (0.0, 0.22, 0.02), 54.0),
+EXO_CAMERAS = {  # position, looked-at point
+    "cam01": ((0.0, 1.25, 0.62), (0.0, 0.24, 0.06)),
+    "cam02": ((-0.72, 1.10, 0.66), (0.0, 0.24, 0.06)),
+    "cam03": ((0.72, 1.10, 0.66), (0.0, 0.24, 0.06)),
+    "cam04": ((0.0, 0.86, 1.05), (0.0, 0.22, 0.02)),
 }
 
 
@@ -61,7 +61,7 @@ def ego_camera(take: Take, size: int) -> Camera:
 def exo_camera(take: Take, name: str, width: int, height: int) -> Camera:
     """A tripod camera of ``EXO_CAMERAS``, misplaced by a few centimetres per take."""
     rng = np.random.default_rng([take.seed, 2, int(name[-2:])])
-    position, target, fov = EXO_CAMERAS[name]
+    (position, target), fov = EXO_CAMERAS[name], take.world.exo_fov_deg
     at = np.array(position) + rng.uniform(-0.06, 0.06, 3)
     frames = take.num_frames
     forward = _unit(np.array(target) + rng.uniform(-0.02, 0.02, 3) - at)
@@ -138,7 +138,7 @@ def _rgb(colour: tuple[float, ...], gain: float) -> tuple[int, int, int]:
 
 def _scene(take: Take, wearer: bool) -> list[_Primitive]:
     frames, gain, look = take.num_frames, take.look["light"][0], take.look
-    shapes = []
+    hand, shapes = take.world.hand_scale, []
 
     def add(
         local: Array, faces: list[tuple[int, ...]], at: Array, colour: tuple[float, ...], ground: bool = False
@@ -164,13 +164,13 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
             add(local, faces, take.positions[:, index], colour)
     for name in HANDS:
         palm = take.hands[name] + np.array([0.0, -0.055, 0.065])
-        local, faces = _box(0.085, 0.10, 0.05)
+        local, faces = _box(0.085 * hand, 0.10 * hand, 0.05 * hand)
         add(local, faces, palm, look["skin"])
         side = 0.05 if name == "left" else -0.05
-        thumb, thumb_faces = _box(0.02, 0.06, 0.026)
-        add(thumb + np.array([side, 0.05, -0.012]), thumb_faces, palm, look["skin"])
+        thumb, thumb_faces = _box(0.02 * hand, 0.06 * hand, 0.026 * hand)
+        add(thumb + hand * np.array([side, 0.05, -0.012]), thumb_faces, palm, look["skin"])
         arm, arm_faces = _prism(
-            np.tile(np.array(SHOULDER[name]), (frames, 1)), palm + np.array([0.0, -0.06, 0.0]), 0.03
+            np.tile(np.array(SHOULDER[name]), (frames, 1)), palm + np.array([0.0, -0.06, 0.0]), 0.03 * hand
         )
         add(arm, arm_faces, origin, look["sleeve"])
     if wearer:

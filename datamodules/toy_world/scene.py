@@ -47,6 +47,9 @@ class World:
         shake: amplitude of the egocentric camera's shake relative to the default.
         glance: probability that C looks away during an action.
         object_scale: size of the objects.
+        hand_scale: size of hands and arms.
+        exo_fov_deg: field of view of the exocentric cameras.
+        exo_cameras: probabilities of two, three and four exocentric cameras around a take.
     """
 
     kinds: int = 4
@@ -59,11 +62,18 @@ class World:
     shake: float = 1.0
     glance: float = 0.05
     object_scale: float = 1.0
+    hand_scale: float = 1.0
+    exo_fov_deg: float = 54.0
+    exo_cameras: tuple[float, float, float] = (0.7, 0.2, 0.1)
 
 
 PRESETS = {
     "easy": World(),
     "hard": World(kinds=6, colours=6, objects=(3, 4), ego_fov_deg=58.0, shake=1.6, glance=0.25, object_scale=0.75),
+    # Exocentric cameras know more than C's glasses, so that there is something to learn from them.
+    "fair": World(
+        ego_fov_deg=55.0, shake=2.0, glance=0.30, hand_scale=1.5, exo_fov_deg=42.0, exo_cameras=(0.0, 0.0, 1.0)
+    ),
 }
 
 

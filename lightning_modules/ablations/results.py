@@ -1,0 +1,263 @@
+"""What a plan's runs show: means and intervals over seeds, as JSON, as Markdown tables and as figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_modules.ablations.figures import draw
+from lightning_modules.ablations.plan import Job, Plan
+from lightning_modules.config import STAGES
+from lightning_modules.handoff import check_handoff, code_version
+from lightning_modules.report import SCORES, markdown_table
+
+COLUMNS = {**SCORES, "loss": "loss of the true option, nats per token"}
+CLIPS = {
+    "all": "all clips",
+    "seen": "clips whose action the glasses see",
+    "hidden": "clips whose action they do not see",
+}
+READS = {"whole": "all it learned to read", "ego": "x alone", "mapped": "F(x) alone"}
+INTERVAL = (
+    "Mean over seeds and its 95 % interval by Student's t; differences are taken within each seed first. Every "
+    "interval stands for itself: of twenty without any effect, one excludes zero by chance."
+)
+T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+T_975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
+"""97.5 % point of Student's t for 1, 2, ... 30 degrees of freedom."""
+
+
+PLACE = ("regime", "variant", "stage", "reads")
+
+Scores = dict[str, dict[str, float]]
+"""Means by selection of clips and score."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over seeds and half of its interval; None of a single seed."""
+
+    mean: float
+    half: float | None
+
+    @property
+    def excludes_zero(self) -> bool:
+        """The interval lies on one side of zero."""
+        return self.half is not None and abs(self.mean) > self.half
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean and 95 % interval by Student's t."""
+    count, mean = len(values), math.fsum(values) / len(values)
+    if count == 1:
+        return Estimate(mean, None)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    return Estimate(mean, T_975[min(count - 1, len(T_975)) - 1] * deviation / math.sqrt(count))
+
+
+def read_scores(folder: Path) -> Scores:
+    """Means of every score of a run's answers, ``<view>_<score>``, over each of ``CLIPS``."""
+    values: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
+        for answer in map(json.loads, file):
+            for name, score in answer["scores"].items():
+                for clips in ("all", "seen" if answer["ego_visible"] else "hidden"):
+                    values[clips, f"{answer['view']}_{name}"].append(score)
+    means: Scores = {clips: {} for clips in CLIPS}
+    for (clips, name), scores in values.items():
+        means[clips][name] = math.fsum(scores) / len(scores)
+    return means
+
+
+def write_results(plan: Plan, jobs: Iterable[Job], folder: Path) -> str:
+    """Write ``results.json``, ``results.md`` and figures of finished runs.
+
+    Returns:
+        The Markdown.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = collect(plan, jobs)
+    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = markdown(content)
+    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    draw(content, folder)
+    return text
+
+
+def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
+    """Everything that tables and figures show.
+
+    ``runs`` are scores by seed, ``means`` these over seeds, and ``effects`` differences from the control in the same
+    regime, stage and reading; ``views`` compares stage 1 on exocentric video with the probe on egocentric video.
+    """
+    runs: list[dict[str, Any]] = [
+        {"regime": job.group, "variant": job.variant, "stage": job.stage, "seed": job.seed, "reads": reads}
+        | {"trained": _trained(job.folder), "clips": read_scores(folder)}
+        for job in jobs
+        for reads, folder in job.reads.items()
+    ]
+    by_place: dict[tuple[str, ...], dict[int, Scores]] = defaultdict(dict)
+    for run in runs:
+        by_place[tuple(run[key] for key in PLACE)][run["seed"]] = run["clips"]
+    means, effects = [], []
+    for place, seeds in by_place.items():
+        regime, variant, stage, reads = place
+        means += _estimates(place, seeds)
+        if regime in plan.regimes and variant != plan.control:
+            effects += _estimates(place, seeds, by_place[regime, plan.control, stage, reads])
+    views = []
+    if plan.view_probe:
+        prepared = "prepared", Path(plan.prepare).name, "stage1", "whole"
+        exo = {seed: _of_view(s, "exo") for seed, s in by_place[prepared].items()}
+        ego = {seed: _of_view(s, "ego") for seed, s in by_place["views", plan.view_probe, "stage2", "whole"].items()}
+        once = exo[min(exo)]
+        views = _estimates(("views", "exo - ego", "", "whole"), {seed: exo.get(seed, once) for seed in ego}, ego)
+    return {
+        "code_version": code_version(),
+        "interval": INTERVAL,
+        "control": plan.control,
+        "names": {v: plan.name(v) for v in dict.fromkeys(run["variant"] for run in runs)},
+        "headline": plan.headline,
+        "regimes": {name: regime.title for name, regime in plan.regimes.items()},
+        "sweep": asdict(plan.sweep) if plan.sweep else None,
+        "runs": runs,
+        "means": means,
+        "effects": effects,
+        "views": views,
+    }
+
+
+def _trained(folder: Path) -> int:
+    parts = check_handoff(folder / "handoff")["parts"]
+    return sum(math.prod(shape) for part in parts.values() for _, shape in part.values())
+
+
+def _of_view(scores: Scores, view: str) -> Scores:
+    return {
+        clips: {name.removeprefix(f"{view}_"): score for name, score in of.items() if name.startswith(f"{view}_")}
+        for clips, of in scores.items()
+    }
+
+
+def _estimates(
+    place: tuple[str, ...], seeds: dict[int, Scores], control: dict[int, Scores] | None = None
+) -> list[dict[str, Any]]:
+    """An entry for each score and selection of clips; of the differences from ``control`` if it is given."""
+    entries = []
+    for clips, scores in next(iter(seeds.values())).items():
+        for score in scores:
+            values = [of[clips][score] - (control[seed][clips][score] if control else 0) for seed, of in seeds.items()]
+            found = {"clips": clips, "score": score, **asdict(estimate(values)), "by_seed": values}
+            entries.append(dict(zip(PLACE, place, strict=True)) | found)
+    return entries
+
+
+# ------------------------------------------------------------------------------------------------------------ Markdown
+
+
+class _Lookup:
+    """Cells of tables."""
+
+    def __init__(self, entries: Iterable[dict[str, Any]]) -> None:
+        self.entries = {(*(e[key] for key in PLACE), e["clips"], e["score"]): e for e in entries}
+
+    def cell(self, *where: str, signed: bool = False) -> str:
+        """Mean and interval, in per cent where it is a share; bold where an interval of a difference excludes zero."""
+        entry = self.entries.get(where)
+        if entry is None:
+            return ""
+        scale, digits = (1, 3) if where[-1].endswith("loss") else (100, 1)
+        text = f"{scale * entry['mean']:{'+' if signed else ''}.{digits}f}"
+        if entry["half"] is not None:
+            text += f" ± {scale * entry['half']:.{digits}f}"
+        return f"**{text}**" if signed and Estimate(entry["mean"], entry["half"]).excludes_zero else text
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """Tables of ``collect``."""
+    means, effects = _Lookup(content["means"]), _Lookup(content["effects"])
+    places = list(dict.fromkeys((run["regime"], run["variant"], run["stage"]) for run in content["runs"]))
+    lines = [f"Code {content['code_version']}. {content['interval']} Scores in per cent, held-out clips.", ""]
+    if content["views"]:
+        lines += ["## How much better informed the exocentric cameras are", "", _views(content), ""]
+    for regime, title in content["regimes"].items():
+        lines += [f"## {title}", ""]
+        for stage in dict.fromkeys(stage for r, _, stage in places if r == regime):
+            variants = [v for r, v, s in places if (r, s) == (regime, stage)]
+            others = [v for v in variants if v != content["control"]]
+            lines += [f"### {stage}", "", _of_stage(content, means, regime, stage, variants), ""]
+            if others:
+                lines += [f"Minus {content['names'][content['control']]}:", ""]
+                lines += [_of_stage(content, effects, regime, stage, others, signed=True), ""]
+        if (regime, content["control"], "stage3") in places:
+            lines += ["### Stage by stage", "", _stages(content, means, regime), ""]
+    if content["sweep"]:
+        lines += [f"## {content['sweep']['title']}", "", _sweep(content, means, effects), ""]
+    return "\n".join(lines).rstrip()
+
+
+SELECTIONS = {
+    ("whole", "all"): "all clips",
+    ("whole", "hidden"): CLIPS["hidden"],
+    ("ego", "all"): f"{READS['ego']}, all clips",
+    ("mapped", "all"): f"{READS['mapped']}, all clips",
+}
+
+
+def _of_stage(
+    content: dict[str, Any], lookup: _Lookup, regime: str, stage: str, variants: list[str], signed: bool = False
+) -> str:
+    trained = {(run["regime"], run["variant"], run["stage"]): run["trained"] for run in content["runs"]}
+    rows = [["", "answers", "trained", *COLUMNS.values()]]
+    for variant in variants:
+        name, count = content["names"][variant], f"{trained[regime, variant, stage]:,}"
+        for (reads, clips), title in SELECTIONS.items():
+            where = (regime, variant, stage, reads, clips)
+            cells = [lookup.cell(*where, f"ego_{score}", signed=signed) for score in COLUMNS]
+            if any(cells):
+                rows.append([name, title, count, *cells])
+    return markdown_table(rows, left=2)
+
+
+def _stages(content: dict[str, Any], means: _Lookup, regime: str) -> str:
+    """Egocentric scores of the demonstrator, then of each variant that goes as far as stage 3."""
+    demonstrator = next(run["variant"] for run in content["runs"] if run["regime"] == "prepared")
+    variants = {run["variant"]: None for run in content["runs"] if (run["regime"], run["stage"]) == (regime, "stage3")}
+    rows = [["", "score", *STAGES]]
+    for score in content["headline"]:
+        for variant in variants:
+            places = [("prepared", demonstrator), ("prepared", demonstrator), (regime, variant), (regime, variant)]
+            cells = [
+                means.cell(*place, stage, "whole", "all", f"ego_{score}")
+                for place, stage in zip(places, STAGES, strict=True)
+            ]
+            rows.append([content["names"][variant], COLUMNS[score], *cells])
+    return markdown_table(rows, left=2)
+
+
+def _views(content: dict[str, Any]) -> str:
+    lookup = _Lookup(content["views"])
+    rows = [["stage 1 on exocentric minus the same on egocentric video", *CLIPS.values()]]
+    for score, title in COLUMNS.items():
+        rows.append([title, *(lookup.cell("views", "exo - ego", "", "whole", c, score, signed=True) for c in CLIPS)])
+    return markdown_table(rows)
+
+
+def _sweep(content: dict[str, Any], means: _Lookup, effects: _Lookup) -> str:
+    sweep, names, control = content["sweep"], content["names"], content["control"]
+    head = [f"{sweep['title']}", "score", names[control], *(f"{names[v]} minus it" for v in sweep["variants"])]
+    rows = [
+        [f"{point:g}", COLUMNS[score], means.cell(regime, control, "stage2", "whole", "all", f"ego_{score}")]
+        + [
+            effects.cell(regime, variant, "stage2", "whole", "all", f"ego_{score}", signed=True)
+            for variant in sweep["variants"]
+        ]
+        for score in content["headline"]
+        for point, regime in sweep["points"].items()
+    ]
+    return markdown_table([head, *rows], left=2)

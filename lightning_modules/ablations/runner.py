@@ -1,0 +1,94 @@
+"""Carries out the runs of a plan, each as a process of its own, several at a time; called again, it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+
+from lightning_modules.ablations.plan import Job
+
+
+class RunsFailed(RuntimeError):
+    """Some runs of a plan did not finish."""
+
+
+def carry_out(waves: Iterable[Sequence[Job]], out: Path, parallel: int, threads: int) -> None:
+    """Run what is not finished; a wave begins when the one before is finished.
+
+    Seconds go to ``seconds.jsonl`` in ``out``, what the runs print to ``log.txt`` beside each run's files. Told to
+    stop, it tells the runs, which save their checkpoints.
+
+    Args:
+        waves: see ``all_jobs``.
+        out: folder of all runs.
+        parallel: runs at a time.
+        threads: of each.
+
+    Raises:
+        RunsFailed: after the other runs of the wave; names those that failed and their logs.
+        KeyboardInterrupt: told to stop.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        for wave in waves:
+            missing = [job for job in wave if not is_finished(job)]
+            if missing:
+                print(f"{missing[0].stage}: {len(wave) - len(missing)} of {len(wave)} runs are finished", flush=True)
+                _run_all(missing, out, parallel, threads)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def is_finished(job: Job) -> bool:
+    """All answers are there, by exactly this configuration."""
+    file = job.folder / "config.yaml"
+    if not file.is_file() or not all((folder / "metrics.json").is_file() for folder in job.reads.values()):
+        return False
+    return bool(yaml.safe_load(file.read_text(encoding="utf-8")) == job.config)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _run_all(jobs: Sequence[Job], out: Path, parallel: int, threads: int) -> None:
+    running: set[subprocess.Popen[bytes]] = set()
+    with ThreadPoolExecutor(parallel) as pool:
+        try:
+            statuses = list(pool.map(lambda job: _run(job, out, threads, running), jobs))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):
+                process.terminate()
+            raise
+    failed = [f"{job.name} ({job.folder}/log.txt)" for job, status in zip(jobs, statuses, strict=True) if status]
+    if failed:
+        raise RunsFailed(f"{len(failed)} runs did not finish: {', '.join(failed)}")
+
+
+def _run(job: Job, out: Path, threads: int, running: set[subprocess.Popen[bytes]]) -> int:
+    command = [sys.executable, "-m", "lightning_modules", "fit", *job.words, "--streams"]
+    job.folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        running.add(process)
+        status = process.wait()
+        running.remove(process)
+    seconds = round(time.monotonic() - began, 1)
+    with (out / "seconds.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"run": job.name, "seconds": seconds, "status": status}) + "\n")
+    print(f"{job.name}: {'done' if status == 0 else f'exit status {status}'} after {seconds:.0f} s", flush=True)
+    return status

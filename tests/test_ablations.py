@@ -1,0 +1,488 @@
+"""Plans of runs, how they are carried out and resumed, and the numbers of tables and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import tiny
+import yaml
+
+from lightning_modules.ablations import figures, results, runner
+from lightning_modules.ablations.plan import Regime, Sweep, all_jobs, read_plan
+from lightning_modules.ablations.results import collect, estimate, markdown, read_scores
+from lightning_modules.ablations.runner import RunsFailed, carry_out, is_finished
+from lightning_modules.cli import main
+from lightning_modules.config import ConfigError
+
+FOLDER = tiny.EXPERIMENTS / "ablations"
+PLANS = [FOLDER / "plan.yaml", FOLDER / "quick.yaml"]
+
+
+# --------------------------------------------------------------------------------------------------------------- plans
+
+
+@pytest.mark.parametrize("file", PLANS, ids=lambda file: file.stem)
+def test_the_plans_name_what_there_is(file):
+    plan = read_plan(file)
+    waves = all_jobs(file, plan, range(2), Path("out"))
+    assert [{job.stage for job in wave} for wave in waves] == [{"stage0"}, {"stage1"}, {"stage2"}, {"stage3"}]
+    assert [len(wave) for wave in waves[:2]] == [1, 2]
+    folders = [job.folder for wave in waves for job in wave]
+    assert len(set(folders)) == len(folders)
+    assert {job.variant for wave in waves[2:] for job in wave} - {plan.view_probe} <= set(plan.names) | {
+        "e_without_lora"
+    }
+
+
+def test_every_ablation_is_in_the_plan():
+    plan = read_plan(PLANS[0])
+    run = {name for regime in plan.regimes.values() for name in (*regime.stage2, *regime.stage3)} | {plan.view_probe}
+    assert run == {file.parent.name for file in FOLDER.glob("*/experiment.yaml")}
+
+
+def test_a_seed_reaches_order_dropout_and_narrated_takes_but_not_stage_0(tmp_path):
+    waves = all_jobs(PLANS[1], read_plan(PLANS[1]), (3, 4), tmp_path)
+    (stage0,) = waves[0]
+    assert (stage0.seed, stage0.folder) == (3, tmp_path / "prepared" / "seed3" / "toy_fair" / "stage0")
+    for wave in waves[1:]:
+        for job in wave:
+            config = job.config
+            assert config["seed_everything"] == config["model"]["init_args"]["seed"] == job.seed
+            assert config["data"]["init_args"]["seed"] == job.seed
+            assert config["handoffs"]["stage0"] == f"{stage0.folder}/handoff"
+            if job.stage != "stage1":
+                made = tmp_path / "prepared" / f"seed{job.seed}" / "toy_fair" / "stage1"
+                assert config["handoffs"]["stage1"] == f"{made}/handoff"
+            if job.stage == "stage3":
+                second = "e_full" if job.variant == "e_without_lora" else job.variant
+                made = tmp_path / job.group / f"seed{job.seed}" / "ablations" / second / "stage2"
+                assert config["handoffs"]["stage2"] == f"{made}/handoff"
+
+
+def test_regimes_set_what_their_titles_say(tmp_path):
+    plan = read_plan(PLANS[0])
+    given = {
+        job.group: job.config["data"]["init_args"].get("narration", {})
+        for job in all_jobs(PLANS[0], plan, [0], tmp_path)[2]
+        if job.variant == plan.control
+    }
+    assert given["all"] == {}
+    assert {name: of.get("unnarrated_ratio") for name, of in given.items() if name != "all"} == {
+        "few": None,
+        "x0": 0,
+        "x1": 1,
+        "x3": 3,
+    }
+    assert {of["ego_text_fraction"] for name, of in given.items() if name != "all"} == {0.09}
+    assert round(0.09 * 330) == 30
+
+
+def test_a_regime_reaches_both_stages_or_stage_2_alone(tmp_path):
+    file = write_plan(tmp_path, GOOD)
+    few = {"title": "", "overrides": ["x=1", "y=1"], "stage2_overrides": ["y=2"], "stage2": ["b"], "stage3": ["b"]}
+    file.write_text(yaml.safe_dump(GOOD | {"regimes": {"few": few}}))
+    for name in ("toy", "b"):
+        (tmp_path / name / "experiment.yaml").write_text("run_dir: ${runs}/${stage}\nstage: x\nnetwork: {}")
+    waves = all_jobs(file, read_plan(file), [0], tmp_path, ["x=0", "z=0"])
+    found = [{key: wave[0].config.get(key) for key in "xyz"} for wave in waves]
+    shared = {"x": 0, "y": None, "z": 0}
+    assert found == [shared, shared, {"x": 1, "y": 2, "z": 0}, {"x": 1, "y": 1, "z": 0}]
+
+
+GOOD = {"prepare": "toy", "control": "b", "regimes": {"few": {"title": "Few", "stage2": ["b", "e"]}}}
+
+
+def write_plan(folder, content):
+    for name in ("toy", "b", "e"):
+        (folder / name).mkdir()
+        (folder / name / "experiment.yaml").write_text("experiment: " + name)
+    (folder / "plan.yaml").write_text(yaml.safe_dump(content))
+    return folder / "plan.yaml"
+
+
+def test_a_plan_is_read(tmp_path):
+    plan = read_plan(write_plan(tmp_path, GOOD | {"sweep": {"title": "x", "variants": ["e"], "points": {1: "few"}}}))
+    assert plan.regimes == {"few": Regime("Few", stage2=("b", "e"))}
+    assert plan.sweep == Sweep("x", ("e",), {1: "few"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prepare": "nothing"}, "no experiment nothing"),
+        (
+            {"control": "e", "regimes": {"few": {"title": "", "stage2": ["b"]}}},
+            "regimes.few.stage2 lacks the control e",
+        ),
+        (
+            {"regimes": {"few": {"title": "", "stage2": ["b"], "stage3": ["e"]}}},
+            "regimes.few.stage3 lacks the control b",
+        ),
+        ({"sweep": {"title": "", "variants": ["e"], "points": {0: "many"}}}, "sweep.points: no regime many"),
+        (
+            {"sweep": {"title": "", "variants": ["toy"], "points": {0: "few"}}},
+            "regimes.few.stage2 lacks toy of the sweep",
+        ),
+        ({"unknown": 1}, "unexpected keyword argument 'unknown'"),
+        ({"regimes": {"few": {"stage2": ["b"]}}}, "missing 1 required positional argument: 'title'"),
+    ],
+)
+def test_wrong_plans_are_refused_in_one_line(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        read_plan(write_plan(tmp_path, GOOD | change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_plan_is_one_error(tmp_path, capsys):
+    assert main(["ablations", str(tmp_path / "no.yaml")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/no.yaml: no such file\n"
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+class Recorded:
+    """Stands for the processes: finishes runs by writing what `fit --streams` leaves, but those it is told to fail."""
+
+    def __init__(self, jobs, failing=()):
+        self.by_words = {job.words: job for job in jobs}
+        self.failing, self.called = set(failing), []
+
+    def __call__(self, command, **_):
+        job = self.by_words[tuple(command[4:-1])]
+        assert command[1:4] == ["-m", "lightning_modules", "fit"] and command[-1] == "--streams"
+        self.called.append(job.name)
+        if job.name not in self.failing:
+            finish(job)
+        status = int(job.name in self.failing)
+        return type("Process", (), {"wait": lambda self: status, "terminate": lambda self: None})()
+
+
+def finish(job):
+    for folder in job.reads.values():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text("{}")
+    (job.folder / "config.yaml").write_text(yaml.safe_dump(job.config))
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return all_jobs(FOLDER / "quick.yaml", read_plan(FOLDER / "quick.yaml"), (0, 1), Path("/OUT"))
+
+
+@pytest.fixture
+def waves(composed, tmp_path):
+    """The quick plan's runs, below a folder of the test's own."""
+
+    def moved(value):
+        return json.loads(json.dumps(value).replace("/OUT/", f"{tmp_path}/out/"))
+
+    return [
+        [replace(job, words=tuple(moved(job.words)), config=moved(job.config)) for job in wave] for wave in composed
+    ]
+
+
+def test_runs_wait_for_what_they_need_and_finished_ones_are_skipped(waves, tmp_path, monkeypatch):
+    jobs = [job for wave in waves for job in wave]
+    recorded = Recorded(jobs)
+    monkeypatch.setattr(runner.subprocess, "Popen", recorded)
+    finish(waves[2][0])
+    carry_out(waves, tmp_path / "out", parallel=3, threads=1)
+    stages = [re.search(r"stage\d", name).group() for name in recorded.called]
+    assert stages == sorted(stages)
+    assert set(recorded.called) == {job.name for job in jobs} - {waves[2][0].name}
+    assert len(recorded.called) == len(jobs) - 1
+    assert all(is_finished(job) for job in jobs)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "seconds.jsonl").read_text().splitlines()]
+    assert {line["run"] for line in lines} == set(recorded.called) and {line["status"] for line in lines} == {0}
+    carry_out(waves, tmp_path / "out", parallel=3, threads=1)
+    assert len(recorded.called) == len(jobs) - 1
+
+
+def test_what_is_not_whole_or_of_another_configuration_is_not_finished(waves):
+    job = next(job for job in waves[2] if len(job.reads) == 3)
+    assert not is_finished(job)
+    finish(job)
+    assert is_finished(job)
+    (job.reads["mapped"] / "metrics.json").unlink()
+    assert not is_finished(job)
+    finish(job)
+    (job.folder / "config.yaml").write_text(yaml.safe_dump(job.config | {"threads": 7}))
+    assert not is_finished(job)
+
+
+def test_a_failed_run_is_named_after_the_others_of_its_wave_and_ends_there(waves, tmp_path, monkeypatch):
+    jobs, failing = [job for wave in waves for job in wave], waves[2][1]
+    recorded = Recorded(jobs, [failing.name])
+    monkeypatch.setattr(runner.subprocess, "Popen", recorded)
+    with pytest.raises(RunsFailed, match=rf"1 runs did not finish: {failing.name} \({failing.folder}/log.txt\)"):
+        carry_out(waves, tmp_path / "out", parallel=1, threads=1)
+    assert all(is_finished(job) == (job is not failing) for job in waves[2])
+    assert not any(is_finished(job) for job in waves[3])
+    recorded.failing.clear()
+    carry_out(waves, tmp_path / "out", parallel=1, threads=1)
+    assert recorded.called.count(failing.name) == 2 and len(recorded.called) == len(jobs) + 1
+
+
+def test_which_streams_are_answered(waves, tmp_path):
+    by_variant = {(job.variant, job.stage): job for wave in waves for job in wave}
+    assert set(by_variant["a_ego_only", "stage2"].reads) == {"whole"}
+    assert set(by_variant["toy_fair", "stage1"].reads) == {"whole"}
+    full = by_variant["e_full", "stage3"]
+    assert full.reads == {
+        "whole": full.folder,
+        "ego": full.folder.parent / "reads_ego" / "stage3",
+        "mapped": full.folder.parent / "reads_mapped" / "stage3",
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_the_interval_by_hand():
+    """1, 2, 6: mean 3, deviation sqrt(7), t(2) = 4.303."""
+    found = estimate([1.0, 2.0, 6.0])
+    assert found.mean == 3.0
+    assert found.half == pytest.approx(4.303 * math.sqrt(7) / math.sqrt(3))
+    assert not found.excludes_zero
+    assert estimate([1.0, 1.1, 0.9]).excludes_zero and estimate([-1.0, -1.1, -0.9]).excludes_zero
+    assert estimate([5.0]) == results.Estimate(5.0, None) and not estimate([5.0]).excludes_zero
+    assert estimate([2.0, 2.0]) == results.Estimate(2.0, 0.0)
+
+
+def test_quantiles_of_students_t():
+    """By integrating the density."""
+    for freedom, quantile in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):
+        assert results.T_975[freedom - 1] == quantile
+        scale = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+        steps = 20_000
+        width = quantile / steps
+        inside = sum((1 + ((i + 0.5) * width) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps)) * width
+        assert 0.5 + scale * inside == pytest.approx(0.975, abs=2e-5)
+    assert len(results.T_975) == 30 and results.T_975 == sorted(results.T_975, reverse=True)
+
+
+def answers(folder, visible, hidden, view="ego"):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [(True, score) for score in visible] + [(False, score) for score in hidden]
+    lines = [{"view": view, "ego_visible": v, "scores": {"choice": s, "caption": 0, "loss": 2 - s}} for v, s in rows]
+    with (folder / "predictions.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_clips_that_the_glasses_do_not_see_are_apart(tmp_path):
+    answers(tmp_path, [1, 1, 0], [0])
+    answers(tmp_path, [1], [0], view="exo")
+    scores = read_scores(tmp_path)
+    assert scores["all"]["ego_choice"] == 0.5 and scores["all"]["exo_choice"] == 0.5
+    assert scores["seen"]["ego_choice"] == pytest.approx(2 / 3) and scores["hidden"]["ego_choice"] == 0.0
+    assert scores["hidden"]["ego_loss"] == 2.0
+
+
+RIGHT = {  # variant to right answers of four that the glasses see, by seed
+    "a_ego_only": (1, 1),
+    "b_mapping_alone": (1, 3),
+    "e_full": (2, 4),
+    "e_without_lora": (2, 3),
+    "d_kl": (0, 4),
+    "toy_fair": (2, 2),
+    "ego_preparation": (1, 0),
+}
+
+
+@pytest.fixture
+def content(waves, monkeypatch):
+    parts = {"ego_encoder": {"weight": ["float32", [3, 5]]}, "lora": {"a": ["float32", [7]]}}
+    monkeypatch.setattr(results, "check_handoff", lambda folder: {"parts": parts})
+    for job in (job for wave in waves for job in wave):
+        for reads, folder in job.reads.items():
+            right = RIGHT[job.variant][job.seed] if reads != "mapped" else 0
+            answers(folder, [1] * right + [0] * (4 - right), [0, 1])
+            if job.group == "prepared":
+                answers(folder, [1, 1, 1, 0], [1, 0], view="exo")
+    return collect(read_plan(FOLDER / "quick.yaml"), [job for wave in waves for job in wave])
+
+
+def entry(content, kind, **where):
+    (found,) = [e for e in content[kind] if all(e[key] == value for key, value in where.items())]
+    return found
+
+
+def test_effects_are_differences_within_seeds(content):
+    where = {"regime": "few", "stage": "stage2", "reads": "whole", "score": "ego_choice"}
+    full = entry(content, "effects", variant="e_full", clips="seen", **where)
+    assert full["by_seed"] == [0.25, 0.25] and (full["mean"], full["half"]) == (0.25, 0.0)
+    alone = entry(content, "effects", variant="a_ego_only", clips="seen", **where)
+    assert alone["by_seed"] == [0.0, -0.5]
+    assert alone["mean"] == -0.25 and alone["half"] == pytest.approx(12.706 * 0.25)
+    assert entry(content, "effects", variant="e_full", clips="hidden", **where)["by_seed"] == [0.0, 0.0]
+    assert entry(content, "effects", variant="e_full", clips="all", **where)["by_seed"] == pytest.approx([1 / 6, 1 / 6])
+    loss = entry(content, "effects", variant="e_full", clips="seen", **(where | {"score": "ego_loss"}))
+    assert loss["by_seed"] == [-0.25, -0.25]
+    mapped = entry(content, "effects", variant="e_full", clips="seen", **(where | {"reads": "mapped"}))
+    assert mapped["by_seed"] == [0.0, 0.0]
+    assert not [e for e in content["effects"] if e["variant"] == content["control"] or e["regime"] == "views"]
+    control = entry(content, "means", variant="b_mapping_alone", clips="seen", **where)
+    assert control["by_seed"] == [0.25, 0.75] and control["mean"] == 0.5
+
+
+def test_the_advantage_of_the_exocentric_views_by_hand(content):
+    seen = entry(content, "views", clips="seen", score="choice")
+    assert seen["by_seed"] == [0.75 - 0.25, 0.75 - 0.0]
+    assert {e["score"] for e in content["views"]} == {"choice", "caption", "loss"}
+
+
+def test_numbers_survive_json(content):
+    assert json.loads(json.dumps(content))["effects"] == content["effects"]
+    (run,) = [
+        r for r in content["runs"] if (r["variant"], r["regime"], r["seed"], r["reads"]) == ("e_full", "x0", 1, "ego")
+    ]
+    assert run["trained"] == 3 * 5 + 7 and run["clips"]["seen"]["ego_choice"] == 1.0
+
+
+def cells(text, title, *first):
+    """Of the row that begins with ``first``, in the table below ``title``."""
+    table = text.split(f"{title}\n", 1)[1].lstrip("\n").split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    (row,) = [row for row in rows if tuple(row[: len(first)]) == first]
+    return row
+
+
+def test_tables(content):
+    text = markdown(content)
+    few = text.split("## Some takes narrated\n", 1)[1].split("## Some takes narrated, and no other")[0]
+    stage2, stage3 = few.split("### stage2\n", 1)[1].split("### stage3\n")
+    a, b, e = (content["names"][name] for name in ("a_ego_only", "b_mapping_alone", "e_full"))
+    mean = cells(few, "### stage2", b, "all clips")
+    assert mean[2] == "22" and "50.0 ± 211.8" in mean  # 2 of 6 and 4 of 6 right, t(1) = 12.706
+    difference = cells(stage2, f"Minus {b}:", e, "all clips")
+    assert "**+16.7 ± 0.0**" in difference
+    assert "-25.0 ± 105.9" not in difference and "-16.7 ± 211.8" in cells(stage2, f"Minus {b}:", a, "all clips")
+    assert "+0.0 ± 0.0" in cells(stage2, f"Minus {b}:", e, "clips whose action they do not see")
+    assert "+0.0 ± 0.0" in cells(stage2, f"Minus {b}:", e, "F(x) alone, all clips")
+    with pytest.raises(ValueError, match="not enough values"):
+        cells(stage2, f"Minus {b}:", a, "F(x) alone, all clips")
+    assert cells(stage3, f"Minus {b}:", "e_without_lora", "all clips")
+    assert "95 %" in text
+    by_stage = cells(stage3, "### Stage by stage", e, "four-way choice")
+    assert by_stage[2] == "50.0" and by_stage[3] == "50.0 ± 0.0" and by_stage[4] == by_stage[5] == "66.7 ± 211.8"
+    sweep = text.split("## Takes without narration for each narrated one\n", 1)[1]
+    assert [line.split("|")[1].strip() for line in sweep.splitlines() if line.startswith("| ")][1:] == ["0", "2"] * 2
+    advantage = cells(text, "## How much better informed the exocentric cameras are", "four-way choice")
+    assert advantage[2].startswith("+62.5 ±")
+
+
+def test_without_matplotlib_there_are_tables_and_a_word_about_it(content, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "matplotlib", None)
+    assert figures.draw(content, tmp_path) == []
+    assert capsys.readouterr().out == "no figures: matplotlib is missing, pip install '.[dev]'\n"
+
+
+class Panels:
+    """Stands for a figure, and keeps what is drawn into each of its panels."""
+
+    def __init__(self, **_):
+        self.panels = np.empty(0)
+
+    def subplots(self, rows, columns, **_):
+        self.panels = np.array([[Mock() for _ in range(columns)] for _ in range(rows)])
+        return self.panels
+
+
+def bars(panel):
+    """(place, mean, half) of each bar, or line of bars."""
+    return [(call.args[1], call.args[0], call.kwargs.get("xerr")) for call in panel.errorbar.call_args_list]
+
+
+def test_what_is_drawn(content, monkeypatch):
+    monkeypatch.setattr(figures, "Figure", Panels, raising=False)
+    effects = figures._effects(content).panels
+    assert effects.shape == (2, 2)  # regimes, headline scores
+    where = {"regime": "few", "stage": "stage2", "reads": "whole", "clips": "all", "score": "ego_choice"}
+    found = [entry(content, "effects", variant=variant, **where) for variant in ("a_ego_only", "e_full")]
+    assert bars(effects[0, 0]) == [(i, 100 * e["mean"], 100 * e["half"]) for i, e in enumerate(found)]
+    stages = figures._stages(content).panels
+    assert stages.shape == (1, 2)  # one regime goes as far as stage 3
+    lines = {call.kwargs["label"]: call.args for call in stages[0, 0].errorbar.call_args_list}
+    assert lines[content["names"]["e_full"]][0] == ["stage0", "stage1", "stage2", "stage3"]
+    assert lines[content["names"]["e_full"]][1] == pytest.approx([50.0, 50.0, 200 / 3, 200 / 3])
+    assert lines[content["names"]["e_without_lora"]][0] == ["stage0", "stage1", "stage3"]
+    sweep = figures._sweep(content).panels
+    (line,) = sweep[0, 0].errorbar.call_args_list
+    assert line.args == ([0, 1], pytest.approx([100 / 6, 100 / 6]))
+    assert sweep[1, 0].set_xticks.call_args.args == ([0, 1], ["0", "2"])
+
+
+def test_figures_show_the_numbers(content, tmp_path):
+    pytest.importorskip("matplotlib")
+    files = figures.draw(content, tmp_path)
+    assert [file.name for file in files] == ["effects.svg", "stages.svg", "sweep.svg"]
+    panel = figures._effects(content).axes[0]
+    assert [text.get_text() for text in panel.get_yticklabels()] == [
+        content["names"][v] for v in ("a_ego_only", "e_full")
+    ]
+    (lower, upper) = panel.collections[0].get_segments()[0][:, 0]
+    effect = entry(
+        content,
+        "effects",
+        regime="few",
+        stage="stage2",
+        reads="whole",
+        clips="all",
+        variant="a_ego_only",
+        score="ego_choice",
+    )
+    assert (lower + upper) / 2 == pytest.approx(100 * effect["mean"])
+    assert (upper - lower) / 2 == pytest.approx(100 * effect["half"])
+
+
+# ---------------------------------------------------------------------------------------------------------- whole plan
+
+
+def command(world, tmp_path, *more):
+    given = [f"data_root={world}", *tiny.OVERRIDES[1:]]
+    words = ["ablations", str(FOLDER / "quick.yaml"), *given, "--seeds", "2", "--jobs", "2"]
+    return [*words, "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), *more]
+
+
+def test_runs_are_listed_without_being_made(toy_world, tmp_path, capsys):
+    assert main(command(toy_world, tmp_path, "--dry-run")) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "few/e_full/stage3/seed1" in listed and "prepared/toy_fair/stage0/seed0" in listed
+    assert len(listed) == len(set(listed)) == 1 + 2 + 2 * (1 + 3 + 2) + 2 * 3
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_quick_plan_stopped_and_called_again(toy_world, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(tiny.EXPERIMENTS.parent)}
+    words = [sys.executable, "-m", "lightning_modules", *command(toy_world, tmp_path)]
+    process = subprocess.Popen(words, env=environment, cwd=tmp_path)
+    seconds = tmp_path / "out" / "seconds.jsonl"
+    deadline = time.monotonic() + 300
+    while not seconds.exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.json")}
+    assert finished and not (tmp_path / "results").exists()
+    assert subprocess.run(words, env=environment, cwd=tmp_path, check=False).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    content = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert {run["seed"] for run in content["runs"]} == {0, 1}
+    assert "**" in (tmp_path / "results" / "results.md").read_text() or content["effects"]
+    before = seconds.read_text()
+    assert subprocess.run(words, env=environment, cwd=tmp_path, check=False).returncode == 0
+    assert seconds.read_text() == before
