@@ -546,7 +546,8 @@ def test_ranks_share_the_held_out_clips(toy_world, options):
     names = []
     for rank in range(2):
         module.trainer = SimpleNamespace(world_size=2, global_rank=rank)
-        names.append([name for batch in module.val_dataloader() for name in batch.ids])
+        (loader,) = module.val_dataloader()
+        names.append([name for batch in loader for name in batch.ids])
     assert [len(part) for part in names] == [6, 6]
     assert sorted(chain(*names)) == sorted(item.name for item in module.held_out_set().items)
 
