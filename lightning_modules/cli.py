@@ -600,6 +600,8 @@ def main(arguments: list[str] | None = None) -> int:
             fit(config, options.force)
         elif options.command == "evaluate":
             asked = [name for name in options.benchmarks.split(",") if name]
+            if not asked and config["data"]["init_args"].get("held_out") is None:
+                raise ConfigError("data.held_out: got null, so nothing is asked: name benchmarks, `BENCHMARKS=all`")
             evaluate(config, None if asked == ["all"] else asked, options.force)
         elif options.command == "consolidate":
             consolidate(config)

@@ -76,6 +76,14 @@ def test_greedy_answers_equal_those_of_transformers(model):
     torch.testing.assert_close(prefix.log_likelihoods(ROWS), before, atol=1e-5, rtol=0)
 
 
+def test_a_sliding_window_that_is_reached_is_refused(model):
+    model.causal_lm.config.sliding_window = 10
+    prefix = SharedPrefix(model, embeds(model))  # of 6 positions
+    prefix.log_likelihoods([(7, 8, 9, EOS)])
+    with pytest.raises(ValueError, match="10 positions reach its sliding window of 10"):
+        prefix.log_likelihoods([(7, 8, 9, 10, EOS)])
+
+
 def test_common_beginnings_are_computed_once():
     (tree,) = _passes(tuple(ROWS), True, 100)
     assert sorted(tree.tokens.tolist()) == [7, 8, 9, 9, 10, 11, 12, 13, 14, 15]  # last tokens need no state

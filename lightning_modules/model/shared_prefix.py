@@ -106,6 +106,9 @@ class SharedPrefix:
         language_model: reads; without sliding window, or with one that nothing here reaches.
         embeds: float [P, D], P >= 1, see ``LanguageModel.embed``.
         tokens_a_pass: of continuations that are computed at once.
+
+    Raises:
+        ValueError: from here on, if a sliding window is reached.
     """
 
     def __init__(self, language_model: LanguageModel, embeds: Tensor, tokens_a_pass: int = TOKENS_A_PASS) -> None:
@@ -180,6 +183,12 @@ class SharedPrefix:
         return torch.cat([self.last[None], states])
 
     def _read(self, embeds: Tensor, **how: Tensor) -> Tensor:
+        window = getattr(self.language_model.causal_lm.config, "sliding_window", None)
+        if window is not None and self.length + len(embeds) >= window:
+            raise ValueError(
+                f"language_model: {self.length + len(embeds)} positions reach its sliding window of {window}, beyond "
+                "which nothing is exact here: read fewer frames, or lower TOKENS_A_PASS"
+            )
         outputs = self.language_model.causal_lm.get_decoder()(
             inputs_embeds=embeds[None], past_key_values=self.cache, use_cache=True, **how
         )
