@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_modules import cli, handoff
 from lightning_modules.checkpoint import newest, read_state
 from lightning_modules.cli import main
+from lightning_modules.config import compose
 from lightning_modules.handoff import check_handoff
 
 TOY = str(tiny.EXPERIMENTS / "toy")
@@ -453,3 +454,10 @@ def test_every_backbone_runs_at_its_own_size(experiment, toy_world, tmp_path):
         folder = str(tiny.EXPERIMENTS / experiment)
         assert main(["fit", folder, stage, *small, f"data_root={toy_world}", f"runs={tmp_path}"]) == 0
     assert (tmp_path / experiment / "results.md").read_text().count("stage") == len(STAGES)
+    for stage in STAGES:
+        given = [f"data_root={toy_world}", f"runs={tmp_path}", "--benchmarks", "all"]
+        assert main(["evaluate", folder, stage, *small, *given]) == 0
+    table = (tmp_path / experiment / "egobench.md").read_text()
+    assert table.splitlines()[0].count("stage") == len(STAGES)
+    asked = compose(tiny.EXPERIMENTS / experiment, "stage3")["egobench"]["benchmarks"]
+    assert len(asked) == 10 and all(f"| {entry['name']} " in table for entry in asked)
