@@ -162,6 +162,7 @@ class Recorded:
         self.called.append(job.name)
         if job.name not in self.failing:
             finish(job)
+        (job.folder / "checkpoints").mkdir(exist_ok=True)
         status = int(job.name in self.failing)
         return type("Process", (), {"wait": lambda self: status, "terminate": lambda self: None})()
 
@@ -227,6 +228,7 @@ def test_a_failed_run_is_named_after_the_others_of_its_wave_and_ends_there(waves
         carry_out(waves, tmp_path / "out", parallel=1, threads=1)
     assert all(is_finished(job) == (job is not failing) for job in waves[2])
     assert not any(is_finished(job) for job in waves[3])
+    assert [job for job in waves[2] if (job.folder / "checkpoints").exists()] == [failing]
     recorded.failing.clear()
     carry_out(waves, tmp_path / "out", parallel=1, threads=1)
     assert recorded.called.count(failing.name) == 2 and len(recorded.called) == len(jobs) + 1
