@@ -79,12 +79,8 @@ def test_regimes_set_what_their_titles_say(tmp_path):
         if job.variant == plan.control
     }
     assert given["all"] == {}
-    assert {name: of.get("unnarrated_ratio") for name, of in given.items() if name != "all"} == {
-        "few": None,
-        "x0": 0,
-        "x1": 1,
-        "x3": 3,
-    }
+    ratios = {name: given[name].get("unnarrated_ratio") for name in ("few", "x0", "x1", "x3")}
+    assert ratios == {"few": None, "x0": 0, "x1": 1, "x3": 3}
     assert {of["ego_text_fraction"] for name, of in given.items() if name != "all"} == {0.09}
     assert round(0.09 * 330) == 30
 
@@ -166,6 +162,7 @@ class Recorded:
         self.called.append(job.name)
         if job.name not in self.failing:
             finish(job)
+        (job.folder / "checkpoints").mkdir(exist_ok=True)
         status = int(job.name in self.failing)
         return type("Process", (), {"wait": lambda self: status, "terminate": lambda self: None})()
 
@@ -231,6 +228,7 @@ def test_a_failed_run_is_named_after_the_others_of_its_wave_and_ends_there(waves
         carry_out(waves, tmp_path / "out", parallel=1, threads=1)
     assert all(is_finished(job) == (job is not failing) for job in waves[2])
     assert not any(is_finished(job) for job in waves[3])
+    assert [job for job in waves[2] if (job.folder / "checkpoints").exists()] == [failing]
     recorded.failing.clear()
     carry_out(waves, tmp_path / "out", parallel=1, threads=1)
     assert recorded.called.count(failing.name) == 2 and len(recorded.called) == len(jobs) + 1

@@ -710,8 +710,9 @@ def test_hands_of_the_fair_world_cover_more_of_the_ego_picture():
     assert covered[1] > 1.3 * covered[0]
 
 
-def test_every_take_of_the_fair_world_has_four_exo_cameras(tmp_path):
+def test_every_take_of_the_fair_world_has_four_exo_cameras_and_the_same_best_one(tmp_path):
     settings = Settings(preset="fair", train_takes=2, val_takes=1, initialisation_takes=1, practice_takes=1)
     generate(tmp_path / "fair", settings, workers=1)
     groups = [json.loads(line) for line in (tmp_path / "fair" / "ego_exo_clip" / "groups.jsonl").open()]
     assert [len(group["views"]["exo"]) for group in groups] == [4, 4]
+    assert [group["best_exo"] for group in groups] == ["cam01", "cam01"]

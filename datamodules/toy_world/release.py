@@ -232,7 +232,7 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
     streams = {ego: {"rgb": _stream(ego, "214-1", "rgb"), "slam-left": _stream(ego, "1201-1", "slam-left")}}
     streams |= {cam: {"0": _stream(cam, "0", "rgb")} for cam in exos}
     filmed = [cam for cam in exos if not (trap == 2 and cam == exos[-1])]
-    best = str(rng.choice(filmed))
+    best = take.world.best_exo or str(rng.choice(filmed))
     record = {
         "take_uid": uid,
         "take_name": name,

@@ -50,6 +50,7 @@ class World:
         hand_scale: size of hands and arms.
         exo_fov_deg: field of view of the exocentric cameras.
         exo_cameras: probabilities of two, three and four exocentric cameras around a take.
+        best_exo: the camera annotated as best; None draws one for each take.
     """
 
     kinds: int = 4
@@ -65,6 +66,7 @@ class World:
     hand_scale: float = 1.0
     exo_fov_deg: float = 54.0
     exo_cameras: tuple[float, float, float] = (0.7, 0.2, 0.1)
+    best_exo: str | None = None
 
 
 PRESETS = {
@@ -72,7 +74,13 @@ PRESETS = {
     "hard": World(kinds=6, colours=6, objects=(3, 4), ego_fov_deg=58.0, shake=1.6, glance=0.25, object_scale=0.75),
     # Exocentric cameras know more than C's glasses, so that there is something to learn from them.
     "fair": World(
-        ego_fov_deg=55.0, shake=2.0, glance=0.30, hand_scale=1.5, exo_fov_deg=42.0, exo_cameras=(0.0, 0.0, 1.0)
+        ego_fov_deg=55.0,
+        shake=2.0,
+        glance=0.30,
+        hand_scale=1.5,
+        exo_fov_deg=42.0,
+        exo_cameras=(0.0, 0.0, 1.0),
+        best_exo="cam01",
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,8 @@ def _run(job: Job, out: Path, threads: int, running: set[subprocess.Popen[bytes]
         running.add(process)
         status = process.wait()
         running.remove(process)
+    if status == 0:  # a finished run goes on from nothing, and a hundred of them would fill a disk
+        shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     seconds = round(time.monotonic() - began, 1)
     with (out / "seconds.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"run": job.name, "seconds": seconds, "status": status}) + "\n")
