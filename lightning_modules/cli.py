@@ -385,8 +385,9 @@ def report(runs: Path) -> None:
     """
     benchmarks = stages_table(runs)
     if not benchmarks or any((runs / stage / "metrics.json").is_file() for stage in STAGES):
-        print(write_report(runs) + "\n" * bool(benchmarks))
-    print(benchmarks)
+        print(write_report(runs))
+    if benchmarks:
+        print(f"\n{benchmarks}")
 
 
 def consolidate(config: dict[str, Any]) -> None:

@@ -366,12 +366,17 @@ def test_charades_ego_says_what_is_wrong(tmp_path):
     assert "only1st.csv line 2: 'actions' is 'c157 1.0 2.0', expected c012 3.50 9.10;... of 157: correct it" in said
     assert "line 3: 'actions' is 'c001 1.0'" in said
     assert "line 4: video AB3 is not of the first person: give CharadesEgo_v1_test_only1st.csv, or another view" in said
-    said = problem("charades_ego", charades(tmp_path / "b", ("AB1EGO", ""), classes=156))
-    assert "Charades_v1_classes.txt: expected lines from 'c000 ...' to 'c156 ...'" in said
-    file = write(tmp_path / "c" / "x.csv", "id,length\nAB1EGO,3\n")
-    assert "x.csv: column actions is missing: fetch the official file again" in problem("charades_ego", file)
-    file = write(tmp_path / "c" / "x.csv", "id,actions\nAB1EGO\n")
+    said = problem("charades_ego", charades(tmp_path / "b", ("AB1EGO", "c156 1.0 2.0"), classes=156))
+    assert "'actions' is 'c156 1.0 2.0', expected c012 3.50 9.10;... of 156: correct it" in said
+    gap = charades(tmp_path / "gap", ("AB1EGO", ""))
+    classes = gap / "Charades_v1_classes.txt"
+    classes.write_text(classes.read_text().replace("c007", "c008", 1))
+    assert "Charades_v1_classes.txt: expected lines 'c000 ...', 'c001 ...' and so on" in problem("charades_ego", gap)
     other = str(tmp_path / "Charades_v1_classes.txt")
+    file = write(tmp_path / "c" / "x.csv", "id,length\nAB1EGO,3\n")
+    said = problem("charades_ego", file, classes=other)
+    assert "x.csv: column actions is missing: fetch the official file again" in said
+    file = write(tmp_path / "c" / "x.csv", "id,actions\nAB1EGO\n")
     assert "x.csv line 2: 1 cells under 2 columns: mend the line" in problem("charades_ego", file, classes=other)
     assert "no such file: correct classes" in problem(
         "charades_ego", charades(tmp_path / "d", ("AB1EGO", "")), classes="nowhere.txt"

@@ -181,7 +181,7 @@ def test_the_saved_configuration_is_that_run(finished, capsys):
 
 def test_a_changed_configuration_is_refused(finished, toy_world, capsys):
     before = contents(finished)
-    assert main(arguments("stage1", toy_world, finished, "trainer.max_steps=3", "seed_everything=0")) == 2
+    assert main(arguments("stage1", toy_world, finished, "trainer.max_steps=3", "seed_everything=1")) == 2
     shown = capsys.readouterr().err
     assert "trainer.max_steps: 2 -> 3" in shown and "seed_everything" not in shown
     assert "FORCE=1" in shown and len(shown.splitlines()) == 1

@@ -59,7 +59,9 @@ def cost_table(stage: Stage, num_frames: int, assumed: PlanConfig, devices: int)
     """
     read, follow = _flops(stage, num_frames)
     head = ["benchmark", "clips", "tokens behind each", "PFLOP"]
-    rows = [head if assumed.peak_tflops is None else [*head, f"on {devices} device{'s' * (devices > 1)}", "pair by pair"]]
+    rows = [
+        head if assumed.peak_tflops is None else [*head, f"on {devices} device{'s' * (devices > 1)}", "pair by pair"]
+    ]
     for name, size in SIZES.items():
         flops = size.clips * (read + size.tokens * follow)
         alone = size.pairs * (read + size.tokens * size.clips / size.pairs * follow)
