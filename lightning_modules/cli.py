@@ -58,7 +58,7 @@ from lightning_modules.egobench.cost import cost_table
 from lightning_modules.egobench.evaluate import Benchmarks, Predictions, predict, write_submissions
 from lightning_modules.egobench.judge import JudgeConfig
 from lightning_modules.egobench.results import score_folder, score_stages, stages_table
-from lightning_modules.handoff import StageHandoff, check_handoff, code_version, write_handoff
+from lightning_modules.handoff import StageHandoff, check_handoff, code_version, is_answered, write_handoff
 from lightning_modules.held_out import chance_levels
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.monitor import SamplePanel, TrainingMonitor
@@ -354,14 +354,19 @@ def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
         print(stages_table(run.folder.parent))
 
 
-def answer_by_streams(config: dict[str, Any]) -> None:
+def answer_by_streams(config: dict[str, Any], anew: bool) -> None:
     """Answer the held-out questions by x alone and by F(x) alone, where a finished stage reads both.
 
     The streams left out are not there, rather than zero: a language model knows one stream from stage 1, and no zeros.
+
+    Args:
+        config: resolved configuration of the stage.
+        anew: also where answers of this hand-off are there; those of an earlier one never count.
     """
+    handoff = Path(config["run_dir"]) / "handoff"
     for changed in single_streams(config).values():
-        if not (Path(changed["run_dir"]) / "metrics.json").is_file():
-            evaluate(changed, handoff=Path(config["run_dir"]) / "handoff")
+        if anew or not is_answered(Path(changed["run_dir"]), handoff):
+            evaluate(changed, handoff=handoff)
 
 
 def _answer(run: Run) -> None:
@@ -610,7 +615,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(yaml.safe_dump(config, sort_keys=False), end="")
             build(config)
         if getattr(options, "streams", False):
-            answer_by_streams(config)
+            answer_by_streams(config, anew=options.command == "evaluate")
     except Interrupted as error:
         return _all_stop(f"stopped: {error}", STOPPED)
     except Diverged as error:

@@ -81,6 +81,12 @@ def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
     return content
 
 
+def is_answered(folder: Path, handoff: Path) -> bool:
+    """The held-out questions were answered in a folder, and not before a hand-off was last written."""
+    metrics, manifest = folder / "metrics.json", handoff / "manifest.json"
+    return metrics.is_file() and manifest.is_file() and metrics.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
+
+
 def open_part(folder: Path, part: str) -> dict[str, StoredTensor]:
     """Tensors of one part of a hand-off, by their names inside the part.
 

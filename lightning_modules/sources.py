@@ -81,13 +81,18 @@ def find_part(sources: Sequence[str], part: str, network: NetworkConfig) -> Foun
     )
 
 
+def split_source(source: str, part: str) -> tuple[Path, str]:
+    """Folder, and name of the part in it, of ``<folder>`` or ``<folder>:<part>``."""
+    folder_name, _, named = source.rpartition(":")
+    return (Path(folder_name), named) if named in PARTS and folder_name else (Path(source), part)
+
+
 def _open(source: str, part: str, network: NetworkConfig) -> FoundPart:
     if source.startswith(OPEN_CLIP):
         return _released(open_open_clip(source, part, network), part, source)
     if is_hub_name(source):
         return _released(open_released(fetch_from_hub(source), part, network), part, source)
-    folder_name, _, named = source.rpartition(":")
-    folder, named = (Path(folder_name), named) if named in PARTS and folder_name else (Path(source), part)
+    folder, named = split_source(source, part)
     if folder.name == "handoff" or (folder / "manifest.json").is_file():
         manifest = check_handoff(folder, named)
         mend = (

@@ -168,6 +168,11 @@ class Recorded:
 
 
 def finish(job):
+    sources = (job.config["model"]["init_args"].get("init") or {}).items()
+    started_from = {part: str(Path(source.split(":")[0]).parent) for part, source in sources if source}
+    manifest = {"format": 1, "stage": job.stage, "parts": {}, "digest": str(job.folder), "started_from": started_from}
+    (job.folder / "handoff").mkdir(parents=True, exist_ok=True)
+    (job.folder / "handoff" / "manifest.json").write_text(json.dumps(manifest))
     for folder in job.reads.values():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text("{}")
@@ -218,6 +223,30 @@ def test_what_is_not_whole_or_of_another_configuration_is_not_finished(waves):
     finish(job)
     (job.folder / "config.yaml").write_text(yaml.safe_dump(job.config | {"threads": 7}))
     assert not is_finished(job)
+
+
+def test_what_started_from_other_hand_offs_than_there_are_is_not_finished(waves):
+    """As after training stage 1 anew: its runs of stage 2 would be shown as if they came from it."""
+    stage1 = next(job for job in waves[1] if job.seed == 0)
+    runs = [next(job for job in waves[2] if (job.group, job.seed) == ("few", seed)) for seed in (0, 1)]
+    for job in (*waves[0], *waves[1], *runs):
+        finish(job)
+    assert all(is_finished(job) for job in runs)
+    manifest = stage1.folder / "handoff" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"digest": "another"}))
+    assert [is_finished(job) for job in runs] == [False, True]
+
+
+def test_answers_by_one_stream_of_an_earlier_training_do_not_finish_a_run(waves):
+    job = next(job for job in waves[2] if len(job.reads) == 3)
+    finish(job)
+    later = time.time_ns() + 1_000_000_000
+    for file in (job.folder / "handoff" / "manifest.json", job.folder / "metrics.json"):
+        os.utime(file, ns=(later, later))
+    assert not is_finished(job)
+    for reads in ("ego", "mapped"):
+        os.utime(job.reads[reads] / "metrics.json", ns=(later, later))
+    assert is_finished(job)
 
 
 def test_a_failed_run_is_named_after_the_others_of_its_wave_and_ends_there(waves, tmp_path, monkeypatch):

@@ -436,6 +436,21 @@ def test_one_stream_alone_is_answered_beside_the_run(runs, toy_world, stage):
     assert len(set(losses.values())) == 3
 
 
+def test_what_is_trained_anew_answers_by_one_stream_anew(runs, toy_world):
+    def losses():
+        files = [runs / "toy" / f"reads_{reads}" / "stage2" / "metrics.json" for reads in ("ego", "mapped")]
+        return [json.loads(file.read_text())["metrics"]["ego_loss"] for file in files]
+
+    given = arguments("stage2", toy_world, runs)
+    assert main([*given, "--streams"]) == 0
+    before = losses()
+    assert main([*given, "seed_everything=7", "--force", "--streams"]) == 0
+    after = losses()
+    assert all(one != other for one, other in zip(before, after, strict=True))
+    assert main([*given, "seed_everything=7", "--streams"]) == 0
+    assert losses() == after
+
+
 @pytest.mark.parametrize("name", ["toy_coarse", "toy_qwen3"])
 def test_other_networks_train_from_the_beginning(toy_world, tmp_path, name):
     few = ["threads=1", "trainer.max_steps=1", "trainer.limit_val_batches=0", "data.init_args.global_batch_size=2"]

@@ -187,3 +187,18 @@ def test_a_local_model_judges(folder, tiny_model, monkeypatch):
     monkeypatch.setattr(judging.AutoTokenizer, "from_pretrained", lambda *_, **__: Sure())
     found = judged(folder, config)
     assert (found["judge_Tiny-Judge_acc"].value, found["judge_Tiny-Judge_score"].value) == (0.25, 3.0)
+
+
+def test_replies_to_earlier_predictions_are_refused(folder):
+    config = JudgeConfig("file", "me")
+    assert judged(folder, config) == {}
+    reply(folder, *({"id": row["id"], "pred": "yes", "score": 4} for row in ROWS))
+    assert judged(folder, config)["judge_me_acc"].value == 1
+    changed = [{**row, "prediction": "something else"} for row in ROWS]
+    (folder / "predictions" / "qaego4d_open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"judge_requests.jsonl line 1: field 'prediction' is not what"):
+            judged(folder, config)
+    (folder / "predictions" / "qaego4d_open.judge_replies.jsonl").unlink()
+    assert judged(folder, config) == {}
+    assert "something else" in (folder / "predictions" / "qaego4d_open.judge_requests.jsonl").read_text()

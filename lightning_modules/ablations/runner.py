@@ -17,6 +17,8 @@ from typing import NoReturn
 import yaml
 
 from lightning_modules.ablations.plan import Job
+from lightning_modules.handoff import check_handoff, is_answered
+from lightning_modules.sources import split_source
 
 
 class RunsFailed(RuntimeError):
@@ -52,11 +54,18 @@ def carry_out(waves: Iterable[Sequence[Job]], out: Path, parallel: int, threads:
 
 
 def is_finished(job: Job) -> bool:
-    """All answers are there, by exactly this configuration."""
-    file = job.folder / "config.yaml"
-    if not file.is_file() or not all((folder / "metrics.json").is_file() for folder in job.reads.values()):
+    """All answers are there, by exactly this configuration, and it started from the hand-offs that are there now."""
+    file, handoff = job.folder / "config.yaml", job.folder / "handoff"
+    if not file.is_file() or not all(is_answered(folder, handoff) for folder in job.reads.values()):
         return False
-    return bool(yaml.safe_load(file.read_text(encoding="utf-8")) == job.config)
+    if yaml.safe_load(file.read_text(encoding="utf-8")) != job.config:
+        return False
+    started_from = check_handoff(handoff).get("started_from", {})
+    for part, source in (job.config["model"]["init_args"].get("init") or {}).items():
+        before = split_source(source, part)[0] if isinstance(source, str) else Path()
+        if (before / "manifest.json").is_file() and check_handoff(before)["digest"] != started_from.get(part):
+            return False
+    return True
 
 
 def _interrupt(*_: object) -> NoReturn:

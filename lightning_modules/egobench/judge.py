@@ -75,8 +75,10 @@ def judge(header: Header, rows: Sequence[Placed], folder: Path, config: JudgeCon
         return []
     requests = {row["id"]: {name: row[name] for name in ("id", *ASKED)} for _, row in rows}
     if config.kind == "file":
-        _write(folder / f"{header.benchmark}.judge_requests.jsonl", requests.values())
-        replies = folder / f"{header.benchmark}.judge_replies.jsonl"
+        asked, replies = (folder / f"{header.benchmark}.judge_{what}.jsonl" for what in ("requests", "replies"))
+        if replies.is_file() and asked.is_file():
+            _require_same(asked, requests, replies)
+        _write(asked, requests.values())
     else:
         assert config.model is not None
         replies = folder / f"{header.benchmark}.judge_replies.{config.name}.jsonl"
@@ -122,6 +124,16 @@ def _verdict(value: Any) -> Verdict | None:
     except (ValueError, OverflowError):
         return None
     return Verdict(pred == "yes", int(number)) if 0 <= number <= 5 else None
+
+
+def _require_same(asked: Path, requests: dict[str, dict[str, str]], replies: Path) -> None:
+    """Replies need not repeat the prediction, so those to earlier requests would pass for replies to these."""
+    for where, row in read_jsonl(asked):
+        if row != requests.get(row["id"], row):
+            raise ValueError(
+                f"{where}: field 'prediction' is not what was predicted, so {replies.name} is not about these "
+                f"predictions: move {replies} away, and let the new requests be judged"
+            )
 
 
 def _read(file: Path, requests: dict[str, dict[str, str]]) -> dict[str, Verdict | None]:
