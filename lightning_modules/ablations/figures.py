@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import matplotlib
+    import matplotlib as found
     from matplotlib.figure import Figure
+
+    matplotlib: Any = found
 except ImportError:  # of the extra `dev`
     matplotlib = None
 
