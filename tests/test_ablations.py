@@ -38,7 +38,7 @@ def test_the_plans_name_what_there_is(file):
     plan = read_plan(file)
     waves = all_jobs(file, plan, range(2), Path("out"))
     assert [{job.stage for job in wave} for wave in waves] == [{"stage0"}, {"stage1"}, {"stage2"}, {"stage3"}]
-    assert [len(wave) for wave in waves[:2]] == [1, 2]
+    assert [len(wave) for wave in waves[:2]] == [1 if stage in plan.once else 2 for stage in ("stage0", "stage1")]
     folders = [job.folder for wave in waves for job in wave]
     assert len(set(folders)) == len(folders)
     assert {job.variant for wave in waves[2:] for job in wave} - {plan.view_probe} <= set(plan.names) | {
@@ -372,11 +372,21 @@ def test_the_advantage_of_the_exocentric_views_by_hand(content):
 
 
 def test_numbers_survive_json(content):
-    assert json.loads(json.dumps(content))["effects"] == content["effects"]
+    read = json.loads(json.dumps(content))
+    assert read["effects"] == content["effects"] and markdown(read) == markdown(content)
     (run,) = [
         r for r in content["runs"] if (r["variant"], r["regime"], r["seed"], r["reads"]) == ("e_full", "x0", 1, "ego")
     ]
     assert run["trained"] == 3 * 5 + 7 and run["clips"]["seen"]["ego_choice"] == 1.0
+
+
+def test_a_part_at_rate_0_does_not_count_as_trained(waves, monkeypatch):
+    parts = {"projector": {"weight": ["float32", [3, 5]]}, "ego_to_exo": {"weight": ["float32", [7]]}}
+    monkeypatch.setattr(results, "check_handoff", lambda folder: {"parts": parts})
+    job = waves[2][0]
+    assert results._trained(job) == 3 * 5 + 7
+    job.config["model"]["init_args"]["optim"]["lr_mult"] = {"ego_to_exo": 10.0, "projector": 0.0}
+    assert results._trained(job) == 7
 
 
 def cells(text, title, *first):
@@ -446,7 +456,7 @@ def test_what_is_drawn(content, monkeypatch):
     assert lines[content["names"]["e_full"]][0] == ["stage0", "stage1", "stage2", "stage3"]
     assert lines[content["names"]["e_full"]][1] == pytest.approx([50.0, 50.0, 200 / 3, 200 / 3])
     assert lines[content["names"]["e_without_lora"]][0] == ["stage0", "stage1", "stage3"]
-    sweep = figures._sweep(content).panels
+    sweep = figures._sweep(json.loads(json.dumps(content))).panels
     (line,) = sweep[0, 0].errorbar.call_args_list
     assert line.args == ([0, 1], pytest.approx([100 / 6, 100 / 6]))
     assert sweep[1, 0].set_xticks.call_args.args == ([0, 1], ["0", "2"])

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 try:
-    import matplotlib
+    import matplotlib as found
     from matplotlib.figure import Figure
+
+    matplotlib: Any = found
 except ImportError:  # of the extra `dev`
     matplotlib = None
 
@@ -109,7 +111,7 @@ def _sweep(content: dict[str, Any]) -> Figure:
         panels[0, column].axhline(0, color="black", linewidth=0.8)
         panels[0, column].set_ylabel(f"{score}, points above {names[content['control']]}")
         panels[1, column].set_ylabel(f"{score}, per cent")
-        panels[1, column].set_xticks(places, [f"{point:g}" for point in sweep["points"]])
+        panels[1, column].set_xticks(places, [f"{float(point):g}" for point in sweep["points"]])
         panels[1, column].set_xlabel(sweep["title"])
     panels[1, 0].legend(fontsize=7)
     return figure

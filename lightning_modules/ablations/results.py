@@ -97,7 +97,7 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
     """
     runs: list[dict[str, Any]] = [
         {"regime": job.group, "variant": job.variant, "stage": job.stage, "seed": job.seed, "reads": reads}
-        | {"trained": _trained(job.folder), "clips": read_scores(folder)}
+        | {"trained": _trained(job), "clips": read_scores(folder)}
         for job in jobs
         for reads, folder in job.reads.items()
     ]
@@ -132,9 +132,11 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
     }
 
 
-def _trained(folder: Path) -> int:
-    parts = check_handoff(folder / "handoff")["parts"]
-    return sum(math.prod(shape) for part in parts.values() for _, shape in part.values())
+def _trained(job: Job) -> int:
+    """Parameters that moved; a part at rate 0 is handed on as it was."""
+    parts, rates = check_handoff(job.folder / "handoff")["parts"], job.config["model"]["init_args"]["optim"]
+    fixed = {part for part, rate in (rates.get("lr_mult") or {}).items() if rate == 0}
+    return sum(math.prod(shape) for name, part in parts.items() if name not in fixed for _, shape in part.values())
 
 
 def _of_view(scores: Scores, view: str) -> Scores:
@@ -252,7 +254,7 @@ def _sweep(content: dict[str, Any], means: _Lookup, effects: _Lookup) -> str:
     sweep, names, control = content["sweep"], content["names"], content["control"]
     head = [f"{sweep['title']}", "score", names[control], *(f"{names[v]} minus it" for v in sweep["variants"])]
     rows = [
-        [f"{point:g}", COLUMNS[score], means.cell(regime, control, "stage2", "whole", "all", f"ego_{score}")]
+        [f"{float(point):g}", COLUMNS[score], means.cell(regime, control, "stage2", "whole", "all", f"ego_{score}")]
         + [
             effects.cell(regime, variant, "stage2", "whole", "all", f"ego_{score}", signed=True)
             for variant in sweep["variants"]
