@@ -230,6 +230,21 @@ def test_letters_equal_a_loop_over_rotations_and_letters(toy_world):
         torch.testing.assert_close(torch.tensor(row["letters"][shift]), expected, atol=1e-5, rtol=0)
 
 
+def test_a_question_or_an_answer_that_would_be_cut_is_refused(toy_world):
+    exams = exams_of(toy_world, "egoschema")
+    longest = 0
+    for item in exams.loaded.items:
+        answers = [(exams.prompts.choice(item), f"{exams.prompts.prefill}A)")]
+        answers += [(exams.prompts.open(item), option) for option in item.options]
+        longest = max(longest, *(len(exams.encoder.conversation([turn]).input_ids) - 1 for turn in answers))
+    exams.encoder.max_text_tokens = longest
+    exams.check()
+    for shorter in range(1, 6):
+        exams.encoder.max_text_tokens = longest - shorter
+        with pytest.raises(ValueError, match=rf"egoschema: item .* max_text_tokens={longest - shorter}: raise data"):
+            exams.check()
+
+
 def test_ranking_equals_scoring_each_text_in_a_batch_of_its_own(toy_world):
     exams, stage = exams_of(toy_world, "epic100_mir"), stage_of(toy_world)
     exam = exams[0]
