@@ -168,6 +168,29 @@ def test_videos_that_are_missing_or_damaged_are_counted(runs, toy_world, tmp_pat
     assert len(rows(runs, "egoschema")) == total
 
 
+def test_items_whose_videos_are_gone_since_still_count(runs, toy_world, tmp_path):
+    world = shutil.copytree(toy_world, tmp_path / "world")
+    assert evaluate(world, runs, names="egoschema") == 0
+    before = contents(runs)
+    next((world / "egobench" / "egoschema" / "videos").iterdir()).unlink()
+    assert evaluate(world, runs, names="egoschema") == 0
+    assert contents(runs) == before
+    assert (out(runs) / "submissions" / "egoschema" / "submission.csv").is_file()
+    assert evaluate(world, runs, "--force", names="egoschema") == 0
+    assert contents(runs) != before
+    assert not (out(runs) / "submissions" / "egoschema").exists(), "it was of the predictions that were forgotten"
+
+
+def test_a_part_of_the_clips_is_no_benchmark_yet(evaluated, runs, toy_world):
+    asked = "egoschema,epic100_mir,egomcq"
+    with pytest.warns(UserWarning, match="egomcq: .* clips were not asked about"):
+        assert evaluate(toy_world, runs, "egobench.cyclic=true", "trainer.limit_predict_batches=3", names=asked) == 0
+    assert {score.metric for score in read_scores(out(runs))} == {"asked"}
+    assert evaluate(toy_world, runs, "egobench.cyclic=true", names=asked) == 0
+    for name in asked.split(","):
+        assert rows(runs, name) == rows(evaluated, name)
+
+
 def test_wrong_names_and_keys_are_refused_at_once(runs, toy_world, capsys):
     assert evaluate(toy_world, runs, names="egoschema,egoskema") == 2
     assert "benchmark egoskema: not in egobench.benchmarks: egoschema" in capsys.readouterr().err
