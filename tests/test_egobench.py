@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from datamodules.egobench.exam import EgoBenchConfig, Exams
 from datamodules.text import TextEncoder
 from lightning_modules.cli import main
 from lightning_modules.config import compose
+from lightning_modules.egobench.evaluate import OtherPredictions, Predictions
 from lightning_modules.egobench.examiner import examine
 from lightning_modules.egobench.results import read_scores
 from lightning_modules.stage import Stage
@@ -179,6 +181,26 @@ def test_items_whose_videos_are_gone_since_still_count(runs, toy_world, tmp_path
     assert evaluate(world, runs, "--force", names="egoschema") == 0
     assert contents(runs) != before
     assert not (out(runs) / "submissions" / "egoschema").exists(), "it was of the predictions that were forgotten"
+
+
+def test_what_is_half_forgotten_is_not_taken_for_another_models(toy_world, tmp_path, monkeypatch):
+    settings = ({"model": "before"}, {"model": "now"})
+    before, now = (Predictions(exams_of(toy_world, "egoschema"), tmp_path, model) for model in settings)
+    before.begin()
+    before.part(0).write_text('{"id": "an answer of the model before", "clip": 0}\n')
+    unlink = Path.unlink
+
+    def killed(file, missing_ok=False):
+        unlink(file, missing_ok)
+        if ".part" in file.name or ".header" in file.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        now.forget()
+    assert not before.part(0).exists()
+    with pytest.raises(OtherPredictions):
+        now.require_same()
 
 
 def test_a_part_of_the_clips_is_no_benchmark_yet(evaluated, runs, toy_world):

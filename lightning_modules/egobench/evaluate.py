@@ -90,7 +90,7 @@ class Predictions:
 
     def forget(self) -> None:
         """Delete everything."""
-        for file in (self.rows, self.texts, self.header, *self._parts()):
+        for file in (self.rows, self.texts, *self._parts(), self.header):  # it says of what model the others are
             file.unlink(missing_ok=True)
 
     def begin(self) -> None:
