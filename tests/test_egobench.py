@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from datamodules.egobench.exam import EgoBenchConfig, Exams
 from datamodules.text import TextEncoder
 from lightning_modules.cli import main
 from lightning_modules.config import compose
+from lightning_modules.egobench.evaluate import OtherPredictions, Predictions
 from lightning_modules.egobench.examiner import examine
 from lightning_modules.egobench.results import read_scores
 from lightning_modules.stage import Stage
@@ -168,6 +170,49 @@ def test_videos_that_are_missing_or_damaged_are_counted(runs, toy_world, tmp_pat
     assert len(rows(runs, "egoschema")) == total
 
 
+def test_items_whose_videos_are_gone_since_still_count(runs, toy_world, tmp_path):
+    world = shutil.copytree(toy_world, tmp_path / "world")
+    assert evaluate(world, runs, names="egoschema") == 0
+    before = contents(runs)
+    next((world / "egobench" / "egoschema" / "videos").iterdir()).unlink()
+    assert evaluate(world, runs, names="egoschema") == 0
+    assert contents(runs) == before
+    assert (out(runs) / "submissions" / "egoschema" / "submission.csv").is_file()
+    assert evaluate(world, runs, "--force", names="egoschema") == 0
+    assert contents(runs) != before
+    assert not (out(runs) / "submissions" / "egoschema").exists(), "it was of the predictions that were forgotten"
+
+
+def test_what_is_half_forgotten_is_not_taken_for_another_models(toy_world, tmp_path, monkeypatch):
+    settings = ({"model": "before"}, {"model": "now"})
+    before, now = (Predictions(exams_of(toy_world, "egoschema"), tmp_path, model) for model in settings)
+    before.begin()
+    before.part(0).write_text('{"id": "an answer of the model before", "clip": 0}\n')
+    unlink = Path.unlink
+
+    def killed(file, missing_ok=False):
+        unlink(file, missing_ok)
+        if ".part" in file.name or ".header" in file.name:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        now.forget()
+    assert not before.part(0).exists()
+    with pytest.raises(OtherPredictions):
+        now.require_same()
+
+
+def test_a_part_of_the_clips_is_no_benchmark_yet(evaluated, runs, toy_world):
+    asked = "egoschema,epic100_mir,egomcq"
+    with pytest.warns(UserWarning, match="egomcq: .* clips were not asked about"):
+        assert evaluate(toy_world, runs, "egobench.cyclic=true", "trainer.limit_predict_batches=3", names=asked) == 0
+    assert {score.metric for score in read_scores(out(runs))} == {"asked"}
+    assert evaluate(toy_world, runs, "egobench.cyclic=true", names=asked) == 0
+    for name in asked.split(","):
+        assert rows(runs, name) == rows(evaluated, name)
+
+
 def test_wrong_names_and_keys_are_refused_at_once(runs, toy_world, capsys):
     assert evaluate(toy_world, runs, names="egoschema,egoskema") == 2
     assert "benchmark egoskema: not in egobench.benchmarks: egoschema" in capsys.readouterr().err
@@ -228,6 +273,21 @@ def test_letters_equal_a_loop_over_rotations_and_letters(toy_world):
             logits.append(float(log_p))
         expected = torch.tensor(logits).log_softmax(-1)
         torch.testing.assert_close(torch.tensor(row["letters"][shift]), expected, atol=1e-5, rtol=0)
+
+
+def test_a_question_or_an_answer_that_would_be_cut_is_refused(toy_world):
+    exams = exams_of(toy_world, "egoschema")
+    longest = 0
+    for item in exams.loaded.items:
+        answers = [(exams.prompts.choice(item), f"{exams.prompts.prefill}A)")]
+        answers += [(exams.prompts.open(item), option) for option in item.options]
+        longest = max(longest, *(len(exams.encoder.conversation([turn]).input_ids) - 1 for turn in answers))
+    exams.encoder.max_text_tokens = longest
+    exams.check()
+    for shorter in range(1, 6):
+        exams.encoder.max_text_tokens = longest - shorter
+        with pytest.raises(ValueError, match=rf"egoschema: item .* max_text_tokens={longest - shorter}: raise data"):
+            exams.check()
 
 
 def test_ranking_equals_scoring_each_text_in_a_batch_of_its_own(toy_world):

@@ -56,6 +56,13 @@ def test_next_logits_equal_a_full_forward(model):
         torch.testing.assert_close(logits, full, atol=1e-4, rtol=1e-4)
 
 
+def test_logits_that_are_compared_are_not_rounded_to_bfloat16(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = SharedPrefix(model, embeds(model)).next_logits([(7, 8), ()])
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16()).float().mean() > 0.9
+
+
 def test_an_extended_prefix_scores_as_a_longer_one_and_is_short_again_afterwards(model):
     prefix = SharedPrefix(model, embeds(model))
     before = prefix.log_likelihoods(ROWS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -38,7 +38,7 @@ class EgoBenchConfig:
         cyclic: ask choices in every rotation of the options, which takes out a model's liking for a letter.
         cross_check: choices of each benchmark that are also answered in words, to see whether both agree.
         invented: the items are of a generated world, beside which no published number is shown.
-        fast: names of benchmarks of which a fixed part is scored whenever stage 3 validates.
+        fast: names of benchmarks of which a fixed part is scored whenever a stage validates.
     """
 
     benchmarks: list[dict[str, Any]] = field(default_factory=list)
@@ -190,7 +190,10 @@ class Exams(Dataset[Exam]):
         shared = next(n for n, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
         letters = tuple(row[shared] for row in rows)
         if len(set(letters)) < count:
-            raise ValueError(f"tokenizer: {self.encoder.name} does not tell letters A to {openings[-1][-2]} apart")
+            raise ValueError(
+                f"tokenizer: {self.encoder.name} does not tell letters A to {openings[-1][-2]} apart behind "
+                f"{self.prompts.prefill!r}: give a file of prompts with another prefill as egobench.prompts"
+            )
         return self._behind_clip(rows[0])[: shared - rows[0].index(VIDEO_TOKEN_ID) - 1], letters
 
     def _answers(self, question: str | None, texts: Sequence[str]) -> tuple[Row, tuple[Row, ...]]:
@@ -202,7 +205,12 @@ class Exams(Dataset[Exam]):
     def _encoded(self, question: str | None, answers: Sequence[str]) -> list[tuple[Row, int]]:
         """Each row, and where its answer begins."""
         encode = self.encoder.plain if question is None else lambda text: self.encoder.conversation([(question, text)])
-        rows: Iterator[EncodedText] = map(encode, answers)
+        rows: list[EncodedText] = [encode(answer) for answer in answers]
+        if any(row.input_ids[-1] != self.encoder.tokenizer.eos_token_id for row in rows):
+            raise UnusableText(
+                f"a question and its answer do not fit max_text_tokens={self.encoder.max_text_tokens}: raise "
+                "data.init_args.max_text_tokens"
+            )
         return [(tuple(r.input_ids), next(n for n, y in enumerate(r.labels) if y != IGNORE_INDEX)) for r in rows]
 
     def _context(self, question: str) -> Row:

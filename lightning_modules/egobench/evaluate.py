@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any, BinaryIO
 
 import lightning as L
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.batch import Exam
@@ -88,12 +90,13 @@ class Predictions:
 
     def forget(self) -> None:
         """Delete everything."""
-        for file in (self.rows, self.texts, self.header, *self._parts()):
+        for file in (self.rows, self.texts, *self._parts(), self.header):  # it says of what model the others are
             file.unlink(missing_ok=True)
 
     def begin(self) -> None:
         """Say how the predictions are made before the first one is."""
         self.rows.parent.mkdir(parents=True, exist_ok=True)
+        self._not_missing(name for name, _, _ in _lines(self.rows))
         self._write_header()
 
     def left(self) -> list[int]:
@@ -108,7 +111,16 @@ class Predictions:
         return self.rows.with_name(f"{self.loaded.name}.part{process}.jsonl")
 
     def join(self) -> None:
-        """Make one file of all answers, a line for each item in the official order, and delete the parts."""
+        """Make one file of all answers, a line for each item in the official order, and delete the parts.
+
+        Nothing is done before every exam is answered.
+        """
+        if left := self.left():
+            rank_zero_warn(
+                f"{self.loaded.name}: {len(left):,} clips were not asked about (trainer.limit_predict_batches, or "
+                "videos that came meanwhile): evaluate again for them"
+            )
+            return
         places: dict[str, dict[int, tuple[Path, int]]] = defaultdict(dict)
         for part in self._parts():
             for name, at, answer in _lines(part):
@@ -116,6 +128,7 @@ class Predictions:
                 if "problem" in answer:
                     self.missing[name] = answer["problem"]
         before = {name: at for name, at, _ in _lines(self.rows)}
+        self._not_missing(before)
         if self.loaded.texts and ("" in places or not self.texts.is_file()):
             priors = [_line_at(*place)["priors"] for place in places[""].values()]
             _write(self.texts, text_rows(self.loaded, priors[0] if priors else None))
@@ -133,6 +146,11 @@ class Predictions:
                 yield _line_at(self.rows, before[item.id])
             elif item.id not in self.missing:
                 yield item_row(self.loaded, item, [_line_at(*found[place]) for place in range(len(item.clips))])
+
+    def _not_missing(self, answered: Iterable[str]) -> None:
+        """Items that were answered count, though their videos are gone since."""
+        for name in answered:
+            self.missing.pop(name, None)
 
     def _parts(self) -> list[Path]:
         return sorted(self.rows.parent.glob(f"{self.loaded.name}.part*.jsonl"))
@@ -244,9 +262,12 @@ def write_submissions(predictions: Sequence[Predictions], folder: Path) -> None:
         folder: gets a folder for each benchmark that has a server.
     """
     for kept in predictions:
-        if kept.loaded.task != "choice" or kept.missing:
+        if kept.loaded.task != "choice":
             continue
         chosen = {name: int(option_log_p(np.array(row["letters"])).argmax()) for name, _, row in _lines(kept.rows)}
+        if len(chosen) < len(kept.loaded.items):
+            shutil.rmtree(folder / kept.loaded.name, ignore_errors=True)  # of predictions that are forgotten
+            continue
         for name, text in kept.loaded.submission(chosen).items():
             (folder / kept.loaded.name).mkdir(parents=True, exist_ok=True)
             _replace(folder / kept.loaded.name / name, text)

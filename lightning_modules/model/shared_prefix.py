@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -132,19 +133,26 @@ class SharedPrefix:
 
     def log_likelihoods(self, rows: Sequence[Row]) -> Tensor:
         """Log p of each row of tokens, none of them empty, as the continuation: float32 [R], summed over its tokens."""
-        log_p = torch.zeros(len(rows), device=self.last.device)
+        log_p = torch.zeros(len(rows), dtype=torch.float64, device=self.last.device)  # GPUs add in any order
         for part in _passes(tuple(rows), True, self.tokens_a_pass):
             log_p_next = self._logits(self._states(part)).log_softmax(-1)
             row, state, token = (t.to(log_p.device) for t in (part.scored_rows, part.scored_states, part.scored_tokens))
-            log_p.index_add_(0, row, log_p_next[state, token])
-        return log_p
+            log_p.index_add_(0, row, log_p_next[state, token].double())
+        return log_p.float()
 
     def next_logits(self, rows: Sequence[Row]) -> Tensor:
-        """What would follow each row of tokens, any of which may be empty: float32 [R, V]."""
+        """What would follow each row of tokens, any of which may be empty: float32 [R, V].
+
+        The head computes in float32 whatever the precision: logits of bfloat16 have eight bits, and up to a tenth of
+        all choices would be ties, which the first letter wins.
+        """
         found = self.last.repeat(len(rows), 1)
         for part in _passes(tuple(rows), False, self.tokens_a_pass):
             found[part.rows.to(found.device)] = self._states(part)[part.ends.to(found.device)]
-        return self._logits(found)
+        head = self.language_model.causal_lm.get_output_embeddings()
+        with torch.autocast(found.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return F.linear(found.float(), head.weight.float(), bias)
 
     def greedy(self, max_new_tokens: int, end: int) -> list[int]:
         """The most likely token again and again, until ``end``, which is left out, or ``max_new_tokens``."""
