@@ -188,8 +188,6 @@ def build(config: dict[str, Any]) -> Run:
                 "data.init_args.micro_batch_size and the number of devices: remove one of them"
             )
         trainer.accumulate_grad_batches = datamodule.accumulation(trainer.world_size)
-    if fast := EgoBenchConfig(**(config.get("egobench") or {})).fast:
-        datamodule.exams = [exams.fast() for exams in _exams(config, datamodule, fast)]
     if isinstance(trainer.val_check_interval, int):  # in optimiser steps here, in micro-batches there
         trainer.val_check_interval *= trainer.accumulate_grad_batches
     return Run(config, trainer, stage, datamodule)
@@ -263,6 +261,8 @@ def fit(config: dict[str, Any], force: bool) -> None:
     wait for it in their first talk.
     """
     run = build(config)
+    if fast := EgoBenchConfig(**(config.get("egobench") or {})).fast:
+        run.datamodule.exams = [exams.fast() for exams in _exams(config, run.datamodule, fast)]
     folder, first = run.folder, run.trainer.is_global_zero
     if force and first:
         _put_aside(folder)
@@ -334,6 +334,7 @@ def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
         "model": run.stage.started_from(),
         "learner_reads": run.stage.network.learner_reads,
         "text": {key: run.config["data"]["init_args"].get(key) for key in ("tokenizer", "prompt", "max_text_tokens")},
+        "precision": [str(run.trainer.precision), str(run.stage.frozen_dtype)],
     }
     out = run.folder / "egobench"
     predictions = [Predictions(e, out / "predictions", model) for e in exams]

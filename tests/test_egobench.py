@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -328,6 +329,14 @@ def test_nothing_after_the_observation_is_read(toy_world, monkeypatch):
         assert exam.video is not None, exam.problem
         first, last, count = spans[-1]
         assert unit.clip.start_s <= first and last == unit.clip.end_s and count == tiny.FRAMES
+
+
+def test_a_video_that_ends_before_the_observation_is_not_asked_about(toy_world):
+    exams = exams_of(toy_world, "egoplan")
+    clip = exams.units[0].clip
+    assert exams[0].problem == ""
+    exams.units[0] = replace(exams.units[0], clip=replace(clip, end_s=clip.end_s + 60.0, start_s=0.0))
+    assert "the video ends at" in exams[0].problem
 
 
 def test_a_clip_that_several_items_share_is_read_once(toy_world):

@@ -91,6 +91,12 @@ def test_a_sliding_window_that_is_reached_is_refused(model):
         prefix.log_likelihoods([(7, 8, 9, 10, EOS)])
 
 
+def test_eager_attention_is_refused(model):
+    model.causal_lm.config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match="attention is eager"):
+        SharedPrefix(model, embeds(model))
+
+
 def test_common_beginnings_are_computed_once():
     (tree,) = _passes(tuple(ROWS), True, 100)
     assert sorted(tree.tokens.tolist()) == [7, 8, 9, 9, 10, 11, 12, 13, 14, 15]  # last tokens need no state

@@ -23,7 +23,8 @@ from datamodules.text import EncodedText, TextEncoder, UnusableText
 
 CROSS_CHECK_TOKENS, ANSWER_TOKENS = 8, 32
 LEAST_SHARE = 0.5
-"""Of a span, that a file must cover to stand for it: official spans may reach past the end of a recording."""
+"""Of a span, that a file must cover to stand for it: official spans may reach past the end of a recording. Where the
+last picture is asked about, all of it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class Exams(Dataset[Exam]):
         path, c = self.loaded.videos / clip.video, self.clips
         file_end_s = self.reader.usable_end_s(path, clip.start_s, math.inf)
         end_s = min(clip.end_s, file_end_s)
-        if math.isfinite(clip.end_s) and end_s - clip.start_s < LEAST_SHARE * (clip.end_s - clip.start_s):
+        least = 1.0 if clip.last_at_end else LEAST_SHARE
+        if math.isfinite(clip.end_s) and end_s - clip.start_s < least * (clip.end_s - clip.start_s):
             self.reader.usable_end_s(path, clip.start_s, clip.end_s)
         times_s = segment_midpoints(clip.start_s, end_s, c.num_frames)
         if clip.last_at_end:

@@ -109,10 +109,12 @@ class SharedPrefix:
         tokens_a_pass: of continuations that are computed at once.
 
     Raises:
-        ValueError: from here on, if a sliding window is reached.
+        ValueError: attention is eager; or, from here on, if a sliding window is reached.
     """
 
     def __init__(self, language_model: LanguageModel, embeds: Tensor, tokens_a_pass: int = TOKENS_A_PASS) -> None:
+        if language_model.causal_lm.config._attn_implementation == "eager":
+            raise ValueError("language_model: attention is eager, which would add the tree's mask to scores: use sdpa")
         self.language_model, self.tokens_a_pass = language_model, tokens_a_pass
         self.cache: Any = DynamicCache(config=language_model.causal_lm.config)
         self.length = 0
