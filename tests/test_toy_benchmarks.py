@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
+from datamodules.annotations import Tally
 from datamodules.clip_stream import probe
 from datamodules.ego_exo4d import camera_wearer_text
+from datamodules.egobench.egoplan import EgoPlan
 from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions
 from datamodules.toy_world.benchmarks import NEXT, write_benchmarks
@@ -69,7 +71,6 @@ def test_every_benchmark_has_its_official_files(written):
         "charades_ego/CharadesEgo_v1_test_only1st.csv",
         "charades_ego/Charades_v1_classes.txt",
         "egomcq/egomcq.json",
-        "egoplan/EPIC_100_video_info.csv",
         "egoplan/EgoPlan_validation.json",
         "egoschema/questions.json",
         "egoschema/subset_answers.json",
@@ -229,7 +230,8 @@ def test_epic_clips_captions_and_classes_agree(written):
     texts = [row["narration"] for row in sentences]
     assert len(set(texts)) == len(texts)
     assert {row["narration"] for row in rows} == set(texts)
-    fps = {row["video_id"]: float(row["fps"]) for row in table(root / "epic100_mir/EPIC_100_video_info.csv")}
+    info = table(root / "epic100_mir/EPIC_100_video_info.csv")
+    assert {(row["fps"], row["resolution"]) for row in info} == {("8.0", "32x32")}
     for row in rows:
         participant, video, ordinal = row["narration_id"].split("_")
         take = takes[10 * (int(participant[1:]) - 1) + int(video) - 1]
@@ -241,25 +243,30 @@ def test_epic_clips_captions_and_classes_agree(written):
         assert ast.literal_eval(row["all_noun_classes"]) == [int(row["noun_class"])]
         assert ast.literal_eval(row["all_nouns"]) == [f"{thing.kind}:{thing.colour}"]
         assert float(row["start_timestamp"].split(":")[-1]) == pytest.approx(action.start_s, abs=0.006)
-        assert int(row["stop_frame"]) / fps[row["video_id"]] == pytest.approx(action.end_s, abs=0.1)
+        assert int(row["stop_frame"]) / 60 == pytest.approx(action.end_s, abs=0.02)
         assert frames(root / f"epic100_mir/videos/{participant}/{row['video_id']}.MP4") == take.num_frames
 
 
 def test_egoplan_only_one_option_is_possible_and_the_next_action_is_not_shown(written):
     root, takes = written
     rows = read(root / "egoplan/EgoPlan_validation.json")
-    epic = {row["video_id"]: float(row["fps"]) for row in table(root / "egoplan/EPIC_100_video_info.csv")}
-    recorded = by_uid(root, takes) | dict(zip(epic, takes, strict=True))
+    epic = {f"P{number // 10 + 1:02d}_{number % 10 + 1:02d}": take for number, take in enumerate(takes)}
+    recorded = by_uid(root, takes) | epic
+    read_rows = EgoPlan(root / "egoplan", root / "egoplan/videos").read(Tally())
     assert [row["sample_id"] for row in rows] == list(range(2 * TAKES))
     assert {row["video_source"] for row in rows} == {"Ego4D", "EpicKitchens"}
-    for row in rows:
-        take, fps = recorded[row["video_id"]], epic.get(row["video_id"], 30.0)
+    for row, item in zip(rows, read_rows, strict=True):
+        take, (clip,) = recorded[row["video_id"]], item.clips
         options = [row[f"choice_{letter}"] for letter in "abcd"]
         assert options["ABCD".index(row["golden_choice_idx"])] == row["answer"]
         assert len(set(options)) == 4
-        seen_s = row["current_observation_frame"] / fps
+        seen_s = clip.end_s
+        assert (row["video_source"] == "EpicKitchens") == (row["video_id"] in epic)
         (step,) = [n for n, a in enumerate(take.actions) if a.start_s < seen_s <= a.end_s + 1e-9]
-        assert seen_s * 8 < round(take.actions[step + 1].start_s * 8)  # no picture of what comes next
+        after = round(take.actions[step + 1].start_s * 8)
+        assert after - 1 <= seen_s * 8 < after  # the last picture before what comes next
+        assert clip.start_s == pytest.approx(take.actions[max(0, step - 1)].start_s, abs=0.12)
+        assert frames(root / "egoplan/videos" / clip.video) == take.num_frames
         assert row["answer"] == said(take, take.actions[step + 1])
         held = take.actions[step].verb in ("picks up", "shakes")
         in_hand = take.things[take.actions[step].thing].phrase

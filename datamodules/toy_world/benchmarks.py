@@ -9,7 +9,7 @@
       charades_ego/ CharadesEgo_v1_test_only1st.csv Charades_v1_classes.txt  CharadesEgo_v1_480/<id>.mp4
       epic100_mir/  EPIC_100_retrieval_test.csv EPIC_100_retrieval_test_sentence.csv EPIC_100_video_info.csv
                     videos/<participant>/<video>.MP4
-      egoplan/      EgoPlan_validation.json EPIC_100_video_info.csv  videos/{<ego4d>.mp4,<participant>/<video>.MP4}
+      egoplan/      EgoPlan_validation.json  videos/{<ego4d>.mp4,<participant>/<video>.MP4}
       vlnqa/        vlnqa.json  videos/<take>_frame<n>.mp4
       egomcq/       egomcq.json  videos/<ego4d>.mp4
 
@@ -41,6 +41,7 @@ from datamodules.toy_world.scene import COLOURS, KINDS, VERBS, Action, Take, Thi
 from datamodules.toy_world.video import encode
 
 EGO4D_FPS, EGOTASKQA_FPS = 30, 24
+EPIC_FPS = 60  # of the pictures that EPIC-KITCHENS' frame numbers count from 1, whatever rate a video has
 MOST_CLASSES = 157
 NEXT = ("picks up", "puts down", "shakes", "taps")
 """The four options of every question in VLN-QA's form; the real ones, of walking, do not occur in this world."""
@@ -226,7 +227,7 @@ def _egoplan(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> 
         texts = [phrase(verb, thing, "") for verb, thing in (pairs[n] for n in rng.permutation(3))]
         options = _placed(take.phrase(following), texts, place)
         from_epic = take.number % 2 == 1
-        fps = take.fps if from_epic else EGO4D_FPS
+        numbers = (EPIC_FPS, 1) if from_epic else (EGO4D_FPS, 0)
         rows.append(
             {
                 "sample_id": len(rows),
@@ -237,26 +238,25 @@ def _egoplan(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> 
                 **{f"choice_{letter}": text for letter, text in zip("abcd", options, strict=True)},
                 "golden_choice_idx": "ABCD"[place],
                 "answer": options[place],
-                "current_observation_frame": _last_frame(take, take.actions[step], fps),
+                "current_observation_frame": _frame_number(take.frames([take.actions[step]])[1] - 1, take, *numbers),
                 "task_progress_metadata": [
                     {
                         "narration_text": take.phrase(action),
-                        "start_frame": math.ceil(take.frames([action])[0] * fps / take.fps),
-                        "stop_frame": _last_frame(take, action, fps),
+                        "start_frame": _frame_number(take.frames([action])[0], take, *numbers),
+                        "stop_frame": _frame_number(take.frames([action])[1] - 1, take, *numbers),
                     }
                     for action in take.actions[max(0, step - 1) : step + 1]
                 ],
             }
         )
     _write_json(folder / "EgoPlan_validation.json", rows)
-    _write_video_info(folder, takes)
     for take in takes:
         yield take.film(f"videos/{take.participant}/{take.epic}.MP4" if take.number % 2 else f"videos/{take.ego4d}.mp4")
 
 
-def _last_frame(take: _Take, action: Action, fps: int) -> int:
-    """A frame number at another rate that shows the last frame of an action."""
-    return math.ceil((take.frames([action])[1] - 1) * fps / take.fps)
+def _frame_number(frame: int, take: _Take, fps: int, first: int) -> int:
+    """The earliest number, at another rate and counted from ``first``, that shows a frame of the take's files."""
+    return math.ceil(frame * fps / take.fps) + first
 
 
 def _vlnqa(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
@@ -439,14 +439,18 @@ def _epic100_mir(folder: Path, takes: Sequence[_Take], rng: np.random.Generator)
             noun, noun_class = f"{thing.kind}:{thing.colour}", KINDS.index(thing.kind) * 6 + colours.index(thing.colour)
             times = [_clock(time_s) for time_s in (action.time_s, action.start_s, action.end_s)]
             verb = action.verb.replace(" ", "-")
-            row = [name, take.participant, take.epic, *times, *take.frames([action]), text, verb]
+            numbers = [max(1, int(time_s * EPIC_FPS)) for time_s in (action.start_s, action.end_s)]
+            row = [name, take.participant, take.epic, *times, *numbers, text, verb]
             rows.append([*row, VERBS.index(action.verb), noun, noun_class, str([noun]), str([noun_class])])
             captions.setdefault(text, name)
         yield take.film(f"videos/{take.participant}/{take.epic}.MP4")
     _write_csv(folder / "EPIC_100_retrieval_test.csv", header.split(), rows)
     sentences = [[name, text] for text, name in captions.items()]
     _write_csv(folder / "EPIC_100_retrieval_test_sentence.csv", ["narration_id", "narration"], sentences)
-    _write_video_info(folder, takes)
+    videos = [
+        [take.epic, take.simulated.num_frames / take.fps, float(take.fps), f"{take.size}x{take.size}"] for take in takes
+    ]
+    _write_csv(folder / "EPIC_100_video_info.csv", ["video_id", "duration", "fps", "resolution"], videos)
 
 
 def _egomcq(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
@@ -516,13 +520,6 @@ def _absent(take: _Take, rng: np.random.Generator, more: Sequence[Thing] = ()) -
 
 def _clock(time_s: float) -> str:
     return f"00:{int(time_s // 60):02d}:{time_s % 60:05.2f}"
-
-
-def _write_video_info(folder: Path, takes: Sequence[_Take]) -> None:
-    rows = [
-        [take.epic, take.simulated.num_frames / take.fps, float(take.fps), f"{take.size}x{take.size}"] for take in takes
-    ]
-    _write_csv(folder / "EPIC_100_video_info.csv", ["video_id", "duration", "fps", "resolution"], rows)
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

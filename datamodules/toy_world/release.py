@@ -47,7 +47,7 @@ from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
 from datamodules.toy_world.scene import COLOURS, KINDS, PRESETS, VERBS, Action, Take, World, simulate
 from datamodules.toy_world.video import encode
 
-FORMAT = 4
+FORMAT = 5
 SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000, "benchmark": 400_000}
 CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initialisation and practice takes show
 
