@@ -361,7 +361,10 @@ def official_files(root):
             {"sample_id": 2, "video_source": "EpicKitchens", "video_id": "P01_11"},
         ],
         "egoplan2.json": [{"sample_id": "e4_89"}],
-        "vlnqa.json": [{"text": "?", "video_path": "left/4504_frame52.mp4", "gt": "B"}],
+        "vlnqa.json": [
+            {"text": "?", "video_path": "left/4504_frame52.mp4", "gt": "B"},
+            {"question": "?", "video": "4505_frame3.mp4", "candidates": ["a", "b", "c", "d"], "answer": "a"},
+        ],
         "egomcq.json": {"0": {"query": clip, "choices": {"0": clip, "1": {**clip, "video_uid": "e5"}}, "answer": 0}},
         "open-eqa-v0.json": [{"episode_history": "hm3d-v0/000-hm3d-room"}],
     }
@@ -383,7 +386,7 @@ def test_recordings_of_every_benchmark(tmp_path):
         "charades_ego": {("charades_ego", "ID")},
         "epic100_mir": {("epic_kitchens", "VI")},
         "egoplan": {("ego4d", "e3"), ("epic_kitchens", "P01_11"), ("ego4d", "e4")},
-        "vlnqa": {("r2r", "4504")},
+        "vlnqa": {("r2r", "4504"), ("r2r", "4505")},
         "egomcq": {("ego4d", "e2"), ("ego4d", "e5")},
         "openeqa": {("scans", "room")},
     }

@@ -59,6 +59,11 @@ def _egomcq(asked: Any, _: Clips) -> Iterator[Recording]:
         yield from ((EGO4D, choice["video_uid"]) for choice in item["choices"].values())
 
 
+def _episode(video: str) -> str:
+    """In both forms of VLN-QA, ``left/4504_frame52.mp4`` shows the way of episode 4504."""
+    return PurePosixPath(video).stem.partition("_")[0]
+
+
 BENCHMARKS = {
     "egoschema": Benchmark(
         ("uid_to_ego4d.json",), lambda rows, _: ((EGO4D, cut["video_uid"]) for cut in rows.values())
@@ -80,7 +85,7 @@ BENCHMARKS = {
     "egoplan": Benchmark(("EgoPlan_validation.json", "egoplan2.json"), _egoplan),
     "vlnqa": Benchmark(
         ("vlnqa.json",),
-        lambda rows, _: (("r2r", PurePosixPath(row["video_path"]).stem.partition("_")[0]) for row in rows),
+        lambda rows, _: (("r2r", _episode(row.get("video_path") or row["video"])) for row in rows),
     ),
     "egomcq": Benchmark(("egomcq.json",), _egomcq),
     "openeqa": Benchmark(
