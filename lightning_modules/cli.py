@@ -41,7 +41,7 @@ from datamodules.egobench import load
 from datamodules.egobench.exam import EgoBenchConfig, Exams
 from lightning_modules.ablations.plan import all_jobs, read_plan
 from lightning_modules.ablations.results import write_results
-from lightning_modules.ablations.runner import RunsFailed, carry_out
+from lightning_modules.ablations.runner import RunsFailed, carry_out, is_finished
 from lightning_modules.checkpoint import (
     CheckpointError,
     CheckpointFolders,
@@ -474,6 +474,7 @@ def _add_ablations(commands: Any) -> None:
     command.add_argument("--threads", type=int, default=1, help="of each run")
     command.add_argument("--jobs", type=int, default=cores, help="runs at a time; times threads at most the cores")
     command.add_argument("--dry-run", action="store_true", help="list the runs only")
+    command.add_argument("--report", action="store_true", help="run nothing: tables and figures of what is finished")
     command.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 
@@ -489,13 +490,21 @@ def ablations(options: argparse.Namespace) -> int:
     if options.dry_run:
         print("\n".join(job.name for wave in waves for job in wave))
         return 0
+    failure = None
     try:
-        carry_out(waves, options.out, options.jobs, options.threads)
-    except (RunsFailed, KeyboardInterrupt) as error:
-        print(f"stopped: {error or 'told to'}; call it again to go on", file=sys.stderr)
-        return 1 if isinstance(error, RunsFailed) else STOPPED
-    print(write_results(plan, [job for wave in waves for job in wave], options.results))
-    return 0
+        if not options.report:
+            carry_out(waves, options.out, options.jobs, options.threads)
+    except RunsFailed as error:
+        failure = error
+    except KeyboardInterrupt:
+        print("stopped: told to; call it again to go on", file=sys.stderr)
+        return STOPPED
+    jobs = [job for wave in waves for job in wave]
+    finished = [job for job in jobs if is_finished(job)]
+    print(write_results(plan, finished, options.results, [job.name for job in jobs if job not in finished]))
+    if failure:
+        print(f"error: {failure}; call it again to go on", file=sys.stderr)
+    return int(failure is not None)
 
 
 def _same_configuration(folder: Path, config: dict[str, Any], state: str) -> None:

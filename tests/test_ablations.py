@@ -249,18 +249,35 @@ def test_answers_by_one_stream_of_an_earlier_training_do_not_finish_a_run(waves)
     assert is_finished(job)
 
 
-def test_a_failed_run_is_named_after_the_others_of_its_wave_and_ends_there(waves, tmp_path, monkeypatch):
+def test_a_failed_run_stops_nothing_else_and_is_named_at_the_end(waves, tmp_path, monkeypatch):
     jobs, failing = [job for wave in waves for job in wave], waves[2][1]
     recorded = Recorded(jobs, [failing.name])
     monkeypatch.setattr(runner.subprocess, "Popen", recorded)
     with pytest.raises(RunsFailed, match=rf"1 runs did not finish: {failing.name} \({failing.folder}/log.txt\)"):
         carry_out(waves, tmp_path / "out", parallel=1, threads=1)
-    assert all(is_finished(job) == (job is not failing) for job in waves[2])
-    assert not any(is_finished(job) for job in waves[3])
+    assert all(is_finished(job) == (job is not failing) for job in jobs)
     assert [job for job in waves[2] if (job.folder / "checkpoints").exists()] == [failing]
     recorded.failing.clear()
     carry_out(waves, tmp_path / "out", parallel=1, threads=1)
     assert recorded.called.count(failing.name) == 2 and len(recorded.called) == len(jobs) + 1
+
+
+def test_tables_of_what_is_finished_say_what_is_not(waves, content, tmp_path):
+    jobs = [job for wave in waves for job in wave]
+    late = [job for job in jobs if (job.variant, job.stage) == ("e_full", "stage2") and job.seed == 1]
+    late += [job for job in jobs if (job.group, job.variant, job.seed) == ("x0", "b_mapping_alone", 0)]
+    late += [job for job in jobs if job.group in ("views", "prepared")]
+    done = [job for job in jobs if job not in late]
+    text = results.write_results(read_plan(FOLDER / "quick.yaml"), done, tmp_path, [job.name for job in late])
+    assert f"{len(late)} runs are not finished and in no number: {late[0].name}, " in text
+    kept = json.loads((tmp_path / "results.json").read_text())
+    one = entry(kept, "effects", regime="few", variant="e_full", stage="stage2", score="ego_choice", **WHOLE)
+    both = entry(content, "effects", regime="few", variant="e_full", stage="stage2", score="ego_choice", **WHOLE)
+    assert one["by_seed"] == both["by_seed"][:1]
+    assert not [e for e in kept["effects"] if (e["regime"], e["variant"]) == ("x0", "e_full")]  # no common seed
+    assert "(of 1)" in text and kept["views"] == []
+    with pytest.raises(ValueError, match="none of 7 runs is finished: run `make ablations` first"):
+        results.write_results(read_plan(FOLDER / "quick.yaml"), [], tmp_path, ["a"] * 7)
 
 
 def test_which_streams_are_answered(waves, tmp_path):
@@ -342,6 +359,9 @@ def content(waves, monkeypatch):
     return collect(read_plan(FOLDER / "quick.yaml"), [job for wave in waves for job in wave])
 
 
+WHOLE = {"reads": "whole", "clips": "all"}
+
+
 def entry(content, kind, **where):
     (found,) = [e for e in content[kind] if all(e[key] == value for key, value in where.items())]
     return found
@@ -414,7 +434,7 @@ def test_tables(content):
     assert cells(stage3, f"Minus {b}:", "e_without_lora", "all clips")
     assert "95 %" in text
     by_stage = cells(stage3, "### Stage by stage", e, "four-way choice")
-    assert by_stage[2] == "50.0" and by_stage[3] == "50.0 ± 0.0" and by_stage[4] == by_stage[5] == "66.7 ± 211.8"
+    assert by_stage[2] == "50.0 (of 1)" and by_stage[3] == "50.0 ± 0.0" and by_stage[4] == by_stage[5] == "66.7 ± 211.8"
     sweep = text.split("## Takes without narration for each narrated one\n", 1)[1]
     assert [line.split("|")[1].strip() for line in sweep.splitlines() if line.startswith("| ")][1:] == ["0", "2"] * 2
     advantage = cells(text, "## How much better informed the exocentric cameras are", "four-way choice")

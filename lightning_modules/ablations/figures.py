@@ -102,12 +102,15 @@ def _sweep(content: dict[str, Any]) -> Figure:
         ):
             for variant in variants:
                 line = [
-                    next(e for e in content[kind] if _is(e, regime=regime, variant=variant, **where))
-                    for regime in sweep["points"].values()
+                    (place, e)
+                    for place, regime in zip(places, sweep["points"].values(), strict=True)
+                    for e in content[kind]
+                    if _is(e, regime=regime, variant=variant, **where)
                 ]
-                means, halves = [100 * e["mean"] for e in line], [100 * (e["half"] or 0) for e in line]
+                means, halves = [100 * e["mean"] for _, e in line], [_half(e) for _, e in line]
                 color = "0.4" if variant == content["control"] else f"C{sweep['variants'].index(variant)}"
-                panel.errorbar(places, means, yerr=halves, marker="o", capsize=3, color=color, label=names[variant])
+                label, reached = names.get(variant, variant), [place for place, _ in line]
+                panel.errorbar(reached, means, yerr=halves, marker="o", capsize=3, color=color, label=label)
         panels[0, column].axhline(0, color="black", linewidth=0.8)
         panels[0, column].set_ylabel(f"{score}, points above {names[content['control']]}")
         panels[1, column].set_ylabel(f"{score}, per cent")

@@ -25,7 +25,12 @@ CLIPS = {
 READS = {"whole": "all it learned to read", "ego": "x alone", "mapped": "F(x) alone"}
 INTERVAL = (
     "Mean over seeds and its 95 % interval by Student's t; differences are taken within each seed first. Every "
-    "interval stands for itself: of twenty without any effect, one excludes zero by chance."
+    "interval stands for itself: of twenty without any effect, one excludes zero by chance. All seeds answer the same "
+    "held-out clips, the choice of which is in no interval."
+)
+VIEWS_NOTE = (
+    "Same start, steps and narrations. Stage 0, where both start, is mostly exocentric, and the exocentric run sees "
+    "every camera of a narration, so part of the difference is practice."
 )
 T_975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
 T_975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
@@ -74,14 +79,25 @@ def read_scores(folder: Path) -> Scores:
     return means
 
 
-def write_results(plan: Plan, jobs: Iterable[Job], folder: Path) -> str:
+def write_results(plan: Plan, jobs: Sequence[Job], folder: Path, missing: Sequence[str] = ()) -> str:
     """Write ``results.json``, ``results.md`` and figures of finished runs.
+
+    Args:
+        plan: what was to be run.
+        jobs: the finished runs.
+        folder: for the files.
+        missing: names of those that are not finished.
 
     Returns:
         The Markdown.
+
+    Raises:
+        ValueError: no run is finished.
     """
+    if not jobs:
+        raise ValueError(f"none of {len(missing)} runs is finished: run `make ablations` first")
     folder.mkdir(parents=True, exist_ok=True)
-    content = collect(plan, jobs)
+    content = collect(plan, jobs) | {"missing": list(missing)}
     (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     text = markdown(content)
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
@@ -109,14 +125,15 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
         regime, variant, stage, reads = place
         means += _estimates(place, seeds)
         if regime in plan.regimes and variant != plan.control:
-            effects += _estimates(place, seeds, by_place[regime, plan.control, stage, reads])
+            effects += _estimates(place, seeds, by_place.get((regime, plan.control, stage, reads), {}))
     views = []
-    if plan.view_probe:
-        prepared = "prepared", Path(plan.prepare).name, "stage1", "whole"
-        exo = {seed: _of_view(s, "exo") for seed, s in by_place[prepared].items()}
-        ego = {seed: _of_view(s, "ego") for seed, s in by_place["views", plan.view_probe, "stage2", "whole"].items()}
-        once = exo[min(exo)]
-        views = _estimates(("views", "exo - ego", "", "whole"), {seed: exo.get(seed, once) for seed in ego}, ego)
+    exo = by_place.get(("prepared", Path(plan.prepare).name, "stage1", "whole"), {})
+    ego = by_place.get(("views", plan.view_probe or "", "stage2", "whole"), {})
+    if exo:
+        seen = {seed: _of_view(exo.get(seed, exo[min(exo)]), "exo") for seed in ego}
+        views = _estimates(
+            ("views", "exo - ego", "", "whole"), seen, {seed: _of_view(scores, "ego") for seed, scores in ego.items()}
+        )
     return {
         "code_version": code_version(),
         "interval": INTERVAL,
@@ -149,11 +166,15 @@ def _of_view(scores: Scores, view: str) -> Scores:
 def _estimates(
     place: tuple[str, ...], seeds: dict[int, Scores], control: dict[int, Scores] | None = None
 ) -> list[dict[str, Any]]:
-    """An entry for each score and selection of clips; of the differences from ``control`` if it is given."""
+    """An entry for each score and selection of clips; of the differences from ``control`` if it is given.
+
+    Seeds that the control has not finished do not count.
+    """
     entries = []
-    for clips, scores in next(iter(seeds.values())).items():
+    paired = {seed: of for seed, of in seeds.items() if control is None or seed in control}
+    for clips, scores in next(iter(paired.values()), {}).items():
         for score in scores:
-            values = [of[clips][score] - (control[seed][clips][score] if control else 0) for seed, of in seeds.items()]
+            values = [of[clips][score] - (control[seed][clips][score] if control else 0) for seed, of in paired.items()]
             found = {"clips": clips, "score": score, **asdict(estimate(values)), "by_seed": values}
             entries.append(dict(zip(PLACE, place, strict=True)) | found)
     return entries
@@ -167,6 +188,7 @@ class _Lookup:
 
     def __init__(self, entries: Iterable[dict[str, Any]]) -> None:
         self.entries = {(*(e[key] for key in PLACE), e["clips"], e["score"]): e for e in entries}
+        self.seeds = max((len(e["by_seed"]) for e in self.entries.values()), default=0)
 
     def cell(self, *where: str, signed: bool = False) -> str:
         """Mean and interval, in per cent where it is a share; bold where an interval of a difference excludes zero."""
@@ -177,6 +199,8 @@ class _Lookup:
         text = f"{scale * entry['mean']:{'+' if signed else ''}.{digits}f}"
         if entry["half"] is not None:
             text += f" ± {scale * entry['half']:.{digits}f}"
+        if len(entry["by_seed"]) < self.seeds:
+            text += f" (of {len(entry['by_seed'])})"
         return f"**{text}**" if signed and Estimate(entry["mean"], entry["half"]).excludes_zero else text
 
 
@@ -185,8 +209,10 @@ def markdown(content: dict[str, Any]) -> str:
     means, effects = _Lookup(content["means"]), _Lookup(content["effects"])
     places = list(dict.fromkeys((run["regime"], run["variant"], run["stage"]) for run in content["runs"]))
     lines = [f"Code {content['code_version']}. {content['interval']} Scores in per cent, held-out clips.", ""]
+    if missing := content.get("missing"):
+        lines += [f"{len(missing)} runs are not finished and in no number: {', '.join(missing)}.", ""]
     if content["views"]:
-        lines += ["## How much better informed the exocentric cameras are", "", _views(content), ""]
+        lines += ["## How much better informed the exocentric cameras are", "", _views(content), "", VIEWS_NOTE, ""]
     for regime, title in content["regimes"].items():
         lines += [f"## {title}", ""]
         for stage in dict.fromkeys(stage for r, _, stage in places if r == regime):
@@ -228,7 +254,7 @@ def _of_stage(
 
 def _stages(content: dict[str, Any], means: _Lookup, regime: str) -> str:
     """Egocentric scores of the demonstrator, then of each variant that goes as far as stage 3."""
-    demonstrator = next(run["variant"] for run in content["runs"] if run["regime"] == "prepared")
+    demonstrator = next((run["variant"] for run in content["runs"] if run["regime"] == "prepared"), "")
     variants = {run["variant"]: None for run in content["runs"] if (run["regime"], run["stage"]) == (regime, "stage3")}
     rows = [["", "score", *STAGES]]
     for score in content["headline"]:

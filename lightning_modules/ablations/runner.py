@@ -26,7 +26,7 @@ class RunsFailed(RuntimeError):
 
 
 def carry_out(waves: Iterable[Sequence[Job]], out: Path, parallel: int, threads: int) -> None:
-    """Run what is not finished; a wave begins when the one before is finished.
+    """Run what is not finished; a wave begins when the one before is through. What fails stops nothing but itself.
 
     Seconds go to ``seconds.jsonl`` in ``out``, what the runs print to ``log.txt`` beside each run's files. Told to
     stop, it tells the runs, which save their checkpoints.
@@ -38,19 +38,23 @@ def carry_out(waves: Iterable[Sequence[Job]], out: Path, parallel: int, threads:
         threads: of each.
 
     Raises:
-        RunsFailed: after the other runs of the wave; names those that failed and their logs.
+        RunsFailed: after all others; names those that failed, and those that needed them, with their logs.
         KeyboardInterrupt: told to stop.
     """
     out.mkdir(parents=True, exist_ok=True)
+    failed: list[Job] = []
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         for wave in waves:
             missing = [job for job in wave if not is_finished(job)]
             if missing:
                 print(f"{missing[0].stage}: {len(wave) - len(missing)} of {len(wave)} runs are finished", flush=True)
-                _run_all(missing, out, parallel, threads)
+                failed += _run_all(missing, out, parallel, threads)
     finally:
         signal.signal(signal.SIGTERM, before)
+    if failed:
+        named = ", ".join(f"{job.name} ({job.folder}/log.txt)" for job in failed)
+        raise RunsFailed(f"{len(failed)} runs did not finish: {named}")
 
 
 def is_finished(job: Job) -> bool:
@@ -72,7 +76,8 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _run_all(jobs: Sequence[Job], out: Path, parallel: int, threads: int) -> None:
+def _run_all(jobs: Sequence[Job], out: Path, parallel: int, threads: int) -> list[Job]:
+    """Those that failed."""
     running: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(parallel) as pool:
         try:
@@ -82,9 +87,7 @@ def _run_all(jobs: Sequence[Job], out: Path, parallel: int, threads: int) -> Non
             for process in list(running):
                 process.terminate()
             raise
-    failed = [f"{job.name} ({job.folder}/log.txt)" for job, status in zip(jobs, statuses, strict=True) if status]
-    if failed:
-        raise RunsFailed(f"{len(failed)} runs did not finish: {', '.join(failed)}")
+    return [job for job, status in zip(jobs, statuses, strict=True) if status]
 
 
 def _run(job: Job, out: Path, threads: int, running: set[subprocess.Popen[bytes]]) -> int:
