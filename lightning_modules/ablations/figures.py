@@ -54,7 +54,7 @@ def _effects(content: dict[str, Any]) -> Figure:
                 panel.errorbar(100 * entry["mean"], place, xerr=_half(entry), fmt="o", color="C0", capsize=3)
                 panel.plot([100 * d for d in entry["by_seed"]], [place] * len(entry["by_seed"]), "|", color="0.5")
             panel.axvline(0, color="black", linewidth=0.8)
-            panel.set_ylim(len(variants[regime]) - 0.5, -0.5)
+            panel.set_ylim(max(1, len(variants[regime])) - 0.5, -0.5)
             panel.set_yticks(range(len(variants[regime])), [])
         row[0].set_yticklabels([names[variant] for variant in variants[regime]])
         row[0].set_title(regimes[regime], loc="left")

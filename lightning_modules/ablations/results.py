@@ -37,6 +37,7 @@ T_975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 
 """97.5 % point of Student's t for 1, 2, ... 30 degrees of freedom."""
 
 
+_NAMED = 8
 PLACE = ("regime", "variant", "stage", "reads")
 
 Scores = dict[str, dict[str, float]]
@@ -210,7 +211,8 @@ def markdown(content: dict[str, Any]) -> str:
     places = list(dict.fromkeys((run["regime"], run["variant"], run["stage"]) for run in content["runs"]))
     lines = [f"Code {content['code_version']}. {content['interval']} Scores in per cent, held-out clips.", ""]
     if missing := content.get("missing"):
-        lines += [f"{len(missing)} runs are not finished and in no number: {', '.join(missing)}.", ""]
+        shown = ", ".join(missing[:_NAMED]) + ", ..." * (len(missing) > _NAMED)
+        lines += [f"{len(missing)} runs are not finished and in no number: {shown}.", ""]
     if content["views"]:
         lines += ["## How much better informed the exocentric cameras are", "", _views(content), "", VIEWS_NOTE, ""]
     for regime, title in content["regimes"].items():
