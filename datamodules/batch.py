@@ -67,6 +67,7 @@ class ClipBatch(_Movable):
         readable: bool [B]. Where false, the pictures are zeros, no token is supervised, and the sample takes no part in
             any loss. By default all are.
         skipped: a line for each sample that is not readable: its name and why.
+        prompt: int64 [L], what stands before a caption, with the clip's ``VIDEO_TOKEN_ID``; None where texts differ.
     """
 
     ids: list[str]
@@ -78,6 +79,7 @@ class ClipBatch(_Movable):
     source: Tensor | None = None
     readable: Tensor = None  # type: ignore[assignment]
     skipped: list[str] = field(default_factory=list)
+    prompt: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Without a mask, all samples are readable."""

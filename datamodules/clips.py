@@ -99,9 +99,11 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
 
     Attributes:
         source_names: what the samples are mixed from, for the curves; empty if nothing is mixed.
+        prompt: tokens before every sample's text, if they are the same.
     """
 
     source_names: tuple[str, ...] = ()
+    prompt: list[int] | None = None
 
     def __init__(self, clips: ClipConfig, encoder: TextEncoder) -> None:
         self.clips = clips
@@ -173,6 +175,7 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
             source=torch.tensor([self.source(i) for i in request.indices]) if self.source_names else None,
             readable=torch.tensor([index not in failed for index in request.indices]),
             skipped=[f"{self.name(index)}: {failed[index]}" for index in request.indices if index in failed],
+            prompt=None if self.prompt is None else torch.tensor(self.prompt),
             **{f"{view}_video": frames[view] for view in frames},
         )
 

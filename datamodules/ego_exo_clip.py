@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.batch import IGNORE_INDEX
 from datamodules.clips import NOTHING_TO_LEARN, VIEWS, ClipConfig, ClipDataModule, ClipTextDataset, Span
 from datamodules.pair_index import PairIndex, read_header
 from datamodules.text import EncodedText, TextEncoder
@@ -92,6 +93,8 @@ class EgoExoClipDataset(ClipTextDataset):
             raise ValueError(f"data.exo_policy: got {exo_policy!r}, allowed: all, best, random")
         self.pairs, self.root, self.views = pairs, root, views
         self.exo_policy, self.instruction, self.seed = exo_policy, instruction, seed
+        any_row = self._encoded_caption("?")
+        self.prompt = any_row.input_ids[: next(n for n, y in enumerate(any_row.labels) if y != IGNORE_INDEX)]
         counts = pairs.num_exos() if exo_policy == "all" else np.ones(len(pairs), dtype=np.int64)
         self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # of each narration
         self.narration = narration
@@ -155,7 +158,9 @@ class EgoExoClipDataset(ClipTextDataset):
         clip = self._clip(index)
         if not self.narrated[self.pairs.clip_groups[clip]]:
             return NOTHING_TO_LEARN
-        caption = self.pairs.texts[clip]
+        return self._encoded_caption(self.pairs.texts[clip])
+
+    def _encoded_caption(self, caption: str) -> EncodedText:
         if self.instruction is None:
             return self.encoder.plain(caption)
         return self.encoder.conversation([(self.instruction, caption)])

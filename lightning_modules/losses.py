@@ -35,6 +35,25 @@ def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum") / label_tokens
 
 
+def answer_kl_loss(target: Tensor, logits: Tensor, clip: Tensor, clips: int, tau: float = 1.0) -> Tensor:
+    """KL of next-token distributions, the demonstrator's first: averaged over each clip's tokens, then over clips.
+
+    Args:
+        target: float32 [M, V], logits that read y; detached.
+        logits: float32 [M, V], those that read x and F(x) before the same tokens.
+        clip: int64 [M], the clip of each token.
+        clips: B; clips without tokens, such as unreadable ones, add nothing and the others keep their weight.
+        tau: temperature; the loss is multiplied by its square.
+
+    Returns:
+        float scalar >= 0.
+    """
+    log_p, log_q = ((part / tau).log_softmax(-1) for part in (target.detach(), logits))
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    count = torch.bincount(clip, minlength=clips).clamp(min=1)
+    return tau**2 * (divergence / count[clip]).sum() / clips
+
+
 @torch.no_grad()
 def loss_by_source(logits: Tensor, targets: Tensor, source: Tensor, sources: int) -> Tensor:
     """What ``vtg_loss`` is made of, source by source; for curves only.

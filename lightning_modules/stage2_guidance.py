@@ -14,6 +14,7 @@ from lightning_modules.losses import (
     FeatureStandardizer,
     Pool,
     Standardize,
+    answer_kl_loss,
     contrastive_loss,
     cycle_consistency_loss,
     guidance_kl_loss,
@@ -48,9 +49,12 @@ class KLConfig:
 
     Attributes:
         weight: after the warm-up.
-        where: compares ``patches``, the encoder's features and what F makes of them, or the ``tokens`` that the
-            projector makes of both and the language model reads.
+        where: compares ``patches``, the encoder's features and what F makes of them; the ``tokens`` that the projector
+            makes of both and the language model reads; or the ``answers`` that it gives: its next-token distributions
+            when it reads y and when it reads x and F(x), along the caption that it gives greedily when it reads y. The
+            last needs no alignment of pictures and no text; ``axis``, ``pool`` and ``standardize`` are not used.
         warmup_fraction: share of all steps over which the weight rises from 0.
+        answer_tokens: longest caption of ``answers``.
     """
 
     weight: float = 1.0
@@ -58,8 +62,9 @@ class KLConfig:
     axis: Axis = "channel"
     pool: Pool = "none"
     standardize: Standardize = "ema"
-    where: Literal["patches", "tokens"] = "patches"
+    where: Literal["patches", "tokens", "answers"] = "patches"
     warmup_fraction: float = 0.0
+    answer_tokens: int = 16
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,8 @@ class DemonstratorLearnerGuidance(Stage):
         visual = model.learner_view(ego, ego_as_exo)
         losses = {"vtg": self._generation(visual, batch)}
         losses |= self._guidance(*self._compared(ego, ego_as_exo, exo, visual), batch)
+        if self.kl.where == "answers":
+            losses["kl"] = self._kl_weight() * self._answer_kl(exo, visual, batch)
         if self.cycle.weight:
             losses["cycle"] = self.cycle.weight * self._cycles(ego, ego_as_exo, exo, batch.readable)
         return losses
@@ -159,7 +166,7 @@ class DemonstratorLearnerGuidance(Stage):
 
     def _compared(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Y, F(x) and x, float [B, T, h, w, C], or the tokens of each as [B, 1, 1, N, D]."""
-        if self.kl.where == "patches":
+        if self.kl.where != "tokens":
             return exo, ego_as_exo, ego
         with torch.no_grad():
             target = self.model.project(exo)
@@ -188,6 +195,28 @@ class DemonstratorLearnerGuidance(Stage):
             contrastive = contrastive_loss(target, mapped, readable, different, self.contrastive.tau)
             losses["contrastive"] = self.contrastive.weight * contrastive
         return losses
+
+    def _answer_kl(self, exo: Tensor, visual: Tensor, batch: ClipBatch) -> Tensor:
+        """KL of what the language model says about y against what it says about x and F(x)."""
+        if batch.prompt is None:
+            raise ValueError("model.kl.where: got answers, but the data have no common prompt: use patches or tokens")
+        language_model, prompt = self.model.language_model, batch.prompt
+        with torch.no_grad():
+            shown = self.model.project(exo)
+            said = language_model.continue_greedily(prompt, shown, self.kl.answer_tokens)
+        ended = said == int(self.tokenizer.eos_token_id)
+        counts = (ended.cumsum(1) - ended.long() == 0) & batch.readable[:, None]
+        ids = torch.cat([prompt.expand(len(said), -1), said], dim=1)
+        labels = ids.masked_fill(
+            ~torch.cat([torch.zeros_like(ids[:, : len(prompt)], dtype=torch.bool), counts], 1), -100
+        )
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        with torch.no_grad():
+            target, _ = language_model.supervised_logits(language_model.splice(ids, mask, labels, shown))
+        logits, _ = language_model.supervised_logits(language_model.splice(ids, mask, labels, visual))
+        kl = answer_kl_loss(target, logits, counts.nonzero()[:, 0], len(said), self.kl.tau)
+        self.step_log["guidance/kl_answers"] = kl.detach()
+        return kl
 
     def _kl_weight(self) -> float:
         rising = self.kl.warmup_fraction * self.total_steps() if self.kl.warmup_fraction else 0.0

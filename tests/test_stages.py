@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from datamodules import ClipConfig, InstructionDataModule
+from datamodules.batch import VIDEO_TOKEN_ID
 from lightning_modules import OptimConfig
 from lightning_modules.checkpoint import CheckpointError, CheckpointFolders, Checkpoints, newest, stored_tensors
 from lightning_modules.handoff import HandoffError, StageHandoff
@@ -234,6 +235,57 @@ def test_kl_on_tokens_compares_what_the_language_model_reads(toy_tokenizer, pool
     kl.backward()
     assert all(p.grad is not None for p in stage.model.part("ego_to_exo").values())
     assert all(p.grad is None for p in stage.model.part("exo_encoder").values())
+
+
+def spoken_to(stage, batch):
+    """The prompt of captions, and the demonstrator's caption of each clip with its logits, clip by clip."""
+    lm, model = stage.model.language_model, stage.model
+    for video in batch.exo_video:
+        shown = model.project(model.exo_encoder(video[None]))
+        ids = batch.prompt[None]
+        (said,) = lm.generate(ids, torch.ones_like(ids, dtype=torch.bool), shown, 6, stage.tokenizer.eos_token_id, 0)
+        yield shown, said
+
+
+def test_kl_on_answers_follows_the_demonstrators_caption(toy_tokenizer):
+    batch = tiny.clip_batch()
+    batch.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
+    stage = guided(toy_tokenizer, kl=KLConfig(weight=2.0, where="answers", answer_tokens=6))
+    lm, expected = stage.model.language_model, []
+    for (shown, said), ego in zip(spoken_to(stage, batch), batch.ego_video, strict=True):
+        tokens = [*said, stage.tokenizer.eos_token_id][:6]
+        log_p, log_q = (
+            lm.causal_lm(
+                inputs_embeds=torch.cat(
+                    [lm.embed(torch.tensor([[1]])), visual, lm.embed(torch.tensor([[5, *tokens[:-1]]]))], dim=1
+                )
+            )
+            .logits[0, -len(tokens) :]
+            .log_softmax(-1)
+            for visual in (shown, stage.model.learner_tokens(ego[None]))
+        )
+        expected.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    kl = stage.losses(batch)["kl"]
+    torch.testing.assert_close(kl, 2 * torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
+    kl.backward()
+    assert all(p.grad is not None for p in stage.model.part("ego_to_exo").values())
+    assert all(p.grad is None for p in stage.model.part("exo_encoder").values())
+
+
+def test_kl_on_answers_leaves_out_clips_that_cannot_be_read(toy_tokenizer):
+    batch, alone = tiny.clip_batch(), tiny.clip_batch()
+    batch.prompt = alone.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
+    batch.readable = torch.tensor([True, False])
+    alone.readable = torch.tensor([True, True])
+    alone.ego_video[1], alone.exo_video[1] = alone.ego_video[0], alone.exo_video[0]
+    stage = guided(toy_tokenizer, kl=KLConfig(where="answers", answer_tokens=6))
+    torch.testing.assert_close(2 * stage.losses(batch)["kl"], stage.losses(alone)["kl"])
+
+
+def test_kl_on_answers_needs_one_prompt(toy_tokenizer):
+    stage = guided(toy_tokenizer, kl=KLConfig(where="answers"))
+    with pytest.raises(ValueError, match="got answers, but the data have no common prompt"):
+        stage.losses(tiny.clip_batch())
 
 
 def test_kl_on_tokens_has_statistics_of_tokens_and_a_fixed_target(toy_tokenizer):
