@@ -435,7 +435,7 @@ class Stage(L.LightningModule, ABC):
         """Of the benchmarks that were asked, over all ranks."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         found: dict[str, Tensor] = {}
-        for number, exams in enumerate(datamodule.exams, start=len(datamodule.test_dataloader())):
+        for number, exams in enumerate(datamodule.exams, start=int(datamodule.held_out is not None)):
             scores = score_answers(exams.loaded, _of_all_ranks(self.answers[number]))
             found |= {f"val/{exams.loaded.name}_{s.metric}": torch.tensor(s.value, device=self.device) for s in scores}
         return found

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.batch import ClipBatch
+from datamodules.batch import IGNORE_INDEX, ClipBatch
 from lightning_modules.losses import (
     Axis,
     FeatureStandardizer,
@@ -203,13 +203,15 @@ class DemonstratorLearnerGuidance(Stage):
         language_model, prompt = self.model.language_model, batch.prompt
         with torch.no_grad():
             shown = self.model.project(exo)
-            said = language_model.continue_greedily(prompt, shown, self.kl.answer_tokens)
-        ended = said == int(self.tokenizer.eos_token_id)
+            asked = prompt.expand(len(shown), -1)
+            whole = torch.ones_like(asked, dtype=torch.bool)
+            # Nothing ends a caption here, so that all processes make as many forward passes.
+            said = language_model.generate(asked, whole, shown, self.kl.answer_tokens, eos_token_id=-1, pad_token_id=0)
+        answers = torch.tensor(said, device=prompt.device)
+        ended = answers == int(self.tokenizer.eos_token_id)
         counts = (ended.cumsum(1) - ended.long() == 0) & batch.readable[:, None]
-        ids = torch.cat([prompt.expand(len(said), -1), said], dim=1)
-        labels = ids.masked_fill(
-            ~torch.cat([torch.zeros_like(ids[:, : len(prompt)], dtype=torch.bool), counts], 1), -100
-        )
+        ids = torch.cat([asked, answers], dim=1)
+        labels = torch.cat([torch.full_like(asked, IGNORE_INDEX), answers.masked_fill(~counts, IGNORE_INDEX)], dim=1)
         mask = torch.ones_like(ids, dtype=torch.bool)
         with torch.no_grad():
             target, _ = language_model.supervised_logits(language_model.splice(ids, mask, labels, shown))

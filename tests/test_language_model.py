@@ -262,13 +262,3 @@ def test_supervised_logits_equal_logits_at_all_positions_in_loss_and_gradients(a
     torch.testing.assert_close(ours, plain.loss, atol=1e-6, rtol=0)
     for name, p in [*model.named_parameters(), ("visual", visual)]:
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("architecture", list(OVERRIDES))
-def test_continuing_one_prompt_equals_generating_row_by_row(architecture):
-    model = build(architecture)
-    visual = visual_tokens(3)
-    said = model.continue_greedily(torch.tensor([1, V, 5, 6]), visual, 7)
-    for row, tokens in zip(said.tolist(), visual, strict=True):
-        ids, mask = torch.tensor([[1, V, 5, 6]]), torch.ones(1, 4, dtype=torch.bool)
-        assert [row] == model.generate(ids, mask, tokens[None], 7, eos_token_id=-1, pad_token_id=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
-class OfficialFiles:
+class OfficialFiles(ABC):
     """A benchmark, but for how its rows are read.
 
     Attributes:
@@ -35,9 +36,9 @@ class OfficialFiles:
         """No number is known for certain."""
         return {}
 
+    @abstractmethod
     def read(self, tally: Tally) -> Iterator[Item | SourceError]:
         """See ``Benchmark``."""
-        raise NotImplementedError
 
     def texts(self) -> Sequence[Text]:
         """None."""

@@ -32,6 +32,9 @@ from lightning_modules.egobench.metrics import option_log_p
 from lightning_modules.egobench.rows import Answer, header, item_row, text_rows
 from lightning_modules.stage import Stage
 
+Places = Mapping[str, Mapping[int, tuple[Path, int]]]
+"""File and place in it of the answer about each clip of an item."""
+
 
 class OtherPredictions(ValueError):
     """A folder holds predictions that were made in another way; none of them are touched."""
@@ -101,10 +104,7 @@ class Predictions:
 
     def left(self) -> list[int]:
         """Exams that are not answered yet, but for those of missing videos."""
-        whole = {name for name, _, _ in _lines(self.rows)} | self.missing.keys()
-        done = {(item.id, place) for item in self.loaded.items if item.id in whole for place in range(len(item.clips))}
-        done |= {(name, answer["clip"]) for part in self._parts() for name, _, answer in _lines(part)}
-        return self.exams.left(done | ({("", 0)} if self.texts.is_file() else set()))
+        return self._left(*self._answered()[:2])
 
     def part(self, process: int) -> Path:
         """Where a process puts its answers."""
@@ -115,31 +115,41 @@ class Predictions:
 
         Nothing is done before every exam is answered.
         """
-        if left := self.left():
+        before, places, problems = self._answered()
+        if left := self._left(before, places):
             rank_zero_warn(
                 f"{self.loaded.name}: {len(left):,} clips were not asked about (trainer.limit_predict_batches, or "
                 "videos that came meanwhile): evaluate again for them"
             )
             return
-        places: dict[str, dict[int, tuple[Path, int]]] = defaultdict(dict)
-        for part in self._parts():
-            for name, at, answer in _lines(part):
-                places[name][answer["clip"]] = (part, at)
-                if "problem" in answer:
-                    self.missing[name] = answer["problem"]
-        before = {name: at for name, at, _ in _lines(self.rows)}
+        self.missing |= problems
         self._not_missing(before)
         if self.loaded.texts and ("" in places or not self.texts.is_file()):
-            priors = [_line_at(*place)["priors"] for place in places[""].values()]
-            _write(self.texts, text_rows(self.loaded, priors[0] if priors else None))
-        _write(self.rows, self._joined(before, places))
+            priors = [_line_at(*place)["priors"] for place in places.get("", {}).values()]
+            _write(self.texts, _as_lines(text_rows(self.loaded, priors[0] if priors else None)))
+        _write(self.rows, _as_lines(self._joined(before, places)))
         self._write_header()
         for part in self._parts():
             part.unlink()
 
-    def _joined(
-        self, before: Mapping[str, int], places: Mapping[str, Mapping[int, tuple[Path, int]]]
-    ) -> Iterator[dict[str, Any]]:
+    def _answered(self) -> tuple[dict[str, int], Places, dict[str, str]]:
+        """Where items stand in the joined file, where answers stand in the parts, and why others are missing there."""
+        places: dict[str, dict[int, tuple[Path, int]]] = defaultdict(dict)
+        problems: dict[str, str] = {}
+        for part in self._parts():
+            for name, at, answer in _lines(part):
+                places[name][answer["clip"]] = (part, at)
+                if "problem" in answer:
+                    problems[name] = answer["problem"]
+        return {name: at for name, at, _ in _lines(self.rows)}, places, problems
+
+    def _left(self, before: Mapping[str, int], places: Places) -> list[int]:
+        whole = before.keys() | self.missing.keys()
+        done = {(item.id, place) for item in self.loaded.items if item.id in whole for place in range(len(item.clips))}
+        done |= {(name, clip) for name, clips in places.items() for clip in clips}
+        return self.exams.left(done | ({("", 0)} if self.texts.is_file() else set()))
+
+    def _joined(self, before: Mapping[str, int], places: Places) -> Iterator[dict[str, Any]]:
         for item in self.loaded.items:
             found = places.get(item.id, {})
             if item.id in before:
@@ -157,7 +167,7 @@ class Predictions:
 
     def _write_header(self) -> None:
         content = header(self.loaded, self.missing, self.settings, self.exams.config.invented)
-        _replace(self.header, json.dumps(content, indent=1) + "\n")
+        _write(self.header, [json.dumps(content, indent=1) + "\n"])
 
 
 class Benchmarks(L.LightningDataModule):
@@ -188,14 +198,9 @@ class Benchmarks(L.LightningDataModule):
         assert self.trainer is not None, "the Trainer calls this"
         rank, world = self.trainer.global_rank, self.trainer.world_size
         return [
-            exam_loader(predictions.exams, predictions.left()[rank::world], self.num_workers)
-            for predictions in self.predictions
+            DataLoader(p.exams, sampler=p.left()[rank::world], collate_fn=_only, num_workers=self.num_workers)
+            for p in self.predictions
         ]
-
-
-def exam_loader(exams: Exams, order: Sequence[int], num_workers: int) -> DataLoader[Exam]:
-    """Single exams in an order."""
-    return DataLoader(exams, batch_size=1, sampler=order, collate_fn=_only, num_workers=num_workers)  # type: ignore[arg-type]
 
 
 def _only(exams: list[Exam]) -> Exam:
@@ -270,7 +275,7 @@ def write_submissions(predictions: Sequence[Predictions], folder: Path) -> None:
             continue
         for name, text in kept.loaded.submission(chosen).items():
             (folder / kept.loaded.name).mkdir(parents=True, exist_ok=True)
-            _replace(folder / kept.loaded.name / name, text)
+            _write(folder / kept.loaded.name / name, [text])
 
 
 def _whole_lines(file: Path) -> Iterator[bytes]:
@@ -296,14 +301,13 @@ def _line_at(file: Path, at: int) -> dict[str, Any]:
     return content
 
 
-def _write(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def _as_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    return (json.dumps(row) + "\n" for row in rows)
+
+
+def _write(file: Path, texts: Iterable[str]) -> None:
+    """One after another, to a file that is whole or as it was."""
     unfinished = file.with_name(f".{file.name}.new")
     with unfinished.open("w", encoding="utf-8") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-    unfinished.replace(file)
-
-
-def _replace(file: Path, text: str) -> None:
-    unfinished = file.with_name(f".{file.name}.new")
-    unfinished.write_text(text, encoding="utf-8")
+        out.writelines(texts)
     unfinished.replace(file)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 VIDEO_TOKEN_ID = -201
 """Stands in the text where the visual tokens go; never in the vocabulary."""
@@ -217,29 +217,6 @@ class LanguageModel(nn.Module):
         supervised = spliced.labels[:, 1:] != IGNORE_INDEX
         row = supervised.nonzero()[:, 0]
         return log_p.new_zeros(len(input_ids)).index_add(0, row, log_p), supervised.sum(1)
-
-    @torch.no_grad()
-    def continue_greedily(self, prompt: Tensor, visual: Tensor, steps: int) -> Tensor:
-        """The likeliest next tokens after one prompt about several clips: always as many forward passes as steps.
-
-        Args:
-            prompt: int64 [L] with one `VIDEO_TOKEN_ID`.
-            visual: float [B, N, D].
-            steps: tokens of each answer, which are not ended by anything.
-
-        Returns:
-            int64 [B, steps].
-        """
-        ids = prompt.expand(len(visual), -1)
-        embeds = self.splice(ids, torch.ones_like(ids, dtype=torch.bool), None, visual).embeds
-        cache: Any = DynamicCache(config=self.causal_lm.config)
-        tokens: list[Tensor] = []
-        for _ in range(steps):
-            outputs = self.causal_lm.get_decoder()(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-            logits = self.causal_lm.get_output_embeddings()(outputs.last_hidden_state[:, -1])
-            tokens.append(logits.argmax(-1))
-            embeds = self.embed(tokens[-1][:, None])
-        return torch.stack(tokens, dim=1)
 
     @torch.no_grad()
     def generate(

@@ -197,7 +197,7 @@ class SharedPrefix:
         if window is not None and self.length + len(embeds) >= window:
             raise ValueError(
                 f"language_model: {self.length + len(embeds)} positions reach its sliding window of {window}, beyond "
-                "which nothing is exact here: read fewer frames, or lower TOKENS_A_PASS"
+                "which nothing is exact here: lower clips.num_frames"
             )
         outputs = self.language_model.causal_lm.get_decoder()(
             inputs_embeds=embeds[None], past_key_values=self.cache, use_cache=True, **how
