@@ -99,11 +99,9 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
 
     Attributes:
         source_names: what the samples are mixed from, for the curves; empty if nothing is mixed.
-        prompt: tokens before every sample's text, if they are the same.
     """
 
     source_names: tuple[str, ...] = ()
-    prompt: list[int] | None = None
 
     def __init__(self, clips: ClipConfig, encoder: TextEncoder) -> None:
         self.clips = clips
@@ -126,6 +124,11 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
     @abstractmethod
     def text(self, index: int, epoch: int) -> EncodedText:
         """The sample's text in this epoch."""
+
+    @property
+    def prompt(self) -> list[int] | None:
+        """Tokens before every sample's text, if they are the same."""
+        return None
 
     @property
     def epoch_length(self) -> int:

@@ -93,8 +93,7 @@ class EgoExoClipDataset(ClipTextDataset):
             raise ValueError(f"data.exo_policy: got {exo_policy!r}, allowed: all, best, random")
         self.pairs, self.root, self.views = pairs, root, views
         self.exo_policy, self.instruction, self.seed = exo_policy, instruction, seed
-        any_row = self._encoded_caption("?")
-        self.prompt = any_row.input_ids[: next(n for n, y in enumerate(any_row.labels) if y != IGNORE_INDEX)]
+        self._prompt: list[int] | None = None
         counts = pairs.num_exos() if exo_policy == "all" else np.ones(len(pairs), dtype=np.int64)
         self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # of each narration
         self.narration = narration
@@ -159,6 +158,14 @@ class EgoExoClipDataset(ClipTextDataset):
         if not self.narrated[self.pairs.clip_groups[clip]]:
             return NOTHING_TO_LEARN
         return self._encoded_caption(self.pairs.texts[clip])
+
+    @property
+    def prompt(self) -> list[int]:
+        """Tokens before every caption."""
+        if self._prompt is None:
+            row = self._encoded_caption("?")
+            self._prompt = row.input_ids[: next(n for n, y in enumerate(row.labels) if y != IGNORE_INDEX)]
+        return self._prompt
 
     def _encoded_caption(self, caption: str) -> EncodedText:
         if self.instruction is None:

@@ -452,3 +452,12 @@ def test_the_loader_goes_on_with_the_same_mix_of_narrated_pairs(toy_world, world
 def test_impossible_narrations_are_refused(key, value, allowed):
     with pytest.raises(ValueError, match=rf"data.narration.{key}: got {value}, allowed: {allowed}"):
         NarrationConfig(**{key: value})
+
+
+@pytest.mark.parametrize("instruction", [None, "Describe the video."])
+def test_the_prompt_is_what_stands_before_every_caption(toy_world, instruction):
+    chosen = dataset(toy_world, instruction=instruction)
+    batch = chosen.__getitems__(_Request(0, [0, 1], [0, 1], 1))
+    for ids, labels in zip(batch.text.input_ids, batch.text.labels, strict=True):
+        first = int((labels != IGNORE_INDEX).int().argmax())
+        assert ids[:first].tolist() == batch.prompt.tolist()
