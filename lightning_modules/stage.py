@@ -87,8 +87,10 @@ class Stage(L.LightningModule, ABC):
         ValueError: ``init`` or ``train`` names a part the stage has not.
     """
 
-    uses: ClassVar[tuple[str, ...]]
+    uses: tuple[str, ...]
     """Parts of the model that the stage builds."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Parts that it builds too where ``init`` says where they start."""
     trains: ClassVar[tuple[str, ...]]
     """Parts that train."""
     views: ClassVar[tuple[str, ...]]
@@ -113,9 +115,11 @@ class Stage(L.LightningModule, ABC):
         sources.setdefault("language_model", network.language_model.pretrained)
         self.init = {part: [s] if isinstance(s, str) else s for part, s in sources.items() if s is not None}
         self.trained = tuple(self.trains if train is None else train)
+        self.uses += tuple(part for part in self.optional if part in self.init)
         for key, names in (("init", self.init), ("train", self.trained)):
             if unknown := [name for name in names if name not in self.uses]:
-                raise ValueError(f"model.{key}: got {', '.join(unknown)}, allowed: {', '.join(self.uses)}")
+                allowed = dict.fromkeys(self.uses + self.optional)
+                raise ValueError(f"model.{key}: got {', '.join(unknown)}, allowed: {', '.join(allowed)}")
         self.strict_loading = False  # checkpoints hold trained parts only
         self.step_log: dict[str, Tensor] = {}
         self.micro_batches: list[tuple[list[str], Tensor]] = []
@@ -253,9 +257,9 @@ class Stage(L.LightningModule, ABC):
         """As ``nn.Module.train``, but frozen parts stay in evaluation mode."""
         super().train(mode)
         if hasattr(self, "model"):
-            for part in ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model"):
+            for part in self.model.parts:
                 names = (part, "lora") if part == "language_model" else (part,)
-                if part in self.model.parts and not set(names) & set(self.trained):
+                if part != "lora" and not set(names) & set(self.trained):
                     self.model.get_submodule(part).eval()
         return self
 

@@ -53,6 +53,8 @@ class KLConfig:
             makes of both and the language model reads; or the ``answers`` that it gives: its next-token distributions
             when it reads y and when it reads x and F(x), along the caption that it gives greedily when it reads y. The
             last needs no alignment of pictures and no text; ``axis``, ``pool`` and ``standardize`` are not used.
+            Y passes through the projector for ``tokens`` and ``answers``. Where that one trains on x and F(x), y means
+            less and less to it: ``init.exo_projector`` names the one that stage 1 left, and y then passes through that.
         warmup_fraction: share of all steps over which the weight rises from 0.
         answer_tokens: longest caption of ``answers``.
     """
@@ -94,6 +96,7 @@ class DemonstratorLearnerGuidance(Stage):
     """
 
     uses = ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model")
+    optional = ("exo_projector",)
     trains = ("ego_encoder", "projector", "ego_to_exo", "exo_to_ego")
     views = ("ego",)
 
@@ -110,6 +113,11 @@ class DemonstratorLearnerGuidance(Stage):
             raise ValueError("model.cycle: got forward and backward false, allowed: one of them true, or weight 0")
         if not 0 <= kl.warmup_fraction <= 1:
             raise ValueError(f"model.kl.warmup_fraction: got {kl.warmup_fraction}, allowed: from 0 to 1")
+        if "exo_projector" in self.uses and kl.where == "patches":
+            raise ValueError(
+                "model.init.exo_projector: model.kl.where is patches, which pass through no projector: leave it out, or "
+                "set where to tokens or answers"
+            )
         self.vtg_weight, self.cycle, self.kl, self.contrastive = vtg_weight, cycle, kl, contrastive
 
     def attach(self, model: Exo2EgoModel) -> None:
@@ -169,7 +177,7 @@ class DemonstratorLearnerGuidance(Stage):
         if self.kl.where != "tokens":
             return exo, ego_as_exo, ego
         with torch.no_grad():
-            target = self.model.project(exo)
+            target = self.model.project_exo(exo)
         unmapped, mapped = visual.chunk(2, dim=1)
         return target[:, None, None], mapped[:, None, None], unmapped[:, None, None]
 
@@ -202,7 +210,7 @@ class DemonstratorLearnerGuidance(Stage):
             raise ValueError("model.kl.where: got answers, but the data have no common prompt: use patches or tokens")
         language_model, prompt = self.model.language_model, batch.prompt
         with torch.no_grad():
-            shown = self.model.project(exo)
+            shown = self.model.project_exo(exo)
             asked = prompt.expand(len(shown), -1)
             whole = torch.ones_like(asked, dtype=torch.bool)
             # Nothing ends a caption here, so that all processes make as many forward passes.

@@ -23,7 +23,16 @@ from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 from lightning_modules.model.projector import STCConnector, stc_tokens
 from lightning_modules.model.vision_encoder import EncoderConfig, VisionEncoder
 
-PARTS = ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model", "lora")
+PARTS = (
+    "exo_encoder",
+    "ego_encoder",
+    "projector",
+    "exo_projector",
+    "ego_to_exo",
+    "exo_to_ego",
+    "language_model",
+    "lora",
+)
 
 
 @dataclass
@@ -82,6 +91,9 @@ class Exo2EgoModel(nn.Module):
     ego_encoder: VisionEncoder
     ego_to_exo: FeatureMapping
     exo_to_ego: FeatureMapping
+    projector: STCConnector
+    exo_projector: STCConnector
+    """Reads y alone, where a stage keeps a projector apart for it, see `DemonstratorLearnerGuidance`."""
     word_head: nn.Linear
     """Of stage 0 alone, see `Initialisation`; belongs to no part and is not handed on."""
 
@@ -105,8 +117,10 @@ class Exo2EgoModel(nn.Module):
         if "lora" in parts:
             with _memory_for("lora", empty):
                 add_lora(self.language_model.causal_lm, network.lora)
-        with _memory_for("projector", empty):
-            self.projector = STCConnector(dim, self.language_model.dim, p.depth, p.mlp_depth, p.padding)
+        for part in ("projector", "exo_projector"):
+            if part in parts:
+                with _memory_for(part, empty):
+                    self.add_module(part, STCConnector(dim, self.language_model.dim, p.depth, p.mlp_depth, p.padding))
 
     def forward(self, work: Callable[..., Any], *args: Any) -> Any:
         """Call ``work(*args)``, which may use any part in any order.
@@ -177,6 +191,10 @@ class Exo2EgoModel(nn.Module):
             float [B, streams * N, D].
         """
         return torch.cat([self.projector(stream) for stream in streams], dim=1)
+
+    def project_exo(self, exo: Tensor) -> Tensor:
+        """Visual tokens of y, float [B, T, h, w, C] to [B, N, D], through the projector kept for it if there is one."""
+        return self.exo_projector(exo) if "exo_projector" in self.parts else self.project(exo)
 
     def demonstrator_tokens(self, video: Tensor) -> Tensor:
         """What the language model reads of the demonstrator: uint8 [B, T, S, S, 3] to float [B, N, D]."""
