@@ -131,7 +131,7 @@ def test_every_experiment_binds_to_its_classes(toy_world, tmp_path, experiment, 
     for part, sources in (
         compose(tiny.EXPERIMENTS / experiment, stage)["model"]["init_args"].get("init") or {}
     ).items():
-        assert part in run.stage.uses
+        assert part in (*run.stage.uses, *run.stage.optional)
         for source in [sources] if isinstance(sources, str) else sources or []:
             handoff = source.partition(":")[0].endswith("/handoff")
             assert handoff or re.fullmatch(r"weights/[\w.-]+/[\w.-]+|open_clip:[\w-]+/\w+", source)
@@ -195,7 +195,7 @@ def test_ablations_share_the_stages_before_and_what_is_not_under_test(tmp_path):
             for key in SAME:
                 assert config[key] == reference[key], (path, stage, key)
             assert config["model"]["init_args"]["optim"] == reference["model"]["init_args"]["optim"]
-            if path.name not in ("a_more_steps", "ego_preparation"):
+            if path.name not in ("a_more_steps", "b_more_steps", "ego_preparation"):
                 assert config["trainer"]["max_steps"] == reference["trainer"]["max_steps"]
 
 

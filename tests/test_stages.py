@@ -16,7 +16,7 @@ from datamodules import ClipConfig, InstructionDataModule
 from datamodules.batch import VIDEO_TOKEN_ID
 from lightning_modules import OptimConfig
 from lightning_modules.checkpoint import CheckpointError, CheckpointFolders, Checkpoints, newest, stored_tensors
-from lightning_modules.handoff import HandoffError, StageHandoff
+from lightning_modules.handoff import HandoffError, StageHandoff, gathered, open_part, write_handoff
 from lightning_modules.losses import contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
@@ -270,6 +270,54 @@ def test_kl_on_answers_follows_the_demonstrators_caption(toy_tokenizer):
     kl.backward()
     assert all(p.grad is not None for p in stage.model.part("ego_to_exo").values())
     assert all(p.grad is None for p in stage.model.part("exo_encoder").values())
+
+
+@pytest.fixture
+def of_stage1(toy_tokenizer, tmp_path):
+    """A hand-off with the projector of a stage 1."""
+    stage = tiny.make_stage("stage1", toy_tokenizer)
+    stage.configure_model()
+    tiny.scatter(stage.model, seed=1)
+    projector = [("projector", gathered(stage.model.part("projector")))]
+    write_handoff(tmp_path / "handoff", projector, stage.network.lora, {"stage": "stage1"})
+    return tmp_path / "handoff"
+
+
+@pytest.mark.parametrize("where", ["tokens", "answers"])
+def test_the_demonstrator_keeps_the_projector_of_stage_1(toy_tokenizer, of_stage1, where):
+    """What x and F(x) pass through differs from it, and changing that moves no target."""
+    batch = tiny.clip_batch()
+    batch.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
+    kl = KLConfig(where=where, standardize="token", answer_tokens=6)
+    kept = guided(toy_tokenizer, kl=kl, init={"exo_projector": f"{of_stage1}:projector"})
+    shared = guided(toy_tokenizer, kl=kl)
+    for part, parameters in values(shared).items():
+        for name, parameter in kept.model.part(part).items():
+            parameter.data.copy_(parameters[name])
+    assert not torch.isclose(kept.losses(batch)["kl"], shared.losses(batch)["kl"])
+    for name, parameter in kept.model.part("exo_projector").items():
+        parameter.data.copy_(shared.model.part("projector")[name])
+    torch.testing.assert_close(kept.losses(batch)["kl"], shared.losses(batch)["kl"])
+
+
+def test_the_projector_of_stage_1_starts_there_and_stays(toy_tokenizer, of_stage1):
+    source = f"{of_stage1}:projector"
+    kl = KLConfig(where="tokens")
+    stage = tiny.make_stage("stage2", toy_tokenizer, kl=kl, init={"exo_projector": source, "projector": str(of_stage1)})
+    stage.configure_model()
+    before = values(stage)
+    stored = {name: tensor.read() for name, tensor in open_part(of_stage1, "projector").items()}
+    for part in ("exo_projector", "projector"):
+        assert all(torch.equal(before[part][name], tensor) for name, tensor in stored.items())
+    fit(stage, steps=2)
+    assert moved(before, values(stage)) == set(stage.trains)
+    assert not stage.model.exo_projector.training
+    assert "exo_projector" not in tiny.make_stage("stage2", toy_tokenizer).uses
+
+
+def test_patches_pass_through_no_projector(toy_tokenizer):
+    with pytest.raises(ValueError, match="model.init.exo_projector: model.kl.where is patches"):
+        tiny.make_stage("stage2", toy_tokenizer, init={"exo_projector": "runs/toy/stage1/handoff:projector"})
 
 
 def test_kl_on_answers_leaves_out_clips_that_cannot_be_read(toy_tokenizer):
