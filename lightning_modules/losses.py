@@ -35,23 +35,22 @@ def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum") / label_tokens
 
 
-def answer_kl_loss(target: Tensor, logits: Tensor, clip: Tensor, clips: int, tau: float = 1.0) -> Tensor:
+def answer_kl_loss(target: Tensor, logits: Tensor, counts: Tensor, tau: float = 1.0) -> Tensor:
     """KL of next-token distributions, the demonstrator's first: averaged over each clip's tokens, then over clips.
 
     Args:
-        target: float32 [M, V], logits that read y; detached.
-        logits: float32 [M, V], those that read x and F(x) before the same tokens.
-        clip: int64 [M], the clip of each token.
-        clips: B; clips without tokens, such as unreadable ones, add nothing and the others keep their weight.
+        target: float32 [B, L, V], logits that read y; detached.
+        logits: the same shape, those that read x and F(x) before the same tokens.
+        counts: bool [B, L], the tokens that count. Clips without any, such as unreadable ones, add nothing and the
+            others keep their weight.
         tau: temperature; the loss is multiplied by its square.
 
     Returns:
         float scalar >= 0.
     """
     log_p, log_q = ((part / tau).log_softmax(-1) for part in (target.detach(), logits))
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
-    count = torch.bincount(clip, minlength=clips).clamp(min=1)
-    return tau**2 * (divergence / count[clip]).sum() / clips
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).where(counts, 0.0)
+    return tau**2 * (divergence.sum(1) / counts.sum(1).clamp(min=1)).mean()
 
 
 @torch.no_grad()

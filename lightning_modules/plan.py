@@ -25,6 +25,7 @@ from datamodules.batch import ClipBatch, TextBatch
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.report import markdown_table
 from lightning_modules.stage import Stage
+from lightning_modules.stage2_guidance import DemonstratorLearnerGuidance
 
 _GIB = 2**30
 _SLACK, _CONTEXT_GIB = 1.1, 1.5
@@ -341,7 +342,12 @@ class _Probe:
             ids = torch.empty(1, length, dtype=torch.int64)
             text = TextBatch(ids, torch.empty(1, length, dtype=torch.bool), ids)
             self.batch = ClipBatch(["meta"], text, float(assumed.label_tokens), video, video)
+            self.batch.prompt = torch.empty(length - assumed.label_tokens, dtype=torch.int64)
         stage.read_text = self._read_text  # type: ignore[method-assign]
+        if isinstance(stage, DemonstratorLearnerGuidance):
+            self.answer_tokens = stage.kl.answer_tokens
+            stage.caption = self._caption  # type: ignore[method-assign]
+            stage.caption_logits = self._caption_logits  # type: ignore[method-assign]
 
     def flops(self) -> int:
         """Operations of forward and backward, a multiplication and an addition counted as two."""
@@ -400,15 +406,30 @@ class _Probe:
 
     def _read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
         """As ``Stage.read_text``, with supervision at the end of the row, whose place then needs no values."""
+        logits = self._logits(visual, batch.text.input_ids, self.assumed.label_tokens)
+        return logits[0], torch.empty(self.assumed.label_tokens, dtype=torch.int64, device="meta")
+
+    def _caption(self, prompt: Tensor, visual: Tensor) -> Tensor:
+        """As ``DemonstratorLearnerGuidance.caption``: token by token, it computes what a pass over all of them does."""
+        answers = torch.empty(1, self.answer_tokens, dtype=torch.int64, device="meta")
+        self._caption_logits(prompt, visual, answers)
+        return answers
+
+    def _caption_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
+        """As ``DemonstratorLearnerGuidance.caption_logits``."""
+        return self._logits(visual, torch.cat([prompt[None], answers], dim=1), answers.shape[1])
+
+    def _logits(self, visual: Tensor, input_ids: Tensor, labels: int) -> Tensor:
+        """Of the last tokens of a row: float32 [1, labels, V]."""
         model = self.stage.model.language_model
-        text = model.embed(batch.text.input_ids)
+        text = model.embed(input_ids)
         embeds = torch.cat([visual.to(text.dtype), text], dim=1)
-        length, labels = embeds.shape[1], self.assumed.label_tokens
+        length = embeds.shape[1]
         mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")
         decoder = model.causal_lm.get_decoder()
         hidden = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-        logits = model.causal_lm.get_output_embeddings()(hidden[0, -labels - 1 : -1])
-        return logits.float(), torch.empty(labels, dtype=torch.int64, device="meta")
+        logits: Tensor = model.causal_lm.get_output_embeddings()(hidden[:, -labels - 1 : -1])
+        return logits.float()
 
 
 def storage(tensor: Tensor) -> int:

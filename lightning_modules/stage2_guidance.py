@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from datamodules.batch import IGNORE_INDEX, ClipBatch
+from datamodules.batch import ClipBatch
 from lightning_modules.losses import (
     Axis,
     FeatureStandardizer,
@@ -115,8 +115,8 @@ class DemonstratorLearnerGuidance(Stage):
             raise ValueError(f"model.kl.warmup_fraction: got {kl.warmup_fraction}, allowed: from 0 to 1")
         if "exo_projector" in self.uses and kl.where == "patches":
             raise ValueError(
-                "model.init.exo_projector: model.kl.where is patches, which pass through no projector: leave it out, or "
-                "set where to tokens or answers"
+                "model.init.exo_projector: model.kl.where is patches, which pass through no projector: leave it out, "
+                "or set where to tokens or answers"
             )
         self.vtg_weight, self.cycle, self.kl, self.contrastive = vtg_weight, cycle, kl, contrastive
 
@@ -208,25 +208,31 @@ class DemonstratorLearnerGuidance(Stage):
         """KL of what the language model says about y against what it says about x and F(x)."""
         if batch.prompt is None:
             raise ValueError("model.kl.where: got answers, but the data have no common prompt: use patches or tokens")
-        language_model, prompt = self.model.language_model, batch.prompt
         with torch.no_grad():
             shown = self.model.project_exo(exo)
-            asked = prompt.expand(len(shown), -1)
-            whole = torch.ones_like(asked, dtype=torch.bool)
-            # Nothing ends a caption here, so that all processes make as many forward passes.
-            said = language_model.generate(asked, whole, shown, self.kl.answer_tokens, eos_token_id=-1, pad_token_id=0)
-        answers = torch.tensor(said, device=prompt.device)
+            answers = self.caption(batch.prompt, shown)
+            target = self.caption_logits(batch.prompt, shown, answers)
+        logits = self.caption_logits(batch.prompt, visual, answers)
         ended = answers == int(self.tokenizer.eos_token_id)
-        counts = (ended.cumsum(1) - ended.long() == 0) & batch.readable[:, None]
-        ids = torch.cat([asked, answers], dim=1)
-        labels = torch.cat([torch.full_like(asked, IGNORE_INDEX), answers.masked_fill(~counts, IGNORE_INDEX)], dim=1)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        with torch.no_grad():
-            target, _ = language_model.supervised_logits(language_model.splice(ids, mask, labels, shown))
-        logits, _ = language_model.supervised_logits(language_model.splice(ids, mask, labels, visual))
-        kl = answer_kl_loss(target, logits, counts.nonzero()[:, 0], len(said), self.kl.tau)
+        up_to_end = ended.cumsum(1) - ended.long() == 0
+        kl = answer_kl_loss(target, logits, up_to_end & batch.readable[:, None], self.kl.tau)
         self.step_log["guidance/kl_answers"] = kl.detach()
         return kl
+
+    def caption(self, prompt: Tensor, visual: Tensor) -> Tensor:
+        """Greedy answers to int64 [L] about float [B, N, D]: int64 [B, ``answer_tokens``].
+
+        The end is a token like any other, so that all processes make as many forward passes.
+        """
+        language_model, asked = self.model.language_model, prompt.expand(len(visual), -1)
+        whole = torch.ones_like(asked, dtype=torch.bool)
+        never = int(language_model.causal_lm.config.vocab_size)
+        said = language_model.generate(asked, whole, visual, self.kl.answer_tokens, eos_token_id=never, pad_token_id=0)
+        return torch.tensor(said, device=prompt.device)
+
+    def caption_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
+        """Next-token logits float32 [B, M, V] at the tokens of answers, int64 [B, M], see ``LanguageModel``."""
+        return self.model.language_model.answer_logits(prompt, visual, answers)
 
     def _kl_weight(self) -> float:
         rising = self.kl.warmup_fraction * self.total_steps() if self.kl.warmup_fraction else 0.0

@@ -282,24 +282,23 @@ def test_standardizer_starts_with_the_first_readable_batch():
 
 
 def test_answer_kl_by_hand():
-    """Clip 0 has two tokens with KL log 2 and 0, clip 1 one token with KL 0, clip 2 none; of three clips."""
+    """Clip 0 has two tokens with KL log 2 and 0, clip 1 one token with KL 0, clip 2 none."""
     sure, even = [0.0, -1e9], [0.0, 0.0]
-    target, logits = torch.tensor([sure, even, even]), torch.tensor([even, even, even])
-    loss = answer_kl_loss(target, logits, torch.tensor([0, 0, 1]), 3)
-    assert loss.item() == pytest.approx(math.log(2) / 2 / 3)
-    assert answer_kl_loss(target, target, torch.tensor([0, 0, 1]), 3).item() == pytest.approx(0.0, abs=1e-7)
-    none = torch.zeros(0, 2)
-    assert answer_kl_loss(none, none, torch.zeros(0, dtype=torch.int64), 3).item() == 0.0
+    target = torch.tensor([[sure, even], [even, sure], [sure, sure]])
+    counts = torch.tensor([[True, True], [True, False], [False, False]])
+    logits = torch.zeros(3, 2, 2)
+    assert answer_kl_loss(target, logits, counts).item() == pytest.approx(math.log(2) / 2 / 3)
+    assert answer_kl_loss(target, target, counts).item() == pytest.approx(0.0, abs=1e-7)
+    assert answer_kl_loss(target, logits, torch.zeros(3, 2, dtype=torch.bool)).item() == 0.0
 
 
 def test_answer_kl_takes_the_demonstrator_first_and_teaches_it_nothing():
     generator = torch.Generator().manual_seed(0)
-    target, logits = (torch.randn(4, 5, generator=generator, requires_grad=True) for _ in range(2))
-    clip = torch.tensor([0, 0, 0, 1])
-    loss = answer_kl_loss(target, logits, clip, 2, tau=2.0)
+    target, logits = (torch.randn(2, 3, 5, generator=generator, requires_grad=True) for _ in range(2))
+    loss = answer_kl_loss(target, logits, torch.tensor([[True] * 3, [True, False, False]]), tau=2.0)
     each = F.kl_div((logits / 2).log_softmax(-1), (target / 2).log_softmax(-1), log_target=True, reduction="none").sum(
         -1
     )
-    assert loss.item() == pytest.approx(4 * float(each[:3].mean() + each[3]) / 2, rel=1e-5)
+    assert loss.item() == pytest.approx(4 * float(each[0].mean() + each[1, 0]) / 2, rel=1e-5)
     loss.backward()
     assert target.grad is None and logits.grad.abs().sum() > 0

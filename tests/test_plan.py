@@ -8,10 +8,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamodules.batch import ClipBatch
+from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch
 from lightning_modules.cli import main, stage_only
 from lightning_modules.config import compose
 from lightning_modules.plan import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
+from lightning_modules.stage2_guidance import KLConfig
 
 TEXT, LABELS = 5, 3  # of the first row of tiny.clip_batch, its placeholder apart
 SEVEN_B = tiny.EXPERIMENTS / "exo2ego_7b"
@@ -51,6 +52,28 @@ def test_operations_are_those_of_a_real_step(toy_tokenizer, name):
     planned = plan_stage(config(name), tiny.make_stage(name, toy_tokenizer))
     assert planned.flops == counter.get_total_flops()
     assert planned.flops < planned.flops_recomputed < 4 / 3 * planned.flops
+
+
+def test_operations_of_a_kl_on_answers_are_those_of_a_real_step(toy_tokenizer):
+    kl = KLConfig(where="answers", answer_tokens=6)
+    real = tiny.make_stage("stage2", toy_tokenizer, kl=kl)
+    real.configure_model()
+    real.train()
+    batch = one_clip()
+    assumed = PlanConfig(**config("stage2")["plan"])
+    batch.prompt = torch.full((assumed.text_tokens - assumed.label_tokens + 1,), 5)
+    batch.prompt[0] = VIDEO_TOKEN_ID
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            sum(real.losses(batch).values()).backward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    planned, on_patches = (
+        plan_stage(config("stage2"), tiny.make_stage("stage2", toy_tokenizer, kl=k)).flops for k in (kl, KLConfig())
+    )
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.02)  # the last token of a caption is not read
+    assert planned > 1.1 * on_patches
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])

@@ -316,7 +316,7 @@ def test_the_projector_of_stage_1_starts_there_and_stays(toy_tokenizer, of_stage
 
 
 def test_patches_pass_through_no_projector(toy_tokenizer):
-    with pytest.raises(ValueError, match="model.init.exo_projector: model.kl.where is patches"):
+    with pytest.raises(ValueError, match=r"model\.init\.exo_projector: model\.kl\.where is patches"):
         tiny.make_stage("stage2", toy_tokenizer, init={"exo_projector": "runs/toy/stage1/handoff:projector"})
 
 

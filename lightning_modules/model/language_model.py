@@ -200,6 +200,23 @@ class LanguageModel(nn.Module):
         logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[:, :-1][supervised])
         return logits.float(), targets[supervised]
 
+    def answer_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
+        """Next-token logits at every token of answers to one prompt.
+
+        Args:
+            prompt: int64 [L], with a `VIDEO_TOKEN_ID`.
+            visual: float [B, N, D].
+            answers: int64 [B, M].
+
+        Returns:
+            float32 [B, M, V], what was to be said in the place of each token.
+        """
+        ids = torch.cat([prompt.expand(len(answers), -1), answers], dim=1)
+        spliced = self.splice(ids, torch.ones_like(ids, dtype=torch.bool), None, visual)
+        hidden = self._hidden_states(spliced.embeds, spliced.attention_mask)
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[:, -answers.shape[1] - 1 : -1])
+        return logits.float()
+
     def token_log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, visual: Tensor
     ) -> tuple[Tensor, Tensor]:
