@@ -28,7 +28,7 @@ def draw(content: dict[str, Any], folder: Path) -> list[Path]:
     if content["sweep"]:
         figures["sweep"] = _sweep(content)
     files = []
-    with matplotlib.rc_context({"svg.hashsalt": "exo2ego", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "exo2ego", "svg.fonttype": "none", "font.size": 9}):
         for name, figure in figures.items():
             files.append(folder / f"{name}.svg")
             figure.savefig(files[-1], bbox_inches="tight", metadata={"Date": None})

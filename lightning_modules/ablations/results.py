@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from lightning_modules.ablations.figures import draw
 from lightning_modules.ablations.plan import Job, Plan
 from lightning_modules.config import STAGES
-from lightning_modules.handoff import check_handoff, code_version
+from lightning_modules.handoff import check_handoff
 from lightning_modules.report import SCORES, markdown_table
 
 COLUMNS = {**SCORES, "loss": "loss of the true option, nats per token"}
@@ -99,11 +99,21 @@ def write_results(plan: Plan, jobs: Sequence[Job], folder: Path, missing: Sequen
         raise ValueError(f"none of {len(missing)} runs is finished: run `make ablations` first")
     folder.mkdir(parents=True, exist_ok=True)
     content = collect(plan, jobs) | {"missing": list(missing)}
-    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(_by_line(content), encoding="utf-8")
     text = markdown(content)
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
     draw(content, folder)
     return text
+
+
+def _by_line(content: dict[str, Any]) -> str:
+    """JSON with an entry of each list a line, so that versions can be compared; numbers to five decimals."""
+    parts = []
+    for key, value in json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 5)).items():
+        entries = value if isinstance(value, list) else []
+        whole = "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]" if entries else json.dumps(value)
+        parts.append(f"{json.dumps(key)}: {whole}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
@@ -136,7 +146,7 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
             ("views", "exo - ego", "", "whole"), seen, {seed: _of_view(scores, "ego") for seed, scores in ego.items()}
         )
     return {
-        "code_version": code_version(),
+        "code_versions": Counter(str(check_handoff(job.folder / "handoff")["code_version"]) for job in jobs),
         "interval": INTERVAL,
         "control": plan.control,
         "names": {v: plan.name(v) for v in dict.fromkeys(run["variant"] for run in runs)},
@@ -209,7 +219,8 @@ def markdown(content: dict[str, Any]) -> str:
     """Tables of ``collect``."""
     means, effects = _Lookup(content["means"]), _Lookup(content["effects"])
     places = list(dict.fromkeys((run["regime"], run["variant"], run["stage"]) for run in content["runs"]))
-    lines = [f"Code {content['code_version']}. {content['interval']} Scores in per cent, held-out clips.", ""]
+    versions = ", ".join(f"{version} ({count} runs)" for version, count in content["code_versions"].items())
+    lines = [f"Code {versions}. {content['interval']} Scores in per cent, held-out clips.", ""]
     if missing := content.get("missing"):
         shown = ", ".join(missing[:_NAMED]) + ", ..." * (len(missing) > _NAMED)
         lines += [f"{len(missing)} runs are not finished and in no number: {shown}.", ""]
