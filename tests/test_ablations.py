@@ -349,7 +349,11 @@ RIGHT = {  # variant to right answers of four that the glasses see, by seed
 @pytest.fixture
 def content(waves, monkeypatch):
     parts = {"ego_encoder": {"weight": ["float32", [3, 5]]}, "lora": {"a": ["float32", [7]]}}
-    monkeypatch.setattr(results, "check_handoff", lambda folder: {"parts": parts})
+    monkeypatch.setattr(
+        results,
+        "check_handoff",
+        lambda folder: {"parts": parts, "code_version": "later" if "seed1" in str(folder) else "first"},
+    )
     for job in (job for wave in waves for job in wave):
         for reads, folder in job.reads.items():
             right = RIGHT[job.variant][job.seed] if reads != "mapped" else 0
@@ -402,7 +406,7 @@ def test_numbers_survive_json(content):
 
 def test_a_part_at_rate_0_does_not_count_as_trained(waves, monkeypatch):
     parts = {"projector": {"weight": ["float32", [3, 5]]}, "ego_to_exo": {"weight": ["float32", [7]]}}
-    monkeypatch.setattr(results, "check_handoff", lambda folder: {"parts": parts})
+    monkeypatch.setattr(results, "check_handoff", lambda folder: {"parts": parts, "code_version": "first"})
     job = waves[2][0]
     assert results._trained(job) == 3 * 5 + 7
     job.config["model"]["init_args"]["optim"]["lr_mult"] = {"ego_to_exo": 10.0, "projector": 0.0}
@@ -419,6 +423,9 @@ def cells(text, title, *first):
 
 def test_tables(content):
     text = markdown(content)
+    assert set(content["code_versions"]) == {"first", "later"} and text.startswith(
+        f"Code first ({content['code_versions']['first']} runs), later ({content['code_versions']['later']} runs). "
+    )
     few = text.split("## Some takes narrated\n", 1)[1].split("## Some takes narrated, and no other")[0]
     stage2, stage3 = few.split("### stage2\n", 1)[1].split("### stage3\n")
     a, b, e = (content["names"][name] for name in ("a_ego_only", "b_mapping_alone", "e_full"))
