@@ -25,6 +25,8 @@ TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)
 STEPS = 4
 ROUNDING = 2e-5
+ANSWERS = ["model.init_args.kl={where: answers, answer_tokens: 4}"]
+ANSWERS += ["model.init_args.init.exo_projector=${handoffs.stage1}:projector"]
 BF16 = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=bfloat16"]
 
 
@@ -68,7 +70,7 @@ def alone(toy_world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_two(alone, toy_world, tmp_path_factory):
     """The same stages by two processes, each from the hand-offs that one process left, and one stage by four."""
-    runs = {strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four", "bf16")}
+    runs = {strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four", "bf16", "answers")}
     two = "trainer.devices=2"
     commands = [
         arguments(stage, toy_world, runs[strategy], alone, two, f"trainer.strategy={strategy}")
@@ -81,6 +83,7 @@ def by_two(alone, toy_world, tmp_path_factory):
     commands += [
         arguments(stage, toy_world, runs["bf16"], alone, two, "trainer.strategy=fsdp2", *BF16) for stage in STAGES[2:]
     ]
+    commands += [arguments("stage2", toy_world, runs["answers"], alone, two, "trainer.strategy=fsdp2", *ANSWERS)]
     runs["printed"] = run_together(2, commands, tmp_path_factory.mktemp("two"))
     commands = [arguments("stage2", toy_world, runs["four"], alone, "trainer.devices=4", "trainer.strategy=fsdp2")]
     run_together(4, commands, tmp_path_factory.mktemp("four_ranks"))
@@ -94,6 +97,13 @@ def test_two_processes_learn_what_one_does(alone, by_two, strategy, stage):
     print(f"{stage} {strategy}: largest difference of a weight {difference:.1e}")
     assert difference < ROUNDING
     torch.testing.assert_close(losses(by_two[strategy], stage), losses(alone, stage), rtol=1e-5, atol=1e-5)
+
+
+def test_sharded_processes_hear_the_demonstrator_s_captions(alone, by_two, toy_world, tmp_path):
+    """One that the KL follows token by token, through a projector that nothing trains."""
+    assert main(arguments("stage2", toy_world, tmp_path, alone, *ANSWERS)) == 0
+    assert largest_difference(weights(tmp_path, "stage2"), weights(by_two["answers"], "stage2")) < ROUNDING
+    assert not torch.isclose(losses(tmp_path, "stage2"), losses(alone, "stage2"), rtol=1e-3).all()
 
 
 def test_four_processes_learn_what_one_does(alone, by_two):
