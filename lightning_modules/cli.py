@@ -466,7 +466,7 @@ def _add_ablations(commands: Any) -> None:
         "ablations", help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     command.add_argument("plan", type=Path, help="e.g. experiments/ablations/plan.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="overridden keys of every run")
+    command.add_argument("rest", nargs="*", metavar="key=value", help="overridden keys of every run")
     command.add_argument("--seeds", type=int, default=3, help="how many")
     command.add_argument("--first-seed", type=int, default=0, help="the others follow it")
     command.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
@@ -485,7 +485,7 @@ def ablations(options: argparse.Namespace) -> int:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name}: got {getattr(options, name)}, allowed: 1 or more")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    overrides = [f"threads={options.threads}", "trainer.enable_progress_bar=false", *options.overrides]
+    overrides = [f"threads={options.threads}", "trainer.enable_progress_bar=false", *options.rest]
     waves = all_jobs(options.plan, plan, seeds, options.out, overrides)
     if options.dry_run:
         print("\n".join(job.name for wave in waves for job in wave))
@@ -593,7 +593,11 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--judge", choices=("none", "file", "hf"), default="none", help="who judges open answers")
     command.add_argument("--judge-model", metavar="NAME", help="folder or hub name of the model, or who wrote the file")
     _add_ablations(commands)
-    options = parser.parse_args(arguments)
+    options, after = parser.parse_known_args(arguments)
+    if after and ("rest" not in options or any("=" not in word or word.startswith("-") for word in after)):
+        parser.error(f"unrecognized arguments: {' '.join(after)}")
+    if after:  # argparse takes no more of a list after an option
+        options.rest += after
     _quiet()
     try:
         if options.command in again:

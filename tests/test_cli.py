@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tiny
 import torch
+import yaml
 
 from datamodules.text import load_tokenizer
 from lightning_modules.cli import main
@@ -239,3 +240,13 @@ def test_torch_threads_follow_the_configuration(toy_world, tmp_path):
     main(["show", TOY, "stage0", *tiny.OVERRIDES, f"data_root={toy_world}", f"runs={tmp_path}", "threads=2"])
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+def test_keys_may_follow_options(toy_world, tmp_path, capsys):
+    words = [*tiny.OVERRIDES, f"data_root={toy_world}", f"runs={tmp_path}"]
+    assert main(["show", TOY, "stage0", *words[:-2], "--traceback", *words[-2:]]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["runs"] == str(tmp_path)
+    for wrong in ("--streams=1", "stage2"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["show", TOY, "stage0", "--traceback", wrong])
+        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err

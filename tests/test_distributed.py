@@ -70,7 +70,9 @@ def alone(toy_world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_two(alone, toy_world, tmp_path_factory):
     """The same stages by two processes, each from the hand-offs that one process left, and one stage by four."""
-    runs = {strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four", "bf16", "answers")}
+    runs = {
+        strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four", "bf16", "answers")
+    }
     two = "trainer.devices=2"
     commands = [
         arguments(stage, toy_world, runs[strategy], alone, two, f"trainer.strategy={strategy}")
