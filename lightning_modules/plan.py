@@ -409,11 +409,11 @@ class _Probe:
         logits = self._logits(visual, batch.text.input_ids, self.assumed.label_tokens)
         return logits[0], torch.empty(self.assumed.label_tokens, dtype=torch.int64, device="meta")
 
-    def _caption(self, prompt: Tensor, visual: Tensor) -> Tensor:
+    def _caption(self, prompt: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """As ``DemonstratorLearnerGuidance.caption``: token by token, it computes what a pass over all of them does."""
         answers = torch.empty(1, self.answer_tokens, dtype=torch.int64, device="meta")
         self._caption_logits(prompt, visual, answers)
-        return answers
+        return answers, torch.empty_like(answers, dtype=torch.bool)
 
     def _caption_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
         """As ``DemonstratorLearnerGuidance.caption_logits``."""

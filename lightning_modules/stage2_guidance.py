@@ -210,25 +210,25 @@ class DemonstratorLearnerGuidance(Stage):
             raise ValueError("model.kl.where: got answers, but the data have no common prompt: use patches or tokens")
         with torch.no_grad():
             shown = self.model.project_exo(exo)
-            answers = self.caption(batch.prompt, shown)
+            answers, counts = self.caption(batch.prompt, shown)
             target = self.caption_logits(batch.prompt, shown, answers)
         logits = self.caption_logits(batch.prompt, visual, answers)
-        ended = answers == int(self.tokenizer.eos_token_id)
-        up_to_end = ended.cumsum(1) - ended.long() == 0
-        kl = answer_kl_loss(target, logits, up_to_end & batch.readable[:, None], self.kl.tau)
+        kl = answer_kl_loss(target, logits, counts & batch.readable[:, None], self.kl.tau)
         self.step_log["guidance/kl_answers"] = kl.detach()
         return kl
 
-    def caption(self, prompt: Tensor, visual: Tensor) -> Tensor:
-        """Greedy answers to int64 [L] about float [B, N, D]: int64 [B, ``answer_tokens``].
+    def caption(self, prompt: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Answer int64 [L] about float [B, N, D] greedily: int64 [B, ``answer_tokens``], and bool, up to its end.
 
-        The end is a token like any other, so that all processes make as many forward passes.
+        Nothing stops at an end, so that all processes make as many forward passes.
         """
         language_model, asked = self.model.language_model, prompt.expand(len(visual), -1)
         whole = torch.ones_like(asked, dtype=torch.bool)
         never = int(language_model.causal_lm.config.vocab_size)
         said = language_model.generate(asked, whole, visual, self.kl.answer_tokens, eos_token_id=never, pad_token_id=0)
-        return torch.tensor(said, device=prompt.device)
+        answers = torch.tensor(said, device=prompt.device)
+        ended = answers == int(self.tokenizer.eos_token_id)
+        return answers, ended.cumsum(1) - ended.long() == 0
 
     def caption_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
         """Next-token logits float32 [B, M, V] at the tokens of answers, int64 [B, M], see ``LanguageModel``."""
