@@ -347,7 +347,7 @@ class _Probe:
         if isinstance(stage, DemonstratorLearnerGuidance):
             self.answer_tokens = stage.kl.answer_tokens
             stage.caption = self._caption  # type: ignore[method-assign]
-            stage.caption_logits = self._caption_logits  # type: ignore[method-assign]
+            stage.model.language_model.answer_logits = self._answer_logits  # type: ignore[method-assign]
 
     def flops(self) -> int:
         """Operations of forward and backward, a multiplication and an addition counted as two."""
@@ -412,11 +412,11 @@ class _Probe:
     def _caption(self, prompt: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """As ``DemonstratorLearnerGuidance.caption``: token by token, it computes what a pass over all of them does."""
         answers = torch.empty(1, self.answer_tokens, dtype=torch.int64, device="meta")
-        self._caption_logits(prompt, visual, answers)
+        self._answer_logits(prompt, visual, answers)
         return answers, torch.empty_like(answers, dtype=torch.bool)
 
-    def _caption_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
-        """As ``DemonstratorLearnerGuidance.caption_logits``."""
+    def _answer_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
+        """As ``LanguageModel.answer_logits``."""
         return self._logits(visual, torch.cat([prompt[None], answers], dim=1), answers.shape[1])
 
     def _logits(self, visual: Tensor, input_ids: Tensor, labels: int) -> Tensor:

@@ -211,8 +211,8 @@ class DemonstratorLearnerGuidance(Stage):
         with torch.no_grad():
             shown = self.model.project_exo(exo)
             answers, counts = self.caption(batch.prompt, shown)
-            target = self.caption_logits(batch.prompt, shown, answers)
-        logits = self.caption_logits(batch.prompt, visual, answers)
+            target = self.model.language_model.answer_logits(batch.prompt, shown, answers)
+        logits = self.model.language_model.answer_logits(batch.prompt, visual, answers)
         kl = answer_kl_loss(target, logits, counts & batch.readable[:, None], self.kl.tau)
         self.step_log["guidance/kl_answers"] = kl.detach()
         return kl
@@ -229,10 +229,6 @@ class DemonstratorLearnerGuidance(Stage):
         answers = torch.tensor(said, device=prompt.device)
         ended = answers == int(self.tokenizer.eos_token_id)
         return answers, ended.cumsum(1) - ended.long() == 0
-
-    def caption_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
-        """Next-token logits float32 [B, M, V] at the tokens of answers, int64 [B, M], see ``LanguageModel``."""
-        return self.model.language_model.answer_logits(prompt, visual, answers)
 
     def _kl_weight(self) -> float:
         rising = self.kl.warmup_fraction * self.total_steps() if self.kl.warmup_fraction else 0.0

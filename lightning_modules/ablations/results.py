@@ -39,6 +39,7 @@ T_975 += [2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 
 
 _NAMED = 8
 PLACE = ("regime", "variant", "stage", "reads")
+_ROW = (*PLACE, "clips")
 
 Scores = dict[str, dict[str, float]]
 """Means by selection of clips and score."""
@@ -81,7 +82,7 @@ def read_scores(folder: Path) -> Scores:
 
 
 def write_results(plan: Plan, jobs: Sequence[Job], folder: Path, missing: Sequence[str] = ()) -> str:
-    """Write ``results.json``, ``results.md`` and figures of finished runs.
+    """Write ``results.json``, ``results.md``, ``runs.jsonl`` and figures of finished runs.
 
     Args:
         plan: what was to be run.
@@ -100,6 +101,7 @@ def write_results(plan: Plan, jobs: Sequence[Job], folder: Path, missing: Sequen
     folder.mkdir(parents=True, exist_ok=True)
     content = collect(plan, jobs) | {"missing": list(missing)}
     (folder / "results.json").write_text(_by_line(content), encoding="utf-8")
+    (folder / "runs.jsonl").write_text("".join(f"{json.dumps(_short(r))}\n" for r in content["runs"]), encoding="utf-8")
     text = markdown(content)
     (folder / "results.md").write_text(text + "\n", encoding="utf-8")
     draw(content, folder)
@@ -107,13 +109,23 @@ def write_results(plan: Plan, jobs: Sequence[Job], folder: Path, missing: Sequen
 
 
 def _by_line(content: dict[str, Any]) -> str:
-    """JSON with an entry of each list a line, so that versions can be compared; numbers to five decimals."""
+    """JSON of all but the runs: a line for each place, with mean and half interval by score."""
     parts = []
-    for key, value in json.loads(json.dumps(content), parse_float=lambda text: round(float(text), 5)).items():
-        entries = value if isinstance(value, list) else []
-        whole = "[\n" + ",\n".join(map(json.dumps, entries)) + "\n]" if entries else json.dumps(value)
-        parts.append(f"{json.dumps(key)}: {whole}")
+    for key, value in content.items():
+        if key in ("means", "effects", "views"):
+            rows: dict[tuple[str, ...], dict[str, list[float | None]]] = defaultdict(dict)
+            for e in value:
+                rows[tuple(e[name] for name in _ROW)][e["score"]] = [e["mean"], e["half"]]
+            lines = [json.dumps(_short(dict(zip(_ROW, row, strict=True)) | scores)) for row, scores in rows.items()]
+            parts.append(f"{json.dumps(key)}: [\n" + ",\n".join(lines) + "\n]")
+        elif key != "runs":
+            parts.append(f"{json.dumps(key)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _short(value: Any) -> Any:
+    """Numbers to four decimals, less than one clip of those held out."""
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 4))
 
 
 def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
