@@ -52,7 +52,7 @@ data/fair_quick/ego_exo_clip/index.json: | $(VENV)/installed
 
 ego-exoclip: $(VENV)/installed ## index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..."
 	@test -n "$(EGOEXO4D)" || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
-	$(PYTHON) -m datamodules.build_pairs ego-exo4d $(EGOEXO4D) $(ARGS)
+	$(PYTHON) -m datamodules.ego_exo_clip.build ego-exo4d $(EGOEXO4D) $(ARGS)
 
 egoit: $(VENV)/installed ## instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn from its files in ROOT=folder
 	@test -n "$(SOURCE)" && test -n "$(ROOT)" || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }
@@ -68,11 +68,11 @@ egoit-leaks: $(VENV)/installed ## recordings that instruction FILES=... share wi
 
 data-check: $(VENV)/installed ## read the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."
 	@test -n "$(ROOT)" || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }
-	$(PYTHON) -m datamodules.data_check $(INDEX) --root $(ROOT) $(ARGS)
+	$(PYTHON) -m datamodules.tools.data_check $(INDEX) --root $(ROOT) $(ARGS)
 
 reencode: $(VENV)/installed ## write the videos of INDEX below ROOT=folder anew to OUT=folder, cheap to read clips from
 	@test -n "$(ROOT)" && test -n "$(OUT)" || { echo "error: name both folders: make reencode ROOT=/data/egoexo4d OUT=/data/egoexo4d_336"; exit 2; }
-	$(PYTHON) -m datamodules.reencode --root $(ROOT) --index $(INDEX) --out $(OUT) $(ARGS)
+	$(PYTHON) -m datamodules.tools.reencode --root $(ROOT) --index $(INDEX) --out $(OUT) $(ARGS)
 
 stage0: $(VENV)/installed $(WORLD) ## initialisation: encoder, projector and language model learn to work together
 	$(FIT) stage0 $(OPTIONS)
@@ -119,7 +119,7 @@ test-all: $(VENV)/installed ## all tests, with the long end-to-end runs
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
 chaos: $(VENV)/installed ## kill stages at random moments and compare what they hand on, ARGS="--hits 100 --processes 2 --signal TERM"
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/chaos.py $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench/chaos.py $(ARGS)
 
 lint: $(VENV)/installed ## ruff and mypy
 	$(VENV)/bin/ruff check .
@@ -131,22 +131,22 @@ format: $(VENV)/installed ## let ruff rewrite
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/installed $(TOY) ## measure memory of the loss, clip reading and training steps
-	$(PYTHON) tests/bench.py
+	$(PYTHON) tests/bench/bench_steps.py
 
 bench-clips: $(VENV)/installed ## measure clip reading against other readers, pip install '.[bench]' for all of them
-	$(PYTHON) tests/bench_clips.py $(ARGS)
+	$(PYTHON) tests/bench/bench_clips.py $(ARGS)
 
 bench-step: $(VENV)/installed ## measure what the Trainer costs beside a bare loop
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench_step.py $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench/bench_step.py $(ARGS)
 
 bench-egobench: $(VENV)/installed ## measure scoring many captions of a clip behind one reading of it
-	$(PYTHON) tests/bench_egobench.py $(ARGS)
+	$(PYTHON) tests/bench/bench_egobench.py $(ARGS)
 
 bench-index: $(VENV)/installed ## measure building and holding an index of 1.1 million pairs
-	$(PYTHON) tests/bench_index.py $(ARGS)
+	$(PYTHON) tests/bench/bench_index.py $(ARGS)
 
 bench-mix: $(VENV)/installed ## measure loading a mix of 600,000 instruction records
-	$(PYTHON) tests/bench_mix.py $(ARGS)
+	$(PYTHON) tests/bench/bench_mix.py $(ARGS)
 
 clean: ## remove runs and the generated data; .venv stays
 	rm -rf $(RUNS) data/toy data/fair data/fair_quick

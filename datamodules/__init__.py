@@ -9,18 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datamodules.assembly101 import Assembly101
     from datamodules.batch import ClipBatch, Question, QuestionBatch, TextBatch
-    from datamodules.build_pairs import BuildOptions, build_index
-    from datamodules.clip_stream import ClipDecodeError, ClipReader, read_views
-    from datamodules.clips import ClipConfig, ClipDataModule
-    from datamodules.conversations import ConversationFile
-    from datamodules.ego_exo4d import EgoExo4D
-    from datamodules.ego_exo_clip import EgoExoClipDataModule
-    from datamodules.instruction import InstructionDataModule
-    from datamodules.mix import MixConfig, MixSource
-    from datamodules.pair_index import PairIndex, PairSource, SourceError
+    from datamodules.clips.dataset import ClipConfig, ClipDataModule
+    from datamodules.ego_exo_clip.assembly101 import Assembly101
+    from datamodules.ego_exo_clip.build import BuildOptions, build_index
+    from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule
+    from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
+    from datamodules.ego_exo_clip.index import PairIndex, PairSource, SourceError
+    from datamodules.egoit.datamodule import ConversationFile
+    from datamodules.egoit.instruction import InstructionDataModule
+    from datamodules.egoit.mix import MixConfig, MixSource
     from datamodules.text import TextEncoder
+    from datamodules.video.reader import ClipDecodeError, ClipReader, read_views
 
 __all__ = [
     "Assembly101",
@@ -48,17 +48,17 @@ __all__ = [
 ]
 
 _MODULES = {
-    "assembly101": ("Assembly101",),
+    "ego_exo_clip.assembly101": ("Assembly101",),
     "batch": ("ClipBatch", "Question", "QuestionBatch", "TextBatch"),
-    "build_pairs": ("BuildOptions", "build_index"),
-    "clip_stream": ("ClipDecodeError", "ClipReader", "read_views"),
-    "clips": ("ClipConfig", "ClipDataModule"),
-    "conversations": ("ConversationFile",),
-    "ego_exo4d": ("EgoExo4D",),
-    "ego_exo_clip": ("EgoExoClipDataModule",),
-    "instruction": ("InstructionDataModule",),
-    "mix": ("MixConfig", "MixSource"),
-    "pair_index": ("PairIndex", "PairSource", "SourceError"),
+    "ego_exo_clip.build": ("BuildOptions", "build_index"),
+    "video.reader": ("ClipDecodeError", "ClipReader", "read_views"),
+    "clips.dataset": ("ClipConfig", "ClipDataModule"),
+    "egoit.datamodule": ("ConversationFile",),
+    "ego_exo_clip.ego_exo4d": ("EgoExo4D",),
+    "ego_exo_clip.datamodule": ("EgoExoClipDataModule",),
+    "egoit.instruction": ("InstructionDataModule",),
+    "egoit.mix": ("MixConfig", "MixSource"),
+    "ego_exo_clip.index": ("PairIndex", "PairSource", "SourceError"),
     "text": ("TextEncoder",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

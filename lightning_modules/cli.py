@@ -36,13 +36,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed import distributed_c10d
 
-from datamodules.clips import ClipConfig, ClipDataModule
+from datamodules.clips.dataset import ClipConfig, ClipDataModule
 from datamodules.egobench import load
 from datamodules.egobench.exam import EgoBenchConfig, Exams
 from lightning_modules.ablations.plan import all_jobs, read_plan
 from lightning_modules.ablations.results import write_results
 from lightning_modules.ablations.runner import RunsFailed, carry_out, is_finished
-from lightning_modules.checkpoint import (
+from lightning_modules.callbacks.checkpoint import (
     CheckpointError,
     CheckpointFolders,
     Checkpoints,
@@ -52,21 +52,21 @@ from lightning_modules.checkpoint import (
     read_tensors,
     stored_tensors,
 )
+from lightning_modules.callbacks.health import Diverged, StallWatch
+from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
 from lightning_modules.config import STAGES, ConfigError, compose, config_hash, single_streams
 from lightning_modules.config_errors import explain
 from lightning_modules.egobench.cost import cost_table
 from lightning_modules.egobench.evaluate import Benchmarks, Predictions, predict, write_submissions
 from lightning_modules.egobench.judge import JudgeConfig
 from lightning_modules.egobench.results import score_folder, score_stages, stages_table
-from lightning_modules.handoff import StageHandoff, check_handoff, code_version, is_answered, write_handoff
-from lightning_modules.held_out import chance_levels
 from lightning_modules.model.exo2ego import NetworkConfig
-from lightning_modules.monitor import SamplePanel, TrainingMonitor
 from lightning_modules.plan import PlanConfig, device_count, flops_per_sample, plan_stage, plan_table
-from lightning_modules.report import write_metrics, write_predictions, write_report
-from lightning_modules.stage import Stage
+from lightning_modules.stages.base import Stage
 from lightning_modules.strategy import FSDP2, POLICIES
-from lightning_modules.watch import Diverged, StallWatch
+from lightning_modules.validation.report import write_metrics, write_predictions, write_report
+from lightning_modules.validation.scores import chance_levels
+from lightning_modules.weights.handoff import StageHandoff, check_handoff, code_version, is_answered, write_handoff
 
 STOPPED = 75
 """Exit status of a stage that was told to stop and can go on: "try again" by convention (EX_TEMPFAIL)."""

@@ -23,9 +23,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import ClipBatch, TextBatch
 from lightning_modules.model.exo2ego import Exo2EgoModel
-from lightning_modules.report import markdown_table
-from lightning_modules.stage import Stage
-from lightning_modules.stage2_guidance import DemonstratorLearnerGuidance
+from lightning_modules.stages.base import Stage
+from lightning_modules.stages.guidance import DemonstratorLearnerGuidance
+from lightning_modules.validation.report import markdown_table
 
 _GIB = 2**30
 _SLACK, _CONTEXT_GIB = 1.1, 1.5

@@ -9,11 +9,11 @@ import av
 import numpy as np
 import pytest
 
-from datamodules.assembly101 import Assembly101, action_text
-from datamodules.build_pairs import build_index, main, select_clips
-from datamodules.clips import ClipConfig
-from datamodules.ego_exo_clip import EgoExoClipDataset
-from datamodules.pair_index import Funnel, PairIndex, SourceError
+from datamodules.clips.dataset import ClipConfig
+from datamodules.ego_exo_clip.assembly101 import Assembly101, action_text
+from datamodules.ego_exo_clip.build import build_index, main, select_clips
+from datamodules.ego_exo_clip.datamodule import EgoExoClipDataset
+from datamodules.ego_exo_clip.index import Funnel, PairIndex, SourceError
 
 SEGMENT = "id video start_frame end_frame action_id verb_id noun_id action_cls verb_cls noun_cls"
 COLUMNS = f"{SEGMENT} toy_id toy_name is_shared is_RGB"

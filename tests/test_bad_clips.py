@@ -19,8 +19,7 @@ from test_clip_stream import decode_all, make_video, numbers_on
 from torch.utils.data import DataLoader
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch
-from datamodules.clip_stream import ClipReader, NotAVideo, TimedOut
-from datamodules.clips import (
+from datamodules.clips.dataset import (
     ClipConfig,
     ClipTextDataset,
     GlobalBatchSampler,
@@ -30,7 +29,8 @@ from datamodules.clips import (
     TooManySkipped,
 )
 from datamodules.text import TextEncoder
-from lightning_modules.monitor import TrainingMonitor
+from datamodules.video.reader import ClipReader, NotAVideo, TimedOut
+from lightning_modules.callbacks.throughput import TrainingMonitor
 
 SIDE = 96
 

@@ -19,8 +19,8 @@ import pytest
 from release_files import by, clips_of, counts, lengths, said, select, take_record, write_release
 
 import datamodules
-from datamodules import build_pairs
-from datamodules.build_pairs import (
+from datamodules.ego_exo_clip import build as build_pairs
+from datamodules.ego_exo_clip.build import (
     BuildOptions,
     build_index,
     clip_length_s,
@@ -30,7 +30,7 @@ from datamodules.build_pairs import (
     mean_gap_s,
     select_clips,
 )
-from datamodules.pair_index import Group, Narration, PairIndex, SourceError, View, read_header
+from datamodules.ego_exo_clip.index import Group, Narration, PairIndex, SourceError, View, read_header
 
 ROOT = Path(__file__).parents[1]
 A, B = (0.0, 2.0, 4.0, 6.0), (1.0, 5.0, 9.0)
@@ -449,7 +449,7 @@ def test_help_names_every_option(capsys):
 
 def test_building_starts_without_torch():
     heavy = {"torch", "lightning", "av", "transformers"}
-    program = f"import sys, datamodules.build_pairs; print(sorted({heavy} & set(sys.modules)))"
+    program = f"import sys, datamodules.ego_exo_clip.build; print(sorted({heavy} & set(sys.modules)))"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
 
@@ -469,7 +469,7 @@ def test_every_public_name_is_where_it_is_said_to_be():
 def test_workers_end_with_a_killed_parent(tmp_path):
     program = f"""
 import os, pathlib, time
-from datamodules.build_pairs import parallel_map
+from datamodules.ego_exo_clip.build import parallel_map
 def wait(number):
     pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()
     time.sleep(60)
@@ -503,7 +503,7 @@ def test_killed_at_any_moment_there_is_no_index_or_the_whole_one(tmp_path):
     annotations = {take["take_uid"]: [by(*(said(0.1 * t, f"C lifts cup {t}.") for t in range(90)))] for take in takes}
     root = write_release(tmp_path / "release", takes, annotations)
     index = root / "ego_exo_clip"
-    command = [sys.executable, "-m", "datamodules.build_pairs", "ego-exo4d", str(root)]
+    command = [sys.executable, "-m", "datamodules.ego_exo_clip.build", "ego-exo4d", str(root)]
     started = time.monotonic()
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     length_s, expected = time.monotonic() - started, contents(index)

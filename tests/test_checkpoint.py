@@ -13,8 +13,9 @@ import tiny
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_modules import DemonstratorSelfPreparation, checkpoint
-from lightning_modules.checkpoint import (
+from lightning_modules import DemonstratorSelfPreparation
+from lightning_modules.callbacks import checkpoint
+from lightning_modules.callbacks.checkpoint import (
     CheckpointError,
     CheckpointFolders,
     Checkpoints,
@@ -22,7 +23,7 @@ from lightning_modules.checkpoint import (
     newest,
     read_state,
 )
-from lightning_modules.watch import Diverged
+from lightning_modules.callbacks.health import Diverged
 
 STEPS = 4
 

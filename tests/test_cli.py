@@ -11,8 +11,8 @@ import yaml
 
 from datamodules.text import load_tokenizer
 from lightning_modules.cli import main
-from lightning_modules.handoff import gathered, write_handoff
 from lightning_modules.model.exo2ego import Exo2EgoModel
+from lightning_modules.weights.handoff import gathered, write_handoff
 
 TOY = str(tiny.EXPERIMENTS / "toy")
 

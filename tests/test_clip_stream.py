@@ -22,7 +22,7 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from datamodules.clip_stream import (
+from datamodules.video.reader import (
     PAD_RGB,
     Clip,
     ClipDecodeError,

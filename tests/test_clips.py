@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from datamodules.batch import IGNORE_INDEX
-from datamodules.clip_stream import FileMissing
-from datamodules.clips import (
+from datamodules.clips.dataset import (
     ClipConfig,
     ClipDataModule,
     ClipTextDataset,
@@ -21,8 +20,9 @@ from datamodules.clips import (
     ResumableLoader,
     Span,
 )
-from datamodules.jsonl import read_jsonl
+from datamodules.io.jsonl import read_jsonl
 from datamodules.text import TextEncoder
+from datamodules.video.reader import FileMissing
 
 CLIPS = ClipConfig(num_frames=2, image_size=4)
 SPLITS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # ranks, accumulated micro-batches

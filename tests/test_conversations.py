@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.conversations import Conversation, ConversationFile, ConversationStore, MalformedRecords, Wording
-from datamodules.data_check import main as check
-from datamodules.egoit.record import Record, row, write_rows
+from datamodules.egoit.datamodule import Conversation, ConversationFile, ConversationStore, MalformedRecords, Wording
+from datamodules.egoit.records import Record, row, write_rows
 from datamodules.egoit.templates import Templates
+from datamodules.tools.data_check import main as check
 
 HUMAN = {"from": "human", "value": "<video>\nWhat is cut?"}
 GPT = {"from": "gpt", "value": "A tomato."}

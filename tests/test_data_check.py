@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from test_clip_stream import KINDS, make_video
 
-from datamodules.data_check import (
+from datamodules.tools.data_check import (
     Problem,
     VideoFile,
     check_file,
@@ -269,7 +269,7 @@ def test_a_sound_data_set_has_exit_status_0(clean: list[Path], tmp_path: Path, c
 
 
 def test_the_command_starts_without_torch() -> None:
-    code = "import sys, datamodules.data_check, datamodules.reencode; print('torch' in sys.modules)"
+    code = "import sys, datamodules.tools.data_check, datamodules.tools.reencode; print('torch' in sys.modules)"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "False\n"
 

@@ -18,7 +18,7 @@ from ranks import run_together
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules.checkpoint import check_files, newest
+from lightning_modules.callbacks.checkpoint import check_files, newest
 from lightning_modules.cli import STOPPED, main
 
 TOY = str(tiny.EXPERIMENTS / "toy")

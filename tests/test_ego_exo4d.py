@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from release_files import by, clips_of, counts, lengths, said, select, stream, take_record, write_release
 
-from datamodules.build_pairs import training_alpha
-from datamodules.ego_exo4d import EgoExo4D, camera_wearer_text, is_ego_camera
-from datamodules.pair_index import Group, SourceError, View
+from datamodules.ego_exo_clip.build import training_alpha
+from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D, camera_wearer_text, is_ego_camera
+from datamodules.ego_exo_clip.index import Group, SourceError, View
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/samples/ego_exo"
 

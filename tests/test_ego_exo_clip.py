@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from datamodules.batch import IGNORE_INDEX
-from datamodules.clip_stream import ClipReader, Damaged, FileMissing, probe, read_views, segment_midpoints
-from datamodules.clips import ClipConfig, GlobalBatchSampler, ResumableLoader, _Request
-from datamodules.ego_exo_clip import EgoExoClipDataModule, NarrationConfig
+from datamodules.clips.dataset import ClipConfig, GlobalBatchSampler, ResumableLoader, _Request
+from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule, NarrationConfig
+from datamodules.video.reader import ClipReader, Damaged, FileMissing, probe, read_views, segment_midpoints
 
 SIDE, FRAMES, FPS = 64, 4, 8
 NARRATIONS = 7 * 6 + (6 + 3) + 1  # seven takes with one annotator, one with two, one with a single narration

@@ -13,17 +13,17 @@ import torch
 from ranks import run_together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from datamodules.clip_stream import ClipReader
-from datamodules.clips import ClipConfig
+from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench import load
 from datamodules.egobench.exam import EgoBenchConfig, Exams
 from datamodules.text import TextEncoder
+from datamodules.video.reader import ClipReader
 from lightning_modules.cli import main
 from lightning_modules.config import compose
 from lightning_modules.egobench.evaluate import OtherPredictions, Predictions
 from lightning_modules.egobench.examiner import examine
 from lightning_modules.egobench.results import read_scores
-from lightning_modules.stage import Stage
+from lightning_modules.stages.base import Stage
 
 TOY = str(tiny.EXPERIMENTS / "toy")
 NAMES = [

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.egobench.cost import LEAD_TOKENS, SIZES, cost_table
-from lightning_modules.model.shared_prefix import SharedPrefix
+from lightning_modules.model.prefix_cache import SharedPrefix
 from lightning_modules.plan import PlanConfig
 
 

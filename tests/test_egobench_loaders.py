@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.annotations import SourceError
-from datamodules.conversations import MalformedRecords
 from datamodules.egobench import BENCHMARKS, load
 from datamodules.egobench.item import Clip
+from datamodules.egoit.datamodule import MalformedRecords
+from datamodules.io.annotations import SourceError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SAMPLES = SHARED / "samples" / "benchmarks"

@@ -17,18 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.annotations import SourceError, Tally
-from datamodules.conversations import ConversationFile, MalformedRecords
-from datamodules.egoit import egotimeqa
 from datamodules.egoit.__main__ import main
-from datamodules.egoit.egoexolearn import EgoExoLearn, read_fine
-from datamodules.egoit.egotimeqa import EgoTimeQA, read_clips
-from datamodules.egoit.egtea import Egtea, action_text, clip_parts, read_labels
-from datamodules.egoit.openeqa import OpenEQA, scene_of
-from datamodules.egoit.record import Record
-from datamodules.egoit.source import convert, grown
-from datamodules.egoit.ssv2 import SomethingSomething
+from datamodules.egoit.datamodule import ConversationFile, MalformedRecords
+from datamodules.egoit.records import Record
+from datamodules.egoit.sources import egotimeqa
+from datamodules.egoit.sources.base import convert, grown
+from datamodules.egoit.sources.egoexolearn import EgoExoLearn, read_fine
+from datamodules.egoit.sources.egotimeqa import EgoTimeQA, read_clips
+from datamodules.egoit.sources.egtea import Egtea, action_text, clip_parts, read_labels
+from datamodules.egoit.sources.openeqa import OpenEQA, scene_of
+from datamodules.egoit.sources.ssv2 import SomethingSomething
 from datamodules.egoit.templates import Templates
+from datamodules.io.annotations import SourceError, Tally
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "egoit"
 
@@ -761,7 +761,10 @@ def test_the_command_prints_counts_and_what_is_missing(egtea, tmp_path, capsys):
         (["nothing"], "source: got 'nothing', allowed: egtea, ssv2, egotimeqa, openeqa, egoexolearn, or module:Class"),
         (["no_such:Thing"], "source: got 'no_such:Thing', which cannot be imported"),
         (["os:path"], "source: got 'os:path', expected a dataclass with a field root, a name, official() and read()"),
-        (["datamodules.mix:MixConfig"], "source: got 'datamodules.mix:MixConfig', expected a dataclass with a field"),
+        (
+            ["datamodules.egoit.mix:MixConfig"],
+            "source: got 'datamodules.egoit.mix:MixConfig', expected a dataclass with a field",
+        ),
         (["openeqa"], "holds none of open-eqa-v0.json, data/open-eqa-v0.json: put OpenEQA's questions there"),
         (["egtea", "--templates", "{root}"], "holds no templates"),
     ],
@@ -790,9 +793,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from datamodules.conversations import Wording
-from datamodules.egoit.record import Record
-from datamodules.annotations import Official, option
+from datamodules.egoit.datamodule import Wording
+from datamodules.egoit.records import Record
+from datamodules.io.annotations import Official, option
 
 
 @dataclass(frozen=True)

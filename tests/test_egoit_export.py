@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from test_clip_stream import make_video
 
-from datamodules.clip_stream import ClipReader, probe
-from datamodules.conversations import ConversationFile, MalformedRecords, Wording
 from datamodules.egoit.__main__ import main
-from datamodules.egoit.export import FORMATS, export
-from datamodules.egoit.leaks import BENCHMARKS, benchmark_recordings, report
-from datamodules.egoit.record import Record, row, write_rows
+from datamodules.egoit.datamodule import ConversationFile, MalformedRecords, Wording
+from datamodules.egoit.records import Record, row, write_rows
 from datamodules.egoit.templates import Templates
-from datamodules.egoit.trim import cut
+from datamodules.tools.export import FORMATS, export
+from datamodules.tools.leaks import BENCHMARKS, benchmark_recordings, report
+from datamodules.tools.trim import cut
+from datamodules.video.reader import ClipReader, probe
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 

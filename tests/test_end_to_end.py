@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules import cli, handoff
-from lightning_modules.checkpoint import newest, read_state
+from lightning_modules import cli
+from lightning_modules.callbacks.checkpoint import newest, read_state
 from lightning_modules.cli import main
 from lightning_modules.config import compose
-from lightning_modules.handoff import check_handoff
+from lightning_modules.weights import handoff
+from lightning_modules.weights.handoff import check_handoff
 
 TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)

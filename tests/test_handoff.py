@@ -9,11 +9,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_modules import handoff
-from lightning_modules.handoff import HandoffError, check_handoff, gathered, open_part, write_handoff
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
-from lightning_modules.sources import find_part
-from lightning_modules.stored import fill
+from lightning_modules.weights import handoff
+from lightning_modules.weights.handoff import HandoffError, check_handoff, gathered, open_part, write_handoff
+from lightning_modules.weights.resolve import find_part
+from lightning_modules.weights.tensors import fill
 
 VOCAB = 40
 

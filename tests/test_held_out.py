@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from datamodules.batch import Question
-from lightning_modules.held_out import HeldOutMeans, chance_levels, judge_choice, judge_text, normalise, score_names
-from lightning_modules.report import write_metrics, write_report
+from lightning_modules.validation.report import write_metrics, write_report
+from lightning_modules.validation.scores import (
+    HeldOutMeans,
+    chance_levels,
+    judge_choice,
+    judge_text,
+    normalise,
+    score_names,
+)
 
 CAPTION = Question(
     0,

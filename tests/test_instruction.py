@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
-from datamodules.clip_stream import FileMissing, SpanOutsideFile, probe
-from datamodules.clips import ClipConfig, GlobalBatchSampler, ResumableLoader
-from datamodules.conversations import MalformedRecords, Wording
-from datamodules.egoit.record import Record, row, write_rows
+from datamodules.clips.dataset import ClipConfig, GlobalBatchSampler, ResumableLoader
+from datamodules.egoit.datamodule import MalformedRecords, Wording
+from datamodules.egoit.instruction import InstructionDataModule
+from datamodules.egoit.mix import MixConfig, MixSource
+from datamodules.egoit.records import Record, row, write_rows
 from datamodules.egoit.templates import Templates
-from datamodules.instruction import InstructionDataModule
-from datamodules.mix import MixConfig, MixSource
 from datamodules.toy_world.questions import write_templates
+from datamodules.video.reader import FileMissing, SpanOutsideFile, probe
 
 TURNS = [
     {"from": "human", "value": "<video>\nWhat does the camera-wearer do?"},

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from lightning_modules.cli import STOPPED
-from lightning_modules.handoff import check_handoff
+from lightning_modules.weights.handoff import check_handoff
 
 SCRIPT = tiny.EXPERIMENTS / "hardware" / "slurm.sh"
 ROOT = tiny.EXPERIMENTS.parent

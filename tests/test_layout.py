@@ -13,7 +13,7 @@ import lightning_modules.model.language_model as language_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lightning_modules", "datamodules")
-STAGES = sorted((ROOT / "lightning_modules").glob("stage[0-9]_*.py"))
+STAGES = [f for f in sorted((ROOT / "lightning_modules/stages").glob("[a-z]*.py")) if f.stem != "base"]
 
 
 def imports(file):
@@ -43,13 +43,16 @@ def importers(package):
 
 
 def test_video_files_are_opened_in_few_places():
-    reading = {"datamodules/clip_stream.py", "datamodules/data_check.py"}
-    writing = {"datamodules/toy_world/video.py", "datamodules/reencode.py", "datamodules/egoit/trim.py"}
+    reading = {"datamodules/video/reader.py", "datamodules/tools/data_check.py"}
+    writing = {"datamodules/toy_world/video.py", "datamodules/tools/reencode.py", "datamodules/tools/trim.py"}
     assert importers("av") == reading | writing
 
 
 def test_open_clip_stays_with_the_vision_encoder_and_its_weights():
-    assert importers("open_clip") == {"lightning_modules/model/vision_encoder.py", "lightning_modules/released.py"}
+    assert importers("open_clip") == {
+        "lightning_modules/model/encoders/base.py",
+        "lightning_modules/weights/released.py",
+    }
 
 
 def test_data_knows_nothing_of_models():
@@ -70,7 +73,7 @@ def test_losses_take_tensors_only():
 
 def test_stages_do_not_know_each_other_nor_how_data_is_read():
     assert len(STAGES) == 4
-    modules = {f"lightning_modules.{file.stem}" for file in STAGES}
+    modules = {f"lightning_modules.stages.{file.stem}" for file in STAGES}
     for file in STAGES:
         names = imports(file)
         assert not {name for name in names for module in modules if name.startswith(module)}, file

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from datamodules.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts, mix_source
+from datamodules.egoit.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts, mix_source
 
 
 def plain(count):

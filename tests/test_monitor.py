@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.batch import IGNORE_INDEX
+from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.losses import loss_by_source
-from lightning_modules.monitor import TrainingMonitor
 
 NAMES = ("egtea", "ssv2", "openeqa")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.pair_index import (
+from datamodules.ego_exo_clip.index import (
     Funnel,
     Group,
     NarratedClip,

@@ -12,7 +12,7 @@ from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch
 from lightning_modules.cli import main, stage_only
 from lightning_modules.config import compose
 from lightning_modules.plan import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
-from lightning_modules.stage2_guidance import KLConfig
+from lightning_modules.stages.guidance import KLConfig
 
 TEXT, LABELS = 5, 3  # of the first row of tiny.clip_batch, its placeholder apart
 SEVEN_B = tiny.EXPERIMENTS / "exo2ego_7b"

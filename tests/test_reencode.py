@@ -20,9 +20,9 @@ import pytest
 from av.video.reformatter import VideoReformatter
 from test_clip_stream import KINDS, decode_all, make_video, number_on, painted, red_green_blue
 
-import datamodules.reencode as module
-from datamodules.clip_stream import ClipReader, Damaged, FileMissing, probe
-from datamodules.reencode import Encoding, ReencodeError, main, reencode
+import datamodules.tools.reencode as module
+from datamodules.tools.reencode import Encoding, ReencodeError, main, reencode
+from datamodules.video.reader import ClipReader, Damaged, FileMissing, probe
 
 SMALL = Encoding(short_side=64, preset="veryfast")
 
@@ -435,7 +435,7 @@ def kill_at_work(data: Path, out: Path, scratch: str, delay_s: float, all_at_onc
     """
     left_over = partials(out)
     process = subprocess.Popen(
-        [sys.executable, "-m", "datamodules.reencode", *arguments(data, out)],
+        [sys.executable, "-m", "datamodules.tools.reencode", *arguments(data, out)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "TMPDIR": scratch},

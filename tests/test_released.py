@@ -12,13 +12,13 @@ from timm.models.regnet import RegStage
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, MistralConfig, MistralForCausalLM
 
-from lightning_modules import stored
+from lightning_modules.model.encoders.base import EncoderConfig
 from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig, ProjectorConfig
 from lightning_modules.model.language_model import LanguageModelConfig
-from lightning_modules.model.vision_encoder import EncoderConfig
-from lightning_modules.released import ReleasedError
-from lightning_modules.sources import find_part
-from lightning_modules.stored import StoredTensor, fill
+from lightning_modules.weights import tensors as stored
+from lightning_modules.weights.released import ReleasedError
+from lightning_modules.weights.resolve import find_part
+from lightning_modules.weights.tensors import StoredTensor, fill
 
 SIZE, PATCH, FRAMES, VOCAB = 28, 7, 4, 40
 PARTS = ("exo_encoder", "projector", "language_model")

@@ -6,7 +6,7 @@ from test_language_model import EOS, OVERRIDES, build, spliced_row, visual_token
 
 from lightning_modules.model.language_model import VIDEO_TOKEN_ID as V
 from lightning_modules.model.lora import LoRAConfig, add_lora
-from lightning_modules.model.shared_prefix import SharedPrefix, _passes
+from lightning_modules.model.prefix_cache import SharedPrefix, _passes
 
 PROMPT = [1, V, 5, 6]
 ROWS = [(7, 8, EOS), (7, 8, 9, EOS), (10, EOS), (EOS,), (7, 8, EOS), (11, 12, 13, 14, 15, EOS), (7, 9, EOS)]

@@ -15,13 +15,19 @@ from torch.utils.data import DataLoader
 from datamodules import ClipConfig, InstructionDataModule
 from datamodules.batch import VIDEO_TOKEN_ID
 from lightning_modules import OptimConfig
-from lightning_modules.checkpoint import CheckpointError, CheckpointFolders, Checkpoints, newest, stored_tensors
-from lightning_modules.handoff import HandoffError, StageHandoff, gathered, open_part, write_handoff
+from lightning_modules.callbacks.checkpoint import (
+    CheckpointError,
+    CheckpointFolders,
+    Checkpoints,
+    newest,
+    stored_tensors,
+)
 from lightning_modules.losses import contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
-from lightning_modules.sources import FoundPart
-from lightning_modules.stage2_guidance import ContrastiveConfig, CycleConfig, KLConfig
+from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig, KLConfig
+from lightning_modules.weights.handoff import HandoffError, StageHandoff, gathered, open_part, write_handoff
+from lightning_modules.weights.resolve import FoundPart
 
 
 def trainer(max_steps, callbacks=(), **options):
@@ -693,7 +699,7 @@ def test_weights_of_one_unit_at_a_time_are_whole_where_they_are_sharded(toy_toke
         whole.append({name for name, p in stage.model.part("language_model").items() if not p.is_meta})
         unit.to("meta")
 
-    monkeypatch.setattr("lightning_modules.stage.shard", cut)
+    monkeypatch.setattr("lightning_modules.stages.base.shard", cut)
     stage.configure_model()
     read = [held for held in whole if held]
     layers = [{name for name in plain.model.part("language_model") if f"layers.{n}." in name} for n in range(2)]

@@ -8,8 +8,8 @@ from collections import Counter
 import pytest
 import yaml
 
-from datamodules.conversations import VIDEO_TAG, Wording
-from datamodules.egoit.record import Record, row
+from datamodules.egoit.datamodule import VIDEO_TAG, Wording
+from datamodules.egoit.records import Record, row
 from datamodules.egoit.templates import BANK_SIZE, FOLDER, LEVELS, TASKS, Templates, draw
 
 SOURCES = ("egtea", "ssv2", "egotimeqa", "openeqa", "egoexolearn", "somebody_elses")

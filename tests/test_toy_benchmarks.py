@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
-from datamodules.annotations import Tally
-from datamodules.clip_stream import probe
-from datamodules.ego_exo4d import camera_wearer_text
+from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
 from datamodules.egobench.egoplan import EgoPlan
+from datamodules.io.annotations import Tally
 from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions
 from datamodules.toy_world.benchmarks import NEXT, write_benchmarks
 from datamodules.toy_world.questions import BENCHMARK_PROMPTS, phrase
 from datamodules.toy_world.release import SEEDS
 from datamodules.toy_world.scene import COLOURS, KINDS, PRESETS, VERBS, simulate
+from datamodules.video.reader import probe
 
 TAKES = 60
 

@@ -18,20 +18,20 @@ import av
 import numpy as np
 import pytest
 
-from datamodules.annotations import Tally
-from datamodules.build_pairs import build_index, select_clips
-from datamodules.clip_stream import probe
-from datamodules.conversations import ConversationFile, Wording
-from datamodules.ego_exo4d import EgoExo4D
-from datamodules.egoit.egotimeqa import EgoTimeQA
-from datamodules.egoit.record import Record
+from datamodules.ego_exo_clip.build import build_index, select_clips
+from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
+from datamodules.ego_exo_clip.index import PairIndex
+from datamodules.egoit.datamodule import ConversationFile, Wording
+from datamodules.egoit.records import Record
+from datamodules.egoit.sources.egotimeqa import EgoTimeQA
 from datamodules.egoit.templates import LEVELS, Templates
-from datamodules.pair_index import PairIndex
+from datamodules.io.annotations import Tally
 from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions, release
 from datamodules.toy_world.release import SEEDS, Settings, WorldExists, generate
 from datamodules.toy_world.render import ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, SHAKE_M, VERBS, simulate
+from datamodules.video.reader import probe
 
 FPS = 8
 SMALL = Settings(train_takes=2, val_takes=1, initialisation_takes=2, practice_takes=1, benchmark_takes=1, size=32)

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lightning_modules.model.vision_encoder import EncoderConfig, VisionEncoder, hf_clip_sources, tower_sources
+from lightning_modules.model.encoders.base import EncoderConfig, VisionEncoder, hf_clip_sources, tower_sources
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "clip_rename.json"
 CONFIG = EncoderConfig(image_size=28, patch_size=7, width=64, layers=3, heads=2)

@@ -12,11 +12,11 @@ from lightning_modules import (
     LearnerSelfPractice,
     OptimConfig,
 )
+from lightning_modules.model.encoders.base import EncoderConfig
 from lightning_modules.model.exo2ego import NetworkConfig, ProjectorConfig
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.model.lora import LoRAConfig
 from lightning_modules.model.mapping import MapperConfig
-from lightning_modules.model.vision_encoder import EncoderConfig
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 STAGES = {

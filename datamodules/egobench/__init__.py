@@ -13,8 +13,6 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from datamodules.annotations import SourceError, Tally, differences
-from datamodules.conversations import MalformedRecords
 from datamodules.egobench.charades_ego import CharadesEgo
 from datamodules.egobench.egomcq import EgoMCQ
 from datamodules.egobench.egoplan import EgoPlan, EgoPlan2, EgoPlanTest
@@ -25,6 +23,8 @@ from datamodules.egobench.item import Benchmark, Item, Task, Text
 from datamodules.egobench.official import sample
 from datamodules.egobench.qaego4d import QAEgo4DClosed, QAEgo4DOpen
 from datamodules.egobench.vlnqa import VlnQA
+from datamodules.egoit.datamodule import MalformedRecords
+from datamodules.io.annotations import SourceError, Tally, differences
 
 __all__ = ["BENCHMARKS", "Loaded", "load"]
 _CLASSES: tuple[Any, ...] = (

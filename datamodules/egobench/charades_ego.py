@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.annotations import Official, SourceError, Tally, checked, option, read_csv, read_text, text_of
 from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import OfficialFiles, columns
+from datamodules.io.annotations import Official, SourceError, Tally, checked, option, read_csv, read_text, text_of
 
 CLASSES = 157
 _FILES = {"first": "_only1st", "third": "_only3rd", "both": ""}

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datamodules.annotations import Official, SourceError, Tally, checked, number_of, option, read_json, text_of
-from datamodules.ego_exo4d import camera_wearer_text
+from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of, mapping_of, sample, whole_of
+from datamodules.io.annotations import Official, SourceError, Tally, checked, number_of, option, read_json, text_of
 
 _CLIPS, _FAST_OF_A_GROUP = 5, 1000
 

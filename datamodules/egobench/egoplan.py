@@ -18,10 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datamodules.annotations import Official, SourceError, Tally, checked, option, read_json, text_of
 from datamodules.egobench.epic100_mir import video_file
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, whole_of
+from datamodules.io.annotations import Official, SourceError, Tally, checked, option, read_json, text_of
 
 EGO4D_FPS = 30
 WITHOUT_PROGRESS_S = 4.0

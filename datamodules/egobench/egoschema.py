@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.annotations import Official, SourceError, Tally, checked, number_of, option, read_json, text_of
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of, mapping_of
+from datamodules.io.annotations import Official, SourceError, Tally, checked, number_of, option, read_json, text_of
 
 _OPTIONS = [f"option {number}" for number in range(5)]
 

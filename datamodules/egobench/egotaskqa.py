@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.annotations import Official, SourceError, Tally, checked, read_json, text_of
 from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, mapping_of
+from datamodules.io.annotations import Official, SourceError, Tally, checked, read_json, text_of
 
 _INTERVAL = re.compile(r"[^|/\\]+\|(?:fpv|P)\d+\|(\d{1,9})\|(\d{1,9})")
 _YES_NO = frozenset({"yes", "no"})

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datamodules.annotations import Official, SourceError, Tally, checked, option, read_csv, text_of
 from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import OfficialFiles, columns, line_of, whole_of
+from datamodules.io.annotations import Official, SourceError, Tally, checked, option, read_csv, text_of
 
 _CLIPS, _SENTENCES = "EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv"
 _COLUMNS = (

@@ -13,13 +13,13 @@ import torch
 from torch.utils.data import Dataset
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, Exam, Letters, Rank, Request, Row, Say
-from datamodules.clip_stream import ClipDecodeError, ClipReader, segment_midpoints
-from datamodules.clips import ClipConfig
+from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench import Loaded
 from datamodules.egobench.item import Clip, Item
 from datamodules.egobench.official import LETTERS
 from datamodules.egobench.prompts import Prompts
 from datamodules.text import EncodedText, TextEncoder, UnusableText
+from datamodules.video.reader import ClipDecodeError, ClipReader, segment_midpoints
 
 CROSS_CHECK_TOKENS, ANSWER_TOKENS = 8, 32
 LEAST_SHARE = 0.5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from datamodules.annotations import Official, SourceError, Tally
+from datamodules.io.annotations import Official, SourceError, Tally
 
 Task = Literal["choice", "open", "vocabulary", "rank_texts", "rank_clips"]
 """``choice``: which of the item's options. ``open``: a short answer in words. ``vocabulary``: which of the benchmark's

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from datamodules.annotations import Official, SourceError, Tally, find_file, number_of, text_of
 from datamodules.egobench.item import Item, Task, Text
+from datamodules.io.annotations import Official, SourceError, Tally, find_file, number_of, text_of
 
 FAST_ITEMS = 300
 LETTERS = "ABCDEFGHIJ"

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.annotations import SourceError, Tally, checked, number_of, option, read_json, shuffled, text_of
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of
-from datamodules.jsonl import is_text
+from datamodules.io.annotations import SourceError, Tally, checked, number_of, option, read_json, shuffled, text_of
+from datamodules.io.jsonl import is_text
 
 Offsets = Mapping[str, tuple[str, float, float]]
 """Video, start and end in it in seconds, by clip."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
-from datamodules.annotations import Official, SourceError, Tally, checked, option, read_json, text_of
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of
-from datamodules.jsonl import is_text
+from datamodules.io.annotations import Official, SourceError, Tally, checked, option, read_json, text_of
+from datamodules.io.jsonl import is_text
 
 _PROMPT = re.compile(r"\A.*?^Question:(?P<question>.*)^Option:[ ]*\n(?P<options>.*)\Z", re.DOTALL | re.MULTILINE)
 _OPTION = re.compile(r"^([A-Z]):[ ]*(.*\S)", re.MULTILINE)

@@ -10,17 +10,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from datamodules.egoit.export import FORMATS, export
-from datamodules.egoit.leaks import report
-from datamodules.egoit.source import InstructionSource, convert
+from datamodules.egoit.sources.base import InstructionSource, convert
 from datamodules.egoit.templates import FOLDER, LEVELS, Templates
+from datamodules.tools.export import FORMATS, export
+from datamodules.tools.leaks import report
 
 SOURCES = {
-    "egtea": "datamodules.egoit.egtea:Egtea",
-    "ssv2": "datamodules.egoit.ssv2:SomethingSomething",
-    "egotimeqa": "datamodules.egoit.egotimeqa:EgoTimeQA",
-    "openeqa": "datamodules.egoit.openeqa:OpenEQA",
-    "egoexolearn": "datamodules.egoit.egoexolearn:EgoExoLearn",
+    "egtea": "datamodules.egoit.sources.egtea:Egtea",
+    "ssv2": "datamodules.egoit.sources.ssv2:SomethingSomething",
+    "egotimeqa": "datamodules.egoit.sources.egotimeqa:EgoTimeQA",
+    "openeqa": "datamodules.egoit.sources.openeqa:OpenEQA",
+    "egoexolearn": "datamodules.egoit.sources.egoexolearn:EgoExoLearn",
 }
 
 

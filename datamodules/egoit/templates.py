@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.conversations import Turn, Wording
+from datamodules.egoit.datamodule import Turn, Wording
 
 TASKS = ("action", "qa", "mcq", "description")
 LEVELS = {"base": ("base",), "task": ("base", "task"), "task_ego": ("base", "task", "ego")}

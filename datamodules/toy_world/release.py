@@ -32,15 +32,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.build_pairs import build_index, parallel_map, select_clips
-from datamodules.ego_exo4d import EgoExo4D
-from datamodules.egoit.egoexolearn import EgoExoLearn
-from datamodules.egoit.egotimeqa import FPS as QUESTION_FPS
-from datamodules.egoit.egotimeqa import EgoTimeQA
-from datamodules.egoit.egtea import Egtea
-from datamodules.egoit.source import InstructionSource, convert
+from datamodules.ego_exo_clip.build import build_index, parallel_map, select_clips
+from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
+from datamodules.ego_exo_clip.index import Take as NarratedTake
+from datamodules.egoit.sources.base import InstructionSource, convert
+from datamodules.egoit.sources.egoexolearn import EgoExoLearn
+from datamodules.egoit.sources.egotimeqa import FPS as QUESTION_FPS
+from datamodules.egoit.sources.egotimeqa import EgoTimeQA
+from datamodules.egoit.sources.egtea import Egtea
 from datamodules.egoit.templates import Templates
-from datamodules.pair_index import Take as NarratedTake
 from datamodules.toy_world import questions
 from datamodules.toy_world.benchmarks import write_benchmarks
 from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render

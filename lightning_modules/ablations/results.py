@@ -13,8 +13,8 @@ from typing import Any
 from lightning_modules.ablations.figures import draw
 from lightning_modules.ablations.plan import Job, Plan
 from lightning_modules.config import STAGES
-from lightning_modules.handoff import check_handoff
-from lightning_modules.report import SCORES, markdown_table
+from lightning_modules.validation.report import SCORES, markdown_table
+from lightning_modules.weights.handoff import check_handoff
 
 COLUMNS = {**SCORES, "loss": "loss of the true option, nats per token"}
 CLIPS = {

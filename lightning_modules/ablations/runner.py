@@ -17,8 +17,8 @@ from typing import NoReturn
 import yaml
 
 from lightning_modules.ablations.plan import Job
-from lightning_modules.handoff import check_handoff, is_answered
-from lightning_modules.sources import split_source
+from lightning_modules.weights.handoff import check_handoff, is_answered
+from lightning_modules.weights.resolve import split_source
 
 
 class RunsFailed(RuntimeError):

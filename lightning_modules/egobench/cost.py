@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_modules.model.shared_prefix import SharedPrefix
+from lightning_modules.model.prefix_cache import SharedPrefix
 from lightning_modules.plan import PlanConfig
-from lightning_modules.report import markdown_table
-from lightning_modules.stage import Stage
+from lightning_modules.stages.base import Stage
+from lightning_modules.validation.report import markdown_table
 
 LEAD_TOKENS = 40
 """Of a system text and an instruction."""

@@ -30,7 +30,7 @@ from datamodules.batch import Exam
 from datamodules.egobench.exam import Exams
 from lightning_modules.egobench.metrics import option_log_p
 from lightning_modules.egobench.rows import Answer, header, item_row, text_rows
-from lightning_modules.stage import Stage
+from lightning_modules.stages.base import Stage
 
 Places = Mapping[str, Mapping[int, tuple[Path, int]]]
 """File and place in it of the answer about each clip of an item."""

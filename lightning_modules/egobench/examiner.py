@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.batch import Exam, Letters, Rank, Request, Row
 from lightning_modules.model.language_model import LanguageModel
-from lightning_modules.model.shared_prefix import SharedPrefix
+from lightning_modules.model.prefix_cache import SharedPrefix
 
 DIGITS = 6
 """Decimals of a log-probability that are kept; every metric is computed from these."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from datamodules.jsonl import read_jsonl, require
+from datamodules.io.jsonl import read_jsonl, require
 from lightning_modules.egobench.metrics import Estimate, binomial_error
 from lightning_modules.egobench.scores import Header, Placed, Score
 

@@ -9,11 +9,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from datamodules.jsonl import read_jsonl
+from datamodules.io.jsonl import read_jsonl
 from lightning_modules.egobench.judge import JudgeConfig, judge
 from lightning_modules.egobench.published import AVERAGED, MARKS, PAPER, Reported
 from lightning_modules.egobench.scores import Header, Placed, Score, score_placed
-from lightning_modules.report import markdown_table
+from lightning_modules.validation.report import markdown_table
 
 AVERAGE = ("average", "mean of the ten")
 SUMMARY = re.compile(r"(accuracy|map|ndcg)(_likelihood)?|accuracy/int(er|ra)|asked|em|rougeL|judge_.*")

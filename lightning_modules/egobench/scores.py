@@ -53,7 +53,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
-from datamodules.jsonl import is_text, require
+from datamodules.io.jsonl import is_text, require
 from lightning_modules.egobench.metrics import (
     ChoiceAccuracy,
     ClassAveragePrecision,

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_modules.model.encoders.base import EncoderConfig, VisionEncoder
 from lightning_modules.model.language_model import LanguageModel, LanguageModelConfig
 from lightning_modules.model.lora import LoRAConfig, add_lora
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 from lightning_modules.model.projector import STCConnector, stc_tokens
-from lightning_modules.model.vision_encoder import EncoderConfig, VisionEncoder
 
 PARTS = (
     "exo_encoder",

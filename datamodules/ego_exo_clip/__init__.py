@@ -1,0 +1,1 @@
+"""Ego-ExoClip: synchronized clip-text pairs."""

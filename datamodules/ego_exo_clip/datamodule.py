@@ -1,0 +1,231 @@
+"""Ego-ExoClip: synchronised ego-exo clips with a narration each, out of an index of pairs (stages 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.batch import IGNORE_INDEX
+from datamodules.clips.dataset import NOTHING_TO_LEARN, VIEWS, ClipConfig, ClipDataModule, ClipTextDataset, Span
+from datamodules.ego_exo_clip.index import PairIndex, read_header
+from datamodules.text import EncodedText, TextEncoder
+
+ExoPolicy = Literal["all", "best", "random"]
+
+
+@dataclass(frozen=True)
+class NarrationConfig:
+    """How much of the paired video has its narration used; the other pairs are seen and supervise no text.
+
+    Which takes are narrated is drawn from the data's seed, and a smaller fraction's are among a larger one's.
+
+    Attributes:
+        ego_text_fraction: share of the takes that are narrated, one at least.
+        unnarrated_ratio: how many of the other takes are used for each narrated one; null for all of them.
+        share: share of each epoch's samples that are narrated, reached by repeating or leaving out narrated ones (every
+            sample without narration comes once); null takes every sample once.
+    """
+
+    ego_text_fraction: float = 1.0
+    unnarrated_ratio: float | None = None
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not 0 < self.ego_text_fraction <= 1:
+            raise ValueError(f"data.narration.ego_text_fraction: got {self.ego_text_fraction}, allowed: above 0 to 1")
+        ratio = self.unnarrated_ratio
+        if ratio is not None and ratio < 0:
+            raise ValueError(f"data.narration.unnarrated_ratio: got {ratio}, allowed: 0 or more, or null")
+        if self.share is not None and not 0 < self.share < 1:
+            raise ValueError(f"data.narration.share: got {self.share}, allowed: between 0 and 1, or null")
+
+    def draw(self, takes: int, seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which of ``takes`` takes are narrated, and which are used at all: bool [takes] each."""
+        order = np.random.default_rng([seed, 7]).permutation(takes)
+        narrated = max(1, round(self.ego_text_fraction * takes))
+        others = takes if self.unnarrated_ratio is None else round(self.unnarrated_ratio * narrated)
+        place = np.argsort(order)
+        return place < narrated, place < narrated + others
+
+
+class EgoExoClipDataset(ClipTextDataset):
+    """Pairs of one narration's egocentric clip and one of its exocentric clips.
+
+    Everything about a million pairs lies in a few arrays that worker processes share (``PairIndex``); nothing is kept
+    for a pair itself, its number gives its narration and its view.
+
+    Args:
+        pairs: the index.
+        root: folder that its paths are relative to.
+        views: which views to decode.
+        exo_policy: ``all``: a sample for each exocentric view; ``best``: one, the annotated best view; ``random``: one,
+            drawn anew each epoch.
+        instruction: question put before the caption; None trains on the bare caption.
+        seed: of the random view.
+        clips: frames of a clip.
+        encoder: text to tokens.
+        narration: which pairs are used, and which of them with their narration.
+
+    Raises:
+        ValueError: ``exo_policy`` is none of the three.
+    """
+
+    def __init__(
+        self,
+        pairs: PairIndex,
+        root: Path,
+        views: Sequence[str],
+        exo_policy: ExoPolicy,
+        instruction: str | None,
+        seed: int,
+        clips: ClipConfig,
+        encoder: TextEncoder,
+        narration: NarrationConfig = NarrationConfig(),
+    ) -> None:
+        super().__init__(clips, encoder)
+        if exo_policy not in ("all", "best", "random"):
+            raise ValueError(f"data.exo_policy: got {exo_policy!r}, allowed: all, best, random")
+        self.pairs, self.root, self.views = pairs, root, views
+        self.exo_policy, self.instruction, self.seed = exo_policy, instruction, seed
+        self._prompt: list[int] | None = None
+        counts = pairs.num_exos() if exo_policy == "all" else np.ones(len(pairs), dtype=np.int64)
+        self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # of each narration
+        self.narration = narration
+        self.narrated, used = narration.draw(len(pairs.first_view) - 1, seed)
+        of_take = self.groups()
+        narrated = self.narrated[of_take]
+        self.with_text = np.flatnonzero(narrated)
+        self.without_text = np.flatnonzero(used[of_take] & ~narrated)
+
+    def __len__(self) -> int:
+        """Number of pairs."""
+        return int(self.first_pair[-1])
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of an epoch."""
+        return self._narrated_length() + len(self.without_text)
+
+    def epoch_samples(self, epoch: int) -> NDArray[np.int64]:
+        """Every pair without narration, and as many narrated ones as are to come with them."""
+        length, pairs = self._narrated_length(), self.with_text
+        if length != len(pairs):
+            rng = np.random.default_rng([self.seed, epoch, 8])
+            pairs = np.concatenate([rng.permutation(pairs) for _ in range(0, length, len(pairs))])[:length]
+        return np.sort(np.concatenate([pairs, self.without_text]))
+
+    def _narrated_length(self) -> int:
+        share = self.narration.share
+        if share is None or not len(self.without_text):
+            return len(self.with_text)
+        return max(1, round(len(self.without_text) * share / (1 - share)))
+
+    def name(self, index: int) -> str:
+        """Take, annotator and narration."""
+        return self.pairs.clip_ids[self._clip(index)]
+
+    def groups(self) -> NDArray[np.int32]:
+        """The take of every pair, int32 [len], ascending: samples of one take read the same files."""
+        return np.repeat(self.pairs.clip_groups, np.diff(self.first_pair))
+
+    def span(self, index: int, epoch: int) -> Span:
+        """Both views over the same seconds of the take."""
+        pairs, clip = self.pairs, self._clip(index)
+        ego, end = (int(pairs.first_view[pairs.clip_groups[clip] + more]) for more in (0, 1))
+        if self.exo_policy == "all":
+            exo = ego + 1 + index - int(self.first_pair[clip])
+        elif self.exo_policy == "best":
+            exo = int(pairs.best_views[clip])
+        else:
+            exo = ego + 1 + int(np.random.default_rng([self.seed, epoch, index]).integers(end - ego - 1))
+        chosen = {view: {"ego": ego, "exo": exo}[view] for view in self.views}
+        return Span(
+            {view: self.root / pairs.view_paths[number] for view, number in chosen.items()},
+            float(pairs.start_s[clip]),
+            float(pairs.end_s[clip]),
+            {view: float(pairs.view_offsets_s[number]) for view, number in chosen.items()},
+        )
+
+    def text(self, index: int, epoch: int) -> EncodedText:
+        """The narration, the wearer spelled out; nothing to learn where it is not used."""
+        clip = self._clip(index)
+        if not self.narrated[self.pairs.clip_groups[clip]]:
+            return NOTHING_TO_LEARN
+        return self._encoded_caption(self.pairs.texts[clip])
+
+    @property
+    def prompt(self) -> list[int]:
+        """Tokens before every caption."""
+        if self._prompt is None:
+            row = self._encoded_caption("?")
+            self._prompt = row.input_ids[: next(n for n, y in enumerate(row.labels) if y != IGNORE_INDEX)]
+        return self._prompt
+
+    def _encoded_caption(self, caption: str) -> EncodedText:
+        if self.instruction is None:
+            return self.encoder.plain(caption)
+        return self.encoder.conversation([(self.instruction, caption)])
+
+    def _clip(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return int(np.searchsorted(self.first_pair, index, side="right")) - 1
+
+
+class EgoExoClipDataModule(ClipDataModule):
+    """Clip-text pairs of an index of synchronised recordings, such as one of an Ego-Exo4D release.
+
+    Args:
+        index: folder written by ``python -m datamodules.ego_exo_clip.build``; fixes the narrations and their seconds.
+        views: views that the stage looks at, ``ego`` and ``exo``.
+        exo_policy: which exocentric views of a narration become samples, see ``EgoExoClipDataset``.
+        instruction: question put before every caption; null trains on bare captions.
+        narration: how much of the paired video has its narration used.
+        **shared: see ``ClipDataModule``; ``root`` is the folder that the index's paths are relative to.
+
+    Raises:
+        ValueError: there is no index, or no view.
+    """
+
+    def __init__(
+        self,
+        index: str,
+        views: list[Literal["ego", "exo"]],
+        exo_policy: ExoPolicy = "all",
+        instruction: str | None = None,
+        narration: NarrationConfig = NarrationConfig(),
+        **shared: Any,
+    ) -> None:
+        super().__init__(**shared)
+        if not views:
+            raise ValueError(f"data.views: got none, allowed: {', '.join(VIEWS)}")
+        self.index = Path(index)
+        try:
+            read_header(self.index)
+        except ValueError as error:
+            raise ValueError(f"data.index: {error}") from None
+        self.views, self.exo_policy, self.instruction, self.narration = views, exo_policy, instruction, narration
+
+    def read(self) -> EgoExoClipDataset:
+        """Read the index; no video is opened."""
+        return EgoExoClipDataset(
+            PairIndex.read(self.index),
+            self.root,
+            self.views,
+            self.exo_policy,
+            self.instruction,
+            self.seed,
+            self.clips,
+            self.encoder,
+            self.narration,
+        )
+
+    def annotation_files(self) -> list[Path]:
+        """Takes and narrated clips of the index."""
+        return [self.index / "groups.jsonl", self.index / "clips.jsonl"]

@@ -1,0 +1,492 @@
+"""The index of synchronised pairs: what a data set must say to become one, and how it is written and read.
+
+An index is a folder of three files; ``python -m datamodules.ego_exo_clip.build`` makes it, any program or person may::
+
+    groups.jsonl   a line per recording, a "take": group_id, split, fps, num_frames and duration (seconds) of the
+                   shortest stream, scenario, task, best_exo (a camera), frame_offset, and views:
+                   {"ego": view, "exo": [view, ...]} with view = {path, cam, width, height};
+                   paths are relative to the data root, sizes in pixels
+    clips.jsonl    a line per narration: clip_id, group_id, annotator, t (the narrated instant), start, end, text,
+                   raw_text, subject, ego_visible, unsure, best_exo (a camera); seconds from the start of the take
+    index.json     schema_version, groups and clips (lines of the two files), and how they came about: source,
+                   options, alpha, funnel, pairs, sha256
+
+Unknown values are null. ``frame_offset`` maps a camera to the frames by which its file lags: frame n of the take is
+frame n + offset of the file; cameras it does not name lag by 0. It may be edited by hand.
+
+``index.json`` is removed first and written last, so a folder that has it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.io.jsonl import read_jsonl, require, seconds
+
+SCHEMA_VERSION = 1
+
+
+class SourceError(ValueError):
+    """A data set that cannot be read; one line that names the file, the field and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One camera of a take: its name and its video, relative to the data root; size in pixels where it is known."""
+
+    cam: str
+    path: str
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One take: cameras that ran together, frame n of each showing the same instant.
+
+    Attributes:
+        group_id: unique in its data set.
+        egos: egocentric views, best first; the first whose video is usable is taken.
+        exos: exocentric views, in the order they are numbered by.
+        duration_s: seconds; narrations after it are left out.
+        fps: frames per second of the videos.
+        scenario, task: what is going on, in general and in particular.
+        best_exo: name of the camera that shows most.
+        frame_offset: by how many frames a camera's file lags; see the index format.
+        validated: somebody checked that the cameras are synchronised.
+    """
+
+    group_id: str
+    egos: tuple[View, ...]
+    exos: tuple[View, ...]
+    duration_s: float
+    fps: float
+    scenario: str | None = None
+    task: str | None = None
+    best_exo: str | None = None
+    frame_offset: Mapping[str, int] = field(default_factory=dict)
+    validated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Narration:
+    """What one annotator said about one instant, or about a span, of a take.
+
+    Attributes:
+        clip_id: unique in its data set, and independent of any filter.
+        annotator: narrations of one annotator and take together decide how long their clips are.
+        time_s: the instant in seconds from the start of the take; the middle of a span.
+        text: as it is trained on; None leaves the narration out.
+        raw_text: as annotated.
+        span_s: start and end where they were annotated; None cuts the clip by the EgoVLP rule.
+        subject: who acts, such as ``C`` for the wearer.
+        ego_visible: the wearer's camera sees it.
+        unsure: the annotator doubted what was named.
+        best_exo: name of the camera that shows it best.
+    """
+
+    clip_id: str
+    annotator: str
+    time_s: float
+    text: str | None
+    raw_text: str
+    span_s: tuple[float, float] | None = None
+    subject: str | None = None
+    ego_visible: bool = True
+    unsure: bool = False
+    best_exo: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NarratedClip:
+    """A narration and the seconds of its take that it is trained with."""
+
+    narration: Narration
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """A group with a single egocentric view, all of whose views are usable, and its clips in order of time."""
+
+    group: Group
+    clips: tuple[NarratedClip, ...]
+
+
+class Funnel:
+    """How many there were before and after each filter, in the order in which the filters were met."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], list[int]] = {}
+
+    def keep(self, unit: str, criterion: str, kept: bool) -> bool:
+        """Count one ``unit`` (such as "takes") that is kept if it meets the criterion; returns ``kept``."""
+        counts = self._counts.setdefault((unit, criterion), [0, 0])
+        counts[0] += 1
+        counts[1] += kept
+        return kept
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each filter, those of one unit together: of, filter, in, out."""
+        units = dict.fromkeys(unit for unit, _ in self._counts)
+        return [
+            {"of": unit, "filter": criterion, "in": before, "out": after}
+            for unit in units
+            for (of, criterion), (before, after) in self._counts.items()
+            if of == unit
+        ]
+
+
+class PairSource(Protocol):
+    """A data set of synchronised pairs; to add one, write a class like this and give it to ``build_index``."""
+
+    @property
+    def root(self) -> Path:
+        """The data root that paths of views are relative to."""
+
+    @property
+    def split(self) -> str:
+        """Part of the data set, such as "train"."""
+
+    @property
+    def description(self) -> Mapping[str, Any]:
+        """What was read, for ``index.json``: the data set's name, the split and other choices, but no folders."""
+
+    def read(self, funnel: Funnel) -> Iterator[tuple[Group, list[Narration]]]:
+        """Every take of the split with what was said about it; no video is looked at.
+
+        Whatever is left out is counted: ``if not funnel.keep("takes", "in the split", condition): continue``.
+
+        Raises:
+            SourceError: a file or a field is missing or wrong.
+        """
+
+
+def write_index(folder: Path, takes: Iterable[Take], split: str, header: Mapping[str, Any]) -> dict[str, Any]:
+    """Write an index; interrupted at any moment, it leaves a folder without ``index.json`` or a whole index.
+
+    Args:
+        folder: made if missing; other files in it are left alone.
+        takes: in the order of the index.
+        split: of all takes.
+        header: further members of ``index.json``.
+
+    Returns:
+        What ``index.json`` holds.
+
+    Raises:
+        SourceError: two takes have one group_id.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.json").unlink(missing_ok=True)
+    counts = {"groups": 0, "clips": 0, "pairs": 0}
+    seen: set[str] = set()
+    with _Output(folder / "groups.jsonl") as groups, _Output(folder / "clips.jsonl") as clips:
+        for take in takes:
+            if take.group.group_id in seen:
+                raise SourceError(f"group_id {take.group.group_id!r} is given twice; each take needs its own")
+            seen.add(take.group.group_id)
+            groups.write_line(_group_record(take.group, split))
+            for clip in take.clips:
+                clips.write_line(_clip_record(clip, take.group.group_id))
+            counts["groups"] += 1
+            counts["clips"] += len(take.clips)
+            counts["pairs"] += len(take.clips) * len(take.group.exos)
+    whole = {"schema_version": SCHEMA_VERSION, **header, **counts}
+    whole["sha256"] = {output.path.name: output.digest.hexdigest() for output in (groups, clips)}
+    with _Output(folder / "index.json") as index:
+        index.write(json.dumps(whole, indent=1) + "\n")
+    return whole
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """``index.json`` of a whole index.
+
+    Raises:
+        ValueError: there is none, or it cannot be used; names the command that builds it.
+    """
+    file = folder / "index.json"
+    build = "`make ego-exoclip EGOEXO4D=<release folder>` builds it, `make data` that of the generated world"
+    if not file.is_file():
+        raise ValueError(f"no index in {folder} (index.json is missing): {build}")
+    try:
+        header = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: malformed JSON ({error}): {build}") from None
+    version = header.get("schema_version") if isinstance(header, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}: {build} anew")
+    return dict(header)
+
+
+class Strings:
+    """Many strings without an object for each: their bytes in one array, and where each begins.
+
+    Counting references to a million objects would make every worker process copy them.
+    """
+
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        self._bytes, self._starts = bytearray(), array("q", [0])
+        for value in values:
+            self.append(value)
+
+    def append(self, value: str) -> None:
+        """Add one at the end."""
+        self._bytes += value.encode()
+        self._starts.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> str:
+        """One of them, by a number from 0."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._bytes[self._starts[index] : self._starts[index + 1]].decode()
+
+
+@dataclass(frozen=True)
+class PairIndex:
+    """An index in memory: about 170 bytes a narration, all in a few arrays.
+
+    Letters: ``G`` takes, ``V`` views, ``C`` narrated clips. Views are numbered through all takes, within a take the
+    egocentric one first.
+
+    Attributes:
+        first_view: int64 [G + 1], views of take g are those from ``first_view[g]`` to ``first_view[g + 1]``.
+        view_paths: [V], relative to the data root.
+        view_offsets_s: float64 [V], seconds of the take at which the view's file begins.
+        clip_ids, texts: [C].
+        clip_groups: int32 [C], the take.
+        start_s, end_s: float64 [C], inside every file of the take, offsets included.
+        best_views: int32 [C], the narration's best exocentric view, else its take's, else the first.
+    """
+
+    first_view: NDArray[np.int64]
+    view_paths: Strings
+    view_offsets_s: NDArray[np.float64]
+    clip_ids: Strings
+    texts: Strings
+    clip_groups: NDArray[np.int32]
+    start_s: NDArray[np.float64]
+    end_s: NDArray[np.float64]
+    best_views: NDArray[np.int32]
+
+    @classmethod
+    def read(cls, folder: Path) -> PairIndex:
+        """Read and check an index; clips that an offset moves out of a file are moved back in.
+
+        Raises:
+            ValueError: there is no whole index in the folder, or a line is wrong; names file, line and field.
+        """
+        header = read_header(folder)
+        groups = _read_groups(folder / "groups.jsonl")
+        clip_ids, texts = Strings(), Strings()
+        clip_groups, best_views = array("i"), array("i")
+        start_s, end_s = array("d"), array("d")
+        for where, record in read_jsonl(folder / "clips.jsonl"):
+            group_id = require(record, "group_id", where)
+            if group_id not in groups.numbers:
+                raise ValueError(
+                    f"{where}: field 'group_id' is {group_id!r}, which groups.jsonl lacks: mend either file"
+                )
+            start, end = seconds(record, "start", where), seconds(record, "end", where)
+            if not 0 <= start < end < float("inf"):
+                raise ValueError(f"{where}: start {start} and end {end}: expected 0 <= start < end, in seconds")
+            clip_ids.append(_text(record, "clip_id", where))
+            texts.append(_text(record, "text", where))
+            group = groups.numbers[group_id]
+            clip_groups.append(group)
+            start_s.append(start)
+            end_s.append(end)
+            best_views.append(groups.best_view(group, record.get("best_exo")))
+        for name, count in (("groups", len(groups.numbers)), ("clips", len(clip_ids))):
+            if header.get(name) != count:
+                raise ValueError(
+                    f"{folder / name}.jsonl: {count} lines, but index.json says {name}: {header.get(name)}: copy or "
+                    "build the index again, or correct the number if you edited the file"
+                )
+        index = cls(
+            first_view=np.array(groups.first_view),
+            view_paths=groups.paths,
+            view_offsets_s=np.array(groups.offsets_s),
+            clip_ids=clip_ids,
+            texts=texts,
+            clip_groups=np.array(clip_groups, dtype=np.int32),
+            start_s=np.array(start_s),
+            end_s=np.array(end_s),
+            best_views=np.array(best_views, dtype=np.int32),
+        )
+        index._move_inside(np.array(groups.durations_s), 1 / np.array(groups.fps))
+        return index
+
+    def __len__(self) -> int:
+        """Number of narrated clips."""
+        return len(self.clip_ids)
+
+    def num_exos(self) -> NDArray[np.int64]:
+        """Exocentric views of each clip's take, int64 [C]."""
+        return (np.diff(self.first_view) - 1)[self.clip_groups]
+
+    def _move_inside(self, durations_s: NDArray[np.float64], frames_s: NDArray[np.float64]) -> None:
+        """Keep clips of takes with offsets inside all files, one frame at least."""
+        if not len(self) or not self.view_offsets_s.any():
+            return
+        latest_s = np.maximum.reduceat(self.view_offsets_s, self.first_view[:-1])
+        earliest_s = np.minimum.reduceat(self.view_offsets_s, self.first_view[:-1])
+        of = self.clip_groups
+        low, high, frame_s = np.maximum(latest_s, 0)[of], (durations_s + np.minimum(earliest_s, 0))[of], frames_s[of]
+        moved = (latest_s != 0)[of] | (earliest_s != 0)[of]
+        start_s = np.clip(self.start_s, low, high - frame_s)
+        np.copyto(self.start_s, start_s, where=moved)
+        np.copyto(self.end_s, np.clip(self.end_s, start_s + frame_s, high), where=moved)
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Columns of ``groups.jsonl`` while it is read."""
+
+    numbers: dict[str, int] = field(default_factory=dict)
+    first_view: array[int] = field(default_factory=lambda: array("q", [0]))
+    paths: Strings = field(default_factory=Strings)
+    offsets_s: array[float] = field(default_factory=lambda: array("d"))
+    durations_s: array[float] = field(default_factory=lambda: array("d"))
+    fps: array[float] = field(default_factory=lambda: array("d"))
+    exo_views: list[dict[str, int]] = field(default_factory=list)  # camera to number of the view
+    best: list[str | None] = field(default_factory=list)
+
+    def best_view(self, group: int, camera: str | None) -> int:
+        views = self.exo_views[group]
+        for name in (camera, self.best[group]):
+            if name in views:
+                return views[name]
+        return next(iter(views.values()))
+
+
+def _read_groups(file: Path) -> _Groups:
+    groups = _Groups()
+    for where, record in read_jsonl(file):
+        group_id = _text(record, "group_id", where)
+        if groups.numbers.setdefault(group_id, len(groups.numbers)) != len(groups.fps):
+            raise ValueError(f"{where}: field 'group_id' is {group_id!r} a second time: name every take differently")
+        fps, duration_s = seconds(record, "fps", where), seconds(record, "duration", where)
+        if not (0 < fps < float("inf") and 0 < duration_s < float("inf")):
+            raise ValueError(f"{where}: fps {fps} and duration {duration_s}: both must be above 0")
+        views = require(record, "views", where)
+        ego, exos = (views.get("ego"), views.get("exo")) if isinstance(views, dict) else (None, None)
+        if not isinstance(ego, dict) or not isinstance(exos, list) or not exos:
+            raise ValueError(f'{where}: field \'views\' must be {{"ego": view, "exo": [view, ...]}} with an exo view')
+        numbers: dict[str, int] = {}
+        for view in (ego, *exos):
+            if not isinstance(view, dict):
+                raise ValueError(f"{where}: a view is {view!r}, expected an object with path and cam")
+            numbers[_text(view, "cam", where)] = len(groups.paths)
+            groups.paths.append(_text(view, "path", where))
+        if len(numbers) != 1 + len(exos):
+            raise ValueError(f"{where}: field 'views' names a cam twice: name every camera of a take differently")
+        offsets = _frame_offset(record, numbers, where)
+        groups.offsets_s.extend(-offsets.get(camera, 0) / fps for camera in numbers)
+        frames = [0, *offsets.values()]
+        if duration_s * fps - (max(frames) - min(frames)) < 1:
+            raise ValueError(f"{where}: field 'frame_offset' leaves no frame of the take: correct it")
+        groups.first_view.append(len(groups.paths))
+        groups.durations_s.append(duration_s)
+        groups.fps.append(fps)
+        del numbers[ego["cam"]]
+        groups.exo_views.append(numbers)
+        groups.best.append(record.get("best_exo"))
+    return groups
+
+
+def _frame_offset(record: dict[str, Any], cameras: Mapping[str, int], where: str) -> dict[str, int]:
+    offsets = record.get("frame_offset") or {}
+    if not isinstance(offsets, dict) or not all(isinstance(frames, int) for frames in offsets.values()):
+        raise ValueError(
+            f"{where}: field 'frame_offset' is {offsets!r}, expected whole frames for a camera, by its name"
+        )
+    unknown = sorted(set(offsets) - set(cameras))
+    if unknown:
+        raise ValueError(f"{where}: field 'frame_offset' names {', '.join(unknown)}, allowed: {', '.join(cameras)}")
+    return offsets
+
+
+def _text(record: dict[str, Any], name: str, where: str) -> str:
+    value = require(record, name, where)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{where}: field {name!r} is {value!r}, expected text")
+    return value
+
+
+def _group_record(group: Group, split: str) -> dict[str, Any]:
+    ego, exos = asdict(group.egos[0]), [asdict(view) for view in group.exos]
+    return {
+        "group_id": group.group_id,
+        "split": split,
+        "fps": group.fps,
+        "num_frames": round(group.duration_s * group.fps),
+        "duration": group.duration_s,
+        "scenario": group.scenario,
+        "task": group.task,
+        "best_exo": group.best_exo,
+        "frame_offset": dict(group.frame_offset),
+        "views": {"ego": ego, "exo": exos},
+    }
+
+
+def _clip_record(clip: NarratedClip, group_id: str) -> dict[str, Any]:
+    said = clip.narration
+    return {
+        "clip_id": said.clip_id,
+        "group_id": group_id,
+        "annotator": said.annotator,
+        "t": said.time_s,
+        "start": clip.start_s,
+        "end": clip.end_s,
+        "text": said.text,
+        "raw_text": said.raw_text,
+        "subject": said.subject,
+        "ego_visible": said.ego_visible,
+        "unsure": said.unsure,
+        "best_exo": said.best_exo,
+    }
+
+
+class _Output:
+    """A file that takes its name once it is complete and on disk, and knows its SHA-256."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.digest = path, hashlib.sha256()
+        self._partial = path.with_name(f"{path.name}.partial")
+
+    def __enter__(self) -> _Output:
+        self._file = self._partial.open("wb")
+        return self
+
+    def write_line(self, record: Mapping[str, Any]) -> None:
+        self.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def write(self, text: str) -> None:
+        data = text.encode()
+        self.digest.update(data)
+        self._file.write(data)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if kind is None:
+            os.replace(self._partial, self.path)
+        else:
+            self._partial.unlink()

@@ -1,0 +1,1 @@
+"""The sources of EgoIT, one file each."""

@@ -1,0 +1,251 @@
+"""EgoExoLearn: what the wearer does, in kitchens and laboratories, described for seconds of long videos.
+
+Read below the root, or in its ``annotations``. A part of the data set becomes a file of its own, since windows and
+whole videos do not go into one:
+
+``fine``: ``fine_annotation_trainval_en.csv`` or ``fine_annotation_trainvaltest_en.csv``, a sentence for a few seconds,
+in three texts; ``annotation_id`` in the released header is the ``annotation_uid`` of its README, both are read.
+``coarse``: ``coarse_annotations.tar.gz``, steps of a longer span.
+``mcq`` and ``qa``: the files ``*_mcq.jsonl`` and ``*_qa.jsonl``, also in ``Video_QA``, about whole videos.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datamodules.egoit.datamodule import VIDEO_TAG, Wording
+from datamodules.egoit.records import Record
+from datamodules.egoit.sources.base import MIN_WINDOW_S, grown
+from datamodules.io.annotations import Official, SourceError, Tally, checked, number_of, option, read_csv, text_of
+from datamodules.io.jsonl import read_records
+
+TEXTS = {
+    "no_hand": ("narration_en_no_hand_prompt", ""),
+    "hand": ("narration_en_hand_prompt", "Say which hand does what."),
+    "raw": ("narration_en", "Write it as an instruction to somebody who is to do the same, and name the hand to use."),
+}
+"""Columns, and what has to be asked for so that a text of that kind can be foreseen."""
+_STEPS = "If there are several steps, number them and give each a line."
+_SUBSETS, _VIEWS = ("train", "val", "test"), ("ego", "exo")
+_COLUMNS = ("video_uid", "subset", "view", "start_sec", "end_sec")
+_EGO_ROWS = {"train": Official(34_584, False), "val": Official(7_701, False), "test": Official(18_244)}
+_OPTION = re.compile(r"^\(([A-Z])\) *(.*)$")
+_REQUEST = re.compile(r"^Answer with the option's letter.*$")
+
+
+@dataclass(frozen=True)
+class EgoExoLearn:
+    """Descriptions or questions; a video's rows are spread over the splits, so its splits share videos."""
+
+    root: Path
+    part: str = option("fine", "part of the data set", ("fine", "coarse", "mcq", "qa"))
+    splits: tuple[str, ...] = option(
+        ("train",), "splits of the fine part; the authors ask not to train on test", _SUBSETS
+    )
+    text: str = option("no_hand", "which of the three texts of the fine part", tuple(TEXTS))
+    views: tuple[str, ...] = option(("ego",), "views of the fine part", _VIEWS)
+    videos: str = option("egoexolearn", "folder below the data root that holds <video>.mp4")
+
+    name: ClassVar[str] = "egoexolearn"
+
+    def official(self) -> dict[str, Official]:
+        """Numbers of the part; rows of train and val at least those that carry verbs and nouns."""
+        if self.part == "fine":
+            return {f"ego rows of {split}": _EGO_ROWS[split] for split in self.splits if split in _EGO_ROWS}
+        if self.part == "coarse":
+            return {"videos": Official(316), "segments": Official(6691)}
+        return {"rows": Official(6832), "videos": Official(707)} if self.part == "mcq" else {}
+
+    def read(self, tally: Tally) -> Iterator[Record | SourceError]:
+        """A record for each row of the part."""
+        return {"fine": self._fine, "coarse": self._coarse, "mcq": self._asked, "qa": self._asked}[self.part](tally)
+
+    def _find(self, *names: str) -> Path:
+        folders = ("", "annotations/", "Video_QA/", "annotations/Video_QA/")
+        found = sorted(file for folder in folders for name in names for file in self.root.glob(f"{folder}{name}"))
+        if not found:
+            raise SourceError(f"{self.root}: holds no {' or '.join(names)}: put EgoExoLearn's annotations there")
+        return found[0]
+
+    def _record(
+        self,
+        key: str,
+        video: str,
+        wording: Wording,
+        split: str,
+        where: str,
+        window: tuple[float, float] | None = None,
+        duration_s: float = -1.0,
+    ) -> Record:
+        return Record(key, f"{self.videos}/{video}.mp4", wording, split, video, window, duration_s, where)
+
+    # ------------------------------------------------------------------------------------------------------- fine
+
+    def _fine(self, tally: Tally) -> Iterator[Record | SourceError]:
+        names = [f"fine_annotation_{which}_en.csv" for which in ("trainval", "trainvaltest")]
+        file = self._find(*reversed(names) if "test" in self.splits else names)
+        column, _ = TEXTS[self.text]
+        rows = list(read_fine(file, column))
+        ends_s: dict[str, float] = defaultdict(float)
+        for where, fine in rows:
+            end_s = fine if isinstance(fine, SourceError) else checked(number_of, fine, "end_sec", where)
+            if not isinstance(fine, SourceError) and not isinstance(end_s, SourceError):
+                ends_s[fine["video_uid"].strip()] = max(ends_s[fine["video_uid"].strip()], end_s)
+        for where, fine in rows:
+            if isinstance(fine, SourceError):
+                yield fine
+                continue
+            tally.add(f"{fine['view']} rows of {fine['subset']}")
+            if fine["subset"] in self.splits and fine["view"] in self.views:
+                yield checked(self._narrated, fine, ends_s, where)
+
+    def _narrated(self, fine: Mapping[str, str], ends_s: Mapping[str, float], where: str) -> Record:
+        column, request = TEXTS[self.text]
+        start_s, end_s = number_of(fine, "start_sec", where), number_of(fine, "end_sec", where)
+        if not 0 <= start_s < end_s:
+            raise SourceError(f"{where}: 'start_sec' and 'end_sec' are {start_s} and {end_s}: correct them")
+        video = text_of(fine, "video_uid", where)
+        window = grown(start_s, end_s, MIN_WINDOW_S, ends_s[video])
+        wording = Wording("description", self.name, request, (), text_of(fine, column, where))
+        return self._record(text_of(fine, "annotation_uid", where), video, wording, fine["subset"], where, window)
+
+    # ----------------------------------------------------------------------------------------------------- coarse
+
+    def _coarse(self, tally: Tally) -> Iterator[Record | SourceError]:
+        file = self._find("coarse_annotations.tar.gz")
+        for name, content in _unpacked(file):
+            video, where = Path(name).stem, f"{file} {name}"
+            tally.add("videos")
+            segments = checked(_segments, content, where)
+            if isinstance(segments, SourceError):
+                yield segments
+                continue
+            for number, segment in enumerate(segments, 1):
+                tally.add("segments")
+                if isinstance(segment, dict) and segment.get("start") == segment.get("end") is not None:
+                    tally.add("segments of no length, left out")  # the released archive has two
+                    continue
+                yield checked(self._segment, segment, video, f"{where} entry {number}")
+
+    def _segment(self, segment: Any, video: str, where: str) -> Record:
+        start_s, end_s = number_of(segment, "start", where), number_of(segment, "end", where)
+        duration_s = number_of(segment, "duration", where)
+        if not 0 <= start_s < min(end_s, duration_s):
+            raise SourceError(f"{where}: from {start_s} to {end_s} s of a video of {duration_s} s: correct it")
+        window = grown(start_s, min(end_s, duration_s), MIN_WINDOW_S, duration_s)
+        wording = Wording("description", self.name, _STEPS, (), _text(segment, where))
+        key = f"{video}/{text_of(segment, 'id', where)}"
+        return self._record(key, video, wording, "coarse", where, window, duration_s)
+
+    # -------------------------------------------------------------------------------------------------- questions
+
+    def _asked(self, tally: Tally) -> Iterator[Record | SourceError]:
+        for where, entry in read_records(self._find(f"*_{self.part}.jsonl")):
+            tally.add("rows")
+            if isinstance(entry, ValueError):
+                yield SourceError(str(entry))
+                continue
+            record = checked(self._question, entry, tally, where)
+            if isinstance(record, Record):
+                tally.distinct("videos", record.video_uid)
+            yield record
+
+    def _question(self, entry: dict[str, Any], tally: Tally, where: str) -> Record:
+        try:
+            asked, answered = (turn["value"] for turn in entry["conversations"])
+            video = Path(entry["image"]["video"]).stem
+        except (KeyError, TypeError, ValueError):
+            raise SourceError(f"{where}: expected a question, an answer and image.video: correct it") from None
+        lines = [line for line in str(asked).replace(VIDEO_TAG, "").strip().split("\n") if not _REQUEST.match(line)]
+        lettered = [found for line in lines if (found := _OPTION.match(line))]
+        query = "\n".join(line for line in lines if not _OPTION.match(line)).strip()
+        options, target = tuple(found[2].strip() for found in lettered), str(answered).strip()
+        if self.part == "mcq":
+            if [found[1] for found in lettered] != [chr(ord("A") + n) for n in range(len(options))] or len(options) < 2:
+                raise SourceError(
+                    f"{where}: options {[found[0] for found in lettered]} are not lettered in order: mend"
+                )
+            letters = {found[1]: text for found, text in zip(lettered, options, strict=True)}
+            tally.add("answers in words, given their option's letter", target in options and target not in letters)
+            target = letters.get(target, target)
+            if target not in options:
+                raise SourceError(f"{where}: answer {target!r} is neither a letter nor an option: correct it")
+            if len(set(options)) < len(options):
+                tally.add("rows with two equal options")
+        if not query or not target:
+            raise SourceError(f"{where}: question or answer is empty: correct it")
+        task = "mcq" if self.part == "mcq" else "qa"
+        wording = Wording(task, self.name, query, options if task == "mcq" else (), target)
+        return self._record(f"{self.part}/{text_of(entry, 'id', where)}", video, wording, self.part, where)
+
+
+def read_fine(file: Path, text: str) -> Iterator[tuple[str, dict[str, str] | SourceError]]:
+    """Rows of a file of fine annotations with their place, under the names of the README; or why one is none.
+
+    Args:
+        file: the table.
+        text: the column that is described with.
+
+    Raises:
+        SourceError: a column is missing, or the file is no table.
+    """
+    rows = read_csv(file)
+    _, header = next(rows, ("", []))
+    named = ["annotation_uid" if name == "annotation_id" else name for name in header]
+    if missing := [name for name in (*_COLUMNS, "annotation_uid") if name not in named]:
+        raise SourceError(f"{file}: column {', '.join(missing)} is missing: fetch the file again")
+    if text not in named:
+        raise SourceError(f"{file}: column {text} is missing: take a file whose name ends in _en.csv")
+    for where, cells in rows:
+        row = dict(zip(named, cells, strict=False))
+        if len(cells) != len(named):
+            problem = (
+                f"{len(cells)} cells in {len(named)} columns: quote texts that hold a comma, or give what is missing"
+            )
+            yield where, SourceError(f"{where}: {problem}")
+        elif row["subset"] not in _SUBSETS or row["view"] not in _VIEWS:
+            problem = f"subset is {row['subset']!r} and view is {row['view']!r}"
+            allowed = f"{', '.join(_SUBSETS)} and {', '.join(_VIEWS)}"
+            yield where, SourceError(f"{where}: {problem}, allowed: {allowed}")
+        else:
+            yield where, row
+
+
+def _unpacked(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the JSON files in an archive.
+
+    Raises:
+        SourceError: it cannot be unpacked.
+    """
+    try:
+        with tarfile.open(file) as archive:
+            for member in archive:
+                content = archive.extractfile(member) if member.name.endswith(".json") else None
+                if content is not None:
+                    yield member.name, content.read()
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        words = " ".join(str(error).split())
+        raise SourceError(f"{file}: cannot be unpacked ({words}): fetch the file again") from None
+
+
+def _segments(content: bytes, where: str) -> list[Any]:
+    try:
+        segments = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where}: malformed JSON ({error}): fetch the file again") from None
+    if not isinstance(segments, list):
+        raise SourceError(f"{where}: expected a JSON list, got {type(segments).__name__}: fetch the file again")
+    return segments
+
+
+def _text(segment: Any, where: str) -> str:
+    """Text of a segment with its lines trimmed."""
+    return "\n".join(line.strip() for line in text_of(segment, "textAttribute_en", where).splitlines() if line.strip())

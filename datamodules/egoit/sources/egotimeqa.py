@@ -1,0 +1,180 @@
+"""EgoTimeQA (GroundVQA): questions about moments of Ego4D clips, generated from their narrations.
+
+Read below the root, or in its ``data/unified``: ``annotations.EgoTimeQA.json``, a list of ``video_id`` (an Ego4D clip,
+not a video), ``question``, ``answer``, ``wrong_answers`` (three), ``moment_start_frame`` and ``moment_end_frame``.
+
+The frames are of 30 a second whatever the file has, and only their middle can be trusted: windows were divided by the
+mean length of all of them, so their length is in means and not in seconds. It is stretched by a factor, to 4 to 30 s,
+and cut where the clip begins and ends. Where a row has ``start_sec`` and ``end_sec``, these are taken as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datamodules.egoit.datamodule import Wording
+from datamodules.egoit.records import Record
+from datamodules.egoit.sources.base import MIN_WINDOW_S, grown
+from datamodules.egoit.templates import draw
+from datamodules.io.annotations import (
+    Official,
+    SourceError,
+    Tally,
+    checked,
+    find_file,
+    number_of,
+    option,
+    read_json,
+    shuffled,
+    text_of,
+)
+from datamodules.io.jsonl import is_text
+
+FPS = 30.0
+SHORTEST_S, LONGEST_S = 4.0, 30.0
+_LONE_L = re.compile(r"\bl\b")
+
+
+@dataclass(frozen=True)
+class EgoTimeQA:
+    """Questions, answered in words or by a choice of four.
+
+    A window stays inside the clip. Without ``clips``, the clip is known to last as long as the latest moment that is
+    asked about, and a record does not know its Ego4D video.
+    """
+
+    root: Path
+    form: str = option(
+        "open", "answer in words, choose of four, or each of them for half of the rows", ("open", "closed", "mixed")
+    )
+    stretch: float = option(3.0, "factor on the length of windows that are not in seconds")
+    clips: tuple[Path, ...] = option((), "files that tell the Ego4D video of a clip: ego4d.json, nlq_train.json, ...")
+    videos: str = option("ego4d/clips", "folder below the data root that holds <clip>.mp4")
+
+    def __post_init__(self) -> None:
+        """Refuse an impossible factor."""
+        if not 0 < self.stretch < float("inf"):
+            raise SourceError(f"--stretch: got {self.stretch}, allowed: above 0")
+
+    name: ClassVar[str] = "egotimeqa"
+
+    def official(self) -> dict[str, Official]:
+        """Rows, by a count that VideoMind's code mentions."""
+        return {"rows": Official(302_500, exact=False)}
+
+    def read(self, tally: Tally) -> Iterator[Record | SourceError]:
+        """A record for each row, named by its place in the file, since the file's own ids are not unique."""
+        names = [f"{folder}annotations.EgoTimeQA.json" for folder in ("", "data/unified/")]
+        file = find_file(self.root, names, "GroundVQA's file of EgoTimeQA")
+        entries = read_json(file, list)
+        known = read_clips(self.clips)
+        ends_s: dict[str, float] = {}  # of clips, at least
+        for entry in entries:
+            clip, ends = checked(text_of, entry, "video_id", ""), checked(moment_s, entry, "", self.stretch)
+            if not isinstance(clip, SourceError) and not isinstance(ends, SourceError):
+                ends_s[clip] = max(ends_s.get(clip, 0.0), ends.annotated_s[1])
+        for number, entry in enumerate(entries):
+            where = f"{file} entry {number + 1}"
+            tally.add("rows")
+            record = checked(self._record, entry, f"{number:06d}", known, ends_s, where)
+            if isinstance(record, Record):
+                tally.distinct("clips", record.video)
+                if not record.video_uid:
+                    tally.add("rows without an Ego4D video (--clips tells them)")
+                if "Person" in record.wording.query + record.wording.target:
+                    tally.add("rows naming a Person A, B, ... that the clip does not name")
+            yield record
+
+    def _record(
+        self, entry: Any, key: str, known: Mapping[str, tuple[str, float]], ends_s: Mapping[str, float], where: str
+    ) -> Record:
+        clip = text_of(entry, "video_id", where)
+        question, answer = (_spelled(text_of(entry, field, where)) for field in ("question", "answer"))
+        moment = moment_s(entry, where, self.stretch)
+        video_uid, duration_s = known.get(clip, ("", -1.0))
+        last_s = duration_s if duration_s > 0 else ends_s[clip]
+        if moment.annotated_s[0] >= last_s:
+            raise SourceError(
+                f"{where}: begins at {moment.annotated_s[0]:.3f} s of a clip of {last_s:.3f} s: correct it"
+            )
+        window = grown(max(0.0, moment.window_s[0]), min(last_s, moment.window_s[1]), MIN_WINDOW_S, last_s)
+        closed = self.form == "closed" or (self.form == "mixed" and draw(0, 0, f"form of {key}") % 2 == 1)
+        options: tuple[str, ...] = ()
+        if closed:
+            wrong = entry.get("wrong_answers")
+            if not isinstance(wrong, list) or not all(is_text(text) and text.strip() for text in wrong):
+                raise SourceError(f"{where}: field 'wrong_answers' is {wrong!r}, expected three texts: correct it")
+            others = [_spelled(text) for text in wrong]
+            if len({answer, *others}) != 4 or len(others) != 3:
+                raise SourceError(f"{where}: {[answer, *others]} are not four different answers: correct them")
+            options = shuffled(f"{self.name}/{key}", [answer, *others])
+        wording = Wording("mcq" if closed else "qa", self.name, question, options, answer)
+        return Record(key, f"{self.videos}/{clip}.mp4", wording, "train", video_uid, window, duration_s, where)
+
+
+def _spelled(text: str) -> str:
+    """A text on one line, with its lone l made the I that it stands for; alike for right and wrong answers."""
+    return _LONE_L.sub("I", " ".join(text.split()))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When something happens: start and end as annotated and as they are shown, in seconds of the clip."""
+
+    annotated_s: tuple[float, float]
+    window_s: tuple[float, float]
+
+
+def moment_s(entry: Any, where: str, stretch: float) -> Moment:
+    """The moment of a row; its window is not yet held against the clip's length.
+
+    Raises:
+        SourceError: its times are missing or no numbers, or the end is not after the start.
+    """
+    is_seconds = isinstance(entry, Mapping) and entry.get("start_sec") is not None and entry.get("end_sec") is not None
+    keys, scale = (("start_sec", "end_sec"), 1.0) if is_seconds else (("moment_start_frame", "moment_end_frame"), FPS)
+    start_s, end_s = (number_of(entry, key, where) / scale for key in keys)
+    if not 0 <= start_s < end_s:
+        raise SourceError(f"{where}: fields {' and '.join(keys)} give {start_s:.3f} to {end_s:.3f} s: correct them")
+    if is_seconds:
+        return Moment((start_s, end_s), (start_s, end_s))
+    middle_s, half_s = (start_s + end_s) / 2, min(max(stretch * (end_s - start_s), SHORTEST_S), LONGEST_S) / 2
+    return Moment((start_s, end_s), (middle_s - half_s, middle_s + half_s))
+
+
+def read_clips(files: tuple[Path, ...]) -> dict[str, tuple[str, float]]:
+    """Ego4D video and length in seconds (-1 if unknown) of clips, from Ego4D's own files.
+
+    Args:
+        files: the metadata ``ego4d.json`` (``clips`` with ``clip_uid``, ``video_uid`` and their seconds), or
+            annotations such as ``nlq_train.json`` (``videos`` with ``clips``).
+
+    Raises:
+        SourceError: one holds no clips.
+    """
+    found: dict[str, tuple[str, float]] = {}
+    for file in files:
+        whole, before = read_json(file, dict), len(found)
+        for holder in [whole, *(video for video in _list(whole, "videos", file) if isinstance(video, dict))]:
+            for number, clip in enumerate(_list(holder, "clips", file)):
+                where = f"{file} clip {number + 1}"
+                uid = holder if "video_uid" in holder else clip
+                length_s = -1.0
+                if isinstance(clip, dict) and clip.get("video_end_sec") is not None:
+                    ends = (number_of(clip, key, where) for key in ("video_end_sec", "video_start_sec"))
+                    length_s = next(ends) - next(ends)
+                found[text_of(clip, "clip_uid", where)] = (text_of(uid, "video_uid", where), length_s)
+        if len(found) == before:
+            raise SourceError(f"{file}: names no clips: give ego4d.json or nlq_train.json to --clips")
+    return found
+
+
+def _list(holder: Mapping[str, Any], key: str, file: Path) -> list[Any]:
+    value = holder.get(key) or []
+    if not isinstance(value, list):
+        raise SourceError(f"{file}: field {key!r} is {value!r}, expected a list: give ego4d.json or nlq_train.json")
+    return value

@@ -1,0 +1,1 @@
+"""Reading and writing files: JSON Lines, annotation tables, worker processes, atomic replacement."""

@@ -1,0 +1,177 @@
+"""Official annotation files: how they are read, counted and complained about, whatever becomes of them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from datamodules.io.jsonl import is_text
+
+Row = TypeVar("Row")
+
+
+class SourceError(ValueError):
+    """Annotations that cannot be read; one line that names file, line, field and what to do."""
+
+
+@dataclass(frozen=True)
+class Official:
+    """How many there are by the authors, or by a count of their files.
+
+    Attributes:
+        count: the number.
+        exact: else there are at least so many.
+    """
+
+    count: int
+    exact: bool = True
+
+
+class Tally:
+    """What was counted while a source was read; a name for each kind of thing."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._seen: dict[str, set[str]] = {}
+
+    def add(self, what: str, number: int = 1) -> None:
+        """Count things."""
+        self.counts[what] += number
+
+    def distinct(self, what: str, name: str) -> bool:
+        """Count a thing unless one of that name was; whether it is the first."""
+        seen = self._seen.setdefault(what, set())
+        first = name not in seen
+        seen.add(name)
+        self.counts[what] += first
+        return first
+
+
+def differences(name: str, tally: Tally, official: Mapping[str, Official]) -> list[str]:
+    """A line for each number that differs from the official one."""
+    lines = []
+    for what, known in official.items():
+        missing = known.count - tally.counts[what]
+        if missing > 0:
+            lines.append(f"{name}: {missing:,} of {known.count:,} {what} are missing: fetch the file again")
+        elif missing < 0 and known.exact:
+            lines.append(f"{name}: {-missing:,} {what} more than the official {known.count:,}: another release?")
+    return lines
+
+
+def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of a dataclass that reads files: its default, what it is for, and allowed values."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def find_file(root: Path, names: Sequence[str], what: str) -> Path:
+    """The first of some paths below the root that exists.
+
+    Raises:
+        SourceError: none does; names all of them.
+    """
+    for name in names:
+        if (root / name).is_file():
+            return root / name
+    raise SourceError(f"{root}: holds none of {', '.join(names)}: put {what} there")
+
+
+def checked(make: Callable[..., Row], *arguments: Any) -> Row | SourceError:
+    """What a call gives, or the error that it raised."""
+    try:
+        return make(*arguments)
+    except SourceError as error:
+        return error
+
+
+def read_text(file: Path) -> str:
+    """A text file; a byte order mark is no part of it.
+
+    Raises:
+        SourceError: it is not UTF-8.
+    """
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise SourceError(f"{file} line {line}: no UTF-8 text ({error.reason}): save the file as UTF-8") from None
+
+
+def read_csv(file: Path, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
+    """Cells of every row of a table with their place; empty lines are passed over.
+
+    Raises:
+        SourceError: it is not UTF-8; or a quote stands where none may, so that it cannot be told where rows end.
+    """
+    rows = csv.reader(io.StringIO(read_text(file), newline=""), delimiter=delimiter, strict=True)
+    first = 1
+    try:
+        for cells in rows:
+            if cells:
+                yield f"{file} line {rows.line_num}", cells
+            first = rows.line_num + 1
+    except csv.Error as error:
+        raise SourceError(
+            f"{file} line {first}: no row of a table ({error}): double its quotes, or remove them"
+        ) from None
+
+
+def read_json(file: Path, kind: type[Row]) -> Row:
+    """A JSON file whose top level is of a kind.
+
+    Raises:
+        SourceError: it is not there, or not such a file.
+    """
+    try:
+        value = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise SourceError(f"{file}: no such file: correct the path") from None
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{file}: malformed JSON ({error}): fetch the file again") from None
+    if not isinstance(value, kind):
+        raise SourceError(f"{file}: expected a JSON {kind.__name__}, got {type(value).__name__}: fetch the file again")
+    return value
+
+
+def text_of(record: Any, key: str, where: str) -> str:
+    """A field that must be a text and not empty.
+
+    Raises:
+        SourceError: it is not.
+    """
+    value = record.get(key) if isinstance(record, Mapping) else None
+    if not is_text(value) or not value.strip():
+        raise SourceError(f"{where}: field {key!r} is {value!r}, expected a text: correct it")
+    return value.strip()
+
+
+def number_of(record: Any, key: str, where: str) -> float:
+    """A field that must be a finite number, or a text of one.
+
+    Raises:
+        SourceError: it is not.
+    """
+    value = record.get(key) if isinstance(record, Mapping) else None
+    try:
+        number = float("nan" if value is None or isinstance(value, bool) else value)
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if not np.isfinite(number):
+        raise SourceError(f"{where}: field {key!r} is {value!r}, expected a number: correct it")
+    return number
+
+
+def shuffled(name: str, options: Sequence[str]) -> tuple[str, ...]:
+    """Options in an order that depends on a name only."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    return tuple(options[index] for index in np.random.default_rng(seed).permutation(len(options)))

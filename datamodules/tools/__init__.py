@@ -1,0 +1,1 @@
+"""Command-line tools over datasets; nothing imports them."""

@@ -1,0 +1,512 @@
+"""Which videos of a data set can be read: ``python -m datamodules.tools.data_check INDEX_OR_JSONL --root DATA``.
+
+Every file that the annotations name is opened and held against them: does it exist, is it a video, is it as long and
+as fast as promised, and do clips of it decode without damage? ``--all`` decodes every picture of every file. The work
+is done by processes of their own, so that a decoder that hangs or crashes costs one file and not the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+import av
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from tqdm import tqdm
+
+from datamodules.ego_exo_clip.index import PairIndex
+from datamodules.egoit.datamodule import ConversationFile
+from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records, seconds
+
+if TYPE_CHECKING:
+    from datamodules.video.reader import ClipDecodeError
+# clip_stream imports torch, which takes seconds: what needs it imports it when called.
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Beat = Callable[[], None]
+
+RATE_TOLERANCE = 0.01  # passes 29.97 for 30 frames per second, not 25 for 24
+FRAMES_PER_CLIP = 16
+_BEAT_S = 0.2  # between two signs of life
+_START_S = 120.0  # for a worker process to start
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why there is nothing to be done with a file.
+
+    Attributes:
+        kind: name of the ``ClipDecodeError``, or of another error, that it leads to; ``WrongRate`` or ``WrongLength``
+            for one that is not as promised; ``TimedOut`` or ``Crashed`` if it stopped the process at work on it.
+        reason: one line, in the decoder's words where it has any.
+        spans_s: the clips that lie outside a file which is sound otherwise; empty if the whole file is of no use.
+    """
+
+    kind: str
+    reason: str
+    spans_s: tuple[tuple[float, float], ...] = ()
+
+    def spoils(self, span_s: tuple[float, float]) -> bool:
+        """Whether a clip of the file cannot be used."""
+        return not self.spans_s or span_s in self.spans_s
+
+
+@dataclass
+class VideoFile:
+    """One video file and what the annotations promise of it.
+
+    Attributes:
+        path: relative to the data root.
+        fps: frames per second, None if nothing is promised; so for the next two.
+        num_frames: frames in the file, one fewer is let pass.
+        duration_s: seconds from first frame to end, a frame less is let pass.
+        spans_s: start and end of every clip on the file's clock; an end of infinity is the end of the file.
+        samples: clips to decode at most; the others are held against the file's length.
+    """
+
+    path: str
+    fps: float | None = None
+    num_frames: int | None = None
+    duration_s: float | None = None
+    spans_s: list[tuple[float, float]] = field(default_factory=list)
+    samples: int | None = None
+
+
+def sampled(spans_s: Iterable[tuple[float, float]], count: int | None) -> list[tuple[float, float]]:
+    """So many of some clips, evenly through their file, and in any case the one that ends last; None for all."""
+    spans = sorted(spans_s, key=lambda span: (span[1], span[0]))
+    if count is None or len(spans) <= count:
+        return spans
+    return [spans[(i + 1) * len(spans) // count - 1] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The video files of a data set, and which line of its annotations needs which.
+
+    Attributes:
+        file: JSON Lines, a clip a line, or a JSON array of them.
+        files: by path relative to the data root, in the order they are named.
+        paths_by_line: the files that each line needs, empty lines not counted; None for a line that cannot be read.
+        malformed: why lines cannot be read, one by one.
+    """
+
+    file: Path
+    files: dict[str, VideoFile]
+    paths_by_line: list[tuple[str, ...] | None]
+    malformed: list[str] = field(default_factory=list)
+
+    def spoiled(self, problems: Mapping[str, Problem]) -> list[list[str] | None]:
+        """For each line the files that it needs and that are of no use to it; None for one that cannot be read."""
+        spans_s = {path: iter(self.files[path].spans_s) for path in problems}  # one for each line that names the path
+        return [
+            None
+            if paths is None
+            else [path for path in paths if path in problems and problems[path].spoils(next(spans_s[path]))]
+            for paths in self.paths_by_line
+        ]
+
+
+def read_annotations(source: Path) -> Annotations:
+    """Read what a data set says about its videos.
+
+    Args:
+        source: folder of an index of pairs, or an instruction file of any form that ``ConversationFile`` reads.
+
+    Raises:
+        ValueError: there is no such file, or a line of an index is wrong; names file, line and field.
+    """
+    if source.is_dir():
+        return _read_index(source)
+    if not source.is_file():
+        raise ValueError(f"{source}: no such file or folder: give an index folder or an instruction file (JSON Lines)")
+    files: dict[str, VideoFile] = {}
+    paths_by_line: list[tuple[str, ...] | None] = []
+    conversations = ConversationFile(source, texts=False)
+    for _, record in conversations.entries():
+        if isinstance(record, ValueError):
+            paths_by_line.append(None)
+            continue
+        path = record["video"]
+        window = (float(record.get("start", 0.0)), float(record.get("end", math.inf)))
+        files.setdefault(path, VideoFile(path)).spans_s.append(window)
+        paths_by_line.append((path,))
+    return Annotations(source, files, paths_by_line, conversations.problems)
+
+
+def _read_index(folder: Path) -> Annotations:
+    index = PairIndex.read(folder)
+    files: dict[str, VideoFile] = {}
+    views: list[tuple[tuple[str, float], ...]] = []  # of each take: paths, and when the files begin
+    for group, (where, record) in enumerate(read_jsonl(folder / "groups.jsonl")):
+        fps, duration_s = seconds(record, "fps", where), seconds(record, "duration", where)
+        num_frames = record.get("num_frames")
+        if num_frames is not None and not isinstance(num_frames, int):
+            raise ValueError(f"{where}: field 'num_frames' is {num_frames!r}, expected a whole number or null")
+        numbers = range(index.first_view[group], index.first_view[group + 1])
+        views.append(tuple((index.view_paths[view], float(index.view_offsets_s[view])) for view in numbers))
+        for path, _ in views[-1]:
+            files.setdefault(path, VideoFile(path, fps, num_frames, duration_s))
+    paths_of_group = [tuple(path for path, _ in group) for group in views]
+    for group, *span in zip(index.clip_groups.tolist(), index.start_s.tolist(), index.end_s.tolist(), strict=True):
+        shared = (span[0], span[1])
+        for path, begin_s in views[group]:
+            files[path].spans_s.append((span[0] - begin_s, span[1] - begin_s) if begin_s else shared)
+    return Annotations(folder / "clips.jsonl", files, [paths_of_group[group] for group in index.clip_groups.tolist()])
+
+
+def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambda: None) -> Problem | None:
+    """Hold a video against what the annotations promise of it, and decode its clips.
+
+    Args:
+        file: what is promised; ``samples`` of its clips are decoded at ``FRAMES_PER_CLIP`` moments each.
+        root: folder that the path is relative to.
+        decode_all: decode every picture of the file as well.
+        beat: called whenever the decoder has got on.
+
+    Returns:
+        The first problem met, None if there is none; clips outside the file are one only if there is no other.
+    """
+    from datamodules.video.reader import ClipDecodeError, ClipReader, SpanOutsideFile, probe, segment_midpoints
+
+    path = root / file.path
+    reader = ClipReader(max_open=1)
+    try:
+        info = probe(path)
+        beat()
+        if file.fps is not None and abs(info.fps / file.fps - 1) > RATE_TOLERANCE:
+            return Problem("WrongRate", f"{info.fps:g} frames per second, the annotations say {file.fps:g}")
+        if file.num_frames is not None and info.num_frames < file.num_frames - 1:
+            return Problem("WrongLength", f"{info.num_frames} frames, the annotations say {file.num_frames}")
+        if file.duration_s is not None:
+            try:
+                reader.usable_end_s(path, 0.0, file.duration_s - 1e-3)  # 1 ms: durations are rounded decimals
+            except SpanOutsideFile as error:
+                return Problem("WrongLength", f"{error.reason}, the annotations say {file.duration_s:.3f} s")
+        inside_s: list[tuple[float, float]] = []
+        outside: list[SpanOutsideFile] = []
+        for start_s, end_s in sorted(set(file.spans_s)):
+            try:
+                inside_s.append((start_s, reader.usable_end_s(path, start_s, end_s)))
+            except SpanOutsideFile as error:
+                outside.append(error)
+            beat()
+        for start_s, end_s in sampled(inside_s, file.samples):
+            times_s = segment_midpoints(start_s, end_s, FRAMES_PER_CLIP)
+            reader.read(path, times_s, size=16, fit="squash", span_s=(start_s, end_s))
+            beat()
+        if decode_all and path.is_dir():
+            for number in range(info.num_frames):
+                reader.read(path, [number / info.fps], size=16, fit="squash")
+                beat()
+        elif decode_all:
+            for _ in decode_whole(path):
+                beat()
+        if outside:
+            spans_s = tuple((cast(float, error.start_s), cast(float, error.end_s)) for error in outside)
+            return Problem("SpanOutsideFile", _reason(outside[0]), spans_s)
+    except ClipDecodeError as error:
+        return Problem(type(error).__name__, _reason(error))
+    finally:
+        reader.close()
+    return None
+
+
+def _reason(error: ClipDecodeError) -> str:
+    return ("" if error.start_s is None else f"[{error.start_s:.3f}, {error.end_s:.3f}) s: ") + error.reason
+
+
+def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
+    """Every displayed picture of a file in order, with its time stamp and none of them damaged.
+
+    Raises:
+        ClipDecodeError: as ``ClipReader.read``, on reaching a damaged packet or picture, or at the end if the decoder
+            left out a picture that the file lists or the file ends more than a frame before its header says.
+    """
+    from datamodules.video.reader import Damaged, FrameMissing, NotAVideo, is_torn, nal_length_bytes, probe
+
+    info = probe(path)
+    listed: set[int] = set()
+    end_s = packets_s = 0.0
+    try:
+        with av.open(os.fspath(path), "r", metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            if not isinstance(stream, VideoStream) or stream.time_base is None:
+                raise NotAVideo("the file changed while it was read", path)
+            codec, time_base, tick_s = stream.codec_context, stream.time_base, float(stream.time_base)
+            codec.thread_type, codec.thread_count = "NONE", 1
+            codec_name, length_bytes = codec.name, nal_length_bytes(codec)
+            for packet in container.demux(stream):
+                if packet.is_corrupt or is_torn(packet, codec_name, length_bytes):
+                    raise Damaged(f"corrupt packet after {end_s:.3f} s", path)
+                if packet.pts is not None and not packet.is_discard:
+                    listed.add(packet.pts)
+                    packets_s += (packet.duration or 0) * tick_s
+                for frame in codec.decode(packet if packet.size or packet.dts is not None else None):
+                    if frame.pts is None:
+                        raise Damaged(f"a picture after {end_s:.3f} s has no time stamp", path)
+                    if frame.is_corrupt:
+                        raise Damaged(f"corrupt picture at {frame.pts * tick_s - info.start_s:.3f} s", path)
+                    listed.discard(frame.pts)
+                    end_s = (frame.pts + (frame.duration or 0)) * tick_s - info.start_s
+                    frame.time_base = time_base  # the decoder's own knows none when drained
+                    yield frame
+    except av.error.FFmpegError as error:
+        raise Damaged(f"{error.strerror or error} after {end_s:.3f} s", path) from error
+    if listed:
+        missing_s = min(listed) * tick_s - info.start_s
+        raise FrameMissing(f"{len(listed)} pictures do not come out, the first at {missing_s:.3f} s", path)
+    # Where pictures are not decoded in the order they are shown, the duration of the last one is another packet's.
+    if max(end_s, packets_s) < info.duration_s - 1 / info.fps - 1e-3:
+        raise Damaged(f"pictures end at {end_s:.3f} s, the header promises {info.duration_s:.3f} s", path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# worker processes
+
+
+def run_bounded(
+    task: Callable[..., Result], items: Iterable[Item], workers: int, patience_s: float
+) -> Iterator[tuple[Item, Result | Problem]]:
+    """Run a task on every item in processes that are killed and replaced when they hang.
+
+    Args:
+        task: called as ``task(item, beat=beat)``; calls ``beat()`` whenever it has got on. It is pickled, as are items
+            and results.
+        items: what to do.
+        workers: number of processes.
+        patience_s: seconds without a sign of life after which a process is killed.
+
+    Yields:
+        Every item and its result, in the order they are done; a problem if the task raised an error, hung or crashed.
+    """
+    queue = deque(items)
+    pool = [_Worker[Item, Result](task, patience_s) for _ in range(min(workers, len(queue)))]
+    try:
+        for worker in pool:
+            worker.assign(queue.popleft())
+        while pool:
+            wait([worker.pipe for worker in pool], max(0.0, min(w.deadline for w in pool) - time.monotonic()))
+            for worker in list(pool):
+                outcome = worker.poll()
+                if outcome is None:
+                    continue
+                yield worker.item, outcome[0]
+                if queue:
+                    worker.assign(queue.popleft())
+                else:
+                    pool.remove(worker)
+                    worker.stop()
+    finally:
+        for worker in pool:
+            worker.stop()
+
+
+class _Worker(Generic[Item, Result]):
+    """One item at a time in another process, which is started anew if need be."""
+
+    item: Item
+    pipe: Connection
+    deadline: float
+
+    def __init__(self, task: Callable[..., Result], patience_s: float) -> None:
+        self._task, self._patience_s = task, patience_s
+        self._process: BaseProcess | None = None
+
+    def assign(self, item: Item) -> None:
+        """Hand over the next item."""
+        self.deadline = time.monotonic() + self._patience_s
+        if self._process is None:
+            context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that threads hold
+            context.set_forkserver_preload(["datamodules.video.reader"])
+            self.pipe, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(self._task, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._process = process
+            self.deadline = time.monotonic() + max(self._patience_s, _START_S)
+        self.item = item
+        with suppress(OSError):  # if it has died since, poll says so
+            self.pipe.send(item)
+
+    def poll(self) -> tuple[Result | Problem] | None:
+        """The result if it is there, None if the process is still at it."""
+        while self.pipe.poll():
+            try:
+                outcome = self.pipe.recv()
+            except (EOFError, OSError):
+                return (Problem("Crashed", f"the process died with exit status {self.stop()}"),)
+            self.deadline = time.monotonic() + self._patience_s
+            if outcome is not None:
+                return cast(tuple[Result | Problem], outcome)
+        if time.monotonic() < self.deadline:
+            return None
+        self.stop()
+        return (Problem("TimedOut", f"no progress for {self._patience_s:g} s"),)
+
+    def stop(self) -> int | None:
+        """End the process, whatever it is doing; its exit status, negative for a signal."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        self.pipe.close()
+        process.join(0.5)  # an idle or dead one ends by itself
+        process.kill()
+        process.join(5.0)
+        return process.exitcode
+
+
+def _serve(task: Callable[..., Any], pipe: Connection) -> None:
+    """Run in a worker process: answer items until the other end of the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    silent_since = -math.inf
+
+    def beat() -> None:
+        nonlocal silent_since
+        if time.monotonic() > silent_since + _BEAT_S:
+            pipe.send(None)
+            silent_since = time.monotonic()
+
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            beat()
+            item = pipe.recv()
+            try:
+                outcome = task(item, beat=beat)
+            except Exception as error:
+                outcome = Problem(type(error).__name__, " ".join(str(error).split()))
+            pipe.send((outcome,))
+
+
+def _end_with_parent(parent: int) -> None:
+    """Do not outlive a main process that was killed."""
+    while os.getppid() == parent:
+        time.sleep(_BEAT_S)
+    os._exit(1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def check_files(
+    files: Sequence[VideoFile], root: Path, decode_all: bool, workers: int, patience_s: float
+) -> dict[str, Problem]:
+    """Check files in parallel, with a progress bar.
+
+    Args:
+        files: what to check, each with the clips to decode.
+        root: folder that their paths are relative to.
+        decode_all: decode every picture.
+        workers: number of processes.
+        patience_s: seconds after which a file whose decoding does not get on is given up.
+
+    Returns:
+        The problem of every bad file, by path in the order of ``files``.
+    """
+    task = partial(check_file, root=root, decode_all=decode_all)
+    problems: dict[str, Problem] = {}
+    outcomes = run_bounded(task, files, workers, patience_s)
+    for file, outcome in tqdm(outcomes, "check", total=len(files), unit="file", mininterval=1):
+        if outcome is not None:
+            problems[file.path] = outcome
+    return {file.path: problems[file.path] for file in files if file.path in problems}
+
+
+def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Lines of JSON Lines as they stand with their place, empty ones left out; entries of an array as lines."""
+    if is_array(file):
+        for where, record in read_records(file):
+            yield where, b"" if isinstance(record, ValueError) else (json.dumps(record) + "\n").encode()
+    else:
+        yield from ((f"{file} line {number}", line) for number, line in raw_lines(file))
+
+
+def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
+    partial_path = path.with_name(f"{path.name}.partial")
+    with partial_path.open("wb") as out:
+        out.writelines(lines)
+    partial_path.replace(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.tools.data_check",
+        description="Find the videos of a data set that are missing, damaged, too short or not as fast as promised. "
+        "Exit status 1 if there are any.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "annotations", type=Path, help="folder of an index of pairs, or an instruction file (JSON Lines)"
+    )
+    parser.add_argument("--root", type=Path, required=True, help="folder that paths of videos are relative to")
+    parser.add_argument("--all", action="store_true", help="decode every picture of every file")
+    parser.add_argument("--samples", type=int, default=4, help="clips to decode of each file")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, help="seconds without progress before a file is given up"
+    )
+    parser.add_argument("--clean", type=Path, help="write the lines of the annotations whose clips are all fine")
+    parser.add_argument(
+        "--bad", type=Path, help="write the bad files as JSON Lines: path, kind, reason, spans_s, lines"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, report and write the lists; exit status 0 if all is well, 1 if a file is bad, 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.samples < 1 or options.workers < 1 or not options.timeout >= 1:
+            raise ValueError("--samples, --workers and --timeout must be at least 1")
+        annotations = read_annotations(options.annotations)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    files = [replace(file, samples=options.samples) for file in annotations.files.values()]
+    problems = check_files(files, options.root, options.all, options.workers, options.timeout)
+    spoiled = annotations.spoiled(problems)
+    is_clean = [paths == [] for paths in spoiled]
+    if options.clean is not None:
+        kept = (line for (_, line), keep in zip(_lines(annotations.file), is_clean, strict=True) if keep)
+        _write_lines(options.clean, kept)
+    if options.bad is not None:
+        needed = Counter(path for paths in spoiled for path in paths or ())
+        records = [{"path": path, **asdict(problem), "lines": needed[path]} for path, problem in problems.items()]
+        _write_lines(options.bad, ((json.dumps(record) + "\n").encode() for record in records))
+    for problem_of_line in annotations.malformed:
+        print(problem_of_line)
+    for path, problem in problems.items():
+        print(f"{path}: {problem.kind}: {problem.reason}")
+    if any(problem.spans_s for problem in problems.values()):
+        for (where, _), paths in zip(_lines(annotations.file), spoiled, strict=True):
+            for path in paths or ():
+                if problems[path].spans_s:
+                    print(f"{where}: its clip lies outside {path}")
+    kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(p.kind for p in problems.values()).most_common())
+    print(f"{len(problems)} of {len(files)} files are bad{f' ({kinds})' if kinds else ''}")
+    print(f"{sum(is_clean)} of {len(is_clean)} lines of {annotations.file.name} are clean")
+    return 1 if problems or annotations.malformed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

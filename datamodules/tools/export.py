@@ -1,0 +1,201 @@
+"""Instruction files in the forms of other training stacks.
+
+``llava``: a JSON array. ``videollama3``: ``video`` as a list of one. ``llamafactory``: JSON Lines and an entry in
+``dataset_info.json``. ``swift``: JSON Lines as they are (``--dataset file.jsonl#5000`` takes a sample). ``openai``:
+``messages`` of content items. ``conversations.ConversationFile`` reads all of them back.
+
+None of these readers cuts windows out of videos, so records with ``start`` and ``end`` need their clips cut: with a
+data root given, each window becomes a file of its own below the output folder and the record loses its window.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from datamodules.ego_exo_clip.build import parallel_map
+from datamodules.egoit.datamodule import VIDEO_TAG, ConversationFile, MalformedRecords
+from datamodules.egoit.records import RESERVED, targets, write_rows
+
+Row = dict[str, Any]
+
+
+def _as_is(row: Row) -> Row:
+    return row
+
+
+def _videos_in_lists(row: Row) -> Row:
+    return {**row, "video": [row["video"]]}
+
+
+def _messages(row: Row) -> Row:
+    video = {"type": "video_url", "video_url": {"url": row["video"]}}
+    messages = []
+    for number, turn in enumerate(row["conversations"]):
+        text = {"type": "text", "text": turn["value"].removeprefix(f"{VIDEO_TAG}\n")}
+        role = {"human": "user", "gpt": "assistant"}[turn["from"]]
+        messages.append({"role": role, "content": [text] if number else [video, text]})
+    return {**{key: value for key, value in row.items() if key not in ("video", "conversations")}, "messages": messages}
+
+
+@dataclass(frozen=True)
+class _Format:
+    form: Callable[[Row], Row] = _as_is
+    array: bool = False
+
+
+FORMATS = {
+    "llava": _Format(array=True),
+    "videollama3": _Format(_videos_in_lists),
+    "llamafactory": _Format(),
+    "swift": _Format(),
+    "openai": _Format(_messages),
+}
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What a file holds: fields that all records have, those that only some have, and its windows."""
+
+    fields: frozenset[str]
+    left_out: tuple[str, ...]
+    records: int
+    windows: dict[tuple[str, float, float], str]  # video, start, end to the file of the clip
+    whole: frozenset[str]
+
+
+def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = None, workers: int = 1) -> list[str]:
+    """Write files in another form.
+
+    Args:
+        files: instruction files of any form that ``ConversationFile`` reads.
+        to: name in ``FORMATS``.
+        out: folder, made if missing.
+        trim_root: data root of the videos, to cut their windows out; the folder of videos is then ``out``.
+        workers: processes that cut.
+
+    Returns:
+        Lines to print: what was written, what was changed or left out, and what to take care of.
+
+    Raises:
+        MalformedRecords: records that cannot be read, of all files, or clips that cannot be cut; no file is written.
+        ValueError: two files have one name or would be overwritten, some records of a file have windows and others
+            not, or ``dataset_info.json`` is none.
+    """
+    written_to = targets(files, out, ".json" if FORMATS[to].array else ".jsonl")
+    info = out / "dataset_info.json"
+    registered = _registered(info) if to == "llamafactory" else {}
+    read = [ConversationFile(file) for file in files]
+    surveys = [_survey(file, trim_root is not None) for file in read]
+    if problems := [problem for file in read for problem in file.problems]:
+        raise MalformedRecords(problems)
+    if trim_root is not None:
+        _trim(surveys, trim_root, out, workers)
+    lines = []
+    for file, survey, target in zip(read, surveys, written_to, strict=True):
+        lines += [file.report()] if file.report() else []
+        if survey.left_out:
+            lines.append(
+                f"{file.path}: left out, since not every record has them or readers know them otherwise: "
+                f"{', '.join(survey.left_out)}"
+            )
+        if survey.windows and trim_root is None:
+            lines.append(
+                f"{file.path}: has windows, which readers of this form ignore: add --trim ROOT to cut them out"
+            )
+        rows = _rows(ConversationFile(file.path), survey, trim_root is not None)
+        written = write_rows(target, map(FORMATS[to].form, rows), FORMATS[to].array)
+        lines.append(f"{written:,} records written to {target}")
+        if to == "llamafactory":
+            registered[target.stem] = _entry(target)
+            info.write_text(json.dumps(registered, indent=2) + "\n", encoding="utf-8")
+            lines.append(
+                f"{info}: entry {target.stem}; media_dir is the folder "
+                f"that videos are below, {out if trim_root is not None else 'the data root'}"
+            )
+    return lines
+
+
+def _survey(file: ConversationFile, trimmed: bool) -> _Survey:
+    every: set[str] | None = None
+    some: set[str] = set()
+    windows: dict[tuple[str, float, float], str] = {}
+    whole: set[str] = set()
+    records = 0
+    for where, row in file.records():
+        if trimmed and (PurePosixPath(row["video"]).is_absolute() or ".." in PurePosixPath(row["video"]).parts):
+            file.problems.append(
+                f"{where}: field 'video' is {row['video']!r}, but clips are cut below the data root only: give a path "
+                "below it, without .."
+            )
+            continue
+        every = set(row) if every is None else every & row.keys()
+        some |= row.keys()
+        records += 1
+        if "start" in row:
+            window = (row["video"], float(row["start"]), float(row["end"]))
+            windows[window] = windows.get(window) or _clip_path(*window)
+        else:
+            whole.add(row["video"])
+    kept = frozenset(every or ()) - RESERVED
+    if windows and whole:
+        raise ValueError(
+            f"{file.path}: some records have 'start' and 'end' and others not: give them to all or to none"
+        )
+    return _Survey(kept, tuple(sorted(some - kept)), records, windows, frozenset(whole))
+
+
+def _clip_path(video: str, start_s: float, end_s: float) -> str:
+    path = PurePosixPath(video)
+    return str(PurePosixPath("clips") / path.parent / f"{path.name}_{start_s:.6f}_{end_s:.6f}.mp4")
+
+
+def _rows(file: ConversationFile, survey: _Survey, trimmed: bool) -> Iterator[Row]:
+    for _, row in file.records():
+        kept = {key: value for key, value in row.items() if key in survey.fields}
+        if "start" in kept:
+            start_s, end_s = float(kept["start"]), float(kept["end"])
+            kept |= {"start": start_s, "end": end_s}
+            if trimmed:
+                kept["video"] = survey.windows[kept["video"], start_s, end_s]
+                del kept["start"], kept["end"]
+                kept |= {"duration": end_s - start_s} if "duration" in kept else {}
+        yield kept
+
+
+def _trim(surveys: Sequence[_Survey], root: Path, out: Path, workers: int) -> None:
+    from datamodules.tools.trim import cut  # PyAV and torch, which nothing else here needs
+
+    jobs = sorted({(*window, clip) for survey in surveys for window, clip in survey.windows.items()})
+    problems = [problem for problem in parallel_map(partial(cut, root, out), jobs, workers, "cut", "clip") if problem]
+    if problems:
+        raise MalformedRecords(problems)
+    for video in sorted(set().union(*(survey.whole for survey in surveys))):
+        link = out / video
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.exists():
+            link.symlink_to((root / video).resolve())
+
+
+def _registered(info: Path) -> dict[str, Any]:
+    """LLaMA-Factory's list of data sets, empty if it is not there."""
+    try:
+        known = json.loads(info.read_bytes()) if info.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{info}: malformed JSON ({error}): mend or remove it") from None
+    if not isinstance(known, dict):
+        raise ValueError(f"{info}: expected a JSON object, got {type(known).__name__}: mend or remove it")
+    return known
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    """A file in that list; the default tags fit."""
+    return {
+        "file_name": file.name,
+        "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "videos": "video"},
+    }

@@ -1,0 +1,154 @@
+"""Cuts a window out of a video as a file of its own, picture by picture.
+
+Pictures are encoded anew, upright and with even sides, so that a cut may begin between key frames. A clip begins with
+the picture that is shown when its window begins, and that picture's time is its time 0. A file takes its name only
+after its pictures were read back and held against those of the source, as ``ClipReader`` reads both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import cast
+
+import av
+import numpy as np
+from av.packet import Packet
+from av.video.frame import PictureType, VideoFrame
+from av.video.stream import VideoStream
+
+from datamodules.tools.reencode import Encoding, header, upright
+from datamodules.video.reader import ClipDecodeError, ClipReader, Damaged, probe
+
+_WHOLE = 1 << 14  # pixels: no picture is made smaller
+_THUMBNAIL = 16
+_SAME_LEVELS = 8.0  # of 255: mean difference of thumbnails that show the same picture
+
+
+def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
+    """Cut one clip, unless it is there and of the same file.
+
+    Args:
+        root: folder that the video is below.
+        out: folder that the clip goes below.
+        job: video, start and end in seconds, and clip; paths relative to the two folders.
+
+    Returns:
+        Why it cannot be cut, on one line; empty if it was.
+    """
+    video, start_s, end_s, clip = job
+    source, target = root / video, out / clip
+    if source.is_dir():
+        return f"{source} [{start_s:.3f}, {end_s:.3f}) s: a folder of pictures is not cut: encode it as a video first"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.partial")
+    reader = ClipReader(max_open=2)
+    try:
+        if target.is_file() and _origin_of(target) == _origin(source):
+            return ""
+        end_s = reader.usable_end_s(source, start_s, end_s)
+        times_s = _write(source, start_s, end_s, unfinished)
+        _verify(reader, source, unfinished, np.array(times_s))
+        unfinished.replace(target)
+    except (ClipDecodeError, av.error.FFmpegError, OSError) as error:
+        words = " ".join(str(error).split())
+        return words if isinstance(error, ClipDecodeError) else f"{source} [{start_s:.3f}, {end_s:.3f}) s: {words}"
+    finally:
+        reader.close()
+        unfinished.unlink(missing_ok=True)
+    return ""
+
+
+def _origin(source: Path) -> str:
+    """Tells the source of a clip from others, a changed one and one below another root among them."""
+    status = source.stat()
+    return f"cut out of {status.st_size} bytes of {status.st_mtime_ns}"
+
+
+def _origin_of(clip: Path) -> str:
+    with av.open(os.fspath(clip), metadata_errors="ignore") as container:
+        return container.metadata.get("comment", "")
+
+
+def _write(source: Path, start_s: float, end_s: float, unfinished: Path) -> list[float]:
+    """Encode the pictures of [start, end); their times in the source, in seconds."""
+    info = probe(source)
+    rate, pixel_aspect = header(source)
+    tolerance_s = min(1e-3, 0.1 / info.fps)
+    times_s: list[float] = []
+    with av.open(os.fspath(unfinished), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = _origin(source)
+        frames = _shown(source, info.start_s, start_s + tolerance_s, end_s - tolerance_s)
+        first = next(frames)
+        graph, width, height = upright(first, pixel_aspect, _WHOLE)
+        options = {**Encoding(crf=18).x264_options, "bf": "0"}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        codec, tick_s = stream.codec_context, cast(Fraction, first.time_base)
+        codec.thread_count, codec.time_base = 1, tick_s
+        begin = cast(int, first.pts)
+        lasts = max(1, round(1 / (rate * tick_s)))  # ticks
+        for frame, following in pairwise(chain((first,), frames, (None,))):
+            assert frame is not None, "only the last one is followed by none"
+            pts = cast(int, frame.pts)
+            times_s.append(pts * float(tick_s) - info.start_s)
+            lasts = lasts if following is None else cast(int, following.pts) - pts
+            graph.vpush(frame)
+            small = graph.vpull()
+            small.pict_type, small.pts, small.time_base = PictureType.NONE, pts - begin, tick_s
+            _mux(container, stream.encode(small), lasts)
+        _mux(container, stream.encode(None), lasts)
+    return times_s
+
+
+def _mux(container: av.container.OutputContainer, packets: list[Packet[VideoStream]], lasts: int) -> None:
+    for packet in packets:
+        packet.duration = lasts
+        container.mux(packet)
+
+
+def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterator[VideoFrame]:
+    """Pictures displayed from the one at ``start_s`` to before ``end_s``; times are counted from ``first_s``."""
+    with av.open(os.fspath(source), metadata_errors="ignore") as container:
+        stream = cast(VideoStream, container.streams.best("video"))
+        stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
+        tick_s = cast(Fraction, stream.time_base)
+        container.seek(int((first_s + start_s) / tick_s), stream=stream)
+        frames = container.decode(stream)
+        held = next(frames, None)
+        if held is None or held.time - first_s > start_s:  # the seek went too far
+            container.seek(int(first_s / tick_s), stream=stream)
+            frames = container.decode(stream)
+            held = next(frames, None)
+        if held is None:
+            raise Damaged("no picture can be decoded", source)
+        for frame in frames:
+            if frame.is_corrupt:
+                raise Damaged(f"corrupt picture at {frame.time - first_s:.3f} s", source)
+            time_s = frame.time - first_s
+            if time_s > start_s:
+                yield held
+            held = frame
+            if time_s >= end_s:
+                return
+        yield held
+
+
+def _verify(reader: ClipReader, source: Path, clip: Path, times_s: np.ndarray) -> None:
+    """Hold the pictures of a clip against those of its source.
+
+    Raises:
+        Damaged: they are not the same.
+    """
+    count = probe(clip).num_frames
+    if count != len(times_s):
+        raise Damaged(f"{count} pictures were written for {len(times_s)}", source)
+    wanted = reader.read(source, times_s, _THUMBNAIL, "squash")
+    found = reader.read(clip, times_s - times_s[0], _THUMBNAIL, "squash")
+    apart = (wanted.frames.int() - found.frames.int()).abs().float().mean(dim=(1, 2, 3))
+    if float(apart.max()) > _SAME_LEVELS:
+        worst = int(apart.argmax())
+        raise Damaged(f"picture {worst} of the clip differs by {float(apart[worst]):.1f} levels", source)

@@ -1,0 +1,1 @@
+"""Video decoding: exact frames of a time window."""

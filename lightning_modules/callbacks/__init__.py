@@ -1,0 +1,1 @@
+"""Callbacks: checkpoints, exported stage weights, throughput, and health of a run."""

@@ -1,0 +1,392 @@
+"""What an interrupted stage goes on from: a folder of sharded tensors, complete or absent.
+
+::
+
+    <run>/checkpoints/0000300/      after 300 optimiser steps
+      manifest.json                 format, and a digest of every other file
+      state.pt                      loops, schedule, position in the data, counts; no tensors
+      .metadata, *.distcp           trained weights and optimiser, by name (torch.distributed.checkpoint)
+
+Tensors have names and are cut as they were, so that any strategy with any number of processes goes on from what another
+one wrote. Written into a folder of another name first, that gets its own when all of it lies on the disk; the last two
+stay.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from lightning_modules.weights.tensors import file_digest, sync
+
+if TYPE_CHECKING:
+    from lightning_modules.stages.base import Stage
+
+FORMAT = 1
+KEPT = 2
+_FULL_BYTES = 2**20
+TENSORS = ("state_dict", "optimizer")
+"""What of a checkpoint holds tensors: by name, and by name and kind of state."""
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or was written by something else; the message names file and mend."""
+
+
+def newest(folder: Path) -> Path | None:
+    """The last whole checkpoint of a run."""
+    return max((manifest.parent for manifest in folder.glob("[0-9]*/manifest.json")), default=None)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """All of a checkpoint but its tensors.
+
+    Raises:
+        CheckpointError: it is damaged, or of another format.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        found = manifest["format"]
+        state: dict[str, Any] = torch.load(folder / "state.pt", weights_only=True) if found == FORMAT else {}
+    except Exception as error:  # torch.load raises whatever the damage leads to
+        raise CheckpointError(f"{_damaged(folder, 'it')} ({' '.join(str(error).split())[:200]})") from None
+    if found != FORMAT:
+        raise CheckpointError(f"checkpoint {folder}: format is {found}, this version reads {FORMAT}: use FORCE=1")
+    return state
+
+
+def check_files(folder: Path) -> None:
+    """Compare every file with the manifest's digests.
+
+    Raises:
+        CheckpointError: one is missing or differs, or the manifest is damaged itself.
+    """
+    try:
+        digests: dict[str, str] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(_damaged(folder, f"its manifest.json ({type(error).__name__}: {error})")) from None
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.is_file() or _digest(file) != digest:
+            raise CheckpointError(_damaged(folder, f"{name}, which {'differs' if file.is_file() else 'is missing'},"))
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors by their names, those of the optimiser as ``optimizer.<name>.<kind>``.
+
+    Raises:
+        CheckpointError: the list is damaged.
+    """
+    try:
+        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # unpickling raises whatever the damage leads to
+        raise CheckpointError(f"{_damaged(folder, 'its .metadata')} ({error})") from None
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def read_tensors(folder: Path, into: dict[str, Any], alone: bool = False) -> None:
+    """Fill tensors, sharded or not, whoever wrote them.
+
+    Args:
+        folder: of the checkpoint.
+        into: nested as they were saved.
+        alone: this process reads for itself, also where there are others.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    try:
+        state_dict_loader.load(
+            into, storage_reader=FileSystemReader(folder), no_dist=alone or not dist.is_initialized()
+        )
+    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{_damaged(folder, 'it')} ({_reason(error)})") from None
+
+
+class CheckpointFolders(CheckpointIO):
+    """Writes checkpoints while training goes on, from copies; all processes of a sharded run together.
+
+    A save that fails is reported, leaves what there was, and does not stop the run.
+
+    Attributes:
+        last: the newest whole checkpoint that this process knows of.
+    """
+
+    def __init__(self) -> None:
+        self.last: Path | None = None
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+        self._group: Any = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
+        """Copy the tensors, and write them in the background once the save before is done."""
+        self.wait()
+        sharded = checkpoint.pop("sharded")
+        if sharded and self._group is None:  # the writers must not disturb what training says on its own channel
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+        tensors = {key: checkpoint.pop(key) for key in TENSORS}
+        copies: Any = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
+        if self._writer is None:  # on the same device as this thread, else each process would use the first one
+            device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+            self._writer = ThreadPoolExecutor(1, "checkpoint", None if device is None else partial(_use, device))
+        self._pending = self._writer.submit(self._write, Path(path), copies, checkpoint, sharded)
+
+    def wait(self, at_most_s: float | None = None) -> None:
+        """Let the save that is under way come to its end.
+
+        Raises:
+            TimeoutError: it does not.
+            RuntimeError: another process is gone.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result(at_most_s)
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """All but the tensors, which are read when the model has its final form, see ``Checkpoints``."""
+        self.last = Path(path)
+        return read_state(self.last) | {"state_dict": {}, "optimizer_states": []}
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        """Delete."""
+        shutil.rmtree(path, ignore_errors=True)
+
+    def _write(self, path: Path, tensors: dict[str, Any], state: dict[str, Any], sharded: bool) -> None:
+        rank = dist.get_rank() if sharded else 0
+        new = path.with_name(f".{path.name}.new")
+        digests: dict[str, str] = {}
+
+        def begin() -> None:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            packed = io.BytesIO()
+            torch.save(state, packed)
+            _write_synced(new / "state.pt", packed.getbuffer())
+
+        def write() -> None:
+            writer = FileSystemWriter(new)
+            state_dict_saver.save(tensors, storage_writer=writer, process_group=self._group, no_dist=not sharded)
+            digests.update({file.name: _digest(file) for file in new.glob(f"__{rank}_*")})
+
+        def finish() -> None:
+            files = {name: digest for of_rank in everywhere for name, digest in of_rank.items()}
+            files |= {name: _digest(new / name) for name in (".metadata", "state.pt")}
+            text = json.dumps({"format": FORMAT, "step": state["global_step"], "files": files}, indent=1)
+            _write_synced(new / "manifest.json", text.encode())
+            sync(new)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(new, path)
+            sync(path.parent)
+            for old in sorted(path.parent.glob("[0-9]*"))[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+
+        failure = self._together(begin if rank == 0 else None, path.parent, sharded)
+        failure = failure or self._together(write, path.parent, sharded)
+        if failure is None:
+            everywhere = [digests]
+            if sharded:
+                everywhere = [{}] * dist.get_world_size()
+                dist.all_gather_object(everywhere, digests, self._group)
+            failure = self._together(finish if rank == 0 else None, path.parent, sharded)
+        if failure is None:
+            self.last = path
+        elif rank == 0:
+            shutil.rmtree(new, ignore_errors=True)
+            stays = f"{self.last} stays" if self.last else "there is none before it"
+            print(f"checkpoint {path} could not be written: {failure}; {stays}, training goes on", file=sys.stderr)
+
+    def _together(self, work: Callable[[], None] | None, folder: Path, sharded: bool) -> str | None:
+        """Do this process's share, if any; why it failed here or elsewhere."""
+        failure = None
+        try:
+            if work is not None:
+                work()
+        except (Exception, CheckpointException) as error:
+            failure = _reason(error)
+            with suppress(OSError):
+                if shutil.disk_usage(folder).free < _FULL_BYTES:  # libraries tell it in words of their own
+                    failure = f"No space left on device ({failure})"
+        failures = [failure]
+        if sharded:
+            failures = [None] * dist.get_world_size()
+            dist.all_gather_object(failures, failure, self._group)
+        return next(filter(None, failures), None)
+
+
+class Checkpoints(L.Callback):
+    """Saves every so many optimiser steps and when the process is told to stop; reads what training goes on from.
+
+    SIGTERM, SIGUSR1 (as SLURM sends ahead of a time limit or a preemption) and SIGINT stop all processes after the same
+    optimiser step; once one was heard, a second kills as usual. What each process heard reaches the others one step
+    later, so that none waits for that message.
+
+    The last step is saved, too, so that nothing is lost where the hand-off cannot be written.
+
+    Args:
+        folder: gets a folder for each checkpoint.
+        every_n_steps: optimiser steps between two checkpoints; 0 for none but the one on a signal.
+
+    Raises:
+        ValueError: ``every_n_steps`` is negative.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int) -> None:
+        if every_n_steps < 0:
+            raise ValueError(f"checkpoint_every_n_steps: got {every_n_steps}, allowed: 0 or more")
+        self.folder, self.every_n_steps = folder, every_n_steps
+        self._told = False
+        self._group: Any = None
+        self._voices: tuple[Tensor, Any] | None = None
+        self._usual: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Keep Lightning from minding signals: it talks to other processes in the handler, and waits at every batch."""
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Read weights and optimiser, listen to signals."""
+        if trainer.world_size > 1:
+            self._group = dist.new_group(backend="gloo")
+        self._same_step(trainer)
+        if trainer.ckpt_path:
+            _restore(Path(trainer.ckpt_path), pl_module, trainer.optimizers[0])
+        self._usual = {number: signal.signal(number, self._tell) for number in STOPPING}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save where it is due."""
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        told = self._anyone_told()
+        step, every = trainer.global_step, self.every_n_steps
+        stage: Stage = pl_module  # type: ignore[assignment]
+        if told or (every and (step % every == 0 or step == stage.total_steps())):
+            trainer.save_checkpoint(self.folder / f"{step:07d}", weights_only=False)
+        if told:
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning would validate once more, which may take longer than is left
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Wait for the last save."""
+        self._close(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Wait for the last save, unless it needs a process that is gone; what went wrong is said by the exception."""
+        with suppress(Exception):
+            self._close(trainer, at_most_s=20)
+
+    def _close(self, trainer: L.Trainer, at_most_s: float | None = None) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+        self._usual = {}
+        folders: Any = trainer.strategy.checkpoint_io
+        folders.wait(at_most_s)
+
+    def _tell(self, number: int, frame: Any) -> None:
+        self._told = True
+        signal.signal(number, self._usual[signal.Signals(number)])
+
+    def _anyone_told(self) -> bool:
+        """What this process heard, or what any one of several heard until the last step."""
+        if self._group is None:
+            return self._told
+        heard = False
+        if self._voices is not None:
+            voice, sent = self._voices
+            sent.wait()
+            heard = bool(voice)
+        voice = torch.tensor(int(self._told))
+        self._voices = voice, dist.all_reduce(voice, dist.ReduceOp.MAX, self._group, async_op=True)
+        return heard
+
+    def _same_step(self, trainer: L.Trainer) -> None:
+        if self._group is None:
+            return
+        steps = [0] * trainer.world_size
+        dist.all_gather_object(steps, trainer.global_step, self._group)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"checkpoints {self.folder}: the processes go on from different steps ({sorted(set(steps))}): every "
+                "node has to see the same files; wait until they do, and start again"
+            )
+
+
+def _restore(folder: Path, stage: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+    """Fill what trains, the stage's own tensors and the optimiser, in place."""
+    stored = stored_tensors(folder)
+    parameters = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
+    if missing := sorted(name for name in parameters if f"state_dict.{name}" not in stored):
+        raise CheckpointError(
+            f"checkpoint {folder}: {len(missing)} trained tensors are missing, e.g. {missing[0]}: it was written by "
+            "another configuration; train anew with FORCE=1"
+        )
+    tensors = {name: tensor for name, tensor in stage.state_dict().items() if f"state_dict.{name}" in stored}
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, shape in stored.items():
+        if key.startswith("optimizer."):
+            name, _, kind = key.removeprefix("optimizer.").rpartition(".")
+            like = parameters[name].detach()
+            states.setdefault(name, {})[kind] = torch.zeros_like(like) if shape == like.shape else torch.zeros(shape)
+    read_tensors(folder, {"state_dict": tensors, "optimizer": states})
+    for name, state in states.items():
+        optimizer.state[parameters[name]] = state
+    rates = read_state(folder)["learning_rates"]
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
+
+
+def _use(device: int) -> None:
+    torch.cuda.set_device(device)
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause in a line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        wrapped = next(iter(error.failures.values()))
+        error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _damaged(folder: Path, what: str) -> str:
+    others = sorted(other.parent for other in folder.parent.glob("[0-9]*/manifest.json") if other.parent != folder)
+    then = f"to go on from {others[-1].name}" if others else "to begin the stage anew"
+    return f"checkpoint {folder}: damaged, {what} cannot be used: delete the folder {then}"
+
+
+def _write_synced(file: Path, content: bytes | memoryview) -> None:
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _digest(file: Path) -> str:
+    return file_digest(file).hex()

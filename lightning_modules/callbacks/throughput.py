@@ -1,0 +1,239 @@
+"""Curves and pictures: what a run writes to TensorBoard beside its losses."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import chain, groupby
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Exam, QuestionBatch, TextBatch
+
+if TYPE_CHECKING:
+    from lightning_modules.stages.base import Stage
+
+
+class TrainingMonitor(L.Callback):
+    """Losses, rates, gradient norm, speed, memory, skipped samples and sources, every few steps, and a summary.
+
+    Losses are averaged over steps and ranks. Samples that were skipped are counted over all ranks from the start of the
+    process on, and each is named once by the rank that met it. Where samples are mixed, each source's share of them and
+    its loss per token are over all ranks and the steps since the last write. Values stay on the device until they are
+    written: it is waited for, and ranks talk, once per write only.
+
+    Args:
+        every_n_steps: optimiser steps between two writes; losses and norms are averaged in between.
+
+    Attributes:
+        flops: useful operations of one sample of the stage, forward and backward; None if MFU is not wanted.
+        peak_flops: what a device could do in a second.
+    """
+
+    def __init__(self, every_n_steps: int = 10) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"monitor.every_n_steps: got {every_n_steps}, allowed: 1 or more")
+        self.every_n_steps = every_n_steps
+        self.flops: int | None = None
+        self.peak_flops = 0.0
+        self.made = self.batch_ended = self.window_began = self.validation_began = time.perf_counter()
+        self.windows: list[dict[str, float]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clocks; say what it took to come here."""
+        self._clear()
+        self.seen = self.skipped = 0
+        self.named: set[str] = set()
+        self.source_names: tuple[str, ...] = ()
+        self.batch_ended = self.window_began = time.perf_counter()
+        ready = self.window_began - self.made, _host_gib()
+        seconds, host_gib = self._of_all_ranks(trainer, ready).amax(0).tolist()
+        if trainer.is_global_zero:
+            print(f"ready {seconds:.1f} s after reading the configuration, with at most {host_gib:.1f} GiB a process")
+        self.startup = {"startup/seconds": seconds, "startup/host_gib": host_gib}
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.by_source: Tensor | None = None  # [S, 3]: sum of token losses, tokens, samples
+        self.waited_s = 0.0
+        self.samples = self.tokens = self.frames = self.steps = 0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: ClipBatch, batch_idx: int
+    ) -> None:
+        """The batch has arrived: name what it lacks; the first one of a run is shown as the model reads it."""
+        if trainer.global_step == 0 and batch_idx == 0 and trainer.is_global_zero:
+            stage: Stage = pl_module  # type: ignore[assignment]
+            print(f"first sample, what is learned in brackets: {supervised_text(batch.text, 0, stage.tokenizer)}")
+        self.seen += len(batch.ids)
+        self.skipped += len(batch.skipped)
+        for reason in batch.skipped:
+            if reason not in self.named:
+                self.named.add(reason)
+                print(f"skipped sample {reason}")
+        self.waited_s += time.perf_counter() - self.batch_ended
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ClipBatch, batch_idx: int
+    ) -> None:
+        """Collect, and write after every ``every_n_steps``-th optimiser step."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        for name, value in stage.step_log.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.samples += len(batch.ids)
+        self.tokens += batch.text.input_ids.numel()
+        self.frames += batch.num_frames
+        self._collect_sources(stage, batch)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.steps += 1
+            if trainer.global_step % self.every_n_steps == 0:
+                self._write(trainer)
+        self.batch_ended = time.perf_counter()
+
+    def _collect_sources(self, stage: Stage, batch: ClipBatch) -> None:
+        if batch.source is None or stage.source_losses is None:
+            return
+        self.source_names = batch.source_names
+        numbers = torch.arange(len(self.source_names), device=batch.source.device)
+        samples = (batch.source == numbers[:, None]).sum(1, keepdim=True)
+        collected = torch.cat([stage.source_losses, samples], dim=1)
+        self.by_source = collected if self.by_source is None else self.by_source + collected
+
+    def _write(self, trainer: L.Trainer) -> None:
+        names = list(self.sums)
+        means = torch.stack([self.sums[name].float() / self.counts[name] for name in names]).tolist()
+        of_sources = [] if self.by_source is None else self.by_source.flatten().tolist()
+        seconds = time.perf_counter() - self.window_began
+        counted = (self.samples, self.tokens, self.frames, self.seen, self.skipped)
+        busy_ms = 1000 * (seconds - self.waited_s) / self.steps
+        clocks = (busy_ms, self.waited_s / seconds, _peak_gib(trainer.strategy.root_device))
+        kinds = (means, of_sources, counted, clocks)
+        ranks = self._of_all_ranks(trainer, tuple(chain(*kinds))).split([len(kind) for kind in kinds], dim=1)
+        values = dict(zip(names, ranks[0].mean(0).tolist(), strict=True))
+        sources = ranks[1].sum(0).view(-1, 3)
+        samples, tokens, frames, seen, skipped = ranks[2].sum(0).tolist()
+        busy, waiting, memory = ranks[3].unbind(1)
+        speed = {
+            "perf/samples_per_s": samples / seconds,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/frames_per_s": frames / seconds,
+            "perf/step_ms": 1000 * seconds / self.steps,
+            "perf/busy_ms_spread": float(busy.max() - busy.min()),
+            "perf/data_wait": float(waiting.mean()),
+            "perf/data_wait_worst_rank": float(waiting.max()),
+            "perf/peak_memory_gib": float(memory.max()),
+        }
+        if self.flops is not None:
+            speed["perf/mfu"] = speed["perf/samples_per_s"] * self.flops / (trainer.world_size * self.peak_flops)
+        self.windows.append(speed)
+        for group in trainer.optimizers[0].param_groups:
+            values[f"optim/lr_{group['name']}"] = group["lr"]
+        values |= speed | {"data/skipped": skipped, "data/skipped_share": skipped / seen} | self.startup
+        self.startup = {}
+        for name, (loss, label_tokens, count) in zip(self.source_names, sources.tolist(), strict=True):
+            values[f"data/share_{name}"] = count / samples
+            if label_tokens:
+                values[f"loss_by_source/{name}"] = loss / label_tokens
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        self._clear()
+        self.window_began = time.perf_counter()
+
+    def _of_all_ranks(self, trainer: L.Trainer, values: Sequence[float]) -> Tensor:
+        """Float64 [ranks, values]."""
+        table = torch.zeros(trainer.world_size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
+        table[trainer.global_rank] = torch.tensor(values, dtype=torch.float64)
+        reduced: Any = trainer.strategy.reduce(table, reduce_op="sum")
+        return torch.as_tensor(reduced).cpu()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print medians over the run, without the first window, in which caches and allocators fill."""
+        windows = self.windows[1:] or self.windows
+        if trainer.is_global_zero and windows:
+            median = {name: statistics.median(window[name] for window in windows) for name in windows[0]}
+            mfu = f", MFU {100 * median['perf/mfu']:.1f} %" if "perf/mfu" in median else ""
+            print(
+                f"{trainer.global_step} steps: {median['perf/step_ms']:.0f} ms a step (without waiting for data, ranks "
+                f"differ by {median['perf/busy_ms_spread']:.0f}), {median['perf/samples_per_s']:.1f} samples/s{mfu}, "
+                f"{100 * median['perf/data_wait']:.0f} % of the time waiting for data (worst rank "
+                f"{100 * median['perf/data_wait_worst_rank']:.0f} %), "
+                f"peak memory {median['perf/peak_memory_gib']:.1f} GiB"
+            )
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clocks."""
+        self.validation_began = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Go on with the clocks."""
+        self.window_began += time.perf_counter() - self.validation_began
+        self.batch_ended = time.perf_counter()
+
+
+class SamplePanel(L.Callback):
+    """The first held-out clips as pictures, egocentric left and exocentric right, with true and generated text.
+
+    Args:
+        clips: how many.
+    """
+
+    def __init__(self, clips: int = 4) -> None:
+        self.clips = clips
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: QuestionBatch | list[Exam],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the first batch's first clips."""
+        if batch_idx or isinstance(batch, list) or not trainer.is_global_zero or not trainer.loggers:
+            return
+        writer: Any = getattr(trainer.loggers[0], "experiment", None)
+        if not isinstance(writer, SummaryWriter):
+            return
+        stage: Stage = pl_module  # type: ignore[assignment]
+        views = [video[: self.clips] for video in (batch.ego_video, batch.exo_video) if video is not None]
+        rows = torch.cat(
+            [view.permute(0, 2, 1, 3, 4).flatten(2, 3) for view in views], dim=2
+        )  # [clips, S, views*T*S, 3]
+        writer.add_image("held_out/clips", rows.flatten(0, 1).cpu(), trainer.global_step, dataformats="HWC")
+        shown = set(batch.ids[: self.clips])
+        lines = ["| clip | view | task | question | true | answer |", "|---|---|---|---|---|---|"]
+        lines += [
+            f"| {batch.ids.index(o.clip)} | {o.view} | {o.task} | {o.question} | {o.answer} | {o.prediction} |"
+            for o in stage.outcomes
+            if o.clip in shown
+        ]
+        writer.add_text("held_out/answers", "\n".join(lines), trainer.global_step)
+
+
+def _host_gib() -> float:
+    """Most that this process has held in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _peak_gib(device: torch.device) -> float:
+    """Most that was allocated on a GPU, or held by the process that computes on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else _host_gib()
+
+
+def supervised_text(text: TextBatch, row: int, tokenizer: Any) -> str:
+    """A row as words, runs of supervised tokens in brackets."""
+    real = text.attention_mask[row]
+    ids, labels = text.input_ids[row][real].tolist(), text.labels[row][real].tolist()
+    words = ["<video>" if token == VIDEO_TOKEN_ID else str(tokenizer.decode([token])) for token in ids]
+    runs = groupby(zip(words, labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX)
+    texts = [(supervised, " ".join(word for word, _ in run)) for supervised, run in runs]
+    return " ".join(f"[{text}]" if supervised else text for supervised, text in texts)

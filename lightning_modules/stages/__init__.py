@@ -1,0 +1,1 @@
+"""The training stages of Exo2Ego, one file each, over one shared model."""

@@ -1,0 +1,30 @@
+"""Stage 3: the learner practises on instructions, with egocentric video only."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from datamodules.batch import ClipBatch
+from lightning_modules.losses import vtg_loss
+from lightning_modules.stages.base import Stage
+
+
+class LearnerSelfPractice(Stage):
+    """Learner Self-Practice (Exo2Ego, arXiv 2503.09143): instruction tuning with adapters on the language model.
+
+    The ego encoder and F go on learning. Nothing exocentric is needed any more, here or at inference.
+    """
+
+    uses = ("ego_encoder", "projector", "ego_to_exo", "language_model", "lora")
+    trains = ("ego_encoder", "projector", "ego_to_exo", "lora")
+    views = ("ego",)
+
+    def visual_tokens(self, video: Tensor, view: str) -> Tensor:
+        """Egocentric clips only: x, then F(x)."""
+        return self.model.learner_tokens(video)
+
+    def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Video-text generation on the answers."""
+        assert batch.ego_video is not None
+        visual = self.model.learner_tokens(batch.ego_video)
+        return {"vtg": vtg_loss(*self.read_text(visual, batch), batch.label_tokens)}

@@ -1,0 +1,30 @@
+"""Stage 1: the demonstrator learns from exocentric clip-text pairs while the language model stays as it is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from datamodules.batch import ClipBatch
+from lightning_modules.losses import vtg_loss
+from lightning_modules.stages.base import Stage
+
+
+class DemonstratorSelfPreparation(Stage):
+    """Demonstrator Self-Preparation (Exo2Ego, arXiv 2503.09143).
+
+    Whether the projector trains is not stated in the paper; it does here, ``train: [exo_encoder]`` turns it off.
+    """
+
+    uses = ("exo_encoder", "projector", "language_model")
+    trains = ("exo_encoder", "projector")
+    views = ("exo", "ego")
+
+    def visual_tokens(self, video: Tensor, view: str) -> Tensor:
+        """Both views through the demonstrator."""
+        return self.model.demonstrator_tokens(video)
+
+    def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Video-text generation on exocentric clips."""
+        assert batch.exo_video is not None
+        visual = self.model.demonstrator_tokens(batch.exo_video)
+        return {"vtg": vtg_loss(*self.read_text(visual, batch), batch.label_tokens)}

@@ -1,0 +1,1 @@
+"""Validation questions: scores and reports."""

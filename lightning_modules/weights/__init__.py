@@ -1,0 +1,1 @@
+"""Weights in files: the folders that pass between stages, and released weights."""
