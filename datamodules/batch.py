@@ -64,9 +64,9 @@ class ClipBatch(_Movable):
         ego_video, exo_video: uint8 [B, T, S, S, 3], RGB, the same instants in both; None if the stage does not look.
         source_names: what the samples are mixed from, the same in every batch; empty if nothing is mixed.
         source: int64 [B], each sample's place among them; None if nothing is mixed.
-        readable: bool [B]. Where false, the pictures are zeros, no token is supervised, and the sample takes no part in
+        valid: bool [B]. Where false, the pictures are zeros, no token is supervised, and the sample takes no part in
             any loss. By default all are.
-        skipped: a line for each sample that is not readable: its name and why.
+        corrupt: a line for each sample that is not valid: its name and why.
         prompt: int64 [L], what stands before a caption, with the clip's ``VIDEO_TOKEN_ID``; None where texts differ.
     """
 
@@ -77,14 +77,14 @@ class ClipBatch(_Movable):
     exo_video: Tensor | None = None
     source_names: tuple[str, ...] = ()
     source: Tensor | None = None
-    readable: Tensor = None  # type: ignore[assignment]
-    skipped: list[str] = field(default_factory=list)
+    valid: Tensor = None  # type: ignore[assignment]
+    corrupt: list[str] = field(default_factory=list)
     prompt: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Without a mask, all samples are readable."""
-        if self.readable is None:
-            self.readable = torch.ones(len(self.ids), dtype=torch.bool, device=self.text.input_ids.device)
+        """Without a mask, all samples are valid."""
+        if self.valid is None:
+            self.valid = torch.ones(len(self.ids), dtype=torch.bool, device=self.text.input_ids.device)
 
     @property
     def num_frames(self) -> int:

@@ -73,7 +73,7 @@ STOPPED = 75
 HOW_IT_RUNS = (
     "checkpoint_every_n_steps",
     "data.init_args.decode_timeout_s",
-    "data.init_args.max_skipped_share",
+    "data.init_args.max_corrupt_fraction",
     "data.init_args.micro_batch_size",
     "data.init_args.num_workers",
     "egobench",

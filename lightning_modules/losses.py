@@ -1,6 +1,6 @@
 """The three losses of Exo2Ego (arXiv 2503.09143): video-text generation, cycle consistency, guidance.
 
-Clips that could not be read are masked (``ClipBatch.readable``): they add nothing to a loss and give no gradient, while
+Clips that could not be read are masked (``ClipBatch.valid``): they add nothing to a loss and give no gradient, while
 the other clips keep their weight, so that it matters neither how a batch is split nor which ranks know of the failure.
 
 Letters: ``B`` clips, ``T`` frames, ``h`` and ``w`` patch rows and columns, ``C`` encoder width, ``M`` supervised
@@ -41,7 +41,7 @@ def answer_kl_loss(target: Tensor, logits: Tensor, counts: Tensor, tau: float = 
     Args:
         target: float32 [B, L, V], logits that read y; detached.
         logits: the same shape, those that read x and F(x) before the same tokens.
-        counts: bool [B, L], the tokens that count. Clips without any, such as unreadable ones, add nothing and the
+        counts: bool [B, L], the tokens that count. Clips without any, such as corrupt ones, add nothing and the
             others keep their weight.
         tau: temperature; the loss is multiplied by its square.
 
@@ -72,7 +72,7 @@ def loss_by_source(logits: Tensor, targets: Tensor, source: Tensor, sources: int
 
 
 def cycle_consistency_loss(
-    feature: Tensor, round_trip: Tensor, readable: Tensor, norm: Literal["none", "channel_std"] = "none"
+    feature: Tensor, round_trip: Tensor, valid: Tensor, norm: Literal["none", "channel_std"] = "none"
 ) -> Tensor:
     """L1 distance of features to themselves after a round trip through both mappings.
 
@@ -81,7 +81,7 @@ def cycle_consistency_loss(
     Args:
         feature: float [B, T, h, w, C], the target.
         round_trip: the same shape, after F then G or G then F.
-        readable: bool [B], the clips that count.
+        valid: bool [B], the clips that count.
         norm: ``channel_std`` divides each channel by its standard deviation in ``feature``.
 
     Returns:
@@ -93,27 +93,27 @@ def cycle_consistency_loss(
     if feature.shape != round_trip.shape:
         raise ValueError(f"round trip gave {tuple(round_trip.shape)}, expected {tuple(feature.shape)}")
     if norm == "channel_std":
-        scale = _channel_deviation(feature.detach(), readable) + 1e-6
+        scale = _channel_deviation(feature.detach(), valid) + 1e-6
         feature, round_trip = feature / scale, round_trip / scale
-    return F.l1_loss(where_readable(readable, round_trip, feature), feature)
+    return F.l1_loss(where_valid(valid, round_trip, feature), feature)
 
 
-def _channel_deviation(feature: Tensor, readable: Tensor) -> Tensor:
-    """Standard deviation of each channel over the readable clips, 0 if there are none: float [C]."""
+def _channel_deviation(feature: Tensor, valid: Tensor) -> Tensor:
+    """Standard deviation of each channel over the valid clips, 0 if there are none: float [C]."""
     zero = feature.new_zeros((), dtype=torch.float32)
-    positions = readable.sum() * (feature[0].numel() // feature.shape[-1])
-    mean = where_readable(readable, feature.float(), zero).sum((0, 1, 2, 3)) / positions.clamp(min=1)
-    squares = where_readable(readable, (feature - mean).square(), zero).sum((0, 1, 2, 3))
+    positions = valid.sum() * (feature[0].numel() // feature.shape[-1])
+    mean = where_valid(valid, feature.float(), zero).sum((0, 1, 2, 3)) / positions.clamp(min=1)
+    squares = where_valid(valid, (feature - mean).square(), zero).sum((0, 1, 2, 3))
     return (squares / (positions - 1).clamp(min=1)).sqrt()
 
 
-def where_readable(readable: Tensor, feature: Tensor, other: Tensor) -> Tensor:
-    """Feature, float [B, T, h, w, C], with the clips that are not readable taken from ``other``."""
-    return torch.where(readable[:, None, None, None, None], feature, other)
+def where_valid(valid: Tensor, feature: Tensor, other: Tensor) -> Tensor:
+    """Feature, float [B, T, h, w, C], with the clips that are not valid taken from ``other``."""
+    return torch.where(valid[:, None, None, None, None], feature, other)
 
 
 def guidance_kl_loss(
-    target: Tensor, mapped: Tensor, readable: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none"
+    target: Tensor, mapped: Tensor, valid: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none"
 ) -> Tensor:
     """KL(y || F(x)): the exocentric features' distribution against that of the mapped egocentric ones.
 
@@ -123,7 +123,7 @@ def guidance_kl_loss(
     Args:
         target: float [B, T, h, w, C], standardised y.
         mapped: the same shape, F(x) standardised with the same statistics.
-        readable: bool [B], the clips that count.
+        valid: bool [B], the clips that count.
         tau: temperature.
         axis: ``channel``: distributions over C; ``spatial``: over h and w.
         pool: average over ``time``, or over ``all`` positions, before the softmax.
@@ -132,7 +132,7 @@ def guidance_kl_loss(
         float32 scalar >= 0.
     """
     target = target.detach()
-    y, x = (f.float().flatten(2, 3) for f in (target, where_readable(readable, mapped, target)))  # [B, T, h * w, C]
+    y, x = (f.float().flatten(2, 3) for f in (target, where_valid(valid, mapped, target)))  # [B, T, h * w, C]
     if pool == "time":
         y, x = y.mean(1, keepdim=True), x.mean(1, keepdim=True)
     elif pool == "all":
@@ -143,7 +143,7 @@ def guidance_kl_loss(
     return tau**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
-def contrastive_loss(target: Tensor, mapped: Tensor, readable: Tensor, different: Tensor, tau: float = 0.1) -> Tensor:
+def contrastive_loss(target: Tensor, mapped: Tensor, valid: Tensor, different: Tensor, tau: float = 0.1) -> Tensor:
     """Find y by F(x) among the micro-batch's other clips, by the cosine of features averaged over all positions.
 
     Not of the paper. The other clips of the same micro-batch on the same rank are what a clip is told from, so unlike
@@ -152,21 +152,21 @@ def contrastive_loss(target: Tensor, mapped: Tensor, readable: Tensor, different
     Args:
         target: float [B, T, h, w, C], standardised y.
         mapped: the same shape, F(x) standardised with the same statistics.
-        readable: bool [B], the clips that count.
+        valid: bool [B], the clips that count.
         different: bool [B, B], clips that show different things; others are no counterexamples to each other.
         tau: temperature.
 
     Returns:
-        float32 scalar >= 0: cross-entropy, summed over readable clips and divided by B.
+        float32 scalar >= 0: cross-entropy, summed over valid clips and divided by B.
     """
     y, x = (
-        F.normalize(where_readable(readable, f, f.new_zeros(())).float().mean((1, 2, 3)), dim=-1)
+        F.normalize(where_valid(valid, f, f.new_zeros(())).float().mean((1, 2, 3)), dim=-1)
         for f in (target.detach(), mapped)
     )
     itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
-    logits = (x @ y.T / tau).masked_fill(~(itself | different & readable), -torch.inf)
+    logits = (x @ y.T / tau).masked_fill(~(itself | different & valid), -torch.inf)
     log_p = logits.log_softmax(dim=1).diagonal()
-    return -log_p.where(readable, 0.0).sum() / len(x)
+    return -log_p.where(valid, 0.0).sum() / len(x)
 
 
 class FeatureStandardizer(nn.Module):
@@ -196,12 +196,12 @@ class FeatureStandardizer(nn.Module):
         self._sums: list[Tensor] = []  # of the micro-batches of this rank since the last update
 
     @torch.no_grad()
-    def observe(self, target: Tensor, readable: Tensor) -> None:
+    def observe(self, target: Tensor, valid: Tensor) -> None:
         """Take note of float [B, T, h, w, C], of the clips that bool [B] marks, for the next update."""
         if self.kind != "ema" or not self.training:
             return
-        flat = where_readable(readable, target.float(), target.new_zeros(())).flatten(0, -2)
-        positions = readable.sum().to(flat.dtype) * (len(flat) // len(target))
+        flat = where_valid(valid, target.float(), target.new_zeros(())).flatten(0, -2)
+        positions = valid.sum().to(flat.dtype) * (len(flat) // len(target))
         self._sums.append(torch.cat([flat.sum(0), flat.square().sum(0), positions[None]]))
 
     @torch.no_grad()

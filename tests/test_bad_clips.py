@@ -26,7 +26,7 @@ from datamodules.clips.dataset import (
     ReadingStopped,
     ResumableLoader,
     Span,
-    TooManySkipped,
+    TooManyCorrupt,
 )
 from datamodules.text import TextEncoder
 from datamodules.video.reader import ClipReader, NotAVideo, TimedOut
@@ -56,9 +56,9 @@ class Files(ClipTextDataset):
         return self.encoder.conversation([(" ".join(["left"] * (30 if self.answers[index] > 9 else 1)), "left")])
 
 
-def load(dataset, size, accumulate=1, num_workers=0, max_skipped_share=1.0, **options):
+def load(dataset, size, accumulate=1, num_workers=0, max_corrupt_fraction=1.0, **options):
     sampler = GlobalBatchSampler(len(dataset), size, accumulate, rank=0, world=1, seed=0)
-    return ResumableLoader(dataset, sampler, num_workers, max_skipped_share, **options)
+    return ResumableLoader(dataset, sampler, num_workers, max_corrupt_fraction, **options)
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +105,13 @@ def test_bad_clips_are_masked_and_say_why_and_the_others_are_as_ever(whole, bad,
     )  # whether a clip can be read is known to the rank that reads it only
     for row, name in enumerate(batch.ids):
         good = name in ("take0", f"take{len(paths) - 1}")
-        assert batch.readable[row] == good
+        assert batch.valid[row] == good
         for video in (batch.ego_video[row], batch.exo_video[row]):
             assert torch.equal(video, expected) if good else not video.any()
         assert (batch.text.labels[row] != IGNORE_INDEX).sum() == (tokens if good else 0)
         assert (batch.text.input_ids[row] == VIDEO_TOKEN_ID).sum() == 1
-    told = {line.partition(": ")[0]: line for line in batch.skipped}
-    assert list(told) == [name for row, name in enumerate(batch.ids) if not batch.readable[row]]
+    told = {line.partition(": ")[0]: line for line in batch.corrupt}
+    assert list(told) == [name for row, name in enumerate(batch.ids) if not batch.valid[row]]
     for number, (words, path) in enumerate(bad.items(), start=1):
         line = told[f"take{number}"]
         assert str(path) in line and words in line and "[0.000, 1.000) s" in line and "\n" not in line
@@ -123,11 +123,11 @@ def test_a_text_that_is_too_long_is_masked_and_left_out_of_the_average(whole, to
     tokens = dataset.text(0, 0).label_tokens
     batches = list(load(dataset, 4, accumulate))
     assert [batch.label_tokens for batch in batches] == [3 * tokens / accumulate] * accumulate
-    told = [line for batch in batches for line in batch.skipped]
+    told = [line for batch in batches for line in batch.corrupt]
     assert len(told) == 1 and told[0].startswith("take1: ") and "max_text_tokens=16" in told[0]
     for batch in batches:
         for row, name in enumerate(batch.ids):
-            assert batch.readable[row] == batch.ego_video[row].any() == (name != "take1")
+            assert batch.valid[row] == batch.ego_video[row].any() == (name != "take1")
 
 
 def test_texts_of_a_global_batch_are_encoded_once_in_a_process(whole, toy_tokenizer):
@@ -141,7 +141,7 @@ def test_texts_of_a_global_batch_are_encoded_once_in_a_process(whole, toy_tokeni
 def test_a_batch_of_nothing_but_too_long_texts_still_divides(whole, toy_tokenizer):
     (batch,) = load(Files(toy_tokenizer, [whole] * 2, answers=[10, 10]), 2)
     assert batch.label_tokens == 1.0
-    assert not batch.readable.any()
+    assert not batch.valid.any()
 
 
 def test_a_span_to_the_end_of_the_file(whole, toy_tokenizer):
@@ -183,10 +183,10 @@ def test_randomly_damaged_files_give_a_reason_and_never_a_wrong_frame(kind, toy_
     before = len(os.listdir("/proc/self/fd"))
     dataset = Files(toy_tokenizer, paths)
     (batch,) = load(dataset, len(paths))
-    assert len(batch.skipped) >= len(paths) // 2
-    for row, readable in enumerate(batch.readable.tolist()):
+    assert len(batch.corrupt) >= len(paths) // 2
+    for row, valid in enumerate(batch.valid.tolist()):
         frames = batch.ego_video[row].numpy()
-        if not readable:
+        if not valid:
             assert not frames.any()
         elif kind != "bits":  # a turned bit may make another valid picture; only a checksum of the file could tell
             assert np.array_equal(frames, expected)
@@ -199,7 +199,7 @@ def test_randomly_damaged_files_give_a_reason_and_never_a_wrong_frame(kind, toy_
 
 
 class Flags(ClipTextDataset):
-    """Item i is a batch with a readable sample for each true flag of ``batches[i]``, without pictures."""
+    """Item i is a batch with a valid sample for each true flag of ``batches[i]``, without pictures."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -211,7 +211,7 @@ class Flags(ClipTextDataset):
         flags = self.batches[request.indices[0]]
         names = [str(number) for number in range(len(flags))]
         lines = [f"{name}: broken" for name, flag in zip(names, flags, strict=True) if not flag]
-        return ClipBatch(names, tiny.clip_batch().text, 1.0, readable=torch.tensor(flags), skipped=lines)
+        return ClipBatch(names, tiny.clip_batch().text, 1.0, valid=torch.tensor(flags), corrupt=lines)
 
     name = span = text = None
 
@@ -227,7 +227,7 @@ def watch(share, batches):
     try:
         for _ in ResumableLoader(Flags(batches), InOrder(len(batches), 1, 1, 0, 1, 0), 0, share):
             passed += 1
-    except TooManySkipped as error:
+    except TooManyCorrupt as error:
         return passed, str(error)
     return passed, None
 
@@ -257,8 +257,8 @@ def test_when_a_run_stops(share, batches, passed):
 def test_the_stop_names_the_last_failures_and_what_to_do():
     _, message = watch(0.01, [ONE, [False, False, True, False]])
     assert message == (
-        "4 of 14 samples of this rank could not be used (data.max_skipped_share allows 1.0%), the last ones: "
-        "0: broken | 1: broken | 3: broken: run `make data-check`, or raise data.init_args.max_skipped_share"
+        "4 of 14 samples of this rank could not be used (data.max_corrupt_fraction allows 1.0%), the last ones: "
+        "0: broken | 1: broken | 3: broken: run `make data-check`, or raise data.init_args.max_corrupt_fraction"
     )
     _, message = watch(1.0, [[False]] * 30)
     assert message.startswith("20 of 20 samples of this rank could not be used (20 of them in a row), the last ones: ")
@@ -302,10 +302,8 @@ def test_a_file_that_does_not_open_is_given_up_and_the_reader_goes_on(whole, blo
 def test_a_clip_that_does_not_open_is_masked_in_time(whole, blocked, toy_tokenizer, num_workers):
     dataset = Files(toy_tokenizer, [whole, blocked, whole], timeout_s=0.3)
     (batch,) = load(dataset, 3, num_workers=num_workers)
-    assert [name for name, readable in zip(batch.ids, batch.readable.tolist(), strict=True) if not readable] == [
-        "take1"
-    ]
-    assert "blocked.mp4 [0.000, 1.000) s: no answer within 0.3 s" in batch.skipped[0]
+    assert [name for name, valid in zip(batch.ids, batch.valid.tolist(), strict=True) if not valid] == ["take1"]
+    assert "blocked.mp4 [0.000, 1.000) s: no answer within 0.3 s" in batch.corrupt[0]
 
 
 def test_a_time_limit_leaves_no_threads_and_no_open_files(whole, blocked):
@@ -360,10 +358,10 @@ def test_errors_that_are_no_clips_pass_through(whole, toy_tokenizer):
 def masked(batch, *rows):
     """The batch with these rows as the loader leaves them."""
     for row in rows:
-        batch.readable[row] = False
+        batch.valid[row] = False
         batch.ego_video[row] = batch.exo_video[row] = 0
         batch.text.labels[row] = IGNORE_INDEX
-    batch.skipped = [f"{batch.ids[row]}: broken" for row in rows]
+    batch.corrupt = [f"{batch.ids[row]}: broken" for row in rows]
     return batch
 
 
@@ -379,7 +377,7 @@ def stage_of(name, tokenizer):
 
 
 @pytest.mark.parametrize("name", tiny.STAGES)
-def test_an_unreadable_clip_takes_no_part_in_any_loss(toy_tokenizer, name):
+def test_a_corrupt_clip_takes_no_part_in_any_loss(toy_tokenizer, name):
     stage = stage_of(name, toy_tokenizer)
     with_bad = stage.losses(masked(tiny.clip_batch(), 1))
     batch = tiny.clip_batch()
@@ -392,7 +390,7 @@ def test_an_unreadable_clip_takes_no_part_in_any_loss(toy_tokenizer, name):
 
 
 @pytest.mark.parametrize("name", tiny.STAGES)
-def test_a_batch_without_any_readable_clip_gives_zero_losses_and_a_gradient_to_all_that_trains(toy_tokenizer, name):
+def test_a_batch_without_any_valid_clip_gives_zero_losses_and_a_gradient_to_all_that_trains(toy_tokenizer, name):
     stage = stage_of(name, toy_tokenizer).train()
     total = stage.training_step(masked(tiny.clip_batch(), 0, 1), 0)
     total.backward()
@@ -403,7 +401,7 @@ def test_a_batch_without_any_readable_clip_gives_zero_losses_and_a_gradient_to_a
     assert all(bool(value.isfinite()) for value in stage.step_log.values())
 
 
-def test_the_monitor_names_each_skipped_sample_once_and_writes_how_many(toy_tokenizer, tmp_path, capsys):
+def test_the_monitor_names_each_corrupt_sample_once_and_writes_how_many(toy_tokenizer, tmp_path, capsys):
     batches = [tiny.clip_batch(), masked(tiny.clip_batch(), 1), masked(tiny.clip_batch(), 1), tiny.clip_batch()]
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = L.Trainer(
@@ -416,8 +414,8 @@ def test_the_monitor_names_each_skipped_sample_once_and_writes_how_many(toy_toke
         enable_model_summary=False,
     )
     trainer.fit(tiny.make_stage("stage2", toy_tokenizer), DataLoader(batches, batch_size=None))
-    assert capsys.readouterr().out.count("skipped sample b: broken\n") == 1
+    assert capsys.readouterr().out.count("corrupt sample b: broken\n") == 1
     header, *rows = [line.split(",") for line in Path(logger.log_dir, "metrics.csv").read_text().splitlines()]
-    written = [{key: row[header.index(f"data/{key}")] for key in ("skipped", "skipped_share")} for row in rows]
-    assert [float(values["skipped"]) for values in written] == [0, 1, 2, 2]
-    assert [float(values["skipped_share"]) for values in written] == pytest.approx([0, 1 / 4, 2 / 6, 2 / 8])
+    written = [{key: row[header.index(f"data/{key}")] for key in ("corrupt", "corrupt_fraction")} for row in rows]
+    assert [float(values["corrupt"]) for values in written] == [0, 1, 2, 2]
+    assert [float(values["corrupt_fraction"]) for values in written] == pytest.approx([0, 1 / 4, 2 / 6, 2 / 8])

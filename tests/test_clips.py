@@ -314,7 +314,7 @@ def test_impossible_sizes_are_refused(options):
     for key, value, allowed in (
         ("micro_batch_size", 0, "1 or more"),
         ("shuffle_block_groups", -1, "0 or more"),
-        ("max_skipped_share", 1.5, "from 0 to 1"),
+        ("max_corrupt_fraction", 1.5, "from 0 to 1"),
         ("decode_timeout_s", 0.0, "above 0"),
     ):
         with pytest.raises(ValueError, match=rf"^data\.{key}: got {value}, allowed: {allowed}$"):
@@ -392,11 +392,11 @@ def test_the_loader_is_made_as_the_module_says(options):
             samples.groups = lambda: np.arange(11) // 4
             return samples
 
-    module = Grouped(**options, shuffle_block_groups=2, max_skipped_share=0.5, decode_timeout_s=7.0)
+    module = Grouped(**options, shuffle_block_groups=2, max_corrupt_fraction=0.5, decode_timeout_s=7.0)
     module.setup("fit")
     module.trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1, global_rank=0)
     source = module.train_dataloader()
-    assert source.max_skipped_share == 0.5
+    assert source.max_corrupt_fraction == 0.5
     assert module.train_set.reader.timeout_s == 7.0
     assert (source.order.block_groups, source.order.groups.tolist()) == (2, [0] * 4 + [1] * 4 + [2] * 3)
 

@@ -139,17 +139,17 @@ def test_one_process_goes_on_from_the_handoff_of_two(alone, by_two, toy_world, t
 
 
 def test_clips_that_only_one_rank_lacks_change_nothing_for_the_others(toy_world, alone, tmp_path):
-    """Half of the recordings are gone: ranks meet batches without any readable clip, and none waits for another."""
+    """Half of the recordings are gone: ranks meet batches without any valid clip, and none waits for another."""
     world = tmp_path / "world"
     shutil.copytree(toy_world, world)
     index = (world / "ego_exo_clip" / "groups.jsonl").read_text().splitlines()
     for line in index[::2]:
         (world / json.loads(line)["views"]["ego"]["path"]).unlink()
-    options = ["data.init_args.max_skipped_share=1", "data.init_args.global_batch_size=2"]
+    options = ["data.init_args.max_corrupt_fraction=1", "data.init_args.global_batch_size=2"]
     assert main(arguments("stage2", world, tmp_path / "one", alone, *options)) == 0
     two = ["trainer.devices=2", "trainer.strategy=fsdp2"]
     (printed,) = run_together(2, [arguments("stage2", world, tmp_path / "two", alone, *options, *two)], tmp_path)
-    assert "skipped sample" in printed
+    assert "corrupt sample" in printed
     assert largest_difference(weights(tmp_path / "one", "stage2"), weights(tmp_path / "two", "stage2")) < ROUNDING
 
 
@@ -209,12 +209,12 @@ class Launched:
 
 
 def test_what_stops_one_process_is_said_and_ends_the_other(alone, toy_world, tmp_path):
-    """One recording is gone and none may be skipped: the process that meets it first has to tell."""
+    """One recording is gone and no corrupt sample is allowed: the process that meets it first reports it."""
     world = tmp_path / "world"
     shutil.copytree(toy_world, world)
     (line, *_) = (world / "ego_exo_clip" / "groups.jsonl").read_text().splitlines()
     (world / json.loads(line)["views"]["ego"]["path"]).unlink()
-    options = ["data.init_args.max_skipped_share=0", "trainer.devices=2", "trainer.strategy=fsdp2"]
+    options = ["data.init_args.max_corrupt_fraction=0", "trainer.devices=2", "trainer.strategy=fsdp2"]
     words = arguments("stage2", world, tmp_path / "runs", alone, *options, "trainer.max_steps=100")
     environment = os.environ | {"PYTHONPATH": str(tiny.EXPERIMENTS.parent), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lightning_modules", *words]

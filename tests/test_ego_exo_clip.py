@@ -381,7 +381,7 @@ def test_a_batch_counts_the_tokens_of_narrated_clips_only(toy_world, pairs):
     some = partly(toy_world, ego_text_fraction=0.34)
     indices = [int(some.with_text[0]), *some.without_text[:3].tolist()]
     batch = some.__getitems__(_Request(0, indices, indices, 1))
-    assert batch.readable.all() and not batch.skipped
+    assert batch.valid.all() and not batch.corrupt
     supervised = (batch.text.labels != IGNORE_INDEX).sum(1).tolist()
     assert supervised == [pairs.text(indices[0], 0).label_tokens, 0, 0, 0]
     assert batch.label_tokens == supervised[0]

@@ -95,11 +95,11 @@ def test_without_a_window_the_whole_file_is_shown(read, toy_world, window):
     assert torch.equal(whole, named.videos(named.span(0, 0))["ego"])
 
 
-def test_a_missing_file_without_a_window_is_a_skipped_sample(read):
+def test_a_missing_file_without_a_window_is_a_corrupt_sample(read):
     samples = read(without(video="no/such.mp4"))
-    (batch,) = ResumableLoader(samples, GlobalBatchSampler(1, 1, 1, 0, 1, 0), 0, max_skipped_share=1.0)
-    assert batch.readable.tolist() == [False]
-    assert "no/such.mp4" in batch.skipped[0]
+    (batch,) = ResumableLoader(samples, GlobalBatchSampler(1, 1, 1, 0, 1, 0), 0, max_corrupt_fraction=1.0)
+    assert batch.valid.tolist() == [False]
+    assert "no/such.mp4" in batch.corrupt[0]
 
 
 def test_the_view_decides_whose_encoder_looks(read, toy_world):
@@ -233,7 +233,7 @@ def test_batches_know_their_sources_and_count_repeated_samples(toy_tokenizer, tm
     file = write(tmp_path, "few", 1)
     samples = mixed(toy_tokenizer, tmp_path, [MixSource(file, samples=4)]).read()
     sampler = GlobalBatchSampler(4, 4, 1, 0, 1, 0, epoch_samples=samples.epoch_samples)
-    (batch,) = ResumableLoader(samples, sampler, 0, max_skipped_share=1.0)
+    (batch,) = ResumableLoader(samples, sampler, 0, max_corrupt_fraction=1.0)
     assert batch.ids == ["few/0"] * 4
     assert (batch.source_names, batch.source.tolist()) == (("few",), [0] * 4)
     assert batch.label_tokens == 4 * samples.text(0, 0).label_tokens == 16

@@ -16,7 +16,7 @@ from lightning_modules.losses import (
 )
 
 LN3 = math.log(3)
-READABLE = torch.tensor([True])
+VALID = torch.tensor([True])
 KL_QUARTERS = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)  # KL((3/4, 1/4) || (1/2, 1/2))
 
 
@@ -47,21 +47,21 @@ def test_vtg_of_unequal_micro_batches_averages_to_the_mean_over_all_tokens():
 def test_cycle_by_hand():
     feature = features([[1.0, 2.0], [3.0, 4.0]])
     round_trip = feature + torch.tensor([0.5, -0.25])
-    torch.testing.assert_close(cycle_consistency_loss(feature, round_trip, READABLE), torch.tensor(0.375))
-    assert cycle_consistency_loss(feature, feature, READABLE) == 0
+    torch.testing.assert_close(cycle_consistency_loss(feature, round_trip, VALID), torch.tensor(0.375))
+    assert cycle_consistency_loss(feature, feature, VALID) == 0
 
 
 def test_cycle_channel_std_weighs_channels_alike():
     feature = features([[-1.0, -10.0], [1.0, 10.0]])  # sample deviations sqrt 2 and 10 sqrt 2
     round_trip = feature + torch.tensor([1.0, 10.0])
-    loss = cycle_consistency_loss(feature, round_trip, READABLE, "channel_std")
+    loss = cycle_consistency_loss(feature, round_trip, VALID, "channel_std")
     torch.testing.assert_close(loss, torch.tensor(1 / math.sqrt(2)))
-    assert cycle_consistency_loss(feature, round_trip, READABLE) == 5.5
+    assert cycle_consistency_loss(feature, round_trip, VALID) == 5.5
 
 
 def test_cycle_refuses_a_changed_shape():
     with pytest.raises(ValueError, match=r"round trip gave \(1, 1, 1, 1, 2\), expected \(1, 1, 1, 2, 2\)"):
-        cycle_consistency_loss(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 2), READABLE)
+        cycle_consistency_loss(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 2), VALID)
 
 
 @pytest.mark.parametrize(
@@ -76,21 +76,21 @@ def test_cycle_refuses_a_changed_shape():
     ],
 )
 def test_kl_axis_by_hand(rows, axis, expected):
-    loss = guidance_kl_loss(features(rows), torch.zeros(1, 1, 1, 2, 2), READABLE, axis=axis)
+    loss = guidance_kl_loss(features(rows), torch.zeros(1, 1, 1, 2, 2), VALID, axis=axis)
     torch.testing.assert_close(loss, torch.tensor(expected))
 
 
 def test_kl_has_the_target_first():
     target, mapped = features([[LN3, 0.0]]), features([[math.log(9), 0.0]])  # (3/4, 1/4) and (9/10, 1/10)
     expected = 0.75 * math.log(0.75 / 0.9) + 0.25 * math.log(0.25 / 0.1)
-    torch.testing.assert_close(guidance_kl_loss(target, mapped, READABLE), torch.tensor(expected))
+    torch.testing.assert_close(guidance_kl_loss(target, mapped, VALID), torch.tensor(expected))
     reverse = 0.9 * math.log(0.9 / 0.75) + 0.1 * math.log(0.1 / 0.25)
-    torch.testing.assert_close(guidance_kl_loss(mapped, target, READABLE), torch.tensor(reverse))
+    torch.testing.assert_close(guidance_kl_loss(mapped, target, VALID), torch.tensor(reverse))
 
 
 def test_kl_temperature_divides_logits_and_scales_the_loss_by_its_square():
     target = features([[2 * LN3, 0.0]])
-    loss = guidance_kl_loss(target, torch.zeros_like(target), READABLE, tau=2.0)
+    loss = guidance_kl_loss(target, torch.zeros_like(target), VALID, tau=2.0)
     torch.testing.assert_close(loss, torch.tensor(4 * KL_QUARTERS))
 
 
@@ -104,13 +104,13 @@ def test_kl_temperature_divides_logits_and_scales_the_loss_by_its_square():
 )
 def test_kl_pooling_by_hand(pool, expected):
     target = features([[4 * LN3, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]], frames=2)
-    loss = guidance_kl_loss(target, torch.zeros_like(target), READABLE, pool=pool)
+    loss = guidance_kl_loss(target, torch.zeros_like(target), VALID, pool=pool)
     torch.testing.assert_close(loss, torch.tensor(expected))
 
 
 def test_kl_moves_the_mapped_features_only():
     target, mapped = features([[LN3, 0.0]]).requires_grad_(), features([[0.0, 0.0]]).requires_grad_()
-    guidance_kl_loss(target, mapped, READABLE).backward()
+    guidance_kl_loss(target, mapped, VALID).backward()
     assert target.grad is None
     torch.testing.assert_close(mapped.grad, features([[-0.25, 0.25]]))  # q - p
 
@@ -118,20 +118,20 @@ def test_kl_moves_the_mapped_features_only():
 def test_kl_of_equal_features_is_zero():
     feature = torch.randn(2, 3, 2, 2, 5, generator=torch.Generator().manual_seed(0))
     for axis in ("channel", "spatial"):
-        assert abs(guidance_kl_loss(feature, feature.clone(), READABLE.repeat(2), axis=axis)) < 1e-6
+        assert abs(guidance_kl_loss(feature, feature.clone(), VALID.repeat(2), axis=axis)) < 1e-6
 
 
-def step(standardizer, target, readable):
-    standardizer.observe(target, readable)
+def step(standardizer, target, valid):
+    standardizer.observe(target, valid)
     standardizer.update()
 
 
 def test_standardizer_is_fixed_within_a_step_and_then_takes_all_of_it_in():
     whole, split = FeatureStandardizer(1, "ema", momentum=0.5), FeatureStandardizer(1, "ema", momentum=0.5)
     batch = features([[1.0], [3.0], [8.0], [4.0]])
-    step(whole, batch, READABLE)
+    step(whole, batch, VALID)
     for half in batch.split(2, dim=3):
-        split.observe(half, READABLE)
+        split.observe(half, VALID)
         assert (split.mean.item(), split.variance.item()) == (0.0, 1.0)
     split.update()
     assert (split.mean.item(), split.variance.item()) == (whole.mean.item(), whole.variance.item()) == (4.0, 6.5)
@@ -141,10 +141,10 @@ def test_standardizer_is_fixed_within_a_step_and_then_takes_all_of_it_in():
 
 def test_standardizer_starts_with_the_first_batch_then_averages():
     standardizer = FeatureStandardizer(2, "ema", momentum=0.9)
-    step(standardizer, features([[1.0, 10.0], [3.0, 30.0]]), READABLE)
+    step(standardizer, features([[1.0, 10.0], [3.0, 30.0]]), VALID)
     torch.testing.assert_close(standardizer.mean, torch.tensor([2.0, 20.0]))
     torch.testing.assert_close(standardizer.variance, torch.tensor([1.0, 100.0]))
-    step(standardizer, features([[4.0, 20.0], [4.0, 20.0]]), READABLE)
+    step(standardizer, features([[4.0, 20.0], [4.0, 20.0]]), VALID)
     torch.testing.assert_close(standardizer.mean, torch.tensor([2.2, 20.0]))
     torch.testing.assert_close(standardizer.variance, torch.tensor([0.9, 90.0]))
     expected = torch.tensor([(4.2 - 2.2) / math.sqrt(0.9), (20 - 90) / math.sqrt(90)])
@@ -153,9 +153,9 @@ def test_standardizer_starts_with_the_first_batch_then_averages():
 
 def test_standardizer_is_fixed_in_evaluation():
     standardizer = FeatureStandardizer(1, "ema")
-    step(standardizer, features([[1.0], [3.0]]), READABLE)
+    step(standardizer, features([[1.0], [3.0]]), VALID)
     standardizer.eval()
-    step(standardizer, features([[100.0], [300.0]]), READABLE)
+    step(standardizer, features([[100.0], [300.0]]), VALID)
     assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)
 
 
@@ -165,17 +165,17 @@ def test_standardizer_by_token_and_none():
     torch.testing.assert_close(FeatureStandardizer(2, "token")(feature), expected, atol=1e-4, rtol=0)
     for kind in ("token", "none"):
         standardizer = FeatureStandardizer(2, kind)
-        step(standardizer, feature, READABLE)
+        step(standardizer, feature, VALID)
         assert standardizer.mean.tolist() == [0.0, 0.0]
     assert FeatureStandardizer(2, "none")(feature) is feature
 
 
 def test_standardizer_state_travels_with_checkpoints():
     written = FeatureStandardizer(1, "ema", momentum=0.5)
-    step(written, features([[1.0], [3.0]]), READABLE)
+    step(written, features([[1.0], [3.0]]), VALID)
     read = FeatureStandardizer(1, "ema", momentum=0.5)
     read.load_state_dict(written.state_dict())
-    step(read, features([[6.0], [6.0]]), READABLE)
+    step(read, features([[6.0], [6.0]]), VALID)
     assert (read.mean.item(), read.variance.item()) == (4.0, 0.5)
 
 
@@ -197,12 +197,12 @@ def test_contrastive_by_hand():
 
 def test_contrastive_does_not_tell_a_clip_from_itself():
     y, x = (torch.randn(3, 1, 2, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
-    readable, different = torch.ones(3, dtype=torch.bool), apart(3)
+    valid, different = torch.ones(3, dtype=torch.bool), apart(3)
     different[0, 2] = different[2, 0] = False
-    together = contrastive_loss(y, x, readable, different)
+    together = contrastive_loss(y, x, valid, different)
     pair = torch.ones(2, dtype=torch.bool)
     first = contrastive_loss(y[:2], x[:2], pair, apart(2))  # rows 0 and 1 see only each other
-    assert not torch.isclose(together, contrastive_loss(y, x, readable, apart(3)))
+    assert not torch.isclose(together, contrastive_loss(y, x, valid, apart(3)))
     y[2] = y[0]
     x[2] = x[0]
     rows = [contrastive_loss(y[i:2], x[i:2], pair[i:], apart(2)[i:, i:]) for i in (0, 1)]
@@ -217,12 +217,12 @@ def test_contrastive_moves_the_mapped_features_only():
     assert y.grad is None and x.grad.abs().max() > 0
 
 
-def test_contrastive_leaves_unreadable_clips_out():
+def test_contrastive_leaves_corrupt_clips_out():
     y, x = (torch.randn(3, 1, 2, 2, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2))
     x.requires_grad_()
-    readable = torch.tensor([True, False, True])
-    masked = contrastive_loss(y, x, readable, apart(3))
-    kept = contrastive_loss(y[readable], x[readable], readable[readable], apart(2))
+    valid = torch.tensor([True, False, True])
+    masked = contrastive_loss(y, x, valid, apart(3))
+    kept = contrastive_loss(y[valid], x[valid], valid[valid], apart(2))
     torch.testing.assert_close(masked, kept * 2 / 3)
     (gradient,) = torch.autograd.grad(masked, x)
     assert gradient[1].abs().max() == 0 and gradient.isfinite().all()
@@ -237,27 +237,27 @@ def two_clips(seed):
     return torch.randn(2, 1, 2, 2, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def cycle(target, other, readable):
-    return cycle_consistency_loss(target, other, readable)
+def cycle(target, other, valid):
+    return cycle_consistency_loss(target, other, valid)
 
 
-def cycle_per_channel(target, other, readable):
-    return cycle_consistency_loss(target, other, readable, "channel_std")
+def cycle_per_channel(target, other, valid):
+    return cycle_consistency_loss(target, other, valid, "channel_std")
 
 
 @pytest.mark.parametrize("loss", [cycle, cycle_per_channel, guidance_kl_loss])
-def test_an_unreadable_clip_adds_nothing_and_leaves_the_weight_of_the_others(loss):
+def test_a_corrupt_clip_adds_nothing_and_leaves_the_weight_of_the_others(loss):
     target, other = two_clips(0), two_clips(1).requires_grad_()
     masked = loss(target, other, ONE_OF_TWO)
-    torch.testing.assert_close(masked, loss(target[:1], other[:1], READABLE) / 2)
+    torch.testing.assert_close(masked, loss(target[:1], other[:1], VALID) / 2)
     (gradient,) = torch.autograd.grad(masked, other)
-    (alone,) = torch.autograd.grad(loss(target[:1], other[:1], READABLE), other)
+    (alone,) = torch.autograd.grad(loss(target[:1], other[:1], VALID), other)
     torch.testing.assert_close(gradient, alone / 2)
     assert gradient[1].abs().max() == 0
 
 
 @pytest.mark.parametrize("loss", [cycle, cycle_per_channel, guidance_kl_loss])
-def test_without_any_readable_clip_losses_and_gradients_are_zero(loss):
+def test_without_any_valid_clip_losses_and_gradients_are_zero(loss):
     target, other = two_clips(0), two_clips(1).requires_grad_()
     nothing = loss(target, other, torch.tensor([False, False]))
     (gradient,) = torch.autograd.grad(nothing, other)
@@ -265,7 +265,7 @@ def test_without_any_readable_clip_losses_and_gradients_are_zero(loss):
     assert gradient.abs().max() == 0
 
 
-def test_standardizer_leaves_unreadable_clips_out():
+def test_standardizer_leaves_corrupt_clips_out():
     standardizer = FeatureStandardizer(1, "ema", momentum=0.5)
     clips = torch.cat([features([[1.0], [3.0]]), features([[100.0], [300.0]])])
     step(standardizer, clips, ONE_OF_TWO)
@@ -274,10 +274,10 @@ def test_standardizer_leaves_unreadable_clips_out():
     assert (standardizer.mean.item(), standardizer.variance.item(), standardizer.updates.item()) == (2.0, 1.0, 1.0)
 
 
-def test_standardizer_starts_with_the_first_readable_batch():
+def test_standardizer_starts_with_the_first_valid_batch():
     standardizer = FeatureStandardizer(1, "ema", momentum=0.5)
-    step(standardizer, features([[9.0], [9.0]]), ~READABLE)
-    step(standardizer, features([[1.0], [3.0]]), READABLE)
+    step(standardizer, features([[9.0], [9.0]]), ~VALID)
+    step(standardizer, features([[1.0], [3.0]]), VALID)
     assert (standardizer.mean.item(), standardizer.variance.item()) == (2.0, 1.0)
 
 

@@ -35,7 +35,7 @@ def one_clip():
     batch = tiny.clip_batch()
     text = batch.text
     text.input_ids, text.labels, text.attention_mask = text.input_ids[:1], text.labels[:1], text.attention_mask[:1]
-    return ClipBatch(batch.ids[:1], text, 3.0, batch.ego_video[:1], batch.exo_video[:1], readable=batch.readable[:1])
+    return ClipBatch(batch.ids[:1], text, 3.0, batch.ego_video[:1], batch.exo_video[:1], valid=batch.valid[:1])
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])

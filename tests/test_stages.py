@@ -329,8 +329,8 @@ def test_patches_pass_through_no_projector(toy_tokenizer):
 def test_kl_on_answers_leaves_out_clips_that_cannot_be_read(toy_tokenizer):
     batch, alone = tiny.clip_batch(), tiny.clip_batch()
     batch.prompt = alone.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
-    batch.readable = torch.tensor([True, False])
-    alone.readable = torch.tensor([True, True])
+    batch.valid = torch.tensor([True, False])
+    alone.valid = torch.tensor([True, True])
     alone.ego_video[1], alone.exo_video[1] = alone.ego_video[0], alone.exo_video[0]
     stage = guided(toy_tokenizer, kl=KLConfig(where="answers", answer_tokens=6))
     torch.testing.assert_close(2 * stage.losses(batch)["kl"], stage.losses(alone)["kl"])
@@ -384,7 +384,7 @@ def test_the_contrastive_term_is_added_and_knows_equal_clips(toy_tokenizer):
     stage = guided(toy_tokenizer, kl=KLConfig(standardize="none"), contrastive=ContrastiveConfig(0.5, tau=0.2))
     losses = stage.losses(batch)
     apart = ~torch.eye(2, dtype=torch.bool)
-    expected = contrastive_loss(*features_of(stage, batch), batch.readable, apart, 0.2)
+    expected = contrastive_loss(*features_of(stage, batch), batch.valid, apart, 0.2)
     torch.testing.assert_close(losses["contrastive"], 0.5 * expected)
     batch.ids = ["a", "a"]
     assert stage.losses(batch)["contrastive"] == 0

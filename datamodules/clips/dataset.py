@@ -33,10 +33,10 @@ from datamodules.video.reader import ClipDecodeError, ClipReader, Fit, read_view
 VIEWS = ("ego", "exo")
 NOTHING_TO_LEARN = EncodedText([VIDEO_TOKEN_ID], [IGNORE_INDEX])
 SHARE_IS_OVER = 200
-"""Samples that the share of skipped ones is at least taken over, so that a single one at the start stops nothing."""
+"""Samples that the fraction of corrupt ones is at least taken over, so that a single one at the start stops nothing."""
 HELD_OUT_BATCH = 32
 IN_A_ROW = 20
-"""Skipped samples one after another that stop a run at any share: a disk or a network is gone."""
+"""Corrupt samples one after another that stop a run whatever their fraction: a disk or a network is gone."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Span:
     offsets_s: dict[str, float] = field(default_factory=dict)
 
 
-class TooManySkipped(ValueError):
+class TooManyCorrupt(ValueError):
     """More samples cannot be used than the configuration allows."""
 
 
@@ -176,8 +176,8 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
             label_tokens=max(1, self._label_tokens(texts, request.global_indices)) / request.micro_batches,
             source_names=self.source_names,
             source=torch.tensor([self.source(i) for i in request.indices]) if self.source_names else None,
-            readable=torch.tensor([index not in failed for index in request.indices]),
-            skipped=[f"{self.name(index)}: {failed[index]}" for index in request.indices if index in failed],
+            valid=torch.tensor([index not in failed for index in request.indices]),
+            corrupt=[f"{self.name(index)}: {failed[index]}" for index in request.indices if index in failed],
             prompt=None if self.prompt is None else torch.tensor(self.prompt),
             **{f"{view}_video": frames[view] for view in frames},
         )
@@ -267,19 +267,19 @@ class ResumableLoader(DataLoader[ClipBatch]):
 
     The state is the same on all ranks, and another number of them, or of accumulated micro-batches, goes on from it.
 
-    It watches over what could not be read in the batches that it hands out, from the start of the process on. A run
-    stops when more than ``max_skipped_share`` of this rank's samples (of the first 200 as long as there are fewer) were
-    skipped, or 20 one after another.
+    Corrupt samples are counted over the batches handed out since the process started. A run stops when more than
+    ``max_corrupt_fraction`` of this rank's samples (of the first 200 while there are fewer) are corrupt, or 20 in a
+    row.
 
     Args:
         dataset: the samples.
         sampler: their order.
         num_workers: processes that read; 0 reads in this one.
-        max_skipped_share: share of skipped samples that is let pass.
+        max_corrupt_fraction: largest fraction of corrupt samples that is tolerated.
         timeout_s: longest wait for one batch of the processes, None for no limit.
 
     Raises:
-        TooManySkipped: while iterating.
+        TooManyCorrupt: while iterating.
         ReadingStopped: while iterating: a process hangs or has died; the message names samples.
     """
 
@@ -288,7 +288,7 @@ class ResumableLoader(DataLoader[ClipBatch]):
         dataset: ClipTextDataset,
         sampler: GlobalBatchSampler,
         num_workers: int,
-        max_skipped_share: float = 0.01,
+        max_corrupt_fraction: float = 0.01,
         timeout_s: float | None = None,
     ) -> None:
         super().__init__(
@@ -300,10 +300,10 @@ class ResumableLoader(DataLoader[ClipBatch]):
             persistent_workers=num_workers > 0,
             timeout=(timeout_s or 0) if num_workers else 0,
         )
-        self.samples, self.order, self.max_skipped_share = dataset, sampler, max_skipped_share
+        self.samples, self.order, self.max_corrupt_fraction = dataset, sampler, max_corrupt_fraction
         self.epoch = self.position = 0
-        self.seen = self.skipped = self.in_a_row = 0
-        self.last_skipped: deque[str] = deque(maxlen=3)
+        self.seen = self.corrupt = self.in_a_row = 0
+        self.last_corrupt: deque[str] = deque(maxlen=3)
 
     def __iter__(self) -> Iterator[ClipBatch]:  # type: ignore[override]
         """The rest of the epoch, then whole epochs."""
@@ -327,19 +327,19 @@ class ResumableLoader(DataLoader[ClipBatch]):
 
     def _watch(self, batch: ClipBatch) -> None:
         self.seen += len(batch.ids)
-        self.skipped += len(batch.skipped)
-        self.last_skipped += batch.skipped
+        self.corrupt += len(batch.corrupt)
+        self.last_corrupt += batch.corrupt
         outage = False
-        for readable in batch.readable.tolist():
-            self.in_a_row = 0 if readable else self.in_a_row + 1
+        for valid in batch.valid.tolist():
+            self.in_a_row = 0 if valid else self.in_a_row + 1
             outage = outage or self.in_a_row >= IN_A_ROW
-        too_many = self.skipped > self.max_skipped_share * max(self.seen, SHARE_IS_OVER)
+        too_many = self.corrupt > self.max_corrupt_fraction * max(self.seen, SHARE_IS_OVER)
         if too_many or outage:
-            limit = f"data.max_skipped_share allows {self.max_skipped_share:.1%}"
-            raise TooManySkipped(
-                f"{self.skipped} of {self.seen} samples of this rank could not be used "
+            limit = f"data.max_corrupt_fraction allows {self.max_corrupt_fraction:.1%}"
+            raise TooManyCorrupt(
+                f"{self.corrupt} of {self.seen} samples of this rank could not be used "
                 f"({limit if too_many else f'{IN_A_ROW} of them in a row'}), the last ones: "
-                f"{' | '.join(self.last_skipped)}: run `make data-check`, or raise data.init_args.max_skipped_share"
+                f"{' | '.join(self.last_corrupt)}: run `make data-check`, or raise data.init_args.max_corrupt_fraction"
             )
 
     def state_dict(self) -> dict[str, int]:
@@ -368,8 +368,8 @@ class ClipDataModule(L.LightningDataModule, ABC):
             ``trainer.accumulate_grad_batches`` leaves of the global batch.
         shuffle_block_groups: shuffle recordings, and samples within blocks of so many, so that open files are used
             again; 0 shuffles all samples together.
-        max_skipped_share: share of samples that may be unreadable before training stops, see ``ResumableLoader``.
-        decode_timeout_s: longest wait for one video file, in seconds; a clip that takes longer counts as unreadable.
+        max_corrupt_fraction: fraction of samples that may be corrupt before training stops, see ``ResumableLoader``.
+        decode_timeout_s: longest wait for one video file, in seconds; a clip that takes longer counts as corrupt.
 
     Raises:
         ValueError: ``root`` or ``held_out`` is missing, or a number is impossible.
@@ -388,7 +388,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         prompt: PromptConfig = CHAT,
         micro_batch_size: int | None = None,
         shuffle_block_groups: int = 0,
-        max_skipped_share: float = 0.01,
+        max_corrupt_fraction: float = 0.01,
         decode_timeout_s: float = 60.0,
     ) -> None:
         super().__init__()
@@ -399,8 +399,8 @@ class ClipDataModule(L.LightningDataModule, ABC):
         ):
             if number is not None and number < least:
                 raise ValueError(f"data.{key}: got {number}, allowed: {least} or more")
-        if not 0 <= max_skipped_share <= 1:
-            raise ValueError(f"data.max_skipped_share: got {max_skipped_share}, allowed: from 0 to 1")
+        if not 0 <= max_corrupt_fraction <= 1:
+            raise ValueError(f"data.max_corrupt_fraction: got {max_corrupt_fraction}, allowed: from 0 to 1")
         if not decode_timeout_s > 0:
             raise ValueError(f"data.decode_timeout_s: got {decode_timeout_s}, allowed: above 0")
         if not Path(root).is_dir():
@@ -413,7 +413,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         self.root, self.held_out = Path(root), None if held_out is None else Path(held_out)
         self.clips, self.global_batch_size, self.seed, self.num_workers = clips, global_batch_size, seed, num_workers
         self.micro_batch_size, self.shuffle_block_groups = micro_batch_size, shuffle_block_groups
-        self.max_skipped_share, self.decode_timeout_s = max_skipped_share, decode_timeout_s
+        self.max_corrupt_fraction, self.decode_timeout_s = max_corrupt_fraction, decode_timeout_s
         self.encoder = TextEncoder(tokenizer, max_text_tokens, prompt)
         self.train_set: ClipTextDataset | None = None
         self.exams: list[Dataset[Exam]] = []  # of benchmarks that are asked whenever held-out clips are
@@ -518,7 +518,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
             self.train_set.epoch_samples,
         )
         longest_s = self._longest_wait_s(self.global_batch_size // (accumulate * world))
-        return ResumableLoader(self.train_set, sampler, self.num_workers, self.max_skipped_share, longest_s)
+        return ResumableLoader(self.train_set, sampler, self.num_workers, self.max_corrupt_fraction, longest_s)
 
     def _longest_wait_s(self, clips: int) -> float:
         """For a batch; files are bounded by themselves: this is for all else, and must not come before."""

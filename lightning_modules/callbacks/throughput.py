@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class TrainingMonitor(L.Callback):
-    """Losses, rates, gradient norm, speed, memory, skipped samples and sources, every few steps, and a summary.
+    """Losses, rates, gradient norm, speed, memory, corrupt samples and sources, every few steps, and a summary.
 
-    Losses are averaged over steps and ranks. Samples that were skipped are counted over all ranks from the start of the
+    Losses are averaged over steps and ranks. Corrupt samples are counted over all ranks from the start of the
     process on, and each is named once by the rank that met it. Where samples are mixed, each source's share of them and
     its loss per token are over all ranks and the steps since the last write. Values stay on the device until they are
     written: it is waited for, and ranks talk, once per write only.
@@ -48,7 +48,7 @@ class TrainingMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clocks; say what it took to come here."""
         self._clear()
-        self.seen = self.skipped = 0
+        self.seen = self.corrupt = 0
         self.named: set[str] = set()
         self.source_names: tuple[str, ...] = ()
         self.batch_ended = self.window_began = time.perf_counter()
@@ -73,11 +73,11 @@ class TrainingMonitor(L.Callback):
             stage: Stage = pl_module  # type: ignore[assignment]
             print(f"first sample, what is learned in brackets: {supervised_text(batch.text, 0, stage.tokenizer)}")
         self.seen += len(batch.ids)
-        self.skipped += len(batch.skipped)
-        for reason in batch.skipped:
+        self.corrupt += len(batch.corrupt)
+        for reason in batch.corrupt:
             if reason not in self.named:
                 self.named.add(reason)
-                print(f"skipped sample {reason}")
+                print(f"corrupt sample {reason}")
         self.waited_s += time.perf_counter() - self.batch_ended
 
     def on_train_batch_end(
@@ -112,14 +112,14 @@ class TrainingMonitor(L.Callback):
         means = torch.stack([self.sums[name].float() / self.counts[name] for name in names]).tolist()
         of_sources = [] if self.by_source is None else self.by_source.flatten().tolist()
         seconds = time.perf_counter() - self.window_began
-        counted = (self.samples, self.tokens, self.frames, self.seen, self.skipped)
+        counted = (self.samples, self.tokens, self.frames, self.seen, self.corrupt)
         busy_ms = 1000 * (seconds - self.waited_s) / self.steps
         clocks = (busy_ms, self.waited_s / seconds, _peak_gib(trainer.strategy.root_device))
         kinds = (means, of_sources, counted, clocks)
         ranks = self._of_all_ranks(trainer, tuple(chain(*kinds))).split([len(kind) for kind in kinds], dim=1)
         values = dict(zip(names, ranks[0].mean(0).tolist(), strict=True))
         sources = ranks[1].sum(0).view(-1, 3)
-        samples, tokens, frames, seen, skipped = ranks[2].sum(0).tolist()
+        samples, tokens, frames, seen, corrupt = ranks[2].sum(0).tolist()
         busy, waiting, memory = ranks[3].unbind(1)
         speed = {
             "perf/samples_per_s": samples / seconds,
@@ -136,7 +136,7 @@ class TrainingMonitor(L.Callback):
         self.windows.append(speed)
         for group in trainer.optimizers[0].param_groups:
             values[f"optim/lr_{group['name']}"] = group["lr"]
-        values |= speed | {"data/skipped": skipped, "data/skipped_share": skipped / seen} | self.startup
+        values |= speed | {"data/corrupt": corrupt, "data/corrupt_fraction": corrupt / seen} | self.startup
         self.startup = {}
         for name, (loss, label_tokens, count) in zip(self.source_names, sources.tolist(), strict=True):
             values[f"data/share_{name}"] = count / samples

@@ -19,7 +19,7 @@ from lightning_modules.losses import (
     cycle_consistency_loss,
     guidance_kl_loss,
     vtg_loss,
-    where_readable,
+    where_valid,
 )
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.stages.base import Stage
@@ -165,7 +165,7 @@ class DemonstratorLearnerGuidance(Stage):
         if self.kl.where == "answers":
             losses["kl"] = self._kl_weight() * self._answer_kl(exo, visual, batch)
         if self.cycle.weight:
-            losses["cycle"] = self.cycle.weight * self._cycles(ego, ego_as_exo, exo, batch.readable)
+            losses["cycle"] = self.cycle.weight * self._cycles(ego, ego_as_exo, exo, batch.valid)
         return losses
 
     def _generation(self, visual: Tensor, batch: ClipBatch) -> Tensor:
@@ -183,13 +183,13 @@ class DemonstratorLearnerGuidance(Stage):
 
     def _guidance(self, exo: Tensor, ego_as_exo: Tensor, ego: Tensor, batch: ClipBatch) -> dict[str, Tensor]:
         """KL(y || F(x)); the curves also show KL(y || x) and how far F is from the identity."""
-        readable = batch.readable
-        self.standardizer.observe(exo, readable)
+        valid = batch.valid
+        self.standardizer.observe(exo, valid)
         target, mapped, unmapped = (self.standardizer(feature) for feature in (exo, ego_as_exo, ego))
-        kl = guidance_kl_loss(target, mapped, readable, self.kl.tau, self.kl.axis, self.kl.pool)
+        kl = guidance_kl_loss(target, mapped, valid, self.kl.tau, self.kl.axis, self.kl.pool)
         with torch.no_grad():
-            without_mapping = guidance_kl_loss(target, unmapped, readable, self.kl.tau, self.kl.axis, self.kl.pool)
-            change, size = (where_readable(readable, f, f.new_zeros(())).norm() for f in (ego_as_exo - ego, ego))
+            without_mapping = guidance_kl_loss(target, unmapped, valid, self.kl.tau, self.kl.axis, self.kl.pool)
+            change, size = (where_valid(valid, f, f.new_zeros(())).norm() for f in (ego_as_exo - ego, ego))
         self.step_log |= {
             "guidance/kl": kl.detach(),
             "guidance/kl_without_mapping": without_mapping,
@@ -198,9 +198,9 @@ class DemonstratorLearnerGuidance(Stage):
         losses = {"kl": self._kl_weight() * kl}
         if self.contrastive.weight:
             clips = {name: number for number, name in enumerate(dict.fromkeys(batch.ids))}
-            number = torch.tensor([clips[name] for name in batch.ids], device=readable.device)
+            number = torch.tensor([clips[name] for name in batch.ids], device=valid.device)
             different = number != number[:, None]
-            contrastive = contrastive_loss(target, mapped, readable, different, self.contrastive.tau)
+            contrastive = contrastive_loss(target, mapped, valid, different, self.contrastive.tau)
             losses["contrastive"] = self.contrastive.weight * contrastive
         return losses
 
@@ -213,7 +213,7 @@ class DemonstratorLearnerGuidance(Stage):
             answers, counts = self.caption(batch.prompt, shown)
             target = self.model.language_model.answer_logits(batch.prompt, shown, answers)
         logits = self.model.language_model.answer_logits(batch.prompt, visual, answers)
-        kl = answer_kl_loss(target, logits, counts & batch.readable[:, None], self.kl.tau)
+        kl = answer_kl_loss(target, logits, counts & batch.valid[:, None], self.kl.tau)
         self.step_log["guidance/kl_answers"] = kl.detach()
         return kl
 
@@ -234,14 +234,14 @@ class DemonstratorLearnerGuidance(Stage):
         rising = self.kl.warmup_fraction * self.total_steps() if self.kl.warmup_fraction else 0.0
         return self.kl.weight * min(1.0, (self.trainer.global_step + 1) / (rising + 1)) if rising else self.kl.weight
 
-    def _cycles(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, readable: Tensor) -> Tensor:
+    def _cycles(self, ego: Tensor, ego_as_exo: Tensor, exo: Tensor, valid: Tensor) -> Tensor:
         """Sum of the directions: G(F(x)) against x, F(G(y)) against y."""
         model, directions = self.model, {}
         if self.cycle.forward:
             target = ego.detach() if self.cycle.detach_target else ego
-            directions["ego"] = cycle_consistency_loss(target, model.exo_to_ego(ego_as_exo), readable, self.cycle.norm)
+            directions["ego"] = cycle_consistency_loss(target, model.exo_to_ego(ego_as_exo), valid, self.cycle.norm)
         if self.cycle.backward:
             round_trip = model.ego_to_exo(model.exo_to_ego(exo))
-            directions["exo"] = cycle_consistency_loss(exo, round_trip, readable, self.cycle.norm)
+            directions["exo"] = cycle_consistency_loss(exo, round_trip, valid, self.cycle.norm)
         self.step_log |= {f"guidance/cycle_{view}": loss.detach() for view, loss in directions.items()}
         return torch.stack(list(directions.values())).sum()
