@@ -54,7 +54,7 @@ from lightning_modules.callbacks.checkpoint import (
 )
 from lightning_modules.callbacks.health import Diverged, StallWatch
 from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
-from lightning_modules.config import STAGES, ConfigError, compose, config_hash, single_streams
+from lightning_modules.config import STAGES, ConfigError, compose, config_hash, read_saved, single_streams
 from lightning_modules.config_errors import explain
 from lightning_modules.egobench.cost import cost_table
 from lightning_modules.egobench.evaluate import Benchmarks, Predictions, predict, write_submissions
@@ -509,7 +509,7 @@ def ablations(options: argparse.Namespace) -> int:
 
 def _same_configuration(folder: Path, config: dict[str, Any], state: str) -> None:
     file = folder / "config.yaml"
-    before = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = read_saved(file) if file.is_file() else {}
     old, new = _flat(before), _flat(config)
     changed = [
         key

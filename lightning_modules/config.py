@@ -12,7 +12,10 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,31 @@ STAGES = ("stage0", "stage1", "stage2", "stage3")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; one line naming file or key and the mend."""
+    """A configuration that cannot be used: one line that names the file or key and how to fix it."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The new name of a configuration key.
+
+    Attributes:
+        new_key: dotted key that replaces the old one; the old one itself where only values changed.
+        convert: maps an old value to a new one. A value that is an interpolation is moved without conversion.
+        stages: the stages in which the old key meant this, such as ``("stage2",)``; None for all stages.
+    """
+
+    new_key: str
+    convert: Callable[[Any], Any] | None = None
+    stages: tuple[str, ...] | None = None
+
+
+RENAMED_KEYS: dict[str, Renamed] = {}
+"""Dotted keys of earlier versions that are still accepted, with their new names.
+
+They are renamed in every YAML file, in every ``key=value`` override and in a run's ``config.yaml``, before layers are
+merged. Name a key as the file has it: a resolved ``config.yaml`` repeats the values of ``network`` and ``clips`` below
+``model.init_args`` and ``data.init_args``.
+"""
 
 
 def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -43,13 +70,16 @@ def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) 
     for file in files:
         layer = _load(file)
         layer.pop("extends", None)
-        merged = OmegaConf.merge(merged, layer)
+        merged = OmegaConf.merge(merged, _with_new_keys(layer, str(file), stage))
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected key=value, e.g. trainer.max_steps=100")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            layer = OmegaConf.from_dotlist([override])
+            merged = OmegaConf.merge(
+                merged, _with_new_keys(layer, f"override {override}", stage or merged.get("stage"))
+            )
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"override {override!r}: the value is no YAML ({' '.join(str(error).split())})") from None
     try:
@@ -58,6 +88,99 @@ def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) 
         raise ConfigError(f"{files[-1]}: {_first_line(error)} (key {error.full_key})") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def read_saved(file: Path) -> dict[str, Any]:
+    """Read the ``config.yaml`` of a run, written by this or an earlier version.
+
+    Raises:
+        ConfigError: the file is missing or no YAML.
+    """
+    saved = OmegaConf.to_container(_with_new_keys(_load(file), str(file), None), resolve=False)
+    assert isinstance(saved, dict)
+    return {str(key): value for key, value in saved.items()}
+
+
+def rename_keys(content: dict[str, Any], source: str, stage: str | None) -> dict[str, Any]:
+    """Apply ``RENAMED_KEYS``, and print a line to stderr for each old key.
+
+    Args:
+        content: one layer of nested keys, before interpolation; it is not changed.
+        source: file or override, for the line and for errors.
+        stage: stage that the layer is used for, if known.
+
+    Raises:
+        ConfigError: the old and the new name of a key both have a value.
+    """
+    renamed = copy.deepcopy(content)
+    for old, entry in RENAMED_KEYS.items():
+        if entry.stages is not None and stage not in entry.stages:
+            continue
+        moved, used = old != entry.new_key, False
+        if moved:
+            updated = _update_references(renamed, old, entry.new_key)
+            used, renamed = updated != renamed, updated
+        value = _pop(renamed, old)
+        if value is not _ABSENT:
+            interpolated = isinstance(value, str) and "${" in value
+            new_value = value if entry.convert is None or interpolated else entry.convert(value)
+            if not _put(renamed, entry.new_key, new_value):
+                raise ConfigError(f"{source}: {old} is the old name of {entry.new_key}: remove one of them")
+            if not moved and new_value != value:
+                print(f"{source}: the value {value!r} of {old} is now {new_value!r}", file=sys.stderr)
+            used = used or moved
+        if used:
+            print(f"{source}: {old} is now called {entry.new_key}", file=sys.stderr)
+    return renamed
+
+
+_ABSENT = object()
+
+
+def _pop(content: dict[str, Any], key: str) -> Any:
+    """Remove a dotted key and sections that become empty; return its value, or ``_ABSENT``."""
+    first, _, rest = key.partition(".")
+    if first not in content:
+        return _ABSENT
+    if not rest:
+        return content.pop(first)
+    section = content[first]
+    if not isinstance(section, dict):
+        return _ABSENT
+    value = _pop(section, rest)
+    if value is not _ABSENT and not section:
+        del content[first]
+    return value
+
+
+def _put(content: dict[str, Any], key: str, value: Any) -> bool:
+    """Set a dotted key; False if it has a value, or cannot have one because a key above it is no section."""
+    *above, last = key.split(".")
+    section: Any = content
+    for name in above:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            return False
+    if last in section:
+        return False
+    section[last] = value
+    return True
+
+
+def _update_references(value: Any, old: str, new: str) -> Any:
+    """Replace ``${old}`` and ``${old.below}`` in all strings."""
+    if isinstance(value, dict):
+        return {key: _update_references(item, old, new) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_update_references(item, old, new) for item in value]
+    if isinstance(value, str):
+        return re.sub(rf"\$\{{{re.escape(old)}(?=[.}}\[])", "${" + new, value)
+    return value
+
+
+def _with_new_keys(layer: DictConfig, source: str, stage: str | None) -> DictConfig:
+    content: Any = OmegaConf.to_container(layer, resolve=False)
+    return OmegaConf.create(rename_keys(content, source, stage or content.get("stage")))
 
 
 def single_streams(config: dict[str, Any]) -> dict[str, dict[str, Any]]:

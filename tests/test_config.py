@@ -8,7 +8,7 @@ import tiny
 import yaml
 
 from lightning_modules.cli import build
-from lightning_modules.config import STAGES, ConfigError, compose, config_hash
+from lightning_modules.config import RENAMED_KEYS, STAGES, ConfigError, Renamed, compose, config_hash, read_saved
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 
 EXPERIMENTS = sorted(
@@ -96,6 +96,72 @@ def test_wrong_files(tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             compose(tmp_path / path, stage)
+
+
+# ------------------------------------------------------------------------------------------------------- renamed keys
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """Three keys of an imagined earlier version."""
+    keys = {
+        "network.reads": Renamed("network.inputs", lambda value: ["ego", "mapped"] if value == "both" else [value]),
+        "model.init_args.network.reads": Renamed("model.init_args.network.inputs", lambda value: [value]),
+        "rate": Renamed("optim.rate", stages=("stage2",)),
+        "kind": Renamed("kind", lambda value: {"old": "new"}.get(value, value)),
+    }
+    monkeypatch.setattr("lightning_modules.config.RENAMED_KEYS", keys)
+
+
+@pytest.mark.usefixtures("renamed")
+def test_old_keys_are_renamed_in_every_layer(tmp_path, capsys):
+    write(tmp_path / "base", experiment={"network": {"inputs": ["exo"]}, "copy": "${network.inputs}"})
+    write(tmp_path / "own", experiment={"extends": ["../base"], "network": {"reads": "both"}}, stage1={"kind": "old"})
+    both = {"network": {"inputs": ["ego", "mapped"]}, "copy": ["ego", "mapped"]}
+    assert compose(tmp_path / "own", "stage0") == both
+    file = tmp_path / "own" / "experiment.yaml"
+    assert capsys.readouterr().err == f"{file}: network.reads is now called network.inputs\n"
+    assert compose(tmp_path / "own", "stage1") == both | {"kind": "new"}
+    assert capsys.readouterr().err.endswith(f"{tmp_path}/own/stage1.yaml: the value 'old' of kind is now 'new'\n")
+
+
+@pytest.mark.usefixtures("renamed")
+def test_old_keys_are_renamed_in_overrides_and_references(tmp_path, capsys):
+    write(tmp_path / "own", experiment={"network": {"inputs": ["exo"]}, "copy": "${network.reads}", "kind": "new"})
+    capsys.readouterr()
+    found = compose(tmp_path / "own", "stage0", ["network.reads=ego", "rate=3"])
+    assert found == {"network": {"inputs": ["ego"]}, "copy": ["ego"], "kind": "new", "rate": 3}
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == "override network.reads=ego: network.reads is now called network.inputs"
+    assert [line.partition(":")[0] for line in lines] == [
+        f"{tmp_path}/own/experiment.yaml",
+        "override network.reads=ego",
+    ]
+    assert compose(tmp_path / "own", "stage2", ["rate=3"])["optim"] == {"rate": 3}
+
+
+@pytest.mark.usefixtures("renamed")
+def test_old_keys_are_renamed_in_the_configuration_of_a_run(tmp_path):
+    saved = {"stage": "stage2", "rate": 1, "network": {"reads": "ego"}}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(saved | {"model": {"init_args": {"network": {"reads": "ego"}}}}))
+    expected = {"stage": "stage2", "optim": {"rate": 1}, "network": {"inputs": ["ego"]}}
+    expected["model"] = {"init_args": {"network": {"inputs": ["ego"]}}}
+    assert read_saved(file) == compose(file, None) == expected
+    assert compose(file, None, ["rate=2"])["optim"] == {"rate": 2}
+
+
+@pytest.mark.usefixtures("renamed")
+def test_an_old_key_next_to_its_new_name_is_refused(tmp_path):
+    write(tmp_path / "own", experiment={"network": {"inputs": ["exo"], "reads": "ego"}})
+    with pytest.raises(ConfigError, match=r"network.reads is the old name of network.inputs: remove one of them"):
+        compose(tmp_path / "own", "stage0")
+
+
+@pytest.mark.parametrize("entry", RENAMED_KEYS.values(), ids=list(RENAMED_KEYS))
+def test_new_keys_are_not_old_ones(entry):
+    """One pass must be enough."""
+    assert entry.new_key not in RENAMED_KEYS or RENAMED_KEYS[entry.new_key] is entry
 
 
 # -------------------------------------------------------------------------------------------------------- experiments

@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-import yaml
-
 from lightning_modules.ablations.plan import Job
+from lightning_modules.config import read_saved
 from lightning_modules.weights.handoff import check_handoff, is_answered
 from lightning_modules.weights.resolve import split_source
 
@@ -62,7 +61,7 @@ def is_finished(job: Job) -> bool:
     file, handoff = job.folder / "config.yaml", job.folder / "handoff"
     if not file.is_file() or not all(is_answered(folder, handoff) for folder in job.reads.values()):
         return False
-    if yaml.safe_load(file.read_text(encoding="utf-8")) != job.config:
+    if read_saved(file) != job.config:
         return False
     started_from = check_handoff(handoff).get("started_from", {})
     for part, source in (job.config["model"]["init_args"].get("init") or {}).items():
