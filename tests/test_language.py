@@ -118,7 +118,7 @@ RULES["what"] = "the noun itself: 'the output', not 'what it gives'"
 
 # Files that have not had their pass yet: uses left in each area, which may only become fewer.
 LEFT: dict[str, dict[str, int]] = {
-    "mend": {"datamodules": 44, "lightning_modules": 23, "tests": 15},
+    "mend": {"datamodules": 44, "lightning_modules": 22, "tests": 15},
     "anew": {"datamodules": 8, "experiments": 1, "lightning_modules": 18, "tests": 10, "top level": 5},
     "go on": {"datamodules": 8, "docs": 1, "experiments": 2, "lightning_modules": 22, "tests": 15, "top level": 9},
     "beside": {"datamodules": 14, "docs": 3, "experiments": 1, "lightning_modules": 15, "tests": 12, "top level": 6},
@@ -130,10 +130,10 @@ LEFT: dict[str, dict[str, int]] = {
     "words_loss": {"experiments": 1, "lightning_modules": 9, "tests": 2, "top level": 1},
     "wording": {"datamodules": 133, "experiments": 2, "lightning_modules": 4, "tests": 120, "top level": 6},
     "learner_reads": {"experiments": 1, "lightning_modules": 15, "tests": 9, "top level": 1},
-    "skipped": {"datamodules": 17, "lightning_modules": 2, "tests": 13, "top level": 2},
+    "skipped": {"top level": 2},
     "held-out outcome": {"lightning_modules": 8, "tests": 9},
     "how it runs": {"lightning_modules": 7, "top level": 1},
-    "names": {"datamodules": 88, "lightning_modules": 113, "tests": 332},
+    "names": {"datamodules": 81, "lightning_modules": 73, "tests": 265},
     "first line": {"datamodules": 74, "lightning_modules": 56, "tests": 34},
     "what": {"datamodules": 97, "docs": 3, "experiments": 8, "lightning_modules": 56, "tests": 39, "top level": 19},
 }
