@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.egoit.datamodule import Conversation, ConversationFile, ConversationStore, MalformedRecords, Wording
+from datamodules.egoit.datamodule import Conversation, ConversationFile, ConversationStore, Wording
 from datamodules.egoit.records import Record, row, write_rows
 from datamodules.egoit.templates import Templates
+from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.data_check import main as check
 
 HUMAN = {"from": "human", "value": "<video>\nWhat is cut?"}
@@ -191,7 +192,7 @@ def test_two_hundred_malformed_rows_of_all_kinds_are_each_named(tmp_path, capsys
         assert problem.startswith(f"{file} line {number}: "), problem
         assert "\n" not in problem
 
-    message = str(MalformedRecords(read.problems))
+    message = str(InvalidRecords(read.problems))
     assert message.startswith(read.problems[0])
     assert message.count(str(file)) == 5
     assert message.endswith("and 195 more: `make data-check INDEX=<file>` names every one")

@@ -17,8 +17,8 @@ import pytest
 
 from datamodules.egobench import BENCHMARKS, load
 from datamodules.egobench.item import Clip
-from datamodules.egoit.datamodule import MalformedRecords
 from datamodules.io.annotations import SourceError
+from datamodules.io.jsonl import InvalidRecords
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SAMPLES = SHARED / "samples" / "benchmarks"
@@ -42,7 +42,7 @@ def read(name, annotations, **options):
 
 def problem(name, annotations, **options):
     """What is said of files that are wrong; a wrong row alone, or the whole file."""
-    with pytest.raises((SourceError, MalformedRecords)) as raised:
+    with pytest.raises((SourceError, InvalidRecords)) as raised:
         read(name, annotations, **options)
     return str(raised.value)
 
@@ -886,7 +886,7 @@ def test_whatever_a_field_holds_an_error_names_the_file(tmp_path, name, file, ro
         path = write(tmp_path / file, {"0": wrong} if name == "egomcq" else [wrong])
         try:
             read(name, tmp_path, **options)
-        except (SourceError, MalformedRecords) as error:
+        except (SourceError, InvalidRecords) as error:
             assert str(error).startswith(str(path)), error
             refused += 1
     assert refused > 4 * len(JUNK)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.egoit.__main__ import main
-from datamodules.egoit.datamodule import ConversationFile, MalformedRecords
+from datamodules.egoit.datamodule import ConversationFile
 from datamodules.egoit.records import Record
 from datamodules.egoit.sources import egotimeqa
 from datamodules.egoit.sources.base import convert, grown
@@ -28,7 +28,8 @@ from datamodules.egoit.sources.egtea import Egtea, action_text, clip_parts, read
 from datamodules.egoit.sources.openeqa import OpenEQA, scene_of
 from datamodules.egoit.sources.ssv2 import SomethingSomething
 from datamodules.egoit.templates import Templates
-from datamodules.io.annotations import SourceError, Tally
+from datamodules.io.annotations import Counts, SourceError
+from datamodules.io.jsonl import InvalidRecords
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "egoit"
 
@@ -41,10 +42,10 @@ def sample(name):
 
 def read(source):
     """Records and problems of a source, and what it counted."""
-    tally, records, problems = Tally(), [], []
-    for record in source.read(tally):
+    counts, records, problems = Counts(), [], []
+    for record in source.read(counts):
         (records if isinstance(record, Record) else problems).append(record)
-    return records, [str(problem) for problem in problems], tally.counts
+    return records, [str(problem) for problem in problems], counts.totals
 
 
 def write(file, content):
@@ -679,11 +680,11 @@ def test_short_windows_grow_inside_the_file(window, grown_to):
 def test_wrong_rows_stop_a_conversion_and_are_all_named_or_left_out_with_a_warning(egtea, tmp_path):
     write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n{CLIP} 3 4 4\nx 3 4 4\n")
     out = tmp_path / "out.jsonl"
-    with pytest.raises(MalformedRecords) as caught:
+    with pytest.raises(InvalidRecords) as caught:
         convert(Egtea(egtea), out, Templates(), "base", 0)
     assert len(caught.value.problems) == 2
     write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n" * 6)
-    with pytest.raises(MalformedRecords, match=r"and 1 more: --skip-malformed \(which also writes the others\) names"):
+    with pytest.raises(InvalidRecords, match=r"and 1 more: --skip-malformed \(which also writes the others\) names"):
         convert(Egtea(egtea), out, Templates(), "base", 0)
     write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n{CLIP} 3 4 4\nx 3 4 4\n")
     assert not out.exists() and not list(tmp_path.glob("*.partial"))
@@ -697,7 +698,7 @@ def test_wrong_rows_stop_a_conversion_and_are_all_named_or_left_out_with_a_warni
 def test_ids_that_are_given_twice_are_named_with_both_lines(tmp_path):
     row = "v,b1,train,ego,lab,1,3,x,x,Go.\n"
     file = write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + row * 3)
-    with pytest.raises(MalformedRecords) as caught:
+    with pytest.raises(InvalidRecords) as caught:
         convert(EgoExoLearn(tmp_path), tmp_path / "out.jsonl", Templates(), "base", 0)
     assert caught.value.problems == [
         f"{file} line {number}: 'egoexolearn/b1' is the id of {file} line 2 too: give each its own" for number in (3, 4)
@@ -807,9 +808,9 @@ class Mine:
     def official(self):
         return {"rows": Official(2)}
 
-    def read(self, tally):
+    def read(self, counts):
         for number in range(self.times):
-            tally.add("rows")
+            counts.add("rows")
             yield Record(str(number), "v.mp4", Wording("qa", self.name, "What?", (), "that"), "train", "v")
 """,
     )

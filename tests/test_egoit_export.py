@@ -15,9 +15,10 @@ import pytest
 from test_clip_stream import make_video
 
 from datamodules.egoit.__main__ import main
-from datamodules.egoit.datamodule import ConversationFile, MalformedRecords, Wording
+from datamodules.egoit.datamodule import ConversationFile, Wording
 from datamodules.egoit.records import Record, row, write_rows
 from datamodules.egoit.templates import Templates
+from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.export import FORMATS, export
 from datamodules.tools.leaks import BENCHMARKS, benchmark_recordings, report
 from datamodules.tools.trim import cut
@@ -120,7 +121,7 @@ def test_users_files_are_exported_with_what_all_records_have(tmp_path):
 def test_what_cannot_be_exported_is_named(windows, tmp_path, capsys):
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text("{}\n[]\n")
-    with pytest.raises(MalformedRecords, match=r"wrong\.jsonl line 1: .*wrong\.jsonl line 2: "):
+    with pytest.raises(InvalidRecords, match=r"wrong\.jsonl line 1: .*wrong\.jsonl line 2: "):
         export([windows, wrong], "llava", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     first, *rest = windows.read_text().splitlines()
@@ -274,7 +275,7 @@ def test_trimming_takes_the_windows_out(windows, tmp_path, capsys):
 
 def test_whole_videos_are_linked_beside_cut_ones_and_failures_stop_the_export(windows, tmp_path):
     root, out = tmp_path / "videos", tmp_path / "out"
-    with pytest.raises(MalformedRecords, match=r"two\.mp4 \[3\.250, 3\.750\) s: No such file .*one\.mp4"):
+    with pytest.raises(InvalidRecords, match=r"two\.mp4 \[3\.250, 3\.750\) s: No such file .*one\.mp4"):
         export([windows], "llava", out, root)
     assert not (out / "mine.json").exists()
     whole = write(
@@ -297,9 +298,7 @@ def test_nothing_is_cut_or_linked_outside_the_output(tmp_path, video, window):
     root.mkdir()
     make_video(root / "v.mp4", 20)
     file = write(tmp_path / "mine.jsonl", [cut_record("0", video.format(root=root), window)])
-    with pytest.raises(
-        MalformedRecords, match=rf"^{file} line 1: field 'video' is '.*v\.mp4', but clips are cut below"
-    ):
+    with pytest.raises(InvalidRecords, match=rf"^{file} line 1: field 'video' is '.*v\.mp4', but clips are cut below"):
         export([file], "swift", out, root)
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["mine.jsonl", "v.mp4"]
 
@@ -325,9 +324,7 @@ def test_a_clip_of_another_root_is_cut_again(tmp_path):
 def test_a_folder_of_pictures_is_not_cut_and_it_says_so(tmp_path):
     (tmp_path / "scan").mkdir()
     file = write(tmp_path / "mine.jsonl", [cut_record("0", "scan")])
-    with pytest.raises(
-        MalformedRecords, match=r"scan \[0\.000, 1\.000\) s: a folder of pictures is not cut: encode it"
-    ):
+    with pytest.raises(InvalidRecords, match=r"scan \[0\.000, 1\.000\) s: a folder of pictures is not cut: encode it"):
         export([file], "swift", tmp_path / "out", tmp_path)
 
 

@@ -11,11 +11,12 @@ from PIL import Image
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.clips.dataset import ClipConfig, GlobalBatchSampler, ResumableLoader
-from datamodules.egoit.datamodule import MalformedRecords, Wording
+from datamodules.egoit.datamodule import Wording
 from datamodules.egoit.instruction import InstructionDataModule
 from datamodules.egoit.mix import MixConfig, MixSource
 from datamodules.egoit.records import Record, row, write_rows
 from datamodules.egoit.templates import Templates
+from datamodules.io.jsonl import InvalidRecords
 from datamodules.toy_world.questions import write_templates
 from datamodules.video.reader import FileMissing, SpanOutsideFile, probe
 
@@ -273,7 +274,7 @@ def test_a_mix_goes_on_where_it_was_stopped(toy_tokenizer, tmp_path):
 
 def test_wrong_records_of_all_files_are_named_at_once(toy_tokenizer, tmp_path):
     sources = [write(tmp_path, "a", 2, video=lambda n: [3, "v"][n]), write(tmp_path, "b", 3, conversations=[])]
-    with pytest.raises(MalformedRecords) as caught:
+    with pytest.raises(InvalidRecords) as caught:
         mixed(toy_tokenizer, tmp_path, sources).read()
     assert [problem.partition(": ")[0] for problem in caught.value.problems] == [
         f"{sources[0]} line 1",
@@ -412,7 +413,7 @@ def test_questions_about_one_clip_are_joined(toy_tokenizer, tmp_path, official):
 def test_records_that_no_template_words_are_named(toy_tokenizer, tmp_path):
     made = {"task": "riddle", "source": "x", "query": "?", "target": "y", "template_id": 3, "conversations": TURNS[:2]}
     file = write(tmp_path, "riddles", 2, **made)
-    with pytest.raises(MalformedRecords, match=r"record riddles/0: .*no templates for task 'riddle'.*riddles/1"):
+    with pytest.raises(InvalidRecords, match=r"record riddles/0: .*no templates for task 'riddle'.*riddles/1"):
         mixed(toy_tokenizer, tmp_path, [file]).read()
     assert len(mixed(toy_tokenizer, tmp_path, [file], prompt_level="as_written").read()) == 2
 

@@ -14,7 +14,7 @@ import yaml
 
 from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
 from datamodules.egobench.egoplan import EgoPlan
-from datamodules.io.annotations import Tally
+from datamodules.io.annotations import Counts
 from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions
 from datamodules.toy_world.benchmarks import NEXT, write_benchmarks
@@ -252,7 +252,7 @@ def test_egoplan_only_one_option_is_possible_and_the_next_action_is_not_shown(wr
     rows = read(root / "egoplan/EgoPlan_validation.json")
     epic = {f"P{number // 10 + 1:02d}_{number % 10 + 1:02d}": take for number, take in enumerate(takes)}
     recorded = by_uid(root, takes) | epic
-    read_rows = EgoPlan(root / "egoplan", root / "egoplan/videos").read(Tally())
+    read_rows = EgoPlan(root / "egoplan", root / "egoplan/videos").read(Counts())
     assert [row["sample_id"] for row in rows] == list(range(2 * TAKES))
     assert {row["video_source"] for row in rows} == {"Ego4D", "EpicKitchens"}
     for row, item in zip(rows, read_rows, strict=True):

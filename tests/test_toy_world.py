@@ -25,7 +25,7 @@ from datamodules.egoit.datamodule import ConversationFile, Wording
 from datamodules.egoit.records import Record
 from datamodules.egoit.sources.egotimeqa import EgoTimeQA
 from datamodules.egoit.templates import LEVELS, Templates
-from datamodules.io.annotations import Tally
+from datamodules.io.annotations import Counts
 from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions, release
 from datamodules.toy_world.release import SEEDS, Settings, WorldExists, generate
@@ -494,7 +494,7 @@ def test_the_official_files_have_the_oddities_of_the_real_ones(toy_world):
     lengths = [(row["moment_end_frame"] - row["moment_start_frame"]) / 30 for row in rows]
     assert np.mean(lengths) == pytest.approx(1.0)  # in means, not in seconds
     assert all(len({row["answer"], *row["wrong_answers"]}) == 4 for row in rows)
-    closed = list(EgoTimeQA(official / "egotimeqa", form="closed").read(Tally()))
+    closed = list(EgoTimeQA(official / "egotimeqa", form="closed").read(Counts()))
     assert all(isinstance(record, Record) and record.wording.task == "mcq" for record in closed)
     header = (official / "egoexolearn/annotations/fine_annotation_trainval_en.csv").read_text().splitlines()[0]
     assert header.startswith("video_uid,annotation_id,subset,view,scene,start_sec,end_sec,narration_en,")

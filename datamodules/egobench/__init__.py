@@ -23,8 +23,8 @@ from datamodules.egobench.item import Benchmark, Item, Task, Text
 from datamodules.egobench.official import sample
 from datamodules.egobench.qaego4d import QAEgo4DClosed, QAEgo4DOpen
 from datamodules.egobench.vlnqa import VlnQA
-from datamodules.egoit.datamodule import MalformedRecords
-from datamodules.io.annotations import SourceError, Tally, differences
+from datamodules.io.annotations import Counts, SourceError, differences
+from datamodules.io.jsonl import InvalidRecords
 
 __all__ = ["BENCHMARKS", "Loaded", "load"]
 _CLASSES: tuple[Any, ...] = (
@@ -100,11 +100,11 @@ def load(entry: Mapping[str, Any]) -> Loaded:
     Raises:
         ValueError: keys or values are not what they should be; names all of them.
         SourceError: a file is missing or none of its rows can be read.
-        MalformedRecords: rows are wrong; names them.
+        InvalidRecords: rows are wrong; names them.
     """
     benchmark, limit = _configured(entry)
-    tally, items, problems = Tally(), [], []
-    for item in benchmark.read(tally):
+    counts, items, problems = Counts(), [], []
+    for item in benchmark.read(counts):
         if isinstance(item, SourceError):
             problems.append(str(item))
         else:
@@ -112,13 +112,13 @@ def load(entry: Mapping[str, Any]) -> Loaded:
     repeated = [key for key, count in Counter(item.id for item in items).items() if count > 1]
     problems += [f"{benchmark.name}: {key!r} is the id of several items: give each its own" for key in repeated]
     if problems:
-        raise MalformedRecords(problems, "`load` in datamodules.egobench (attribute problems of its error)")
+        raise InvalidRecords(problems, "`load` in datamodules.egobench (attribute problems of its error)")
     texts = list(benchmark.texts())
-    tally.add("items", len(items))
-    tally.add("texts", len(texts))
+    counts.add("items", len(items))
+    counts.add("texts", len(texts))
     if not items:
         raise SourceError(f"{benchmark.name}: its file asks nothing: fetch it again")
-    notes = differences(benchmark.name, tally, benchmark.official()) + benchmark.remarks(tally.counts)
+    notes = differences(benchmark.name, counts, benchmark.official()) + benchmark.remarks(counts.totals)
     loaded = Loaded(benchmark.name, benchmark.task, benchmark.videos, items, texts, notes, benchmark, len(items))
     if limit is None or limit >= len(items):
         return loaded

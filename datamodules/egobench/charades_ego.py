@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import OfficialFiles, columns
-from datamodules.io.annotations import Official, SourceError, Tally, checked, option, read_csv, read_text, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, option, read_csv, read_text, text_of, try_parse
 
 CLASSES = 157
 _FILES = {"first": "_only1st", "third": "_only3rd", "both": ""}
@@ -37,15 +37,15 @@ class CharadesEgo(OfficialFiles):
         """Classes."""
         return {"texts": Official(CLASSES)}
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each video; labels are its classes, each once."""
         file = self.main_file([f"CharadesEgo_v1_test{_FILES[self.view]}.csv"], "the labels of Charades-Ego")
         classes = len(self.texts())
         for where, row in columns(read_csv(file), ("id", "actions"), file):
-            item = row if isinstance(row, SourceError) else checked(self._item, row, where, classes)
+            item = row if isinstance(row, SourceError) else try_parse(self._item, row, where, classes)
             if isinstance(item, Item):
-                tally.add(_EMPTY, item.labels == {"classes": []})
-                tally.add(_OLD, "_v0_" in file.name)
+                counts.add(_EMPTY, item.labels == {"classes": []})
+                counts.add(_OLD, "_v0_" in file.name)
             yield item
 
     def _item(self, row: Any, where: str, classes: int) -> Item:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of, mapping_of, sample, whole_of
-from datamodules.io.annotations import Official, SourceError, Tally, checked, number_of, option, read_json, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_json, text_of, try_parse
 
 _CLIPS, _FAST_OF_A_GROUP = 5, 1000
 
@@ -36,11 +36,11 @@ class EgoMCQ(OfficialFiles):
         """Questions, of which the authors give a rounded number."""
         return {"items": Official(39_000, exact=False)}
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each question."""
         file = self.main_file(["egomcq.json"], "EgoMCQ's questions")
         entries = read_json(file, dict)
-        items = {key: checked(self._item, entry, key, f"{file} entry {key!r}") for key, entry in entries.items()}
+        items = {key: try_parse(self._item, entry, key, f"{file} entry {key!r}") for key, entry in entries.items()}
         named: dict[int, Counter[str]] = {}
         for key, item in items.items():
             if isinstance(item, Item):
@@ -58,7 +58,7 @@ class EgoMCQ(OfficialFiles):
                         f"{_OF[stands_for[kind]]}: correct it"
                     )
                     continue
-                tally.add(group)
+                counts.add(group)
             yield item
 
     def _item(self, entry: Any, key: str, where: str) -> Item:

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from datamodules.egobench.epic100_mir import video_file
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, whole_of
-from datamodules.io.annotations import Official, SourceError, Tally, checked, option, read_json, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, option, read_json, text_of, try_parse
 
 EGO4D_FPS = 30
 WITHOUT_PROGRESS_S = 4.0
@@ -48,13 +48,13 @@ class EgoPlan(OfficialFiles):
         """Questions."""
         return {"items": Official(self.items)}
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each question; groups are the source of its video, or its domain."""
         file = self.main_file(self.files, "EgoPlan's questions")
         for number, row in enumerate(read_json(file, list), 1):
-            yield checked(self._item, row, tally, f"{file} entry {number}")
+            yield try_parse(self._item, row, counts, f"{file} entry {number}")
 
-    def _item(self, row: Any, tally: Tally, where: str) -> Item:
+    def _item(self, row: Any, counts: Counts, where: str) -> Item:
         options = tuple(line_of(row, key, where) for key in _CHOICES)
         if len(set(options)) != len(options):
             raise SourceError(f"{where}: choices are {list(options)}, expected four different ones: correct them")
@@ -66,7 +66,7 @@ class EgoPlan(OfficialFiles):
         group = source or row.get("domain")
         return Item(
             key,
-            (self._clip(row, tally, where),),
+            (self._clip(row, counts, where),),
             _goal_question(line_of(row, "task_goal", where)) if question is None else line_of(row, "question", where),
             options,
             self._answer(row, options, where),
@@ -84,7 +84,7 @@ class EgoPlan(OfficialFiles):
             raise SourceError(f"{where}: answer is {answer!r}, but choice {letter} {options[number]!r}: correct one")
         return number
 
-    def _clip(self, row: Any, tally: Tally, where: str) -> Clip:
+    def _clip(self, row: Any, counts: Counts, where: str) -> Clip:
         source = row.get("video_source")
         if source not in (None, "Ego4D", "EpicKitchens"):
             raise SourceError(f"{where}: field 'video_source' is {source!r}, expected Ego4D or EpicKitchens: mend it")
@@ -106,7 +106,7 @@ class EgoPlan(OfficialFiles):
         starts_s = [max(0, whole_of(step, "start_frame", where) - first) / fps for step in steps]
         start_s = min(starts_s, default=end_s)
         if start_s >= end_s:
-            tally.add(_NO_PROGRESS)
+            counts.add(_NO_PROGRESS)
             start_s = max(0.0, end_s - WITHOUT_PROGRESS_S)
         return Clip(file, start_s, end_s, last_at_end=True)
 

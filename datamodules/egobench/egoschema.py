@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of, mapping_of
-from datamodules.io.annotations import Official, SourceError, Tally, checked, number_of, option, read_json, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_json, text_of, try_parse
 
 _OPTIONS = [f"option {number}" for number in range(5)]
 
@@ -36,7 +36,7 @@ class EgoSchema(OfficialFiles):
         """Questions and public answers."""
         return {"items": Official(5031 if self.part == "all" else 500), "public answers": Official(500)}
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each question; ``subset`` is the group of those with an answer."""
         file = self.main_file(["questions.json"], "EgoSchema's questions")
         rows = read_json(file, list)
@@ -46,9 +46,9 @@ class EgoSchema(OfficialFiles):
         map_file = self.other_file(["uid_to_ego4d.json"], "EgoSchema's spans in Ego4D") if self.cut else None
         spans = None if map_file is None else read_json(map_file, dict)
         for number, row in enumerate(rows, 1):
-            item = checked(self._item, row, answers, spans, f"{file} entry {number}")
+            item = try_parse(self._item, row, answers, spans, f"{file} entry {number}")
             if isinstance(item, Item):
-                tally.add("public answers", item.answer is not None)
+                counts.add("public answers", item.answer is not None)
                 if self.part == "subset" and item.answer is None:
                     continue
             yield item

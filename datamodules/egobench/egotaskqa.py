@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, mapping_of
-from datamodules.io.annotations import Official, SourceError, Tally, checked, read_json, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, read_json, text_of, try_parse
 
 _INTERVAL = re.compile(r"[^|/\\]+\|(?:fpv|P)\d+\|(\d{1,9})\|(\d{1,9})")
 _YES_NO = frozenset({"yes", "no"})
@@ -36,7 +36,7 @@ class _EgoTaskQA(OfficialFiles):
         names = [f"{folder}{stem}" for folder in (f"{self.split}/", "") for stem in stems]
         return (self.main_file if given else self.other_file)(names, f"EgoTaskQA's {part} questions ({self.split})")
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each question of the test file, named by its place there; groups are the authors' sub-scores."""
         file, vocabulary = self._file("test", given=True), {text.text for text in self.texts()}
         rows = read_json(file, list)
@@ -50,8 +50,8 @@ class _EgoTaskQA(OfficialFiles):
                 f"{self.split}: give that folder, not {other}"
             )
         for number, row in enumerate(rows, 1):
-            item = checked(_item, row, f"{number:06d}", f"{file} entry {number}")
-            tally.add(_UNKNOWN, isinstance(item, Item) and item.answer not in vocabulary)
+            item = try_parse(_item, row, f"{number:06d}", f"{file} entry {number}")
+            counts.add(_UNKNOWN, isinstance(item, Item) and item.answer not in vocabulary)
             yield item
 
     def texts(self) -> Sequence[Text]:
@@ -96,13 +96,13 @@ class EgoTaskQAMcq(OfficialFiles):
         """Questions."""
         return {"items": Official(8783), "videos": Official(2128)}
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each question."""
         file = self.main_file(["egotaskqa_mcq.json", "egotaskqa.json"], "EgoThinker's choices of EgoTaskQA")
         for number, row in enumerate(read_json(file, list), 1):
-            item = checked(self._item, row, f"{number:06d}", f"{file} entry {number}")
+            item = try_parse(self._item, row, f"{number:06d}", f"{file} entry {number}")
             if isinstance(item, Item):
-                tally.distinct("videos", item.clips[0].video)
+                counts.add_distinct("videos", item.clips[0].video)
             yield item
 
     def _item(self, row: Any, key: str, where: str) -> Item:

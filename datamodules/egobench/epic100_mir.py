@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import OfficialFiles, columns, line_of, whole_of
-from datamodules.io.annotations import Official, SourceError, Tally, checked, option, read_csv, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, option, read_csv, text_of, try_parse
 
 _CLIPS, _SENTENCES = "EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv"
 _COLUMNS = (
@@ -40,12 +40,12 @@ class Epic100Mir(OfficialFiles):
         """Clips, captions and videos."""
         return {"items": Official(9668), "texts": Official(3842), "videos": Official(138)}
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each clip."""
         for where, row in self._table():
-            item = row if isinstance(row, SourceError) else checked(self._item, row, where)
+            item = row if isinstance(row, SourceError) else try_parse(self._item, row, where)
             if isinstance(item, Item):
-                tally.distinct("videos", item.clips[0].video)
+                counts.add_distinct("videos", item.clips[0].video)
             yield item
 
     def _table(self) -> Iterator[tuple[str, Any]]:

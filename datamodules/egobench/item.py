@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
-from datamodules.io.annotations import Official, SourceError, Tally
+from datamodules.io.annotations import Counts, Official, SourceError
 
 Task = Literal["choice", "open", "vocabulary", "rank_texts", "rank_clips"]
 """``choice``: which of the item's options. ``open``: a short answer in words. ``vocabulary``: which of the benchmark's
@@ -87,7 +87,7 @@ class Benchmark(Protocol):
     def official(self) -> Mapping[str, Official]:
         """Known numbers of what ``read`` counts, and of ``items`` and ``texts``."""
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """Every item in the order of the file; a row that is wrong is given as its error.
 
         Raises:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from datamodules.egobench.item import Item, Task, Text
-from datamodules.io.annotations import Official, SourceError, Tally, find_file, number_of, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, find_file, number_of, text_of
 
 FAST_ITEMS = 300
 LETTERS = "ABCDEFGHIJ"
@@ -37,7 +37,7 @@ class OfficialFiles(ABC):
         return {}
 
     @abstractmethod
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """See ``Benchmark``."""
 
     def texts(self) -> Sequence[Text]:

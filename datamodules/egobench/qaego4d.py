@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of
-from datamodules.io.annotations import SourceError, Tally, checked, number_of, option, read_json, shuffled, text_of
+from datamodules.io.annotations import Counts, SourceError, number_of, option, read_json, shuffled, text_of, try_parse
 from datamodules.io.jsonl import is_text
 
 Offsets = Mapping[str, tuple[str, float, float]]
@@ -62,13 +62,13 @@ class QAEgo4DOpen(_QAEgo4D):
     name: ClassVar[str] = "qaego4d_open"
     task: ClassVar[Task] = "open"
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each question of the test split."""
         names = ["annotations.QaEgo4D_test.json", "annotations.test.json", "answers.json"]
         file = self.main_file(names, "QAEgo4D's questions")
         offsets = self._offsets() if self.cut else {}
         for where, row in self._from_answers(file) if file.name == "answers.json" else _rows(file):
-            yield row if isinstance(row, SourceError) else checked(self._item, row, offsets, where)
+            yield row if isinstance(row, SourceError) else try_parse(self._item, row, offsets, where)
 
     def _from_answers(self, file: Path) -> Iterator[tuple[str, Any]]:
         answers = read_json(file, dict).get("test")
@@ -106,14 +106,14 @@ class QAEgo4DClosed(_QAEgo4D):
     name: ClassVar[str] = "qaego4d_closed"
     task: ClassVar[Task] = "choice"
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each question."""
         file = self.main_file(["annotations.QaEgo4D_test_close.json"], "GroundVQA's closed test of QAEgo4D")
         offsets = self._offsets() if self.cut else {}
         for where, row in _rows(file):
-            item = checked(self._item, row, offsets, where)
+            item = try_parse(self._item, row, offsets, where)
             if isinstance(item, Item):
-                tally.add(_AMBIGUOUS, len({text.lower() for text in item.options}) < len(item.options))
+                counts.add(_AMBIGUOUS, len({text.lower() for text in item.options}) < len(item.options))
             yield item
 
     def _item(self, row: Any, offsets: Offsets, where: str) -> Item:

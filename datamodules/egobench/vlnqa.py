@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of
-from datamodules.io.annotations import Official, SourceError, Tally, checked, option, read_json, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, option, read_json, text_of, try_parse
 from datamodules.io.jsonl import is_text
 
 _PROMPT = re.compile(r"\A.*?^Question:(?P<question>.*)^Option:[ ]*\n(?P<options>.*)\Z", re.DOTALL | re.MULTILINE)
@@ -35,12 +35,12 @@ class VlnQA(OfficialFiles):
         """Questions."""
         return {"items": Official(200)}
 
-    def read(self, tally: Tally) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
         """An item for each question, named by its video."""
         names = ["vlnqa.json", "egocentric_navigation.json", "json/egocentric_navigation.json"]
         file = self.main_file(names, "the questions of VLN-QA")
         for number, row in enumerate(read_json(file, list), 1):
-            yield checked(self._item, row, f"{file} entry {number}")
+            yield try_parse(self._item, row, f"{file} entry {number}")
 
     def _item(self, row: Any, where: str) -> Item:
         parts = _spelled_out(row, where) if isinstance(row, dict) and "text" in row else _apart(row, where)

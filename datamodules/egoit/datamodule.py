@@ -13,7 +13,7 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ VIDEO_TAG = "<video>"
 Turn = tuple[str, str]
 """A question and its answer."""
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +72,6 @@ class Conversation:
     wording: Wording | None = None
     split: str | None = None
     video_uid: str | None = None
-
-
-class MalformedRecords(ValueError):
-    """Records that cannot be read.
-
-    Attributes:
-        problems: a line for each, with file and line; the message shows the first few and counts the rest.
-    """
-
-    def __init__(self, problems: Iterable[str], more_from: str = "`make data-check INDEX=<file>`") -> None:
-        """Build the message.
-
-        Args:
-            problems: a line for each.
-            more_from: what names those that the message only counts.
-        """
-        self.problems = list(problems)
-        shown, more = self.problems[:_SHOWN], len(self.problems) - _SHOWN
-        rest = [f"and {more} more: {more_from} names every one"] if more > 0 else []
-        super().__init__("; ".join([*shown, *rest]))
 
 
 class ConversationFile:

@@ -14,16 +14,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
 from datamodules.clips.dataset import ClipConfig, ClipDataModule, ClipTextDataset, Span
-from datamodules.egoit.datamodule import (
-    Conversation,
-    ConversationFile,
-    ConversationStore,
-    MalformedRecords,
-    Turn,
-    Wording,
-)
+from datamodules.egoit.datamodule import Conversation, ConversationFile, ConversationStore, Turn, Wording
 from datamodules.egoit.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts, mix_source
 from datamodules.egoit.templates import FOLDER, LEVELS, Templates, draw
+from datamodules.io.jsonl import InvalidRecords
 from datamodules.text import EncodedText, TextEncoder
 
 Level = Literal["base", "task", "task_ego"]
@@ -207,7 +201,7 @@ class InstructionDataModule(ClipDataModule):
         """Read every record of every source, and print what the mix comes to.
 
         Raises:
-            MalformedRecords: records that cannot be read, of all files.
+            InvalidRecords: records that cannot be read, of all files.
             ValueError: a file has no record of its splits, or one that no template words.
         """
         store = ConversationStore(worded=self.level is not None)
@@ -234,7 +228,7 @@ class InstructionDataModule(ClipDataModule):
             if others := ", ".join(f"{found[split]:,} of {split}" for split in sorted(found.keys() - wanted)):
                 rank_zero_only(print)(f"{source.file}: records of other splits left out: {others}")
         if problems:
-            raise MalformedRecords(problems)
+            raise InvalidRecords(problems)
         dataset = InstructionDataset(
             store.freeze(),
             sizes,

@@ -36,31 +36,35 @@ class Official:
     exact: bool = True
 
 
-class Tally:
-    """What was counted while a source was read; a name for each kind of thing."""
+class Counts:
+    """Numbers of the things met while a source is read, by name.
+
+    Attributes:
+        totals: number of things by name.
+    """
 
     def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+        self.totals: Counter[str] = Counter()
         self._seen: dict[str, set[str]] = {}
 
-    def add(self, what: str, number: int = 1) -> None:
-        """Count things."""
-        self.counts[what] += number
+    def add(self, name: str, number: int = 1) -> None:
+        """Add to the total of a name."""
+        self.totals[name] += number
 
-    def distinct(self, what: str, name: str) -> bool:
-        """Count a thing unless one of that name was; whether it is the first."""
-        seen = self._seen.setdefault(what, set())
-        first = name not in seen
-        seen.add(name)
-        self.counts[what] += first
-        return first
+    def add_distinct(self, name: str, key: str) -> bool:
+        """Add 1 to the total of a name if the key is new to it; return True if it is."""
+        seen = self._seen.setdefault(name, set())
+        is_new = key not in seen
+        seen.add(key)
+        self.totals[name] += is_new
+        return is_new
 
 
-def differences(name: str, tally: Tally, official: Mapping[str, Official]) -> list[str]:
+def differences(name: str, counts: Counts, official: Mapping[str, Official]) -> list[str]:
     """A line for each number that differs from the official one."""
     lines = []
     for what, known in official.items():
-        missing = known.count - tally.counts[what]
+        missing = known.count - counts.totals[what]
         if missing > 0:
             lines.append(f"{name}: {missing:,} of {known.count:,} {what} are missing: fetch the file again")
         elif missing < 0 and known.exact:
@@ -85,8 +89,8 @@ def find_file(root: Path, names: Sequence[str], what: str) -> Path:
     raise SourceError(f"{root}: holds none of {', '.join(names)}: put {what} there")
 
 
-def checked(make: Callable[..., Row], *arguments: Any) -> Row | SourceError:
-    """What a call gives, or the error that it raised."""
+def try_parse(make: Callable[..., Row], *arguments: Any) -> Row | SourceError:
+    """Return the result of a call, or the ``SourceError`` that it raised."""
     try:
         return make(*arguments)
     except SourceError as error:

@@ -5,12 +5,34 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+_SHOWN = 5
+
+
+class InvalidRecords(ValueError):
+    """Records of a file are invalid.
+
+    Attributes:
+        problems: a line for each record, with file and line. The message shows the first five and counts the others.
+    """
+
+    def __init__(self, problems: Iterable[str], more_from: str = "`make data-check INDEX=<file>`") -> None:
+        """Build the message.
+
+        Args:
+            problems: a line for each record.
+            more_from: the command that lists the problems that the message only counts.
+        """
+        self.problems = list(problems)
+        shown, more = self.problems[:_SHOWN], len(self.problems) - _SHOWN
+        rest = [f"and {more} more: {more_from} names every one"] if more > 0 else []
+        super().__init__("; ".join([*shown, *rest]))
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datamodules.ego_exo_clip.build import parallel_map
-from datamodules.egoit.datamodule import VIDEO_TAG, ConversationFile, MalformedRecords
+from datamodules.egoit.datamodule import VIDEO_TAG, ConversationFile
 from datamodules.egoit.records import RESERVED, targets, write_rows
+from datamodules.io.jsonl import InvalidRecords
 
 Row = dict[str, Any]
 
@@ -82,7 +83,7 @@ def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = N
         Lines to print: what was written, what was changed or left out, and what to take care of.
 
     Raises:
-        MalformedRecords: records that cannot be read, of all files, or clips that cannot be cut; no file is written.
+        InvalidRecords: records that cannot be read, of all files, or clips that cannot be cut; no file is written.
         ValueError: two files have one name or would be overwritten, some records of a file have windows and others
             not, or ``dataset_info.json`` is none.
     """
@@ -92,7 +93,7 @@ def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = N
     read = [ConversationFile(file) for file in files]
     surveys = [_survey(file, trim_root is not None) for file in read]
     if problems := [problem for file in read for problem in file.problems]:
-        raise MalformedRecords(problems)
+        raise InvalidRecords(problems)
     if trim_root is not None:
         _trim(surveys, trim_root, out, workers)
     lines = []
@@ -173,7 +174,7 @@ def _trim(surveys: Sequence[_Survey], root: Path, out: Path, workers: int) -> No
     jobs = sorted({(*window, clip) for survey in surveys for window, clip in survey.windows.items()})
     problems = [problem for problem in parallel_map(partial(cut, root, out), jobs, workers, "cut", "clip") if problem]
     if problems:
-        raise MalformedRecords(problems)
+        raise InvalidRecords(problems)
     for video in sorted(set().union(*(survey.whole for survey in surveys))):
         link = out / video
         link.parent.mkdir(parents=True, exist_ok=True)

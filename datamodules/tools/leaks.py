@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.egoit.datamodule import ConversationFile, MalformedRecords
+from datamodules.egoit.datamodule import ConversationFile
 from datamodules.egoit.records import targets, write_rows
 from datamodules.egoit.sources.egotimeqa import read_clips
 from datamodules.egoit.sources.openeqa import scene_of
 from datamodules.io.annotations import read_csv, read_json
+from datamodules.io.jsonl import InvalidRecords
 
 Clips = Mapping[str, tuple[str, float]]
 Recording = tuple[str, str]
@@ -151,7 +152,7 @@ def report(
         A table, and what was not compared or was left out, as text.
 
     Raises:
-        MalformedRecords: records that cannot be read.
+        InvalidRecords: records that cannot be read.
         ValueError: there is no such folder or benchmark, a file is not what it should be, or a copy would go over one
             that is read.
     """
@@ -171,7 +172,7 @@ def report(
         file = ConversationFile(path)
         records = Counter(_recording(row, clips) for _, row in file.records())
         if file.problems:
-            raise MalformedRecords(file.problems)
+            raise InvalidRecords(file.problems)
         named = {recording for recording in records if recording[1]}
         unnamed = sum(count for (_, uid), count in records.items() if not uid)
         cells = [path.name, f"{records.total():,}", f"{len(named):,}", f"{unnamed:,}"]

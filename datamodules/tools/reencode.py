@@ -40,7 +40,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from datamodules.egoit.datamodule import MalformedRecords
+from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.data_check import Beat, Problem, decode_whole, read_annotations, run_bounded
 
 # clip_stream imports torch, which takes seconds: what needs it imports it when called.
@@ -465,7 +465,7 @@ def _paths(options: argparse.Namespace) -> list[str]:
     if options.index is not None:
         annotations = read_annotations(options.index)
         if annotations.malformed:
-            raise MalformedRecords(annotations.malformed)
+            raise InvalidRecords(annotations.malformed)
         named = [Path(path) for path in annotations.files]
     else:
         named = [

@@ -9,7 +9,7 @@ A source of your own is one class like those beside this file::
         name: ClassVar[str] = "my_videos"
 
         def official(self) -> dict[str, Official]: ...
-        def read(self, tally: Tally) -> Iterator[Record | SourceError]: ...
+        def read(self, counts: Counts) -> Iterator[Record | SourceError]: ...
 
 and ``python -m datamodules.egoit convert my_module:MyVideos --root ...`` converts it; every field is an option.
 """
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from datamodules.egoit.datamodule import MalformedRecords
 from datamodules.egoit.records import Record, row, write_rows
 from datamodules.egoit.templates import Templates
-from datamodules.io.annotations import Official, SourceError, Tally, differences
+from datamodules.io.annotations import Counts, Official, SourceError, differences
+from datamodules.io.jsonl import InvalidRecords
 
 MIN_WINDOW_S = 0.5
 """Shortest window; shorter ones grow around their middle."""
@@ -39,7 +39,7 @@ class InstructionSource(Protocol):
     def official(self) -> Mapping[str, Official]:
         """Known numbers of what ``read`` counts, for the splits that are taken."""
 
-    def read(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
         """Every record; a row that is wrong is given as its error, so that all of them can be named.
 
         Raises:
@@ -77,14 +77,14 @@ def convert(
 
     Raises:
         SourceError: a file is missing.
-        MalformedRecords: rows are wrong; nothing is written.
+        InvalidRecords: rows are wrong; nothing is written.
     """
-    tally = Tally()
+    counts = Counts()
     problems: list[str] = []
     places: dict[str, str] = {}
 
     def rows() -> Iterator[dict[str, Any]]:
-        for record in source.read(tally):
+        for record in source.read(counts):
             if isinstance(record, SourceError):
                 problems.append(str(record))
             elif record.name in places:
@@ -95,22 +95,22 @@ def convert(
                 if skip_malformed or not problems:
                     yield row(record, templates, level, seed)
         if problems and not skip_malformed:
-            raise MalformedRecords(problems, "--skip-malformed (which also writes the others)")
+            raise InvalidRecords(problems, "--skip-malformed (which also writes the others)")
 
     records = write_rows(out, rows())
     official = source.official()
     left_out = [f"left out: {problem}" for problem in problems]
-    return Conversion(records, _table(tally, official), differences(source.name, tally, official) + left_out)
+    return Conversion(records, _table(counts, official), differences(source.name, counts, official) + left_out)
 
 
-def _table(tally: Tally, official: Mapping[str, Official]) -> str:
-    names = [*tally.counts, *(name for name in official if name not in tally.counts)]
+def _table(counts: Counts, official: Mapping[str, Official]) -> str:
+    names = [*counts.totals, *(name for name in official if name not in counts.totals)]
     width = max(map(len, names), default=0)
     lines = [f"{'':{width}}  {'found':>9}  {'official':>9}"]
     for name in names:
         known = official.get(name)
         shown = "" if known is None else f"{known.count:,}" if known.exact else f">= {known.count:,}"
-        lines.append(f"{name:{width}}  {tally.counts[name]:>9,}  {shown:>9}".rstrip())
+        lines.append(f"{name:{width}}  {counts.totals[name]:>9,}  {shown:>9}".rstrip())
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 from datamodules.egoit.datamodule import VIDEO_TAG, Wording
 from datamodules.egoit.records import Record
 from datamodules.egoit.sources.base import MIN_WINDOW_S, grown
-from datamodules.io.annotations import Official, SourceError, Tally, checked, number_of, option, read_csv, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_csv, text_of, try_parse
 from datamodules.io.jsonl import read_records
 
 TEXTS = {
@@ -64,9 +64,9 @@ class EgoExoLearn:
             return {"videos": Official(316), "segments": Official(6691)}
         return {"rows": Official(6832), "videos": Official(707)} if self.part == "mcq" else {}
 
-    def read(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
         """A record for each row of the part."""
-        return {"fine": self._fine, "coarse": self._coarse, "mcq": self._asked, "qa": self._asked}[self.part](tally)
+        return {"fine": self._fine, "coarse": self._coarse, "mcq": self._asked, "qa": self._asked}[self.part](counts)
 
     def _find(self, *names: str) -> Path:
         folders = ("", "annotations/", "Video_QA/", "annotations/Video_QA/")
@@ -89,23 +89,23 @@ class EgoExoLearn:
 
     # ------------------------------------------------------------------------------------------------------- fine
 
-    def _fine(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def _fine(self, counts: Counts) -> Iterator[Record | SourceError]:
         names = [f"fine_annotation_{which}_en.csv" for which in ("trainval", "trainvaltest")]
         file = self._find(*reversed(names) if "test" in self.splits else names)
         column, _ = TEXTS[self.text]
         rows = list(read_fine(file, column))
         ends_s: dict[str, float] = defaultdict(float)
         for where, fine in rows:
-            end_s = fine if isinstance(fine, SourceError) else checked(number_of, fine, "end_sec", where)
+            end_s = fine if isinstance(fine, SourceError) else try_parse(number_of, fine, "end_sec", where)
             if not isinstance(fine, SourceError) and not isinstance(end_s, SourceError):
                 ends_s[fine["video_uid"].strip()] = max(ends_s[fine["video_uid"].strip()], end_s)
         for where, fine in rows:
             if isinstance(fine, SourceError):
                 yield fine
                 continue
-            tally.add(f"{fine['view']} rows of {fine['subset']}")
+            counts.add(f"{fine['view']} rows of {fine['subset']}")
             if fine["subset"] in self.splits and fine["view"] in self.views:
-                yield checked(self._narrated, fine, ends_s, where)
+                yield try_parse(self._narrated, fine, ends_s, where)
 
     def _narrated(self, fine: Mapping[str, str], ends_s: Mapping[str, float], where: str) -> Record:
         column, request = TEXTS[self.text]
@@ -119,21 +119,21 @@ class EgoExoLearn:
 
     # ----------------------------------------------------------------------------------------------------- coarse
 
-    def _coarse(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def _coarse(self, counts: Counts) -> Iterator[Record | SourceError]:
         file = self._find("coarse_annotations.tar.gz")
         for name, content in _unpacked(file):
             video, where = Path(name).stem, f"{file} {name}"
-            tally.add("videos")
-            segments = checked(_segments, content, where)
+            counts.add("videos")
+            segments = try_parse(_segments, content, where)
             if isinstance(segments, SourceError):
                 yield segments
                 continue
             for number, segment in enumerate(segments, 1):
-                tally.add("segments")
+                counts.add("segments")
                 if isinstance(segment, dict) and segment.get("start") == segment.get("end") is not None:
-                    tally.add("segments of no length, left out")  # the released archive has two
+                    counts.add("segments of no length, left out")  # the released archive has two
                     continue
-                yield checked(self._segment, segment, video, f"{where} entry {number}")
+                yield try_parse(self._segment, segment, video, f"{where} entry {number}")
 
     def _segment(self, segment: Any, video: str, where: str) -> Record:
         start_s, end_s = number_of(segment, "start", where), number_of(segment, "end", where)
@@ -147,18 +147,18 @@ class EgoExoLearn:
 
     # -------------------------------------------------------------------------------------------------- questions
 
-    def _asked(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def _asked(self, counts: Counts) -> Iterator[Record | SourceError]:
         for where, entry in read_records(self._find(f"*_{self.part}.jsonl")):
-            tally.add("rows")
+            counts.add("rows")
             if isinstance(entry, ValueError):
                 yield SourceError(str(entry))
                 continue
-            record = checked(self._question, entry, tally, where)
+            record = try_parse(self._question, entry, counts, where)
             if isinstance(record, Record):
-                tally.distinct("videos", record.video_uid)
+                counts.add_distinct("videos", record.video_uid)
             yield record
 
-    def _question(self, entry: dict[str, Any], tally: Tally, where: str) -> Record:
+    def _question(self, entry: dict[str, Any], counts: Counts, where: str) -> Record:
         try:
             asked, answered = (turn["value"] for turn in entry["conversations"])
             video = Path(entry["image"]["video"]).stem
@@ -174,12 +174,12 @@ class EgoExoLearn:
                     f"{where}: options {[found[0] for found in lettered]} are not lettered in order: mend"
                 )
             letters = {found[1]: text for found, text in zip(lettered, options, strict=True)}
-            tally.add("answers in words, given their option's letter", target in options and target not in letters)
+            counts.add("answers in words, given their option's letter", target in options and target not in letters)
             target = letters.get(target, target)
             if target not in options:
                 raise SourceError(f"{where}: answer {target!r} is neither a letter nor an option: correct it")
             if len(set(options)) < len(options):
-                tally.add("rows with two equal options")
+                counts.add("rows with two equal options")
         if not query or not target:
             raise SourceError(f"{where}: question or answer is empty: correct it")
         task = "mcq" if self.part == "mcq" else "qa"

@@ -21,16 +21,16 @@ from datamodules.egoit.records import Record
 from datamodules.egoit.sources.base import MIN_WINDOW_S, grown
 from datamodules.egoit.templates import draw
 from datamodules.io.annotations import (
+    Counts,
     Official,
     SourceError,
-    Tally,
-    checked,
     find_file,
     number_of,
     option,
     read_json,
     shuffled,
     text_of,
+    try_parse,
 )
 from datamodules.io.jsonl import is_text
 
@@ -66,7 +66,7 @@ class EgoTimeQA:
         """Rows, by a count that VideoMind's code mentions."""
         return {"rows": Official(302_500, exact=False)}
 
-    def read(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
         """A record for each row, named by its place in the file, since the file's own ids are not unique."""
         names = [f"{folder}annotations.EgoTimeQA.json" for folder in ("", "data/unified/")]
         file = find_file(self.root, names, "GroundVQA's file of EgoTimeQA")
@@ -74,19 +74,19 @@ class EgoTimeQA:
         known = read_clips(self.clips)
         ends_s: dict[str, float] = {}  # of clips, at least
         for entry in entries:
-            clip, ends = checked(text_of, entry, "video_id", ""), checked(moment_s, entry, "", self.stretch)
+            clip, ends = try_parse(text_of, entry, "video_id", ""), try_parse(moment_s, entry, "", self.stretch)
             if not isinstance(clip, SourceError) and not isinstance(ends, SourceError):
                 ends_s[clip] = max(ends_s.get(clip, 0.0), ends.annotated_s[1])
         for number, entry in enumerate(entries):
             where = f"{file} entry {number + 1}"
-            tally.add("rows")
-            record = checked(self._record, entry, f"{number:06d}", known, ends_s, where)
+            counts.add("rows")
+            record = try_parse(self._record, entry, f"{number:06d}", known, ends_s, where)
             if isinstance(record, Record):
-                tally.distinct("clips", record.video)
+                counts.add_distinct("clips", record.video)
                 if not record.video_uid:
-                    tally.add("rows without an Ego4D video (--clips tells them)")
+                    counts.add("rows without an Ego4D video (--clips tells them)")
                 if "Person" in record.wording.query + record.wording.target:
-                    tally.add("rows naming a Person A, B, ... that the clip does not name")
+                    counts.add("rows naming a Person A, B, ... that the clip does not name")
             yield record
 
     def _record(

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from datamodules.egoit.datamodule import Wording
 from datamodules.egoit.records import Record
-from datamodules.io.annotations import Official, SourceError, Tally, checked, find_file, option, read_text
+from datamodules.io.annotations import Counts, Official, SourceError, find_file, option, read_text, try_parse
 
 _CLIP = re.compile(r"(?P<session>\w+-R\d+-\w+)-(?P<start>\d{1,9})-(?P<end>\d{1,9})-F\d+-F\d+")
 _ID = re.compile(r"\d{1,9}")
@@ -42,19 +42,19 @@ class Egtea:
             known["clips"] = Official(_CLIPS)
         return {**known, "actions": Official(_ACTIONS)}
 
-    def read(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
         """A record for each clip."""
         what = "EGTEA's action annotations"
         actions = read_labels(find_file(self.root, _places("action_idx"), what))
-        tally.add("actions", len(actions))
+        counts.add("actions", len(actions))
         known: dict[str, Record] = {}
         for split in self.splits:
             file = find_file(self.root, _places(split), what)
             for number, line in enumerate(read_text(file).splitlines(), 1):
                 if not line.strip():
                     continue
-                tally.add(f"rows of {split}")
-                record = checked(self._record, line, split, actions, f"{file} line {number}")
+                counts.add(f"rows of {split}")
+                record = try_parse(self._record, line, split, actions, f"{file} line {number}")
                 if isinstance(record, Record):
                     first = known.setdefault(record.key, record)
                     if first.wording != record.wording:
@@ -62,7 +62,7 @@ class Egtea:
                             f"{record.where}: {record.key} is {record.wording.target!r}, but {first.wording.target!r} "
                             f"in {first.where}: correct one"
                         )
-                    if not tally.distinct("clips", record.key):
+                    if not counts.add_distinct("clips", record.key):
                         continue
                 yield record
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from datamodules.egoit.datamodule import Wording
 from datamodules.egoit.records import Record
-from datamodules.io.annotations import Official, SourceError, Tally, checked, find_file, option, read_json, text_of
+from datamodules.io.annotations import Counts, Official, SourceError, find_file, option, read_json, text_of, try_parse
 
 _SCAN = re.compile(r"^\d+-(hm3d|scannet)-|_\d\d$")  # number and data set in front of a scene, and which of its scans
 
@@ -37,18 +37,18 @@ class OpenEQA:
         """Rows, episodes and rows with further answers."""
         return {"rows": Official(1636), "episodes": Official(152), "rows with extra answers": Official(263)}
 
-    def read(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
         """A record for each question."""
         file = find_file(self.root, ["open-eqa-v0.json", "data/open-eqa-v0.json"], "OpenEQA's questions")
         left_out = _names(self.hold_out)
         for number, entry in enumerate(read_json(file, list), 1):
-            tally.add("rows")
-            record = checked(self._record, entry, f"{file} entry {number}")
+            counts.add("rows")
+            record = try_parse(self._record, entry, f"{file} entry {number}")
             if isinstance(record, Record):
-                tally.distinct("episodes", record.video)
-                tally.add("rows with extra answers", bool(entry.get("extra_answers")))
+                counts.add_distinct("episodes", record.video)
+                counts.add("rows with extra answers", bool(entry.get("extra_answers")))
                 if record.key in left_out:
-                    tally.add("rows held out")
+                    counts.add("rows held out")
                     continue
             yield record
 

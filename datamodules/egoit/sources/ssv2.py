@@ -16,15 +16,15 @@ from typing import Any, ClassVar
 from datamodules.egoit.datamodule import Wording
 from datamodules.egoit.records import Record
 from datamodules.io.annotations import (
+    Counts,
     Official,
     SourceError,
-    Tally,
-    checked,
     find_file,
     option,
     read_csv,
     read_json,
     text_of,
+    try_parse,
 )
 
 _ROWS = {"train": 168_913, "validation": 24_777, "test": 27_157}
@@ -48,15 +48,15 @@ class SomethingSomething:
         known = {f"rows of {split}": Official(_ROWS[split]) for split in self.splits if split in _ROWS}
         return {**known, "classes": Official(_CLASSES)}
 
-    def read(self, tally: Tally) -> Iterator[Record | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
         """A record for each row."""
         classes = read_json(self._file("labels.json"), dict)
-        tally.add("classes", len(classes))
+        counts.add("classes", len(classes))
         for split in self.splits:
             rows = self._answers() if split == "test" else self._rows(split)
             for where, entry in rows:
-                tally.add(f"rows of {split}")
-                yield checked(self._record, entry, split, classes, where)
+                counts.add(f"rows of {split}")
+                yield try_parse(self._record, entry, split, classes, where)
 
     def _file(self, name: str) -> Path:
         names = [f"{folder}{prefix}{name}" for folder in ("", "labels/") for prefix in ("", "something-something-v2-")]
