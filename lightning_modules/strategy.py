@@ -10,7 +10,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 
 POLICIES = {
@@ -32,6 +32,8 @@ def shard(module: nn.Module, mesh: DeviceMesh, precision: str) -> None:
         precision: one of ``POLICIES``.
     """
     fully_shard(module, mesh=mesh["data_parallel"], mp_policy=POLICIES[precision])
+    if hasattr(module, "run"):
+        register_fsdp_forward_method(module, "run")
 
 
 class FSDP2(ModelParallelStrategy):
@@ -95,7 +97,7 @@ class FSDP2(ModelParallelStrategy):
 
     def _gather(self) -> None:
         root, inside = self._sharded()
-        root(lambda: None)  # type: ignore[operator]  # tells the modules inside that they are not roots themselves
+        root.run(lambda: None)  # type: ignore[attr-defined]  # tells the modules inside that they are not roots themselves
         for module in (root, *inside):
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()

@@ -260,7 +260,7 @@ def test_letters_equal_a_loop_over_rotations_and_letters(toy_world):
     (row,) = stage.predict_step(exam)
     item, encoder, language_model = exams.loaded.items[0], exams.encoder, stage.model.language_model
     assert np.array(row["letters"]).shape == (5, 5)
-    visual = stage.visual_tokens(exam.video, "ego")
+    visual = stage(exam.video, "ego")
     for shift in range(5):
         question = exams.prompts.choice(item, [(p + shift) % 5 for p in range(5)])
         logits = []
@@ -295,7 +295,7 @@ def test_ranking_equals_scoring_each_text_in_a_batch_of_its_own(toy_world):
     exams, stage = exams_of(toy_world, "epic100_mir"), stage_of(toy_world)
     exam = exams[0]
     (row,) = stage.predict_step(exam)
-    visual = stage.visual_tokens(exam.video, "ego")
+    visual = stage(exam.video, "ego")
     for text, score in zip(exams.loaded.texts, row["scores"], strict=True):
         batch = exams.encoder.batch([exams.encoder.conversation([("Describe the video.", text.text)])])
         (one,) = stage.score(batch, visual)

@@ -24,7 +24,7 @@ def test_operations_are_those_of_a_clip_that_is_really_read(toy_tokenizer):
     stage.eval()
     language_model, captions = stage.model.language_model, [tuple([3] * 512)]
     with torch.no_grad(), FlopCounterMode(display=False) as reading:
-        visual = stage.visual_tokens(tiny.video(1, 0), "ego")[0]
+        visual = stage(tiny.video(1, 0), "ego")[0]
         prefix = SharedPrefix(
             language_model, torch.cat([language_model.embed(torch.zeros(LEAD_TOKENS).long()), visual])
         )

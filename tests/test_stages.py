@@ -132,7 +132,7 @@ def test_adapters_change_nothing_before_training(toy_tokenizer):
             parameter.data.copy_(stage.model.part(part)[name])
     stage.eval(), plain.eval()
     batch = tiny.clip_batch()
-    visual = stage.visual_tokens(batch.ego_video, "ego")
+    visual = stage(batch.ego_video, "ego")
     assert torch.equal(visual, plain.learner_tokens(batch.ego_video))
     logits, _ = stage.read_text(visual, batch)
     answers = stage.generate(batch.text, visual)

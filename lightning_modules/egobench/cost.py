@@ -85,7 +85,7 @@ def _flops(stage: Stage, num_frames: int) -> tuple[float, float]:
     candidate = tuple(range(512))
 
     def read() -> SharedPrefix:
-        visual = stage.visual_tokens(torch.empty(1, num_frames, side, side, 3, dtype=torch.uint8, device="meta"), "ego")
+        visual = stage(torch.empty(1, num_frames, side, side, 3, dtype=torch.uint8, device="meta"), "ego")
         lead = language_model.embed(torch.empty(LEAD_TOKENS, dtype=torch.int64, device="meta"))
         return SharedPrefix(language_model, torch.cat([lead, visual[0]]))
 

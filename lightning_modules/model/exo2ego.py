@@ -122,10 +122,36 @@ class Exo2EgoModel(nn.Module):
                 with _memory_for(part, empty):
                     self.add_module(part, STCConnector(dim, self.language_model.dim, p.depth, p.mlp_depth, p.padding))
 
-    def forward(self, work: Callable[..., Any], *args: Any) -> Any:
+    def forward(self, video: Tensor, view: str = "ego") -> Tensor:
+        """Return the visual tokens that the language model reads.
+
+        Args:
+            video: uint8 [B, T, S, S, 3], RGB.
+            view: ``ego`` or ``exo``, the camera that filmed it.
+
+        Returns:
+            float [B, N or 2 * N, D].
+
+        Raises:
+            ValueError: this model has no encoder for the view.
+        """
+        return self.encode(video, view)
+
+    def encode(self, video: Tensor, view: str = "ego") -> Tensor:
+        """Do what ``forward`` does; for use inside ``run``, where parameters are gathered already.
+
+        Egocentric video goes through the learner where there is one, and through the demonstrator before there is.
+        """
+        if view == "ego" and "ego_encoder" in self.parts:
+            return self.learner_tokens(video)
+        if view not in ("ego", "exo") or "exo_encoder" not in self.parts:
+            raise ValueError(f"view: got {view!r}, but this model has only {', '.join(self.parts)}")
+        return self.project_exo(self.exo_encoder(video))
+
+    def run(self, work: Callable[..., Any], *args: Any) -> Any:
         """Call ``work(*args)``, which may use any part in any order.
 
-        A sharded model gathers its parameters in calls that begin here, and only in these.
+        A sharded model gathers its parameters in calls of ``forward`` and of this method, and only in these.
         """
         return work(*args)
 

@@ -133,9 +133,10 @@ class Stage(L.LightningModule, ABC):
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Losses of a micro-batch, already weighted; their sum is minimised."""
 
-    @abstractmethod
-    def visual_tokens(self, video: Tensor, view: str) -> Tensor:
-        """What the language model reads of clips of one view: uint8 [B, T, S, S, 3] to float [B, N, D]."""
+    def forward(self, video: Tensor, view: str = "ego") -> Tensor:
+        """Return the visual tokens of clips of one view: uint8 [B, T, S, S, 3] to float [B, N, D]."""
+        tokens: Tensor = self.model(video, view)
+        return tokens
 
     # ---------------------------------------------------------------------------------------------------------- model
 
@@ -292,7 +293,7 @@ class Stage(L.LightningModule, ABC):
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         """Sum of the stage's losses."""
-        losses = self.model(self.losses, batch)
+        losses = self.model.run(self.losses, batch)
         total = torch.stack(list(losses.values())).sum()
         self.micro_batches.append((batch.ids, total.detach()))
         self.step_log = {f"train/loss_{name}": loss.detach() for name, loss in losses.items()} | self.step_log
@@ -411,13 +412,13 @@ class Stage(L.LightningModule, ABC):
     def validation_step(self, batch: QuestionBatch | list[Exam], batch_idx: int = 0, dataloader_idx: int = 0) -> None:
         """Answer held-out questions, or the exams of a benchmark."""
         if isinstance(batch, QuestionBatch):
-            self.model(self._ask, batch)
+            self.model.run(self._ask, batch)
         else:
             self.answers[dataloader_idx] += [answer for exam in batch for answer in self.predict_step(exam)]
 
     def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Answer held-out questions."""
-        self.model(self._ask, batch)
+        self.model.run(self._ask, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means, at the number of optimiser steps made; Lightning's own count lags by one inside an epoch."""
@@ -459,7 +460,7 @@ class Stage(L.LightningModule, ABC):
             video = batch.ego_video if view == "ego" else batch.exo_video
             if video is None:
                 continue
-            visual = self.visual_tokens(video, view)
+            visual = self.model.encode(video, view)
             texts = iter(self.generate(batch.prompts, visual[batch.prompt_clip]))
             scores = iter(self.score(batch.options, visual[batch.option_clip]))
             for question in batch.questions:
@@ -476,12 +477,12 @@ class Stage(L.LightningModule, ABC):
 
     def predict_step(self, batch: Exam, batch_idx: int = 0, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answer what a benchmark asks about one egocentric clip, see ``examine``."""
-        rows: list[dict[str, Any]] = self.model(self._examine, batch)
+        rows: list[dict[str, Any]] = self.model.run(self._examine, batch)
         return rows
 
     @torch.no_grad()
     def _examine(self, exam: Exam) -> list[dict[str, Any]]:
-        visual = None if exam.video is None else self.visual_tokens(exam.video, "ego")[0]
+        visual = None if exam.video is None else self.model.encode(exam.video)[0]
         return examine(self.model.language_model, self.tokenizer, exam, visual)
 
     def generate(self, prompts: TextBatch, visual: Tensor) -> list[str]:

@@ -140,10 +140,6 @@ class DemonstratorLearnerGuidance(Stage):
         super().on_before_optimizer_step(optimizer)
         self.standardizer.update()
 
-    def visual_tokens(self, video: Tensor, view: str) -> Tensor:
-        """Egocentric clips only: x, then F(x)."""
-        return self.model.learner_tokens(video)
-
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Video-text generation on x and F(x), KL(y || F(x)), cycle consistency."""
         assert batch.ego_video is not None

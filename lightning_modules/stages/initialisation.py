@@ -54,10 +54,6 @@ class Initialisation(Stage):
             generator = torch.Generator().manual_seed(self.seed)
             self.model.exo_encoder.whiten_patches(frames.to(self.device), generator)
 
-    def visual_tokens(self, video: Tensor, view: str) -> Tensor:
-        """Both views through the one encoder."""
-        return self.model.demonstrator_tokens(video)
-
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Video-text generation and the words of the answers."""
         assert batch.exo_video is not None

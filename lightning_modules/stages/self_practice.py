@@ -19,10 +19,6 @@ class LearnerSelfPractice(Stage):
     trains = ("ego_encoder", "projector", "ego_to_exo", "lora")
     views = ("ego",)
 
-    def visual_tokens(self, video: Tensor, view: str) -> Tensor:
-        """Egocentric clips only: x, then F(x)."""
-        return self.model.learner_tokens(video)
-
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Video-text generation on the answers."""
         assert batch.ego_video is not None

@@ -19,10 +19,6 @@ class DemonstratorSelfPreparation(Stage):
     trains = ("exo_encoder", "projector")
     views = ("exo", "ego")
 
-    def visual_tokens(self, video: Tensor, view: str) -> Tensor:
-        """Both views through the demonstrator."""
-        return self.model.demonstrator_tokens(video)
-
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Video-text generation on exocentric clips."""
         assert batch.exo_video is not None
