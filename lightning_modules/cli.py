@@ -54,7 +54,7 @@ from lightning_modules.callbacks.checkpoint import (
 )
 from lightning_modules.callbacks.health import Diverged, StallWatch
 from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
-from lightning_modules.config import STAGES, ConfigError, compose, config_hash, read_saved, single_streams
+from lightning_modules.config import STAGES, ConfigError, compose, config_hash, read_saved, single_visual_inputs
 from lightning_modules.config_errors import explain
 from lightning_modules.egobench.cost import cost_table
 from lightning_modules.egobench.evaluate import Benchmarks, Predictions, predict, write_submissions
@@ -332,7 +332,7 @@ def evaluate(
 def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
     model = {
         "model": run.stage.started_from(),
-        "learner_reads": run.stage.network.learner_reads,
+        "visual_inputs": run.stage.network.visual_inputs,
         "text": {key: run.config["data"]["init_args"].get(key) for key in ("tokenizer", "prompt", "max_text_tokens")},
         "precision": [str(run.trainer.precision), str(run.stage.frozen_dtype)],
     }
@@ -358,14 +358,14 @@ def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
 def answer_by_streams(config: dict[str, Any], anew: bool) -> None:
     """Answer the held-out questions by x alone and by F(x) alone, where a finished stage reads both.
 
-    The streams left out are not there, rather than zero: a language model knows one stream from stage 1, and no zeros.
+    The input left out is absent, not zero: the language model knows one visual input from stage 1, but no zeros.
 
     Args:
         config: resolved configuration of the stage.
         anew: also where answers of this hand-off are there; those of an earlier one never count.
     """
     handoff = Path(config["run_dir"]) / "handoff"
-    for changed in single_streams(config).values():
+    for changed in single_visual_inputs(config).values():
         if anew or not is_answered(Path(changed["run_dir"]), handoff):
             evaluate(changed, handoff=handoff)
 

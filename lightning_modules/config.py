@@ -23,6 +23,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+VISUAL_INPUTS = ("ego", "mapped")
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 
 
@@ -45,7 +46,15 @@ class Renamed:
     stages: tuple[str, ...] | None = None
 
 
-RENAMED_KEYS: dict[str, Renamed] = {}
+def _visual_inputs(reads: str) -> list[str]:
+    """Convert ``learner_reads: both``, ``ego`` or ``mapped``."""
+    return ["ego", "mapped"] if reads == "both" else [reads]
+
+
+RENAMED_KEYS: dict[str, Renamed] = {
+    "network.learner_reads": Renamed("network.visual_inputs", _visual_inputs),
+    "model.init_args.network.learner_reads": Renamed("model.init_args.network.visual_inputs", _visual_inputs),
+}
 """Dotted keys of earlier versions that are still accepted, with their new names.
 
 They are renamed in every YAML file, in every ``key=value`` override and in a run's ``config.yaml``, before layers are
@@ -183,15 +192,15 @@ def _with_new_keys(layer: DictConfig, source: str, stage: str | None) -> DictCon
     return OmegaConf.create(rename_keys(content, source, stage or content.get("stage")))
 
 
-def single_streams(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of a stage that reads x and F(x): configurations that read one of them, each with a folder of its own."""
+def single_visual_inputs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return, for a stage that reads x and F(x), configurations that read one of them, each with its own folder."""
     network = config["network"]
-    if config["stage"] not in ("stage2", "stage3") or network.get("learner_reads", "both") != "both":
+    if config["stage"] not in ("stage2", "stage3") or len(network.get("visual_inputs", VISUAL_INPUTS)) < 2:
         return {}
     folder, found = Path(config["run_dir"]), {}
-    for reads in ("ego", "mapped"):
+    for reads in VISUAL_INPUTS:
         changed = copy.deepcopy(config) | {"run_dir": str(folder.parent / f"reads_{reads}" / folder.name)}
-        changed["model"]["init_args"]["network"] = changed["network"] = {**network, "learner_reads": reads}
+        changed["model"]["init_args"]["network"] = changed["network"] = {**network, "visual_inputs": [reads]}
         changed["trainer"]["logger"] = False
         found[reads] = changed
     return found

@@ -178,7 +178,7 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     return StagePlan(
         name=str(config["stage"]),
         parts=parts,
-        visual_tokens=stage.network.visual_tokens(num_frames) * stage.streams,
+        visual_tokens=stage.network.visual_tokens(num_frames) * stage.num_visual_inputs,
         text_tokens=assumed.text_tokens,
         flops=flops,
         flops_recomputed=probe.flops(),

@@ -428,7 +428,7 @@ def test_one_stream_alone_is_answered_beside_the_run(runs, toy_world, stage):
         folder = runs / "toy" / f"reads_{reads}" / stage
         losses[reads] = json.loads((folder / "metrics.json").read_text())["metrics"]["ego_loss"]
         assert not (folder / "handoff").exists()
-        alone = arguments(stage, toy_world, runs / reads, f"network.learner_reads={reads}", command="evaluate")
+        alone = arguments(stage, toy_world, runs / reads, f"network.visual_inputs=[{reads}]", command="evaluate")
         shutil.copytree(runs / "toy" / stage / "handoff", runs / reads / "toy" / stage / "handoff")
         shared = [f"handoffs.{s}={runs}/toy/{s}/handoff" for s in STAGES[:3]]
         assert main([*alone, *shared]) == 0

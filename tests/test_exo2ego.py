@@ -50,14 +50,23 @@ def test_learner_tokens_are_x_then_f_of_x():
     x, mapped = model.project(ego), model.project(model.ego_to_exo(ego))
     assert not torch.allclose(x, mapped, atol=1e-3)
     assert torch.equal(model.learner_tokens(video), torch.cat([x, mapped], dim=1))
-    for reads, expected in (("ego", x), ("mapped", mapped)):
-        model.learner_reads = reads
+    for name, expected in (("ego", x), ("mapped", mapped)):
+        model.visual_inputs = (name,)
         assert torch.equal(model.learner_tokens(video), expected)
 
 
-def test_learner_reads_comes_from_the_network():
-    tokens = {reads: build(learner_reads=reads).learner_tokens(tiny.video(1, 0)).shape[1] for reads in ("both", "ego")}
-    assert tokens["both"] == 2 * tokens["ego"]
+def test_visual_inputs_come_from_the_network():
+    both, ego = build(), build(visual_inputs=["ego"])
+    video = tiny.video(1, 0)
+    assert both.learner_tokens(video).shape[1] == 2 * ego.learner_tokens(video).shape[1]
+
+
+@pytest.mark.parametrize("names", [[], ["exo"], ["mapped", "ego"], ["ego", "ego"]])
+def test_other_visual_inputs_are_refused(names):
+    with pytest.raises(
+        ValueError, match=rf"network.visual_inputs: got \[{', '.join(names)}\], allowed: \[ego, mapped\]"
+    ):
+        tiny.network(visual_inputs=names)
 
 
 def test_each_view_has_its_own_encoder():

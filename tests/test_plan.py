@@ -214,7 +214,7 @@ def test_parameters_of_the_paper_s_model(seven_b, name):
     assert {round(count / 1e6, 2) for count in mappings} <= {182.23}
     assert counts == {part: COUNTS[part] for part in counts}
     assert len(model.part("language_model")) == 291 and len(model.part("projector")) == 113
-    assert stage.network.visual_tokens(16) * stage.streams == (1521 if name == "stage1" else 3042)
+    assert stage.network.visual_tokens(16) * stage.num_visual_inputs == (1521 if name == "stage1" else 3042)
 
 
 def test_costs_of_the_paper_s_second_stage(capsys):

@@ -357,11 +357,11 @@ def test_kl_on_tokens_has_statistics_of_tokens_and_a_fixed_target(toy_tokenizer)
     assert stage.losses(same)["kl"].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_kl_on_tokens_needs_tokens_of_both_streams(toy_tokenizer):
+def test_kl_on_tokens_needs_both_visual_inputs(toy_tokenizer):
     stage = tiny.make_stage(
-        "stage2", toy_tokenizer, network=tiny.network(learner_reads="ego"), kl=KLConfig(where="tokens")
+        "stage2", toy_tokenizer, network=tiny.network(visual_inputs=["ego"]), kl=KLConfig(where="tokens")
     )
-    with pytest.raises(ValueError, match=r"model.kl.where: got tokens, but the language model reads ego alone"):
+    with pytest.raises(ValueError, match=r"model.kl.where: got tokens, but network.visual_inputs is \[ego\]"):
         fit(stage)
 
 
@@ -392,7 +392,7 @@ def test_the_contrastive_term_is_added_and_knows_equal_clips(toy_tokenizer):
 
 def test_without_exocentric_video_text_is_learned_and_nothing_else_may_be_asked_for(toy_tokenizer):
     batch = tiny.clip_batch()
-    network = tiny.network(learner_reads="ego", dropout=0.0)
+    network = tiny.network(visual_inputs=["ego"], dropout=0.0)
     off = {"kl": KLConfig(weight=0.0), "cycle": CycleConfig(weight=0.0)}
     stage = guided(toy_tokenizer, network=network, train=["ego_encoder"], **off)
     expected = stage.losses(batch)["vtg"]

@@ -52,7 +52,7 @@ OVERRIDES = [
 ]
 
 
-def network(width=WIDTH, dropout=0.1, tied=True, learner_reads="both"):
+def network(width=WIDTH, dropout=0.1, tied=True, visual_inputs=("ego", "mapped")):
     overrides = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -68,7 +68,7 @@ def network(width=WIDTH, dropout=0.1, tied=True, learner_reads="both"):
         projector=ProjectorConfig(depth=1, padding=0),
         mapper=MapperConfig(width=8, num_blocks=1, num_downsamplings=0),
         lora=LoRAConfig(rank=4, alpha=8, dropout=dropout),
-        learner_reads=learner_reads,
+        visual_inputs=list(visual_inputs),
     )
 
 

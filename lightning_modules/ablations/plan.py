@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.config import STAGES, ConfigError, compose, single_streams
+from lightning_modules.config import STAGES, ConfigError, compose, single_visual_inputs
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ class Job:
 
     @property
     def reads(self) -> dict[str, Path]:
-        """Folders of the answers: by all that the stage reads (``whole``), and by one stream of x and F(x) alone."""
-        streams = {reads: Path(config["run_dir"]) for reads, config in single_streams(self.config).items()}
-        return {"whole": self.folder, **streams}
+        """Folders of the answers: by all that the stage reads (``whole``), and by one of x and F(x) alone."""
+        alone = {reads: Path(config["run_dir"]) for reads, config in single_visual_inputs(self.config).items()}
+        return {"whole": self.folder, **alone}
 
 
 def all_jobs(file: Path, plan: Plan, seeds: Sequence[int], out: Path, overrides: Sequence[str] = ()) -> list[list[Job]]:

@@ -1,7 +1,7 @@
 """The one model that all stages share: two encoders, one projector, two mappings, one language model.
 
 Letters: ``B`` clips, ``T`` frames, ``S`` picture side, ``h`` and ``w`` patch rows and columns, ``C`` encoder width,
-``N`` visual tokens of one stream, ``D`` language model width.
+``N`` visual tokens of one visual input, ``D`` language model width.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from lightning_modules.model.language_model import LanguageModel, LanguageModelC
 from lightning_modules.model.lora import LoRAConfig, add_lora
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 from lightning_modules.model.projector import STCConnector, stc_tokens
+
+VISUAL_INPUTS = ("ego", "mapped")
+"""Features of an egocentric clip that the language model can read, in this order: x, and F(x)."""
 
 PARTS = (
     "exo_encoder",
@@ -54,7 +57,8 @@ class NetworkConfig:
         projector: connector shared by both views.
         mapper: form of F and G.
         lora: adapters of the language model in stage 3.
-        learner_reads: what the language model reads of an egocentric clip: ``both`` x and F(x), or one of them.
+        visual_inputs: features of an egocentric clip that the language model reads, projected and concatenated:
+            ``ego`` (x), ``mapped`` (F(x)), or both in this order.
     """
 
     encoder: EncoderConfig
@@ -62,10 +66,18 @@ class NetworkConfig:
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
     mapper: MapperConfig = field(default_factory=MapperConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
-    learner_reads: Literal["both", "ego", "mapped"] = "both"
+    visual_inputs: list[str] = field(default_factory=lambda: list(VISUAL_INPUTS))
+
+    def __post_init__(self) -> None:
+        """Refuse unknown, repeated or unordered visual inputs."""
+        if not self.visual_inputs or self.visual_inputs != [v for v in VISUAL_INPUTS if v in self.visual_inputs]:
+            raise ValueError(
+                f"network.visual_inputs: got [{', '.join(map(str, self.visual_inputs))}], allowed: [ego, mapped], "
+                "[ego] or [mapped]"
+            )
 
     def visual_tokens(self, num_frames: int) -> int:
-        """N, visual tokens of one stream of a clip of ``num_frames`` frames.
+        """Number of visual tokens of one visual input of a clip of ``num_frames`` frames.
 
         Raises:
             ValueError: the projector would leave none.
@@ -78,7 +90,7 @@ class Exo2EgoModel(nn.Module):
     """The parts of Exo2Ego (arXiv 2503.09143) that one stage uses.
 
     Encoders give patch features; F and G act on these, before the projector; what the language model reads is the
-    concatenation of the projected streams. Where F acts and how x and F(x) join is not stated in the paper.
+    concatenation of the projected visual inputs. Where F acts and how x and F(x) join is not stated in the paper.
 
     Args:
         network: shapes.
@@ -102,7 +114,7 @@ class Exo2EgoModel(nn.Module):
     ) -> None:
         super().__init__()
         self.parts = tuple(part for part in PARTS if part in parts)
-        self.learner_reads = network.learner_reads
+        self.visual_inputs = tuple(network.visual_inputs)
         dim, p = network.encoder.width, network.projector
         for part in ("exo_encoder", "ego_encoder"):
             if part in parts:
@@ -207,16 +219,16 @@ class Exo2EgoModel(nn.Module):
         for block in chain.from_iterable(self.blocks().values()):
             block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
 
-    def project(self, *streams: Tensor) -> Tensor:
-        """Visual tokens of one or more streams of features, one after the other.
+    def project(self, *features: Tensor) -> Tensor:
+        """Project each of the given features and concatenate the visual tokens.
 
         Args:
-            streams: float [B, T, h, w, C] each.
+            features: one or more visual inputs, float [B, T, h, w, C] each.
 
         Returns:
-            float [B, streams * N, D].
+            float [B, len(features) * N, D].
         """
-        return torch.cat([self.projector(stream) for stream in streams], dim=1)
+        return torch.cat([self.projector(feature) for feature in features], dim=1)
 
     def project_exo(self, exo: Tensor) -> Tensor:
         """Visual tokens of y, float [B, T, h, w, C] to [B, N, D], through the projector kept for it if there is one."""
@@ -229,12 +241,12 @@ class Exo2EgoModel(nn.Module):
     def learner_tokens(self, video: Tensor) -> Tensor:
         """What the language model reads of the learner: uint8 [B, T, S, S, 3] to float [B, N or 2 * N, D]."""
         ego = self.ego_encoder(video)
-        return self.learner_view(ego, self.ego_to_exo(ego) if self.learner_reads != "ego" else ego)
+        return self.learner_view(ego, self.ego_to_exo(ego) if "mapped" in self.visual_inputs else ego)
 
     def learner_view(self, ego: Tensor, ego_as_exo: Tensor) -> Tensor:
-        """Project the streams that ``learner_reads`` names, out of x and F(x)."""
-        streams = {"both": (ego, ego_as_exo), "ego": (ego,), "mapped": (ego_as_exo,)}
-        return self.project(*streams[self.learner_reads])
+        """Project those of x and F(x) that are visual inputs."""
+        features = {"ego": ego, "mapped": ego_as_exo}
+        return self.project(*(features[name] for name in self.visual_inputs))
 
     def part(self, name: str) -> dict[str, nn.Parameter]:
         """Parameters of one part by their names inside it; tied ones once.

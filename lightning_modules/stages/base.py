@@ -203,7 +203,7 @@ class Stage(L.LightningModule, ABC):
                 f"language_model: {model.pretrained} has {settings.vocab_size} tokens, the tokenizer "
                 f"{len(self.tokenizer)}; make network.language_model.pretrained and tokenizer agree"
             )
-        visual = self.network.visual_tokens(clips.num_frames) * self.streams
+        visual = self.network.visual_tokens(clips.num_frames) * self.num_visual_inputs
         longest = settings.max_position_embeddings
         if visual + max_text_tokens > longest:
             raise ValueError(
@@ -215,9 +215,9 @@ class Stage(L.LightningModule, ABC):
         assert self.sources is not None
 
     @property
-    def streams(self) -> int:
-        """Streams of visual tokens that the language model reads."""
-        return 2 if "ego_to_exo" in self.uses and self.network.learner_reads == "both" else 1
+    def num_visual_inputs(self) -> int:
+        """Number of projected features that the language model reads."""
+        return len(self.network.visual_inputs) if "ego_to_exo" in self.uses else 1
 
     def configure_model(self) -> None:
         """Build the parts, read their weights unit by unit, freeze what does not train.

@@ -129,10 +129,10 @@ class DemonstratorLearnerGuidance(Stage):
     def on_fit_start(self) -> None:
         """Refuse to compare tokens of F(x) where the language model reads none."""
         super().on_fit_start()
-        if self.kl.where == "tokens" and self.network.learner_reads != "both":
+        if self.kl.where == "tokens" and len(self.network.visual_inputs) < 2:
             raise ValueError(
-                f"model.kl.where: got tokens, but the language model reads {self.network.learner_reads} alone: set "
-                "network.learner_reads to both, or where to patches"
+                f"model.kl.where: got tokens, but network.visual_inputs is [{self.network.visual_inputs[0]}]: set "
+                "network.visual_inputs to [ego, mapped], or model.kl.where to patches"
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
