@@ -158,6 +158,13 @@ def test_an_old_key_next_to_its_new_name_is_refused(tmp_path):
         compose(tmp_path / "own", "stage0")
 
 
+@pytest.mark.parametrize(("reads", "inputs"), [("both", ["ego", "mapped"]), ("ego", ["ego"]), ("mapped", ["mapped"])])
+def test_learner_reads_is_the_old_name_of_visual_inputs(reads, inputs):
+    override = f"network.learner_reads={reads}"
+    config = compose(tiny.EXPERIMENTS / "toy", "stage2", [override])
+    assert config["network"]["visual_inputs"] == config["model"]["init_args"]["network"]["visual_inputs"] == inputs
+
+
 @pytest.mark.parametrize("entry", RENAMED_KEYS.values(), ids=list(RENAMED_KEYS))
 def test_new_keys_are_not_old_ones(entry):
     """One pass must be enough."""

@@ -63,9 +63,8 @@ def test_visual_inputs_come_from_the_network():
 
 @pytest.mark.parametrize("names", [[], ["exo"], ["mapped", "ego"], ["ego", "ego"]])
 def test_other_visual_inputs_are_refused(names):
-    with pytest.raises(
-        ValueError, match=rf"network.visual_inputs: got \[{', '.join(names)}\], allowed: \[ego, mapped\]"
-    ):
+    expected = rf"network.visual_inputs: got \[{', '.join(names)}\], allowed: \[ego, mapped\]"
+    with pytest.raises(ValueError, match=expected):
         tiny.network(visual_inputs=names)
 
 
