@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
 from lightning_modules.weights import handoff
-from lightning_modules.weights.handoff import HandoffError, check_handoff, gathered, open_part, write_handoff
+from lightning_modules.weights.handoff import check_handoff, gathered, open_part, write_handoff
 from lightning_modules.weights.resolve import find_part
-from lightning_modules.weights.tensors import fill
+from lightning_modules.weights.tensors import WeightsError, fill
 
 VOCAB = 40
 
@@ -104,13 +104,13 @@ def test_adapter_opens_with_peft(model, folder):
 
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
 def test_missing_handoff_names_the_command_that_writes_it(tmp_path, stage):
-    with pytest.raises(HandoffError, match=rf"hand-off .*/{stage}/handoff: not there: run `make {stage}` first"):
+    with pytest.raises(WeightsError, match=rf"hand-off .*/{stage}/handoff: not there: run `make {stage}` first"):
         check_handoff(tmp_path / stage / "handoff")
 
 
 def test_missing_part_lists_those_there(model, tmp_path):
     write(tmp_path / "handoff", model, ["projector", "lora"], {"stage": "stage1"})
-    with pytest.raises(HandoffError, match=r"no part 'exo_encoder', it has projector, lora"):
+    with pytest.raises(WeightsError, match=r"no part 'exo_encoder', it has projector, lora"):
         check_handoff(tmp_path / "handoff", "exo_encoder")
 
 
@@ -118,7 +118,7 @@ def test_other_format_is_refused(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 2}))
     with pytest.raises(
-        HandoffError, match=r"manifest.json: field format is 2, this version reads 1: run `make stage1 FORCE=1`"
+        WeightsError, match=r"manifest.json: field format is 2, this version reads 1: run `make stage1 FORCE=1`"
     ):
         check_handoff(folder)
 
@@ -126,7 +126,7 @@ def test_other_format_is_refused(folder):
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"format": 1}', '{"format": 1, "parts": {"projector": {}}}'])
 def test_malformed_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_text(text)
-    with pytest.raises(HandoffError, match=r"manifest.json: .*run `make stage1 FORCE=1`"):
+    with pytest.raises(WeightsError, match=r"manifest.json: .*run `make stage1 FORCE=1`"):
         check_handoff(folder)
 
 
@@ -148,7 +148,7 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_loaded(folder):
     rewrite(folder, "projector", change)
     other = build(seed=1)
     before = {key: value.clone() for key, value in other.part("projector").items()}
-    with pytest.raises(HandoffError) as caught:
+    with pytest.raises(WeightsError) as caught:
         load_part(other.part("projector"), folder, None, "projector")
     message = str(caught.value)
     assert "handoff: does not fit projector of this model" in message
@@ -161,7 +161,7 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_loaded(folder):
 
 def test_another_model_size_names_a_few_tensors_only(folder):
     with pytest.raises(
-        HandoffError, match=r"mis-shaped \((?:[\w.]+ is \[[\d, ]+\], expected \[[\d, ]+\](?:, )?){3}, \.\.\.\)"
+        WeightsError, match=r"mis-shaped \((?:[\w.]+ is \[[\d, ]+\], expected \[[\d, ]+\](?:, )?){3}, \.\.\.\)"
     ):
         load_part(build(width=64).part("exo_encoder"), folder, None, "exo_encoder")
 
@@ -172,13 +172,13 @@ def test_truncated_tensors_are_refused(folder, part, keep):
     file = folder / ("adapter/adapter_model.safetensors" if part == "lora" else f"{part}.safetensors")
     content = file.read_bytes()
     file.write_bytes(content[: int(keep * len(content)) if keep == 0.5 else keep])
-    with pytest.raises(HandoffError, match=rf"hand-off {file}: cannot be read \(.+\): run `make stage1 FORCE=1`"):
+    with pytest.raises(WeightsError, match=rf"hand-off {file}: cannot be read \(.+\): run `make stage1 FORCE=1`"):
         load_part(build().part(part), folder, None, part)
 
 
 def test_removed_file_is_reported(folder):
     (folder / "projector.safetensors").unlink()
-    with pytest.raises(HandoffError, match=r"projector.safetensors: no such file: run `make stage1 FORCE=1`"):
+    with pytest.raises(WeightsError, match=r"projector.safetensors: no such file: run `make stage1 FORCE=1`"):
         load_part(build().part("projector"), folder, None, "projector")
 
 
@@ -210,7 +210,7 @@ def test_first_write_that_fails_leaves_no_handoff(model, tmp_path, monkeypatch):
     folder = tmp_path / "stage1" / "handoff"
     with pytest.raises(OSError, match="No space left"):
         write(folder, model, PARTS, {"stage": "stage1"})
-    with pytest.raises(HandoffError, match="run `make stage1` first"):
+    with pytest.raises(WeightsError, match="run `make stage1` first"):
         check_handoff(folder)
 
 
@@ -230,5 +230,5 @@ def test_a_flipped_bit_is_refused(folder, file):
     content[-1] ^= 1
     (folder / file).write_bytes(content)
     part = "lora" if "adapter" in file else "exo_encoder"
-    with pytest.raises(HandoffError, match=r"not those that manifest.json describes .* run `make stage1 FORCE=1`"):
+    with pytest.raises(WeightsError, match=r"not those that manifest.json describes .* run `make stage1 FORCE=1`"):
         open_part(folder, part)

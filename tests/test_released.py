@@ -16,9 +16,8 @@ from lightning_modules.model.encoders.base import EncoderConfig
 from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig, ProjectorConfig
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.weights import tensors as stored
-from lightning_modules.weights.released import ReleasedError
 from lightning_modules.weights.resolve import find_part
-from lightning_modules.weights.tensors import StoredTensor, fill
+from lightning_modules.weights.tensors import StoredTensor, WeightsError, fill
 
 SIZE, PATCH, FRAMES, VOCAB = 28, 7, 4, 40
 PARTS = ("exo_encoder", "projector", "language_model")
@@ -218,11 +217,9 @@ def test_a_base_folder_without_tower_falls_back_and_says_so(reference, tmp_path)
     assert found.where == str(clip)
     assert found.line.endswith(f"tensors of {clip} ({base}: holds no vision tower)")
     assert find_part([str(base)], "projector", network()).tensors.keys() == connector.state_dict().keys()
-    with pytest.raises(ReleasedError, match=r"holds no vision tower: name another source"):
+    with pytest.raises(WeightsError, match=r"holds no vision tower: name another source"):
         find_part([str(base)], "exo_encoder", network())
-    with pytest.raises(
-        ReleasedError, match=r"holds no language model \(its base is mistralai/Mistral-7B-Instruct-v0.2"
-    ):
+    with pytest.raises(WeightsError, match=r"holds no language model \(its base is mistralai/Mistral-7B-Instruct-v0.2"):
         find_part([str(base)], "language_model", network())
 
 
@@ -230,19 +227,19 @@ def test_a_base_folder_without_tower_falls_back_and_says_so(reference, tmp_path)
 def test_the_wrong_projector_is_told_by_its_tokens(reference, tmp_path, kind, padding, tokens):
     folder = write_sharded(tmp_path / "x", tensors_of(reference), settings(mm_projector_type=kind))
     find_part([str(folder)], "projector", network(padding=padding))
-    with pytest.raises(ReleasedError, match=rf"network.projector.padding: .* {kind} of .* gives {tokens}: set it to"):
+    with pytest.raises(WeightsError, match=rf"network.projector.padding: .* {kind} of .* gives {tokens}: set it to"):
         find_part([str(folder)], "projector", network(padding=1 - padding))
 
 
 def test_another_connector_is_refused(reference, tmp_path):
     folder = write_sharded(tmp_path / "x", tensors_of(reference), settings(mm_projector_type="mlp2x_gelu"))
-    with pytest.raises(ReleasedError, match=r"mm_projector_type is mlp2x_gelu, only stc_connector"):
+    with pytest.raises(WeightsError, match=r"mm_projector_type is mlp2x_gelu, only stc_connector"):
         find_part([str(folder)], "projector", network())
 
 
 def test_a_missing_folder_names_repository_and_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ReleasedError) as caught:
+    with pytest.raises(WeightsError) as caught:
         find_part(["weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F"], "projector", network())
     assert str(caught.value) == (
         "weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F: no such folder: run `.venv/bin/hf download "
@@ -253,16 +250,14 @@ def test_a_missing_folder_names_repository_and_command(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["config.json", "model-00002-of-00002.safetensors"])
 def test_a_missing_file_names_itself_and_the_command(released, name):
     (released / name).unlink()
-    with pytest.raises(
-        ReleasedError, match=rf"{name}: no such file: run `.*hf download DAMO-NLP-SG/VideoLLaMA2-7B-16F"
-    ):
+    with pytest.raises(WeightsError, match=rf"{name}: no such file: run `.*hf download DAMO-NLP-SG/VideoLLaMA2-7B-16F"):
         find_part([str(released)], "language_model", network())
 
 
 def test_a_truncated_file_names_itself(released):
     file = released / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ReleasedError, match=r"model-00001-of-00002.safetensors: cannot be read \(.+\): run `"):
+    with pytest.raises(WeightsError, match=r"model-00001-of-00002.safetensors: cannot be read \(.+\): run `"):
         find_part([str(released)], "projector", network())
 
 
@@ -273,7 +268,7 @@ def test_an_incomplete_checkpoint_names_what_is_missing(reference, tmp_path):
     found = find_part([str(folder)], "language_model", network())
     with torch.device("meta"):
         model = Exo2EgoModel(network(), VOCAB, PARTS)
-    with pytest.raises(ReleasedError, match=r"1 missing \(model.layers.1.mlp.up_proj.weight\)"):
+    with pytest.raises(WeightsError, match=r"1 missing \(model.layers.1.mlp.up_proj.weight\)"):
         found.require_fit(model.part("language_model"))
 
 
@@ -286,14 +281,14 @@ def test_an_incomplete_checkpoint_names_what_is_missing(reference, tmp_path):
 )
 def test_another_tower_is_refused(released, changes, message):
     shape = {"image_size": SIZE, "patch_size": PATCH, "width": 32, "layers": 3, "heads": 2}
-    with pytest.raises(ReleasedError, match=message):
+    with pytest.raises(WeightsError, match=message):
         find_part([str(released)], "exo_encoder", network(encoder=EncoderConfig(**shape | changes)))
 
 
 def test_heads_that_shapes_do_not_show_are_compared(reference, tmp_path):
     reference[0].save_pretrained(tmp_path / "clip")
     encoder = EncoderConfig(image_size=SIZE, patch_size=PATCH, width=32, layers=3, heads=4)
-    with pytest.raises(ReleasedError, match=r"network.encoder.heads: got 4, but .* has 2"):
+    with pytest.raises(WeightsError, match=r"network.encoder.heads: got 4, but .* has 2"):
         find_part([str(tmp_path / "clip")], "exo_encoder", network(encoder=encoder))
 
 
@@ -329,9 +324,9 @@ def test_open_clip_folder(tmp_path, quick_gelu):
     assert torch.equal(ours["image_intermediates"][0], expected["image_intermediates"][0])
 
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}))
-    with pytest.raises(ReleasedError, match=r"network.encoder.image_mean: got .* trained with \[0.5, 0.5, 0.5\]"):
+    with pytest.raises(WeightsError, match=r"network.encoder.image_mean: got .* trained with \[0.5, 0.5, 0.5\]"):
         find_part([str(tmp_path)], "exo_encoder", net)
-    with pytest.raises(ReleasedError, match=r"network.encoder.quick_gelu: got"):
+    with pytest.raises(WeightsError, match=r"network.encoder.quick_gelu: got"):
         find_part(
             [str(tmp_path)],
             "exo_encoder",
@@ -346,7 +341,7 @@ def test_a_causal_language_model_folder(reference, tmp_path):
     ids = torch.tensor([[1, 4, 5, 2]])
     with torch.no_grad():
         assert torch.equal(model.language_model.causal_lm(ids).logits, mistral(ids).logits)
-    with pytest.raises(ReleasedError, match=r"holds a language model \(mistral\), no projector"):
+    with pytest.raises(WeightsError, match=r"holds a language model \(mistral\), no projector"):
         find_part([str(tmp_path / "mistral")], "projector", network())
 
 
@@ -362,7 +357,7 @@ def test_a_local_folder_never_touches_the_network(released, monkeypatch):
 
 
 def test_unknown_open_clip_names_list_what_there_is():
-    with pytest.raises(ReleasedError, match=r"open_clip knows .*openai.*: write open_clip:<model>/<tag>"):
+    with pytest.raises(WeightsError, match=r"open_clip knows .*openai.*: write open_clip:<model>/<tag>"):
         find_part(["open_clip:ViT-L-14-336-quickgelu/opena"], "exo_encoder", network())
 
 
@@ -370,7 +365,7 @@ def test_hub_names_without_a_network_say_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ReleasedError,
+        WeightsError,
         match=r"nobody/nothing: cannot be fetched .*`.*hf download nobody/nothing --local-dir weights/nobody/nothing`",
     ):
         find_part(["nobody/nothing"], "language_model", network())

@@ -26,8 +26,9 @@ from lightning_modules.losses import contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig, KLConfig
-from lightning_modules.weights.handoff import HandoffError, StageHandoff, gathered, open_part, write_handoff
+from lightning_modules.weights.handoff import StageHandoff, gathered, open_part, write_handoff
 from lightning_modules.weights.resolve import FoundPart
+from lightning_modules.weights.tensors import WeightsError
 
 
 def trainer(max_steps, callbacks=(), **options):
@@ -726,7 +727,7 @@ def test_data_that_does_not_suit_the_model_is_refused_before_anything_is_read(to
 
 def test_sources_are_looked_at_before_anything_is_read(toy_tokenizer, tmp_path):
     stage = tiny.make_stage("stage1", toy_tokenizer, init={"projector": str(tmp_path / "stage0" / "handoff")})
-    with pytest.raises(HandoffError, match=r"stage0/handoff: not there: run `make stage0` first"):
+    with pytest.raises(WeightsError, match=r"stage0/handoff: not there: run `make stage0` first"):
         stage.check(CLIPS, 100)
 
 

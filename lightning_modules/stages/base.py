@@ -31,9 +31,8 @@ from lightning_modules.model.language_model import transformers_config
 from lightning_modules.strategy import shard
 from lightning_modules.validation.report import markdown_table
 from lightning_modules.validation.scores import HeldOutMeans, Outcome, judge_choice, judge_text, score_names
-from lightning_modules.weights.handoff import HandoffError
 from lightning_modules.weights.resolve import FoundPart, find_part
-from lightning_modules.weights.tensors import fill
+from lightning_modules.weights.tensors import WeightsError, fill
 
 MAX_ANSWER_TOKENS = 32
 Found = TypeVar("Found")
@@ -161,8 +160,7 @@ class Stage(L.LightningModule, ABC):
         """What each part of ``init`` starts from; names and shapes agree with the model, nothing is read yet.
 
         Raises:
-            HandoffError: a hand-off is missing or does not fit; the message names the command that writes it.
-            ReleasedError: released weights are missing or do not fit; the message names the command that fetches them.
+            WeightsError: weights are missing or do not fit; the message names the command that writes or fetches them.
         """
         found = {part: find_part(sources, part, self.network) for part, sources in self.init.items()}
         if found:
@@ -388,7 +386,7 @@ class Stage(L.LightningModule, ABC):
         """Refuse a checkpoint that began from other hand-offs than there are now; count batches as this run does."""
         before, now = checkpoint["started_from"], self.started_from()
         if changed := sorted(part for part in now if before.get(part) != now[part]):
-            raise HandoffError(
+            raise WeightsError(
                 f"checkpoint: it began from another {', '.join(changed)} than {self.sources[changed[0]].where} holds: "
                 "train anew with FORCE=1"
             )

@@ -30,17 +30,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.model.lora import LoRAConfig, from_peft_name, save_peft_adapter
-from lightning_modules.weights.tensors import StoredTensor, UnreadableWeights, file_digest, open_tensors, sync
+from lightning_modules.weights.tensors import StoredTensor, WeightsError, file_digest, open_tensors, sync
 
 if TYPE_CHECKING:
     from lightning_modules.stages.base import Stage
 
 FORMAT = 1
 ADAPTER = "adapter"
-
-
-class HandoffError(ValueError):
-    """A hand-off is missing, incomplete, or does not fit; the message names folder, tensors and mend."""
 
 
 def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
@@ -51,20 +47,20 @@ def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
         part: must be among the parts.
 
     Raises:
-        HandoffError: there is no complete hand-off, it is of another format, or lacks the part.
+        WeightsError: there is no complete hand-off, it is of another format, or lacks the part.
     """
     manifest = folder / "manifest.json"
     if not manifest.is_file():
-        raise HandoffError(f"hand-off {folder}: not there: run `make {folder.parent.name}` first")
+        raise WeightsError(f"hand-off {folder}: not there: run `make {folder.parent.name}` first")
     try:
         content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise HandoffError(
+        raise WeightsError(
             f"hand-off {manifest}: malformed JSON ({error.msg}): run `make {folder.parent.name} FORCE=1`"
         ) from None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
-        raise HandoffError(
+        raise WeightsError(
             f"hand-off {manifest}: field format is {found}, this version reads {FORMAT}: "
             f"run `make {folder.parent.name} FORCE=1`"
         )
@@ -73,11 +69,11 @@ def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
         for field, kind in (("stage", str), ("parts", dict), ("digest", str))
         if not isinstance(content.get(field), kind)
     ]:
-        raise HandoffError(
+        raise WeightsError(
             f"hand-off {manifest}: field {', '.join(lacking)} is missing: run `make {folder.parent.name} FORCE=1`"
         )
     if part is not None and part not in content["parts"]:
-        raise HandoffError(f"hand-off {folder}: no part {part!r}, it has {', '.join(content['parts'])}")
+        raise WeightsError(f"hand-off {folder}: no part {part!r}, it has {', '.join(content['parts'])}")
     return content
 
 
@@ -91,16 +87,16 @@ def open_part(folder: Path, part: str) -> dict[str, StoredTensor]:
     """Tensors of one part of a hand-off, by their names inside the part.
 
     Raises:
-        HandoffError: the hand-off or one of its files is missing, incomplete or damaged.
+        WeightsError: the hand-off or one of its files is missing, incomplete or damaged.
     """
     manifest = check_handoff(folder, part)
     file = folder / ADAPTER / "adapter_model.safetensors" if part == "lora" else folder / f"{part}.safetensors"
     try:
         stored = open_tensors(file)
-    except UnreadableWeights as error:
-        raise HandoffError(f"hand-off {error}: run `make {folder.parent.name} FORCE=1`") from None
+    except WeightsError as error:
+        raise WeightsError(f"hand-off {error}: run `make {folder.parent.name} FORCE=1`") from None
     if _digest(folder, file.stat().st_mtime_ns) != manifest["digest"]:
-        raise HandoffError(
+        raise WeightsError(
             f"hand-off {folder}: its files are not those that manifest.json describes (digest differs): they are "
             f"damaged, run `make {folder.parent.name} FORCE=1`"
         )
@@ -216,7 +212,7 @@ class StageHandoff(L.Callback):
             try:
                 write_handoff(self.folder, parts, stage.network.lora, manifest)
             except (OSError, SafetensorError) as error:
-                raise HandoffError(
+                raise WeightsError(
                     f"hand-off {self.folder}: could not be written ({error}): mend that and call the stage again, it "
                     "goes on from its last checkpoint"
                 ) from None

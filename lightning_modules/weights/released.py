@@ -27,7 +27,7 @@ from datamodules.text import download_command
 from lightning_modules.model.encoders.base import EncoderConfig, hf_clip_sources, tower_sources
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.model.projector import stc_tokens
-from lightning_modules.weights.tensors import StoredTensor, UnreadableWeights, open_sharded, open_tensors
+from lightning_modules.weights.tensors import StoredTensor, WeightsError, open_sharded, open_tensors
 
 OPEN_CLIP = "open_clip:"
 _ENCODERS = ("exo_encoder", "ego_encoder")
@@ -46,11 +46,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 Tensors = dict[str, StoredTensor]
 
 
-class ReleasedError(ValueError):
-    """Released weights are missing or do not fit; the message names folder, tensors and mend."""
-
-
-class PartAbsent(ReleasedError):
+class PartAbsent(WeightsError):
     """The weights are sound but hold nothing for a part."""
 
 
@@ -74,13 +70,13 @@ def open_released(folder: Path, part: str, network: NetworkConfig) -> ReleasedPa
 
     Raises:
         PartAbsent: the folder has no such part.
-        ReleasedError: the folder or a file of it is missing, or the weights are of another kind than ``network`` says.
+        WeightsError: the folder or a file of it is missing, or the weights are of another kind than ``network`` says.
     """
     try:
         settings, kind = _settings(folder)
         stored = _open_folder(folder)
-    except UnreadableWeights as error:
-        raise ReleasedError(f"{error}: {_mend(folder)}") from None
+    except WeightsError as error:
+        raise WeightsError(f"{error}: {_mend(folder)}") from None
     if kind == "open_clip":
         tensors, found = _open_clip_tower(stored, settings, part, network.encoder, str(folder))
     elif kind.startswith("videollama2"):
@@ -90,9 +86,7 @@ def open_released(folder: Path, part: str, network: NetworkConfig) -> ReleasedPa
         tensors, found = _clip_tower(_without(stored, "text_model.", "logit_scale", "text_projection"), part, folder)
         tensors = _named(tensors, network.encoder)
     elif "siglip" in kind:
-        raise ReleasedError(
-            f"{folder}: SigLIP as transformers stores it: give its open_clip form, a folder of timm/..."
-        )
+        raise WeightsError(f"{folder}: SigLIP as transformers stores it: give its open_clip form, a folder of timm/...")
     else:
         if part != "language_model":
             raise PartAbsent(f"{folder}: holds a language model ({kind}), no {part}")
@@ -105,19 +99,19 @@ def open_open_clip(source: str, part: str, network: NetworkConfig) -> ReleasedPa
     """A vision tower by open_clip's names, ``open_clip:<model>/<tag>``; downloaded once into open_clip's cache.
 
     Raises:
-        ReleasedError: no such model or tag, it cannot be fetched, or it is of another kind than ``network`` says.
+        WeightsError: no such model or tag, it cannot be fetched, or it is of another kind than ``network`` says.
     """
     model, _, tag = source.removeprefix(OPEN_CLIP).partition("/")
     settings, release = open_clip.get_model_config(model), get_pretrained_cfg(model, tag)
     if settings is None or not release:
         known = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "no tag of that model"
-        raise ReleasedError(f"{source}: open_clip knows {known}: write open_clip:<model>/<tag>")
+        raise WeightsError(f"{source}: open_clip knows {known}: write open_clip:<model>/<tag>")
     try:
         file = Path(download_pretrained(release))
         stored = open_tensors(file)
     except (OSError, ValueError) as error:
         folder = f"weights/{release.get('hf_hub', '').strip('/')}"
-        raise ReleasedError(
+        raise WeightsError(
             f"{source}: cannot be fetched ({' '.join(str(error).split())[:200]}): where there is a network, run "
             f"`{download_command(Path(folder))}`, and give {folder} instead"
         ) from None
@@ -131,13 +125,13 @@ def fetch_from_hub(name: str) -> Path:
     """Folder of a repository of the Hugging Face hub, downloaded once into its cache.
 
     Raises:
-        ReleasedError: it cannot be fetched.
+        WeightsError: it cannot be fetched.
     """
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except (OSError, ValueError) as error:
         folder = Path("weights") / name
-        raise ReleasedError(
+        raise WeightsError(
             f"{name}: cannot be fetched from the hub ({' '.join(str(error).split())[:200]}): where there is a network, "
             f"run `{download_command(folder)}`, and give {folder} instead"
         ) from None
@@ -146,16 +140,16 @@ def fetch_from_hub(name: str) -> Path:
 def _settings(folder: Path) -> tuple[dict[str, Any], str]:
     """Configuration of a folder, and its kind: ``open_clip``, or the model type of transformers."""
     if not folder.is_dir():
-        raise UnreadableWeights(folder, "no such folder")
+        raise WeightsError(f"{folder}: no such folder")
     file = folder / "open_clip_config.json"
     if not file.is_file():
         file = folder / "config.json"
     if not file.is_file():
-        raise UnreadableWeights(file, "no such file")
+        raise WeightsError(f"{file}: no such file")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UnreadableWeights(file, f"malformed JSON ({error})") from None
+        raise WeightsError(f"{file}: invalid JSON ({error})") from None
     kind = "open_clip" if file.name == "open_clip_config.json" else str(settings.get("model_type", "model"))
     return settings, kind
 
@@ -167,7 +161,7 @@ def _open_folder(folder: Path) -> Tensors:
     for name in _WHOLE:
         if (folder / name).is_file():
             return open_tensors(folder / name)
-    raise UnreadableWeights(folder, f"no weights there (none of {', '.join((*_SHARDED, *_WHOLE))})")
+    raise WeightsError(f"{folder}: no weights there (none of {', '.join((*_SHARDED, *_WHOLE))})")
 
 
 def _mend(folder: Path) -> str:
@@ -193,10 +187,10 @@ def _videollama2(
     if part in _ENCODERS:
         tower = str(settings.get("mm_vision_tower", ""))
         if "siglip" in tower:
-            raise ReleasedError(f"{folder}: its vision tower is {tower}; start the encoders from its open_clip form")
+            raise WeightsError(f"{folder}: its vision tower is {tower}; start the encoders from its open_clip form")
         layer = settings.get("mm_vision_select_layer", -2)
         if layer != -2:
-            raise ReleasedError(f"{folder}/config.json: mm_vision_select_layer is {layer}, only -2 is built here")
+            raise WeightsError(f"{folder}/config.json: mm_vision_select_layer is {layer}, only -2 is built here")
         _require_activation(True, network.encoder, str(folder))
         tensors, found = _clip_tower(_below(stored, _VIDEOLLAMA2_TOWER), part, folder)
         return _named(tensors, network.encoder), found
@@ -208,11 +202,11 @@ def _require_stc(settings: Mapping[str, Any], network: NetworkConfig, folder: Pa
     kind = settings.get("mm_projector_type")
     if kind not in _STC_PADDING:
         allowed = ", ".join(_STC_PADDING)
-        raise ReleasedError(f"{folder}/config.json: mm_projector_type is {kind}, only {allowed} are built here")
+        raise WeightsError(f"{folder}/config.json: mm_projector_type is {kind}, only {allowed} are built here")
     frames, side = int(settings.get("num_frames", 16)), network.encoder.image_size // network.encoder.patch_size
     theirs, ours = stc_tokens(_STC_PADDING[kind], frames, side, side), network.visual_tokens(frames)
     if theirs != ours:
-        raise ReleasedError(
+        raise WeightsError(
             f"network.projector.padding: {network.projector.padding} gives {ours} visual tokens for {frames} frames, "
             f"but the {kind} of {folder} gives {theirs}: set it to {_STC_PADDING[kind]}"
         )
@@ -227,7 +221,7 @@ def _clip_tower(stored: Tensors, part: str, folder: Path) -> tuple[Tensors, int]
     try:
         sources = hf_clip_sources(stored)
     except ValueError as error:
-        raise ReleasedError(f"{folder}: {error}") from None
+        raise WeightsError(f"{folder}: {error}") from None
     joined = {ours: StoredTensor.joined([stored[name] for name in theirs]) for ours, theirs in sources.items()}
     return joined, len(stored)
 
@@ -240,7 +234,7 @@ def _open_clip_tower(
     model, preprocess = settings["model_cfg"], settings.get("preprocess_cfg", {})
     timm_model = model["vision_cfg"].get("timm_model_name")
     if timm_model != encoder.timm:
-        raise ReleasedError(f"network.encoder.timm: got {encoder.timm}, but the tower of {where} is {timm_model}")
+        raise WeightsError(f"network.encoder.timm: got {encoder.timm}, but the tower of {where} is {timm_model}")
     if timm_model is None:
         _require_activation(bool(model.get("quick_gelu") or preprocess.get("quick_gelu")), encoder, where)
         width, head = int(model["vision_cfg"]["width"]), int(model["vision_cfg"].get("head_width", 64))
@@ -248,7 +242,7 @@ def _open_clip_tower(
     for name in ("mean", "std"):
         ours = tuple(getattr(encoder, f"image_{name}"))
         if name in preprocess and any(abs(a - b) > 1e-4 for a, b in zip(preprocess[name], ours, strict=True)):
-            raise ReleasedError(
+            raise WeightsError(
                 f"network.encoder.image_{name}: got {list(ours)}, but {where} was trained with {list(preprocess[name])}"
             )
     tower = _below(stored, "visual.")
@@ -268,9 +262,9 @@ def _require_hugging_face_clip(vision: Mapping[str, Any], encoder: EncoderConfig
 
 def _require_activation(quick_gelu: bool, encoder: EncoderConfig, where: str) -> None:
     if encoder.timm is not None:
-        raise ReleasedError(f"network.encoder.timm: got {encoder.timm}, but {where} holds a CLIP tower: set it to null")
+        raise WeightsError(f"network.encoder.timm: got {encoder.timm}, but {where} holds a CLIP tower: set it to null")
     if encoder.quick_gelu != quick_gelu:
-        raise ReleasedError(
+        raise WeightsError(
             f"network.encoder.quick_gelu: got {encoder.quick_gelu}, but {where} was trained with "
             f"{'QuickGELU' if quick_gelu else 'GELU'}: set it to {str(quick_gelu).lower()}"
         )
@@ -278,7 +272,7 @@ def _require_activation(quick_gelu: bool, encoder: EncoderConfig, where: str) ->
 
 def _require_heads(heads: int, encoder: EncoderConfig, where: str) -> None:
     if encoder.heads != heads:
-        raise ReleasedError(
+        raise WeightsError(
             f"network.encoder.heads: got {encoder.heads}, but {where} has {heads}, which its shapes do not show"
         )
 

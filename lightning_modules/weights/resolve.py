@@ -10,17 +10,16 @@ from torch import Tensor
 
 from datamodules.text import is_hub_name
 from lightning_modules.model.exo2ego import PARTS, NetworkConfig
-from lightning_modules.weights.handoff import HandoffError, check_handoff, open_part
+from lightning_modules.weights.handoff import check_handoff, open_part
 from lightning_modules.weights.released import (
     OPEN_CLIP,
     PartAbsent,
-    ReleasedError,
     ReleasedPart,
     fetch_from_hub,
     open_open_clip,
     open_released,
 )
-from lightning_modules.weights.tensors import StoredTensor, differences
+from lightning_modules.weights.tensors import StoredTensor, WeightsError, differences
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,12 @@ class FoundPart:
         """Compare names and shapes with the parameters to fill.
 
         Raises:
-            HandoffError, ReleasedError: they differ; the message names what is missing, unexpected or mis-shaped.
+            WeightsError: they differ; the message names what is missing, unexpected or mis-shaped.
         """
         if problems := differences(into, self.tensors):
-            kind = HandoffError if self.where.startswith("hand-off") else ReleasedError
-            raise kind(f"{self.where}: does not fit {self.part} of this model: {'; '.join(problems)}. {self.mend}")
+            raise WeightsError(
+                f"{self.where}: does not fit {self.part} of this model: {'; '.join(problems)}. {self.mend}"
+            )
 
 
 def find_part(sources: Sequence[str], part: str, network: NetworkConfig) -> FoundPart:
@@ -65,7 +65,7 @@ def find_part(sources: Sequence[str], part: str, network: NetworkConfig) -> Foun
         network: shapes, which tell how released weights are to be read.
 
     Raises:
-        HandoffError, ReleasedError: a source is missing, or none holds the part.
+        WeightsError: a source is missing, or none holds the part.
     """
     absent: list[str] = []
     for source in sources:
@@ -76,9 +76,7 @@ def find_part(sources: Sequence[str], part: str, network: NetworkConfig) -> Foun
             continue
         notes = f" ({'; '.join(absent)})" if absent else ""
         return FoundPart(found.part, found.where, found.tensors, found.digest, found.line + notes, found.mend)
-    raise ReleasedError(
-        f"{'; '.join(absent)}: name another source in model.init_args.init.{part}, or a list of sources"
-    )
+    raise WeightsError(f"{'; '.join(absent)}: name another source in model.init_args.init.{part}, or a list of sources")
 
 
 def split_source(source: str, part: str) -> tuple[Path, str]:

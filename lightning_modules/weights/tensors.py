@@ -15,12 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
-class UnreadableWeights(ValueError):
-    """A file of tensors is missing or damaged; ``file`` names it."""
-
-    def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(f"{file}: {reason}")
-        self.file, self.reason = file, reason
+class WeightsError(ValueError):
+    """Weights are missing or do not fit; the message names the place, the problem and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +40,16 @@ def open_tensors(file: Path) -> dict[str, StoredTensor]:
     """Tensors of a ``.safetensors`` file, or of a state dict that ``torch.save`` wrote; nothing else is unpickled.
 
     Raises:
-        UnreadableWeights: the file is missing or damaged.
+        WeightsError: the file is missing or damaged.
     """
     if not file.is_file():
-        raise UnreadableWeights(file, "no such file")
+        raise WeightsError(f"{file}: no such file")
     try:
         if file.suffix == ".safetensors":
             return _open_safetensors(file)
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage leads to
-        raise UnreadableWeights(file, f"cannot be read ({' '.join(str(error).split())})") from None
+        raise WeightsError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
     return {name: StoredTensor(tuple(value.shape), partial(_itself, value)) for name, value in state.items()}
 
 
@@ -61,15 +57,15 @@ def open_sharded(index: Path) -> dict[str, StoredTensor]:
     """Tensors of a checkpoint in several files, by its ``*.index.json``.
 
     Raises:
-        UnreadableWeights: the index or one of its files is missing or damaged, or lacks a tensor that the index names.
+        WeightsError: the index or one of its files is missing or damaged, or lacks a tensor that the index names.
     """
     try:
         place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnreadableWeights(index, f"no index of weights ({type(error).__name__}: {error})") from None
+        raise WeightsError(f"{index}: no index of weights ({type(error).__name__}: {error})") from None
     shards = {name: open_tensors(index.parent / name) for name in sorted(set(place.values()))}
     if lost := sorted(tensor for tensor, shard in place.items() if tensor not in shards[shard]):
-        raise UnreadableWeights(index.parent / place[lost[0]], f"lacks {lost[0]}, which {index.name} says it holds")
+        raise WeightsError(f"{index.parent / place[lost[0]]}: lacks {lost[0]}, which {index.name} says it holds")
     return {tensor: shards[shard][tensor] for tensor, shard in place.items()}
 
 
@@ -125,7 +121,7 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
         try:
             tensor: Tensor = opened.get_tensor(name)
         except SafetensorError as error:
-            raise UnreadableWeights(file, f"cannot be read ({error})") from None
+            raise WeightsError(f"{file}: cannot be read ({error})") from None
         return tensor
 
     return {
