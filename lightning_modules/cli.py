@@ -66,7 +66,13 @@ from lightning_modules.stages.base import Stage
 from lightning_modules.strategy import FSDP2, POLICIES
 from lightning_modules.validation.report import write_metrics, write_predictions, write_report
 from lightning_modules.validation.scores import chance_levels
-from lightning_modules.weights.handoff import StageHandoff, check_handoff, code_version, is_answered, write_handoff
+from lightning_modules.weights.handoff import (
+    StageHandoff,
+    code_version,
+    is_answered,
+    read_manifest,
+    write_stage_weights,
+)
 
 STOPPED = 75
 """Exit status of a stage that was told to stop and can go on: "try again" by convention (EX_TEMPFAIL)."""
@@ -320,7 +326,7 @@ def evaluate(
         handoff: of the same parts, in place of the stage's own.
     """
     folder = handoff or Path(str(config.get("run_dir", ""))) / "handoff"
-    manifest = check_handoff(folder)
+    manifest = read_manifest(folder)
     run = build(config)
     run.stage.start_from({part: str(folder) for part in manifest["parts"]})
     if benchmarks is not None and not benchmarks:
@@ -431,7 +437,7 @@ def _hand_off(checkpoint: Path, config: dict[str, Any], out: Path) -> list[str]:
         "metrics": {},
     }
     whole = ((part, {n: tensors[name] for n, name in of_part.items()}) for part, of_part in parts.items())
-    write_handoff(out, whole, stage.network.lora, manifest)
+    write_stage_weights(out, whole, stage.network.lora, manifest)
     return list(parts)
 
 
@@ -525,7 +531,7 @@ def _same_configuration(folder: Path, config: dict[str, Any], state: str) -> Non
 
 
 def _same_start(folder: Path, stage: Stage) -> None:
-    started_from = check_handoff(folder / "handoff")["started_from"]
+    started_from = read_manifest(folder / "handoff")["started_from"]
     changed = sorted(part for part, start in stage.started_from().items() if started_from.get(part) != start)
     if changed:
         raise ConfigError(

@@ -361,7 +361,7 @@ def content(waves, monkeypatch):
     parts = {"ego_encoder": {"weight": ["float32", [3, 5]]}, "lora": {"a": ["float32", [7]]}}
     monkeypatch.setattr(
         results,
-        "check_handoff",
+        "read_manifest",
         lambda folder: {"parts": parts, "code_version": "later" if "seed1" in str(folder) else "first"},
     )
     for job in (job for wave in waves for job in wave):
@@ -416,7 +416,7 @@ def test_numbers_survive_json(content):
 
 def test_a_part_at_rate_0_does_not_count_as_trained(waves, monkeypatch):
     parts = {"projector": {"weight": ["float32", [3, 5]]}, "ego_to_exo": {"weight": ["float32", [7]]}}
-    monkeypatch.setattr(results, "check_handoff", lambda folder: {"parts": parts, "code_version": "first"})
+    monkeypatch.setattr(results, "read_manifest", lambda folder: {"parts": parts, "code_version": "first"})
     job = waves[2][0]
     assert results._trained(job) == 3 * 5 + 7
     job.config["model"]["init_args"]["optim"]["lr_mult"] = {"ego_to_exo": 10.0, "projector": 0.0}

@@ -12,7 +12,7 @@ import yaml
 from datamodules.text import load_tokenizer
 from lightning_modules.cli import main
 from lightning_modules.model.exo2ego import Exo2EgoModel
-from lightning_modules.weights.handoff import gathered, write_handoff
+from lightning_modules.weights.handoff import full_tensors, write_stage_weights
 
 TOY = str(tiny.EXPERIMENTS / "toy")
 
@@ -156,8 +156,8 @@ def test_handoff_of_another_model_size(refused, toy_world, tmp_path):
     parts = tiny.STAGES["stage0"].uses
     folder = tmp_path / "runs" / "toy" / "stage0" / "handoff"
     model = Exo2EgoModel(tiny.network(), size, parts)
-    write_handoff(
-        folder, ((part, gathered(model.part(part))) for part in parts), tiny.network().lora, {"stage": "stage0"}
+    write_stage_weights(
+        folder, ((part, full_tensors(model.part(part))) for part in parts), tiny.network().lora, {"stage": "stage0"}
     )
     message = refused("fit", "stage1", "network.encoder.width=64")
     assert f"hand-off {folder}: does not fit exo_encoder of this model" in message

@@ -20,7 +20,7 @@ from lightning_modules.callbacks.checkpoint import newest, read_state
 from lightning_modules.cli import main
 from lightning_modules.config import compose
 from lightning_modules.weights import handoff
-from lightning_modules.weights.handoff import check_handoff
+from lightning_modules.weights.handoff import read_manifest
 
 TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)
@@ -41,7 +41,7 @@ def equal(one, other):
 
 
 def digest(folder):
-    return check_handoff(folder / "handoff")["digest"]
+    return read_manifest(folder / "handoff")["digest"]
 
 
 def contents(folder):
@@ -72,7 +72,7 @@ def runs(finished, tmp_path, toy_world):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_leaves_what_it_trained(finished, stage):
     folder = finished / "toy" / stage
-    manifest = check_handoff(folder / "handoff")
+    manifest = read_manifest(folder / "handoff")
     assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains)
     assert (manifest["stage"], manifest["step"]) == (stage, 2)
     assert len(manifest["config_hash"]) == len(manifest["data_fingerprint"]) == 16
@@ -95,7 +95,7 @@ def test_stages_start_from_each_other(finished):
         assert (learner[name] - after[name]).abs().max() < 5e-3
     digests = {stage: digest(finished / "toy" / stage) for stage in STAGES}
     assert len(set(digests.values())) == 4
-    assert check_handoff(finished / "toy" / "stage3" / "handoff")["started_from"] == {
+    assert read_manifest(finished / "toy" / "stage3" / "handoff")["started_from"] == {
         "ego_encoder": digests["stage2"],
         "ego_to_exo": digests["stage2"],
         "projector": digests["stage2"],
@@ -150,7 +150,7 @@ def test_curves_and_pictures(finished, stage):
     assert events.Scalars("optim/grad_norm")[0].value > 0
     assert 0 <= events.Scalars("perf/data_wait")[0].value < 1
     assert events.Scalars(min(rates))[1].value == 0.0  # after the last step
-    manifest = check_handoff(finished / "toy" / stage / "handoff")
+    manifest = read_manifest(finished / "toy" / stage / "handoff")
     for view in tiny.STAGES[stage].views:
         (event,) = events.Scalars(f"val/{view}_choice")
         assert event.step == 2
@@ -193,10 +193,10 @@ def test_force_trains_anew(runs, toy_world):
     folder = runs / "toy" / "stage1"
     before = weights(folder)
     assert main([*arguments("stage1", toy_world, runs, "trainer.max_steps=3"), "--force"]) == 0
-    assert check_handoff(folder / "handoff")["step"] == 3
+    assert read_manifest(folder / "handoff")["step"] == 3
     assert not equal(before, weights(folder))
     assert main([*arguments("stage1", toy_world, runs), "--force"]) == 0
-    assert check_handoff(folder / "handoff")["step"] == 2
+    assert read_manifest(folder / "handoff")["step"] == 2
     assert equal(before, weights(folder))  # the same run, bit for bit
     events = EventAccumulator(str(folder))
     events.Reload()
@@ -321,7 +321,7 @@ def test_a_stage_that_only_lacks_its_handoff_gets_it_without_training(runs, toy_
     assert main(arguments("stage3", toy_world, runs)) == 0
     assert equal(weights(folder), written)
     assert (folder / "predictions.jsonl").read_bytes() == scores
-    assert check_handoff(folder / "handoff")["started_from"]["projector"] == digest(runs / "toy" / "stage2")
+    assert read_manifest(folder / "handoff")["started_from"]["projector"] == digest(runs / "toy" / "stage2")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
@@ -349,7 +349,7 @@ def test_consolidate_makes_a_handoff_of_an_unfinished_stage(runs, toy_world, cap
     capsys.readouterr()
     assert main(arguments("stage2", toy_world, runs, command="consolidate")) == 0
     assert f"handoffs.stage2={folder}/handoff_0000002" in capsys.readouterr().out
-    manifest = check_handoff(folder / "handoff_0000002")
+    manifest = read_manifest(folder / "handoff_0000002")
     assert (manifest["stage"], manifest["step"]) == ("stage2", 2)
     assert main(arguments("stage2", toy_world, runs, "trainer.max_steps=5", command="consolidate")) == 2
     assert "trainer.max_steps: 2 -> 5" in capsys.readouterr().err
@@ -383,7 +383,7 @@ def test_an_early_stop_is_no_finished_stage(runs, toy_world, monkeypatch, capsys
 def test_a_run_without_held_out_clips(toy_world, tmp_path):
     assert main(arguments("stage0", toy_world, tmp_path, "data.init_args.held_out=null")) == 0
     folder = tmp_path / "toy" / "stage0"
-    assert check_handoff(folder / "handoff")["metrics"] == {}
+    assert read_manifest(folder / "handoff")["metrics"] == {}
     assert not (folder / "metrics.json").exists()
     before = contents(folder / "handoff")
     assert main(arguments("stage0", toy_world, tmp_path, "data.init_args.held_out=null")) == 0
@@ -412,7 +412,7 @@ def test_ablations_train_from_the_stages_before(finished, toy_world, tmp_path, n
         few.append(f"handoffs.stage2={second}/handoff")
     for stage in ("stage2", "stage3"):
         assert main(arguments(stage, toy_world, tmp_path, *few, experiment=experiment)) == 0
-        manifest = check_handoff(tmp_path / "ablations" / name / stage / "handoff")
+        manifest = read_manifest(tmp_path / "ablations" / name / stage / "handoff")
         assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - REMOVED.get(name, set())
     assert manifest["started_from"]["projector"] == digest(second)
     assert manifest["started_from"]["language_model"] == digest(finished / "toy" / "stage0")
@@ -459,7 +459,7 @@ def test_other_networks_train_from_the_beginning(toy_world, tmp_path, name):
     few += ["data.init_args.held_out=null", "data.init_args.num_workers=0"]
     for stage in STAGES:
         assert main(["fit", str(tiny.EXPERIMENTS / name), stage, *few]) == 0
-        assert set(check_handoff(tmp_path / name / stage / "handoff")["parts"]) == set(tiny.STAGES[stage].trains)
+        assert set(read_manifest(tmp_path / name / stage / "handoff")["parts"]) == set(tiny.STAGES[stage].trains)
 
 
 @pytest.mark.slow

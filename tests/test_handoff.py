@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
 from lightning_modules.weights import handoff
-from lightning_modules.weights.handoff import check_handoff, gathered, open_part, write_handoff
-from lightning_modules.weights.resolve import find_part
+from lightning_modules.weights.handoff import full_tensors, open_stage_weights, read_manifest, write_stage_weights
+from lightning_modules.weights.resolve import find_weights
 from lightning_modules.weights.tensors import WeightsError, fill
 
 VOCAB = 40
@@ -27,12 +27,14 @@ def build(seed=0, width=tiny.WIDTH, parts=PARTS):
 
 def write(folder, model, parts, manifest):
     """As a stage does."""
-    write_handoff(folder, ((part, gathered(model.part(part))) for part in parts), tiny.network().lora, manifest)
+    write_stage_weights(
+        folder, ((part, full_tensors(model.part(part))) for part in parts), tiny.network().lora, manifest
+    )
 
 
 def load_part(into, folder, source, part):
     """As a stage does."""
-    found = find_part([f"{folder}:{source or part}"], part, tiny.network())
+    found = find_weights([f"{folder}:{source or part}"], part, tiny.network())
     found.require_fit(into)
     fill(into, found.tensors)
 
@@ -73,7 +75,7 @@ def test_a_part_can_start_from_another_of_equal_shape(model, folder):
 
 
 def test_manifest_describes_every_tensor(model, folder):
-    manifest = check_handoff(folder)
+    manifest = read_manifest(folder)
     assert (manifest["format"], manifest["stage"], manifest["step"]) == (1, "stage1", 7)
     assert tuple(manifest["parts"]) == PARTS
     for part in PARTS:
@@ -105,13 +107,13 @@ def test_adapter_opens_with_peft(model, folder):
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
 def test_missing_handoff_names_the_command_that_writes_it(tmp_path, stage):
     with pytest.raises(WeightsError, match=rf"hand-off .*/{stage}/handoff: not there: run `make {stage}` first"):
-        check_handoff(tmp_path / stage / "handoff")
+        read_manifest(tmp_path / stage / "handoff")
 
 
 def test_missing_part_lists_those_there(model, tmp_path):
     write(tmp_path / "handoff", model, ["projector", "lora"], {"stage": "stage1"})
     with pytest.raises(WeightsError, match=r"no part 'exo_encoder', it has projector, lora"):
-        check_handoff(tmp_path / "handoff", "exo_encoder")
+        read_manifest(tmp_path / "handoff", "exo_encoder")
 
 
 def test_other_format_is_refused(folder):
@@ -120,14 +122,14 @@ def test_other_format_is_refused(folder):
     with pytest.raises(
         WeightsError, match=r"manifest.json: field format is 2, this version reads 1: run `make stage1 FORCE=1`"
     ):
-        check_handoff(folder)
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", '{"format": 1}', '{"format": 1, "parts": {"projector": {}}}'])
 def test_malformed_manifest_is_refused(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(WeightsError, match=r"manifest.json: .*run `make stage1 FORCE=1`"):
-        check_handoff(folder)
+        read_manifest(folder)
 
 
 def rewrite(folder, part, change):
@@ -211,7 +213,7 @@ def test_first_write_that_fails_leaves_no_handoff(model, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         write(folder, model, PARTS, {"stage": "stage1"})
     with pytest.raises(WeightsError, match="run `make stage1` first"):
-        check_handoff(folder)
+        read_manifest(folder)
 
 
 def test_new_handoff_replaces_the_previous_one_whole(folder):
@@ -231,4 +233,4 @@ def test_a_flipped_bit_is_refused(folder, file):
     (folder / file).write_bytes(content)
     part = "lora" if "adapter" in file else "exo_encoder"
     with pytest.raises(WeightsError, match=r"not those that manifest.json describes .* run `make stage1 FORCE=1`"):
-        open_part(folder, part)
+        open_stage_weights(folder, part)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from lightning_modules.cli import STOPPED
-from lightning_modules.weights.handoff import check_handoff
+from lightning_modules.weights.handoff import read_manifest
 
 SCRIPT = tiny.EXPERIMENTS / "hardware" / "slurm.sh"
 ROOT = tiny.EXPERIMENTS.parent
@@ -42,5 +42,5 @@ def test_torchrun_starts_a_stage(toy_world, tmp_path, strategy):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [torchrun, "--standalone", "--nproc-per-node=2", *words]
     subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
-    assert check_handoff(tmp_path / "toy" / "stage0" / "handoff")["step"] == 2
+    assert read_manifest(tmp_path / "toy" / "stage0" / "handoff")["step"] == 2
     assert (tmp_path / "toy" / "results.md").is_file()

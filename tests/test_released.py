@@ -16,7 +16,7 @@ from lightning_modules.model.encoders.base import EncoderConfig
 from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig, ProjectorConfig
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.weights import tensors as stored
-from lightning_modules.weights.resolve import find_part
+from lightning_modules.weights.resolve import find_weights
 from lightning_modules.weights.tensors import StoredTensor, WeightsError, fill
 
 SIZE, PATCH, FRAMES, VOCAB = 28, 7, 4, 40
@@ -128,7 +128,7 @@ def released(reference, tmp_path):
 
 def load(sources, net=None, parts=PARTS):
     net = net or network()
-    found = {part: find_part(sources, part, net) for part in parts}
+    found = {part: find_weights(sources, part, net) for part in parts}
     model = Exo2EgoModel(net, VOCAB, parts, empty=parts).eval()
     model.language_model.restore_buffers()
     for part, source in found.items():
@@ -213,34 +213,34 @@ def test_a_base_folder_without_tower_falls_back_and_says_so(reference, tmp_path)
     torch.save(projector, base / "mm_projector.bin")
     (base / "config.json").write_text(json.dumps(settings(tune_mm_mlp_adapter=True)))
     vision.save_pretrained(clip)
-    found = find_part([str(base), str(clip)], "exo_encoder", network())
+    found = find_weights([str(base), str(clip)], "exo_encoder", network())
     assert found.where == str(clip)
     assert found.line.endswith(f"tensors of {clip} ({base}: holds no vision tower)")
-    assert find_part([str(base)], "projector", network()).tensors.keys() == connector.state_dict().keys()
+    assert find_weights([str(base)], "projector", network()).tensors.keys() == connector.state_dict().keys()
     with pytest.raises(WeightsError, match=r"holds no vision tower: name another source"):
-        find_part([str(base)], "exo_encoder", network())
+        find_weights([str(base)], "exo_encoder", network())
     with pytest.raises(WeightsError, match=r"holds no language model \(its base is mistralai/Mistral-7B-Instruct-v0.2"):
-        find_part([str(base)], "language_model", network())
+        find_weights([str(base)], "language_model", network())
 
 
 @pytest.mark.parametrize(("kind", "padding", "tokens"), [("stc_connector", 1, 27), ("stc_connector_v35", 0, 8)])
 def test_the_wrong_projector_is_told_by_its_tokens(reference, tmp_path, kind, padding, tokens):
     folder = write_sharded(tmp_path / "x", tensors_of(reference), settings(mm_projector_type=kind))
-    find_part([str(folder)], "projector", network(padding=padding))
+    find_weights([str(folder)], "projector", network(padding=padding))
     with pytest.raises(WeightsError, match=rf"network.projector.padding: .* {kind} of .* gives {tokens}: set it to"):
-        find_part([str(folder)], "projector", network(padding=1 - padding))
+        find_weights([str(folder)], "projector", network(padding=1 - padding))
 
 
 def test_another_connector_is_refused(reference, tmp_path):
     folder = write_sharded(tmp_path / "x", tensors_of(reference), settings(mm_projector_type="mlp2x_gelu"))
     with pytest.raises(WeightsError, match=r"mm_projector_type is mlp2x_gelu, only stc_connector"):
-        find_part([str(folder)], "projector", network())
+        find_weights([str(folder)], "projector", network())
 
 
 def test_a_missing_folder_names_repository_and_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WeightsError) as caught:
-        find_part(["weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F"], "projector", network())
+        find_weights(["weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F"], "projector", network())
     assert str(caught.value) == (
         "weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F: no such folder: run `.venv/bin/hf download "
         "DAMO-NLP-SG/VideoLLaMA2-7B-16F --local-dir weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F`"
@@ -251,21 +251,21 @@ def test_a_missing_folder_names_repository_and_command(tmp_path, monkeypatch):
 def test_a_missing_file_names_itself_and_the_command(released, name):
     (released / name).unlink()
     with pytest.raises(WeightsError, match=rf"{name}: no such file: run `.*hf download DAMO-NLP-SG/VideoLLaMA2-7B-16F"):
-        find_part([str(released)], "language_model", network())
+        find_weights([str(released)], "language_model", network())
 
 
 def test_a_truncated_file_names_itself(released):
     file = released / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=r"model-00001-of-00002.safetensors: cannot be read \(.+\): run `"):
-        find_part([str(released)], "projector", network())
+        find_weights([str(released)], "projector", network())
 
 
 def test_an_incomplete_checkpoint_names_what_is_missing(reference, tmp_path):
     tensors = tensors_of(reference)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     folder = write_sharded(tmp_path / "x", tensors, settings())
-    found = find_part([str(folder)], "language_model", network())
+    found = find_weights([str(folder)], "language_model", network())
     with torch.device("meta"):
         model = Exo2EgoModel(network(), VOCAB, PARTS)
     with pytest.raises(WeightsError, match=r"1 missing \(model.layers.1.mlp.up_proj.weight\)"):
@@ -282,14 +282,14 @@ def test_an_incomplete_checkpoint_names_what_is_missing(reference, tmp_path):
 def test_another_tower_is_refused(released, changes, message):
     shape = {"image_size": SIZE, "patch_size": PATCH, "width": 32, "layers": 3, "heads": 2}
     with pytest.raises(WeightsError, match=message):
-        find_part([str(released)], "exo_encoder", network(encoder=EncoderConfig(**shape | changes)))
+        find_weights([str(released)], "exo_encoder", network(encoder=EncoderConfig(**shape | changes)))
 
 
 def test_heads_that_shapes_do_not_show_are_compared(reference, tmp_path):
     reference[0].save_pretrained(tmp_path / "clip")
     encoder = EncoderConfig(image_size=SIZE, patch_size=PATCH, width=32, layers=3, heads=4)
     with pytest.raises(WeightsError, match=r"network.encoder.heads: got 4, but .* has 2"):
-        find_part([str(tmp_path / "clip")], "exo_encoder", network(encoder=encoder))
+        find_weights([str(tmp_path / "clip")], "exo_encoder", network(encoder=encoder))
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
@@ -310,7 +310,7 @@ def test_open_clip_folder(tmp_path, quick_gelu):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     encoder = EncoderConfig(SIZE, PATCH, 32, 3, 2, quick_gelu=quick_gelu)
     net = network(encoder=encoder)
-    found = find_part([str(tmp_path)], "exo_encoder", net)
+    found = find_weights([str(tmp_path)], "exo_encoder", net)
     model = Exo2EgoModel(net, VOCAB, PARTS, empty=["exo_encoder"]).eval()
     model.allocate("exo_encoder", model, torch.float32, torch.device("cpu"))
     found.require_fit(model.part("exo_encoder"))
@@ -325,9 +325,9 @@ def test_open_clip_folder(tmp_path, quick_gelu):
 
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}))
     with pytest.raises(WeightsError, match=r"network.encoder.image_mean: got .* trained with \[0.5, 0.5, 0.5\]"):
-        find_part([str(tmp_path)], "exo_encoder", net)
+        find_weights([str(tmp_path)], "exo_encoder", net)
     with pytest.raises(WeightsError, match=r"network.encoder.quick_gelu: got"):
-        find_part(
+        find_weights(
             [str(tmp_path)],
             "exo_encoder",
             network(encoder=EncoderConfig(SIZE, PATCH, 32, 3, 2, quick_gelu=not quick_gelu)),
@@ -342,7 +342,7 @@ def test_a_causal_language_model_folder(reference, tmp_path):
     with torch.no_grad():
         assert torch.equal(model.language_model.causal_lm(ids).logits, mistral(ids).logits)
     with pytest.raises(WeightsError, match=r"holds a language model \(mistral\), no projector"):
-        find_part([str(tmp_path / "mistral")], "projector", network())
+        find_weights([str(tmp_path / "mistral")], "projector", network())
 
 
 def test_a_local_folder_never_touches_the_network(released, monkeypatch):
@@ -358,7 +358,7 @@ def test_a_local_folder_never_touches_the_network(released, monkeypatch):
 
 def test_unknown_open_clip_names_list_what_there_is():
     with pytest.raises(WeightsError, match=r"open_clip knows .*openai.*: write open_clip:<model>/<tag>"):
-        find_part(["open_clip:ViT-L-14-336-quickgelu/opena"], "exo_encoder", network())
+        find_weights(["open_clip:ViT-L-14-336-quickgelu/opena"], "exo_encoder", network())
 
 
 def test_hub_names_without_a_network_say_what_to_do(monkeypatch):
@@ -368,4 +368,4 @@ def test_hub_names_without_a_network_say_what_to_do(monkeypatch):
         WeightsError,
         match=r"nobody/nothing: cannot be fetched .*`.*hf download nobody/nothing --local-dir weights/nobody/nothing`",
     ):
-        find_part(["nobody/nothing"], "language_model", network())
+        find_weights(["nobody/nothing"], "language_model", network())

@@ -26,8 +26,8 @@ from lightning_modules.losses import contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig, KLConfig
-from lightning_modules.weights.handoff import StageHandoff, gathered, open_part, write_handoff
-from lightning_modules.weights.resolve import FoundPart
+from lightning_modules.weights.handoff import StageHandoff, full_tensors, open_stage_weights, write_stage_weights
+from lightning_modules.weights.resolve import FoundWeights
 from lightning_modules.weights.tensors import WeightsError
 
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_that_began_from_another_handoff_is_refused(toy_tokenizer, 
     stage = tiny.make_stage("stage1", toy_tokenizer)
     stage.sources = {}
     stage.configure_model()
-    stage.sources = {"exo_encoder": FoundPart("exo_encoder", "hand-off runs/x/stage0/handoff", {}, "now", "", "")}
+    stage.sources = {"exo_encoder": FoundWeights("exo_encoder", "hand-off runs/x/stage0/handoff", {}, "now", "", "")}
     with pytest.raises(ValueError, match=r"another exo_encoder than hand-off runs/x/stage0/handoff holds: .*FORCE=1"):
         trainer(2).fit(stage, batches, ckpt_path=tmp_path / "0000001")
 
@@ -285,8 +285,8 @@ def of_stage1(toy_tokenizer, tmp_path):
     stage = tiny.make_stage("stage1", toy_tokenizer)
     stage.configure_model()
     tiny.scatter(stage.model, seed=1)
-    projector = [("projector", gathered(stage.model.part("projector")))]
-    write_handoff(tmp_path / "handoff", projector, stage.network.lora, {"stage": "stage1"})
+    projector = [("projector", full_tensors(stage.model.part("projector")))]
+    write_stage_weights(tmp_path / "handoff", projector, stage.network.lora, {"stage": "stage1"})
     return tmp_path / "handoff"
 
 
@@ -313,7 +313,7 @@ def test_the_projector_of_stage_1_starts_there_and_stays(toy_tokenizer, of_stage
     stage = tiny.make_stage("stage2", toy_tokenizer, kl=kl, init={"exo_projector": source, "projector": str(of_stage1)})
     stage.configure_model()
     before = values(stage)
-    stored = {name: tensor.read() for name, tensor in open_part(of_stage1, "projector").items()}
+    stored = {name: tensor.read() for name, tensor in open_stage_weights(of_stage1, "projector").items()}
     for part in ("exo_projector", "projector"):
         assert all(torch.equal(before[part][name], tensor) for name, tensor in stored.items())
     fit(stage, steps=2)

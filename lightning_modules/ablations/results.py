@@ -14,7 +14,7 @@ from lightning_modules.ablations.figures import draw
 from lightning_modules.ablations.plan import Job, Plan
 from lightning_modules.config import STAGES
 from lightning_modules.validation.report import SCORES, markdown_table
-from lightning_modules.weights.handoff import check_handoff
+from lightning_modules.weights.handoff import read_manifest
 
 COLUMNS = {**SCORES, "loss": "loss of the true option, nats per token"}
 CLIPS = {
@@ -158,7 +158,7 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
             ("views", "exo - ego", "", "whole"), seen, {seed: _of_view(scores, "ego") for seed, scores in ego.items()}
         )
     return {
-        "code_versions": Counter(str(check_handoff(job.folder / "handoff")["code_version"]) for job in jobs),
+        "code_versions": Counter(str(read_manifest(job.folder / "handoff")["code_version"]) for job in jobs),
         "interval": INTERVAL,
         "control": plan.control,
         "names": {v: plan.name(v) for v in dict.fromkeys(run["variant"] for run in runs)},
@@ -174,7 +174,7 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
 
 def _trained(job: Job) -> int:
     """Parameters that moved; a part at rate 0 is handed on as it was."""
-    parts, rates = check_handoff(job.folder / "handoff")["parts"], job.config["model"]["init_args"]["optim"]
+    parts, rates = read_manifest(job.folder / "handoff")["parts"], job.config["model"]["init_args"]["optim"]
     fixed = {part for part, rate in (rates.get("lr_mult") or {}).items() if rate == 0}
     return sum(math.prod(shape) for name, part in parts.items() if name not in fixed for _, shape in part.values())
 

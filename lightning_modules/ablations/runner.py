@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from lightning_modules.ablations.plan import Job
 from lightning_modules.config import read_saved
-from lightning_modules.weights.handoff import check_handoff, is_answered
+from lightning_modules.weights.handoff import is_answered, read_manifest
 from lightning_modules.weights.resolve import split_source
 
 
@@ -63,10 +63,10 @@ def is_finished(job: Job) -> bool:
         return False
     if read_saved(file) != job.config:
         return False
-    started_from = check_handoff(handoff).get("started_from", {})
+    started_from = read_manifest(handoff).get("started_from", {})
     for part, source in (job.config["model"]["init_args"].get("init") or {}).items():
         before = split_source(source, part)[0] if isinstance(source, str) else Path()
-        if (before / "manifest.json").is_file() and check_handoff(before)["digest"] != started_from.get(part):
+        if (before / "manifest.json").is_file() and read_manifest(before)["digest"] != started_from.get(part):
             return False
     return True
 

@@ -31,7 +31,7 @@ from lightning_modules.model.language_model import transformers_config
 from lightning_modules.strategy import shard
 from lightning_modules.validation.report import markdown_table
 from lightning_modules.validation.scores import HeldOutMeans, Outcome, judge_choice, judge_text, score_names
-from lightning_modules.weights.resolve import FoundPart, find_part
+from lightning_modules.weights.resolve import FoundWeights, find_weights
 from lightning_modules.weights.tensors import WeightsError, fill
 
 MAX_ANSWER_TOKENS = 32
@@ -75,7 +75,7 @@ class Stage(L.LightningModule, ABC):
         network: shapes of all parts.
         tokenizer: folder or hub name, the one the data is tokenised with.
         optim: optimiser and schedule.
-        init: where parts start: part to a source as ``find_part`` takes it, or to a list of sources of which the first
+        init: where parts start: part to a source as ``find_weights`` takes it, or to a list of sources of which the first
             that holds the part is taken. Parts not named, or with null, start at random.
         train: parts that train instead of the stage's own ``trains``.
         seed: of weights that are drawn and of dropout.
@@ -156,13 +156,13 @@ class Stage(L.LightningModule, ABC):
             return Exo2EgoModel(self.network, self.vocab_size, self.uses)
 
     @cached_property
-    def sources(self) -> dict[str, FoundPart]:
+    def sources(self) -> dict[str, FoundWeights]:
         """What each part of ``init`` starts from; names and shapes agree with the model, nothing is read yet.
 
         Raises:
             WeightsError: weights are missing or do not fit; the message names the command that writes or fetches them.
         """
-        found = {part: find_part(sources, part, self.network) for part, sources in self.init.items()}
+        found = {part: find_weights(sources, part, self.network) for part, sources in self.init.items()}
         if found:
             model = self.on_meta()
             for part, source in found.items():

@@ -39,7 +39,7 @@ FORMAT = 1
 ADAPTER = "adapter"
 
 
-def check_handoff(folder: Path, part: str | None = None) -> dict[str, Any]:
+def read_manifest(folder: Path, part: str | None = None) -> dict[str, Any]:
     """Read a hand-off's manifest without touching its tensors.
 
     Args:
@@ -83,13 +83,13 @@ def is_answered(folder: Path, handoff: Path) -> bool:
     return metrics.is_file() and manifest.is_file() and metrics.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
 
 
-def open_part(folder: Path, part: str) -> dict[str, StoredTensor]:
+def open_stage_weights(folder: Path, part: str) -> dict[str, StoredTensor]:
     """Tensors of one part of a hand-off, by their names inside the part.
 
     Raises:
         WeightsError: the hand-off or one of its files is missing, incomplete or damaged.
     """
-    manifest = check_handoff(folder, part)
+    manifest = read_manifest(folder, part)
     file = folder / ADAPTER / "adapter_model.safetensors" if part == "lora" else folder / f"{part}.safetensors"
     try:
         stored = open_tensors(file)
@@ -112,8 +112,8 @@ def _digest(folder: Path, changed_ns: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def gathered(parameters: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, gathered one at a time.
+def full_tensors(parameters: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Return whole tensors on the CPU, gathered one at a time.
 
     Args:
         parameters: sharded or not; all processes of a sharded run have to call this, in the same order.
@@ -127,7 +127,7 @@ def gathered(parameters: Mapping[str, Tensor], keep: bool = True) -> dict[str, T
     return whole
 
 
-def write_handoff(
+def write_stage_weights(
     folder: Path, parts: Iterable[tuple[str, Mapping[str, Tensor]]], lora: LoRAConfig, manifest: Mapping[str, Any]
 ) -> None:
     """Write parts of an ``Exo2EgoModel``; the folder appears complete or not at all, and replaces an earlier one.
@@ -198,7 +198,7 @@ class StageHandoff(L.Callback):
             return
         stage.finite.settle()
         trained = [part for part in stage.model.parts if part in stage.trained]
-        parts = ((part, gathered(stage.model.part(part), trainer.is_global_zero)) for part in trained)
+        parts = ((part, full_tensors(stage.model.part(part), trainer.is_global_zero)) for part in trained)
         if trainer.is_global_zero:
             manifest = {
                 "stage": self.stage,
@@ -210,7 +210,7 @@ class StageHandoff(L.Callback):
                 "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
             }
             try:
-                write_handoff(self.folder, parts, stage.network.lora, manifest)
+                write_stage_weights(self.folder, parts, stage.network.lora, manifest)
             except (OSError, SafetensorError) as error:
                 raise WeightsError(
                     f"hand-off {self.folder}: could not be written ({error}): mend that and call the stage again, it "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules.text import is_hub_name
 from lightning_modules.model.exo2ego import PARTS, NetworkConfig
-from lightning_modules.weights.handoff import check_handoff, open_part
+from lightning_modules.weights.handoff import open_stage_weights, read_manifest
 from lightning_modules.weights.released import (
     OPEN_CLIP,
     PartAbsent,
@@ -23,7 +23,7 @@ from lightning_modules.weights.tensors import StoredTensor, WeightsError, differ
 
 
 @dataclass(frozen=True)
-class FoundPart:
+class FoundWeights:
     """A part in files, not read yet.
 
     Attributes:
@@ -54,7 +54,7 @@ class FoundPart:
             )
 
 
-def find_part(sources: Sequence[str], part: str, network: NetworkConfig) -> FoundPart:
+def find_weights(sources: Sequence[str], part: str, network: NetworkConfig) -> FoundWeights:
     """Find a part in the first source that holds it.
 
     Args:
@@ -75,7 +75,7 @@ def find_part(sources: Sequence[str], part: str, network: NetworkConfig) -> Foun
             absent.append(str(error))
             continue
         notes = f" ({'; '.join(absent)})" if absent else ""
-        return FoundPart(found.part, found.where, found.tensors, found.digest, found.line + notes, found.mend)
+        return FoundWeights(found.part, found.where, found.tensors, found.digest, found.line + notes, found.mend)
     raise WeightsError(f"{'; '.join(absent)}: name another source in model.init_args.init.{part}, or a list of sources")
 
 
@@ -85,25 +85,25 @@ def split_source(source: str, part: str) -> tuple[Path, str]:
     return (Path(folder_name), named) if named in PARTS and folder_name else (Path(source), part)
 
 
-def _open(source: str, part: str, network: NetworkConfig) -> FoundPart:
+def _open(source: str, part: str, network: NetworkConfig) -> FoundWeights:
     if source.startswith(OPEN_CLIP):
         return _released(open_open_clip(source, part, network), part, source)
     if is_hub_name(source):
         return _released(open_released(fetch_from_hub(source), part, network), part, source)
     folder, named = split_source(source, part)
     if folder.name == "handoff" or (folder / "manifest.json").is_file():
-        manifest = check_handoff(folder, named)
+        manifest = read_manifest(folder, named)
         mend = (
             f"It was written by {manifest['stage']}: give both the same `network`, or run "
             f"`make {folder.parent.name} FORCE=1`"
         )
-        tensors = open_part(folder, named)
+        tensors = open_stage_weights(folder, named)
         line = f"{part}: {len(tensors)} tensors of {folder} ({manifest['stage']})"
-        return FoundPart(part, f"hand-off {folder}", tensors, str(manifest["digest"]), line, mend)
+        return FoundWeights(part, f"hand-off {folder}", tensors, str(manifest["digest"]), line, mend)
     return _released(open_released(folder, named, network), part, str(folder))
 
 
-def _released(found: ReleasedPart, part: str, where: str) -> FoundPart:
+def _released(found: ReleasedPart, part: str, where: str) -> FoundWeights:
     line = f"{part}: {found.found} tensors of {where}"
     mend = "Make `network` describe these weights, or name others"
-    return FoundPart(part, where, found.tensors, found.digest, line, mend)
+    return FoundWeights(part, where, found.tensors, found.digest, line, mend)

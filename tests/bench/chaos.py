@@ -24,7 +24,7 @@ import tiny
 from datamodules.toy_world.release import Settings, generate
 from lightning_modules.callbacks.checkpoint import newest
 from lightning_modules.cli import STOPPED, main
-from lightning_modules.weights.handoff import check_handoff
+from lightning_modules.weights.handoff import read_manifest
 
 STEPS = 40
 
@@ -80,7 +80,7 @@ def statuses(pids: list[int], at_most_s: float = 120.0) -> list[int]:
 
 def digest(runs: Path, stage: str) -> str:
     """Of the weights that a stage handed on."""
-    return str(check_handoff(runs / "toy" / stage / "handoff")["digest"])
+    return str(read_manifest(runs / "toy" / stage / "handoff")["digest"])
 
 
 def hit(stage: str, arguments: list[str], folder: Path, hits: int, o: argparse.Namespace, draw: random.Random) -> dict:
