@@ -75,8 +75,8 @@ class Stage(L.LightningModule, ABC):
         network: shapes of all parts.
         tokenizer: folder or hub name, the one the data is tokenised with.
         optim: optimiser and schedule.
-        init: where parts start: part to a source as ``find_weights`` takes it, or to a list of sources of which the first
-            that holds the part is taken. Parts not named, or with null, start at random.
+        init: initial weights: part to a source, see ``find_weights``, or to a list of sources of which the first that
+            holds the part is taken. Parts not named, or with null, start at random.
         train: parts that train instead of the stage's own ``trains``.
         seed: of weights that are drawn and of dropout.
         frozen_dtype: type of the parts that do not train. The trained ones are float32.
