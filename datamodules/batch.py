@@ -138,78 +138,86 @@ class QuestionBatch(_Movable):
     exo_video: Tensor | None = None
 
 
-Row = tuple[int, ...]
-"""Token ids that stand behind the clip."""
+TokenIds = tuple[int, ...]
+"""Token ids of a text that follows the clip."""
 
 
 @dataclass(frozen=True)
-class Letters:
-    """Which letter comes next, by the log-probabilities of the letters alone.
+class MultipleChoiceRequest:
+    """Ask which of a few tokens comes next, by their log-probabilities among themselves.
 
     Attributes:
-        contexts: a row for each order of the options.
-        letters: for each of them the letters' tokens, in the order of the alphabet.
+        contexts: the texts before the token, one for each order of the options.
+        choices: for each context the tokens to choose from, such as those of the letters A to E.
     """
 
-    contexts: tuple[Row, ...]
-    letters: tuple[Row, ...]
+    contexts: tuple[TokenIds, ...]
+    choices: tuple[TokenIds, ...]
 
 
 @dataclass(frozen=True)
-class Rank:
-    """How likely each of some answers is, by its mean log-likelihood per token.
+class LoglikelihoodRequest:
+    """Ask how likely each of some continuations is, by its mean log-likelihood per token.
 
     Attributes:
-        context: stands before each of them.
-        answers: with their end tokens.
-        blind: without the clip's tokens, which tells what is likely whatever is seen.
+        context: the text before each of them.
+        continuations: with their end tokens.
+        without_video: leave the clip out, which measures how likely a text is whatever the clip shows.
     """
 
-    context: Row
-    answers: tuple[Row, ...]
-    blind: bool = False
+    context: TokenIds
+    continuations: tuple[TokenIds, ...]
+    without_video: bool = False
 
 
 @dataclass(frozen=True)
-class Say:
-    """What the model answers, greedily.
+class GenerateUntilRequest:
+    """Ask for an answer, decoded greedily until the end token.
 
     Attributes:
-        context: what it answers to.
+        context: the text before the answer.
         max_new_tokens: longest answer.
     """
 
-    context: Row
+    context: TokenIds
     max_new_tokens: int
 
 
+Request = MultipleChoiceRequest | LoglikelihoodRequest | GenerateUntilRequest
+
+
 @dataclass(frozen=True)
-class Request:
-    """What is wanted to know about a clip for one item of a benchmark.
+class Instance:
+    """All requests about one clip for one sample of a benchmark.
 
     Attributes:
-        item: its name; "" for what holds for all items.
-        clip: number of the clip among the item's.
-        asks: by the name of the field that the answer goes to.
+        sample_id: the sample; "" for requests that all samples share.
+        clip: index of the clip among those of the sample.
+        requests: by the name of the field that the result is written to.
     """
 
-    item: str
+    sample_id: str
     clip: int
-    asks: dict[str, Letters | Rank | Say]
+    requests: dict[str, Request]
 
 
 @dataclass
-class Exam(_Movable):
-    """One clip and all that is asked about it.
+class BenchmarkBatch(_Movable):
+    """One clip and all instances of a benchmark that look at it.
 
     Attributes:
-        lead: tokens in front of the clip.
-        requests: answered one by one.
-        video: uint8 [1, T, S, S, 3]; None without a clip, or if it cannot be read.
-        problem: why it cannot be read; "" if it can.
+        prefix: token ids before the clip.
+        instances: evaluated one by one.
+        video: uint8 [1, T, S, S, 3]; None for requests without a clip, or if the clip cannot be decoded.
+        error: why the clip cannot be decoded; "" if it can.
     """
 
-    lead: Row
-    requests: list[Request]
+    prefix: TokenIds
+    instances: list[Instance]
     video: Tensor | None = None
-    problem: str = ""
+    error: str = ""
+
+    @property
+    def ids(self) -> list[str]:
+        """Sample ids of the instances, for messages."""
+        return [instance.sample_id for instance in self.instances]

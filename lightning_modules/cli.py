@@ -38,7 +38,7 @@ from torch.distributed import distributed_c10d
 
 from datamodules.clips.dataset import ClipConfig, ClipDataModule
 from datamodules.egobench import load
-from datamodules.egobench.exam import EgoBenchConfig, Exams
+from datamodules.egobench.dataset import BenchmarkDataset, EgoBenchConfig
 from lightning_modules.ablations.plan import all_jobs, read_plan
 from lightning_modules.ablations.results import write_results
 from lightning_modules.ablations.runner import RunsFailed, carry_out, is_finished
@@ -57,8 +57,8 @@ from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
 from lightning_modules.config import STAGES, ConfigError, compose, config_hash, read_saved, single_visual_inputs
 from lightning_modules.config_errors import explain
 from lightning_modules.egobench.cost import cost_table
-from lightning_modules.egobench.evaluate import Benchmarks, Predictions, predict, write_submissions
 from lightning_modules.egobench.judge import JudgeConfig
+from lightning_modules.egobench.predictions import BenchmarkDataModule, Predictions, predict, write_submissions
 from lightning_modules.egobench.results import score_folder, score_stages, stages_table
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.plan import PlanConfig, device_count, flops_per_sample, plan_stage, plan_table
@@ -199,8 +199,10 @@ def build(config: dict[str, Any]) -> Run:
     return Run(config, trainer, stage, datamodule)
 
 
-def _exams(config: dict[str, Any], datamodule: ClipDataModule, names: Sequence[str] | None) -> list[Exams]:
-    """Benchmarks of the configuration, all of them or the named ones, read and checked.
+def _benchmark_datasets(
+    config: dict[str, Any], datamodule: ClipDataModule, names: Sequence[str] | None
+) -> list[BenchmarkDataset]:
+    """BenchmarkDataModule of the configuration, all of them or the named ones, read and checked.
 
     Raises:
         ValueError: a name is unknown, or a file is missing or wrong.
@@ -211,9 +213,9 @@ def _exams(config: dict[str, Any], datamodule: ClipDataModule, names: Sequence[s
         raise ConfigError(f"benchmark {', '.join(unknown)}: not in egobench.benchmarks: {', '.join(known) or 'none'}")
     entries = [e for e, name in zip(bench.benchmarks, known, strict=True) if names is None or name in names]
     d = datamodule
-    made = [Exams(load(entry), bench, d.clips, d.encoder, d.decode_timeout_s) for entry in entries]
-    for exams in made:
-        exams.check()
+    made = [BenchmarkDataset(load(entry), bench, d.clips, d.encoder, d.decode_timeout_s) for entry in entries]
+    for dataset in made:
+        dataset.check()
     return made
 
 
@@ -268,7 +270,7 @@ def fit(config: dict[str, Any], force: bool) -> None:
     """
     run = build(config)
     if fast := EgoBenchConfig(**(config.get("egobench") or {})).fast:
-        run.datamodule.exams = [exams.fast() for exams in _exams(config, run.datamodule, fast)]
+        run.datamodule.benchmarks = [dataset.fast() for dataset in _benchmark_datasets(config, run.datamodule, fast)]
     folder, first = run.folder, run.trainer.is_global_zero
     if force and first:
         _put_aside(folder)
@@ -332,10 +334,10 @@ def evaluate(
     if benchmarks is not None and not benchmarks:
         _answer(run)
         return
-    _examine(run, _exams(config, run.datamodule, benchmarks), manifest["step"], force)
+    _run_benchmarks(run, _benchmark_datasets(config, run.datamodule, benchmarks), manifest["step"], force)
 
 
-def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
+def _run_benchmarks(run: Run, datasets: Sequence[BenchmarkDataset], step: int, force: bool) -> None:
     model = {
         "model": run.stage.started_from(),
         "visual_inputs": run.stage.network.visual_inputs,
@@ -343,15 +345,15 @@ def _examine(run: Run, exams: Sequence[Exams], step: int, force: bool) -> None:
         "precision": [str(run.trainer.precision), str(run.stage.frozen_dtype)],
     }
     out = run.folder / "egobench"
-    predictions = [Predictions(e, out / "predictions", model) for e in exams]
+    predictions = [Predictions(dataset, out / "predictions", model) for dataset in datasets]
     if not force:
         for kept in predictions:
             kept.require_same()
     if run.trainer.is_global_zero:
         for kept in predictions:
-            notes = () if kept.exams.config.invented else kept.loaded.notes
+            notes = () if kept.dataset.config.invented else kept.loaded.notes
             print(*notes, kept.line(), sep="\n")
-    predict(run.trainer, run.stage, Benchmarks(predictions, run.datamodule.num_workers, force))
+    predict(run.trainer, run.stage, BenchmarkDataModule(predictions, run.datamodule.num_workers, force))
     if run.trainer.is_global_zero:
         scores = score_folder(out, JudgeConfig(**(run.config.get("judge") or {})))
         for logger in run.trainer.loggers:

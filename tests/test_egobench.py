@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench import load
-from datamodules.egobench.exam import EgoBenchConfig, Exams
+from datamodules.egobench.dataset import BenchmarkDataset, EgoBenchConfig
 from datamodules.text import TextEncoder
 from datamodules.video.reader import ClipReader
 from lightning_modules.cli import main
 from lightning_modules.config import compose
-from lightning_modules.egobench.evaluate import OtherPredictions, Predictions
-from lightning_modules.egobench.examiner import examine
+from lightning_modules.egobench.evaluator import Evaluator
+from lightning_modules.egobench.predictions import OtherPredictions, Predictions
 from lightning_modules.egobench.results import read_scores
 from lightning_modules.stages.base import Stage
 
@@ -126,7 +126,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluated, runs, toy
     assert evaluate(toy_world, runs, "egobench.cyclic=true") == 0
     assert contents(runs) == contents(evaluated)
     assert first == 25
-    assert len(answered) == sum(len(exams_of(toy_world, name)) for name in NAMES), "nothing was asked twice"
+    assert len(answered) == sum(len(dataset_of(toy_world, name)) for name in NAMES), "nothing was asked twice"
 
 
 def test_predictions_of_another_model_or_setting_are_kept(runs, toy_world, capsys):
@@ -158,7 +158,7 @@ def test_videos_that_are_missing_or_damaged_are_counted(runs, toy_world, tmp_pat
     videos[1].write_bytes(videos[1].read_bytes()[:-2000])
     assert evaluate(world, runs, names="egoschema") == 0
     total = len(videos)
-    assert f"egoschema: {total - 1} of {total} items" in (printed := capsys.readouterr().out)
+    assert f"egoschema: {total - 1} of {total} samples" in (printed := capsys.readouterr().out)
     assert str(videos[0]) in printed
     header = json.loads((out(runs) / "predictions" / "egoschema.header.json").read_text())
     assert list(header["missing"]) == [videos[0].stem, videos[1].stem]
@@ -186,7 +186,7 @@ def test_items_whose_videos_are_gone_since_still_count(runs, toy_world, tmp_path
 
 def test_what_is_half_forgotten_is_not_taken_for_another_models(toy_world, tmp_path, monkeypatch):
     settings = ({"model": "before"}, {"model": "now"})
-    before, now = (Predictions(exams_of(toy_world, "egoschema"), tmp_path, model) for model in settings)
+    before, now = (Predictions(dataset_of(toy_world, "egoschema"), tmp_path, model) for model in settings)
     before.begin()
     before.part(0).write_text('{"id": "an answer of the model before", "clip": 0}\n')
     unlink = Path.unlink
@@ -237,14 +237,14 @@ def test_a_fixed_part_is_scored_while_stage_3_validates(runs, toy_world):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# exams
+# dataset
 
 
-def exams_of(world, name, **changes):
+def dataset_of(world, name, **changes):
     config = compose(tiny.EXPERIMENTS / "toy", "stage3", [f"data_root={world}"])["egobench"] | changes
     (entry,) = (entry for entry in config["benchmarks"] if entry["name"] == name)
     encoder = TextEncoder(str(world / "tokenizer"), 400)
-    return Exams(load(entry), EgoBenchConfig(**config), ClipConfig(tiny.FRAMES, tiny.SIZE), encoder)
+    return BenchmarkDataset(load(entry), EgoBenchConfig(**config), ClipConfig(tiny.FRAMES, tiny.SIZE), encoder)
 
 
 def stage_of(world):
@@ -255,17 +255,17 @@ def stage_of(world):
 
 
 def test_letters_equal_a_loop_over_rotations_and_letters(toy_world):
-    exams, stage = exams_of(toy_world, "egoschema", cyclic=True), stage_of(toy_world)
-    exam = exams[0]
-    (row,) = stage.predict_step(exam)
-    item, encoder, language_model = exams.loaded.items[0], exams.encoder, stage.model.language_model
+    dataset, stage = dataset_of(toy_world, "egoschema", cyclic=True), stage_of(toy_world)
+    batch = dataset[0]
+    (row,) = stage.predict_step(batch)
+    sample, encoder, language_model = dataset.loaded.samples[0], dataset.encoder, stage.model.language_model
     assert np.array(row["letters"]).shape == (5, 5)
-    visual = stage(exam.video, "ego")
+    visual = stage(batch.video, "ego")
     for shift in range(5):
-        question = exams.prompts.choice(item, [(p + shift) % 5 for p in range(5)])
+        question = dataset.prompts.choice(sample, [(p + shift) % 5 for p in range(5)])
         logits = []
         for letter in "ABCDE":
-            text = encoder.conversation([(question, f"{exams.prompts.prefill}{letter}")])
+            text = encoder.conversation([(question, f"{dataset.prompts.prefill}{letter}")])
             at = len(text.input_ids) - 2  # the letter stands before the end token
             batch = encoder.batch([text])
             labels = torch.full_like(batch.labels, -100)
@@ -277,38 +277,38 @@ def test_letters_equal_a_loop_over_rotations_and_letters(toy_world):
 
 
 def test_a_question_or_an_answer_that_would_be_cut_is_refused(toy_world):
-    exams = exams_of(toy_world, "egoschema")
+    dataset = dataset_of(toy_world, "egoschema")
     longest = 0
-    for item in exams.loaded.items:
-        answers = [(exams.prompts.choice(item), f"{exams.prompts.prefill}A)")]
-        answers += [(exams.prompts.open(item), option) for option in item.options]
-        longest = max(longest, *(len(exams.encoder.conversation([turn]).input_ids) - 1 for turn in answers))
-    exams.encoder.max_text_tokens = longest
-    exams.check()
+    for sample in dataset.loaded.samples:
+        answers = [(dataset.prompts.choice(sample), f"{dataset.prompts.prefill}A)")]
+        answers += [(dataset.prompts.open(sample), option) for option in sample.options]
+        longest = max(longest, *(len(dataset.encoder.conversation([turn]).input_ids) - 1 for turn in answers))
+    dataset.encoder.max_text_tokens = longest
+    dataset.check()
     for shorter in range(1, 6):
-        exams.encoder.max_text_tokens = longest - shorter
-        with pytest.raises(ValueError, match=rf"egoschema: item .* max_text_tokens={longest - shorter}: raise data"):
-            exams.check()
+        dataset.encoder.max_text_tokens = longest - shorter
+        with pytest.raises(ValueError, match=rf"egoschema: sample .* max_text_tokens={longest - shorter}: raise data"):
+            dataset.check()
 
 
 def test_ranking_equals_scoring_each_text_in_a_batch_of_its_own(toy_world):
-    exams, stage = exams_of(toy_world, "epic100_mir"), stage_of(toy_world)
-    exam = exams[0]
-    (row,) = stage.predict_step(exam)
-    visual = stage(exam.video, "ego")
-    for text, score in zip(exams.loaded.texts, row["scores"], strict=True):
-        batch = exams.encoder.batch([exams.encoder.conversation([("Describe the video.", text.text)])])
+    dataset, stage = dataset_of(toy_world, "epic100_mir"), stage_of(toy_world)
+    batch = dataset[0]
+    (row,) = stage.predict_step(batch)
+    visual = stage(batch.video, "ego")
+    for text, score in zip(dataset.loaded.candidates, row["scores"], strict=True):
+        batch = dataset.encoder.batch([dataset.encoder.conversation([("Describe the video.", text.text)])])
         (one,) = stage.score(batch, visual)
         assert score == pytest.approx(one[0] / one[1], abs=1e-5)
 
 
 def test_priors_are_those_of_the_same_rows_without_the_clip(toy_world):
-    exams, stage = exams_of(toy_world, "epic100_mir"), stage_of(toy_world)
-    (row,) = stage.predict_step(exams[len(exams) - 1])
+    dataset, stage = dataset_of(toy_world, "epic100_mir"), stage_of(toy_world)
+    (row,) = stage.predict_step(dataset[len(dataset) - 1])
     assert row["id"] == ""
     decoder = stage.model.language_model.causal_lm
-    for text, prior in zip(exams.loaded.texts[:5], row["priors"], strict=False):
-        encoded = exams.encoder.conversation([("Describe the video.", text.text)])
+    for text, prior in zip(dataset.loaded.candidates[:5], row["priors"], strict=False):
+        encoded = dataset.encoder.conversation([("Describe the video.", text.text)])
         ids = [token for token in encoded.input_ids if token >= 0]
         count = encoded.label_tokens
         log_p = decoder(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -317,51 +317,51 @@ def test_priors_are_those_of_the_same_rows_without_the_clip(toy_world):
 
 
 def test_nothing_after_the_observation_is_read(toy_world, monkeypatch):
-    exams, read, spans = exams_of(toy_world, "egoplan"), ClipReader.read, []
+    dataset, read, spans = dataset_of(toy_world, "egoplan"), ClipReader.read, []
 
     def counted(reader, path, times_s, *args):
         spans.append((float(min(times_s)), float(max(times_s)), len(times_s)))
         return read(reader, path, times_s, *args)
 
     monkeypatch.setattr(ClipReader, "read", counted)
-    for number, unit in enumerate(exams.units):
-        exam = exams[number]
-        assert exam.video is not None, exam.problem
+    for number, unit in enumerate(dataset.units):
+        batch = dataset[number]
+        assert batch.video is not None, batch.error
         first, last, count = spans[-1]
         assert unit.clip.start_s <= first and last == unit.clip.end_s and count == tiny.FRAMES
 
 
 def test_a_video_that_ends_before_the_observation_is_not_asked_about(toy_world):
-    exams = exams_of(toy_world, "egoplan")
-    clip = exams.units[0].clip
-    assert exams[0].problem == ""
-    exams.units[0] = replace(exams.units[0], clip=replace(clip, end_s=clip.end_s + 60.0, start_s=0.0))
-    assert "the video ends at" in exams[0].problem
+    dataset = dataset_of(toy_world, "egoplan")
+    clip = dataset.units[0].clip
+    assert dataset[0].error == ""
+    dataset.units[0] = replace(dataset.units[0], clip=replace(clip, end_s=clip.end_s + 60.0, start_s=0.0))
+    assert "the video ends at" in dataset[0].error
 
 
 def test_a_clip_that_several_items_share_is_read_once(toy_world):
-    exams = exams_of(toy_world, "egomcq")
-    clips = {clip for item in exams.loaded.items for clip in item.clips}
-    asked = sum(len(item.clips) for item in exams.loaded.items)
-    requests = [request for number in range(len(exams)) for request in exams[number].requests]
-    assert len(exams) == len(clips) < asked == len({(request.item, request.clip) for request in requests})
+    dataset = dataset_of(toy_world, "egomcq")
+    clips = {clip for sample in dataset.loaded.samples for clip in sample.clips}
+    asked = sum(len(sample.clips) for sample in dataset.loaded.samples)
+    requests = [request for number in range(len(dataset)) for request in dataset[number].instances]
+    assert len(dataset) == len(clips) < asked == len({(request.sample_id, request.clip) for request in requests})
 
 
 def test_no_prompt_names_a_file(toy_world):
     for name in ("egoschema", "vlnqa", "egoplan"):
-        exams = exams_of(toy_world, name)
-        for item in exams.loaded.items:
-            text = exams.prompts.choice(item)
-            assert item.id not in text.split() and item.clips[0].video not in text
+        dataset = dataset_of(toy_world, name)
+        for sample in dataset.loaded.samples:
+            text = dataset.prompts.choice(sample)
+            assert sample.id not in text.split() and sample.clips[0].video not in text
 
 
 def test_exams_do_not_depend_on_which_came_before(toy_world):
-    exams, stage = exams_of(toy_world, "qaego4d_closed"), stage_of(toy_world)
-    twice = [stage.predict_step(exams[n]) for n in (0, 1, 0)]
+    dataset, stage = dataset_of(toy_world, "qaego4d_closed"), stage_of(toy_world)
+    twice = [stage.predict_step(dataset[n]) for n in (0, 1, 0)]
     assert twice[0] == twice[2] != twice[1]
-    exam = exams[0]
-    exam.problem = "cannot be read"
+    batch = dataset[0]
+    batch.error = "cannot be read"
     language_model, tokenizer = stage.model.language_model, stage.tokenizer
-    assert examine(language_model, tokenizer, exam, None) == [
-        {"id": request.item, "clip": 0, "problem": "cannot be read"} for request in exam.requests
+    assert Evaluator(language_model, tokenizer).evaluate(batch, None) == [
+        {"id": request.sample_id, "clip": 0, "problem": "cannot be read"} for request in batch.instances
     ]

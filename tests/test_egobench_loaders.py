@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from datamodules.egobench import BENCHMARKS, load
-from datamodules.egobench.item import Clip
+from datamodules.egobench.samples import Clip
 from datamodules.io.annotations import SourceError
 from datamodules.io.jsonl import InvalidRecords
 
@@ -24,7 +24,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 SAMPLES = SHARED / "samples" / "benchmarks"
 
 
-def sample(name):
+def official_files(name):
     if not (SAMPLES / name).exists():
         pytest.skip(f"needs the official files in {SAMPLES / name}, which are not part of the repository")
     return SAMPLES / name
@@ -89,21 +89,23 @@ def egoschema(tmp_path):
 
 def test_egoschema_of_whole_files(egoschema):
     loaded = read("egoschema", egoschema)
-    first, second, third = loaded.items
+    first, second, third = loaded.samples
     assert (first.id, first.text, first.answer, first.groups) == ("a", "What is C doing?", None, ())
     assert first.options == tuple(f"mending bicycle {n}" for n in range(5))
     assert (second.answer, third.answer, second.groups) == (4, 0, ("subset",))
     assert first.clips == (Clip("a.mp4", 0.0, math.inf),)
     assert loaded.notes == [
-        "egoschema: 5,028 of 5,031 items are missing: fetch the file again",
+        "egoschema: 5,028 of 5,031 samples are missing: fetch the file again",
         "egoschema: 498 of 500 public answers are missing: fetch the file again",
     ]
-    assert [item.id for item in loaded.fast().items] == ["b", "c"]
-    assert [item.id for item in read("egoschema", egoschema, part="subset").items] == ["b", "c"]
+    assert [sample.id for sample in loaded.fast().samples] == ["b", "c"]
+    assert [sample.id for sample in read("egoschema", egoschema, part="subset").samples] == ["b", "c"]
 
 
 def test_egoschema_cut_out_of_ego4d(egoschema):
-    assert read("egoschema", egoschema / "questions.json", cut=True).items[2].clips == (Clip("v-1.mp4", 240.0, 420.0),)
+    assert read("egoschema", egoschema / "questions.json", cut=True).samples[2].clips == (
+        Clip("v-1.mp4", 240.0, 420.0),
+    )
     write(egoschema / "uid_to_ego4d.json", {"a": {"video_uid": "v", "starting_sec": 9, "ending_sec": 9}, "b": 3})
     said = problem("egoschema", egoschema, cut=True)
     assert "uid_to_ego4d.json: a: 'starting_sec' and 'ending_sec' give 9 to 9 s: correct them" in said
@@ -112,16 +114,16 @@ def test_egoschema_cut_out_of_ego4d(egoschema):
 
 
 def test_real_spans_of_egoschema(tmp_path):
-    answers = json.loads((sample("egoschema") / "subset_answers.json").read_text())
-    spans = json.loads((sample("egoschema") / "uid_to_ego4d.json").read_text())
+    answers = json.loads((official_files("egoschema") / "subset_answers.json").read_text())
+    spans = json.loads((official_files("egoschema") / "uid_to_ego4d.json").read_text())
     for name, content in (("subset_answers", answers), ("uid_to_ego4d", spans), ("questions", schema_rows(spans))):
         write(tmp_path / f"{name}.json", content)
     loaded = read("egoschema", tmp_path, cut=True)
     assert loaded.notes == []
-    assert {item.clips[0].end_s - item.clips[0].start_s for item in loaded.items} == {180.0}
-    assert len({item.clips[0].video for item in loaded.items}) == 1_981
-    assert Counter(item.answer for item in loaded.fast().items) == {0: 101, 1: 108, 2: 91, 3: 83, 4: 117}
-    assert sum(item.answer is None for item in loaded.items) == 5_031 - 500
+    assert {sample.clips[0].end_s - sample.clips[0].start_s for sample in loaded.samples} == {180.0}
+    assert len({sample.clips[0].video for sample in loaded.samples}) == 1_981
+    assert Counter(sample.answer for sample in loaded.fast().samples) == {0: 101, 1: 108, 2: 91, 3: 83, 4: 117}
+    assert sum(sample.answer is None for sample in loaded.samples) == 5_031 - 500
 
 
 def test_egoschema_refuses_early_and_wrong_files(egoschema):
@@ -139,7 +141,7 @@ def test_egoschema_refuses_early_and_wrong_files(egoschema):
     write(egoschema / "questions.json", [*schema_rows("aa"), {**schema_rows("c")[0], "option 3": ""}])
     said = problem("egoschema", egoschema)
     assert "questions.json entry 3: field 'option 3' is '', expected a text" in said
-    assert "egoschema: 'a' is the id of several items: give each its own" in said
+    assert "egoschema: 'a' is the id of several samples: give each its own" in said
     (egoschema / "questions.json").unlink()
     assert "holds none of questions.json: put EgoSchema's questions there" in problem("egoschema", egoschema)
 
@@ -149,7 +151,7 @@ def test_egoschema_writes_what_kaggle_and_the_authors_take(egoschema):
     assert files["submission.csv"] == "q_uid,answer\na,1\nb,0\nc,2\n"
     assert json.loads(files["submission.json"]) == {"a": 1, "b": 0, "c": 2}
     with pytest.raises(
-        ValueError, match=r"^egoschema: 2 of 3 items have no option chosen, such as b: a server takes all"
+        ValueError, match=r"^egoschema: 2 of 3 samples have no option chosen, such as b: a server takes all"
     ):
         read("egoschema", egoschema).submission({"a": 1, "b": 5})
     assert read("egoschema", egoschema, part="subset").submission({"b": 0, "c": 2}) == {}
@@ -169,12 +171,12 @@ def qa_row(name="ab12_3", **changes):
 def test_qaego4d_closed_orders_options_by_the_id_alone(tmp_path):
     rows = [qa_row(f"q_{number}") for number in range(200)]
     file = write(tmp_path / "annotations.QaEgo4D_test_close.json", rows)
-    items = read("qaego4d_closed", tmp_path).items
-    assert all(item.options[item.answer] == "on the sink" and len(set(item.options)) == 4 for item in items)
-    assert all(Counter(item.answer for item in items)[letter] > 30 for letter in range(4))  # about as often
+    samples = read("qaego4d_closed", tmp_path).samples
+    assert all(sample.options[sample.answer] == "on the sink" and len(set(sample.options)) == 4 for sample in samples)
+    assert all(Counter(sample.answer for sample in samples)[letter] > 30 for letter in range(4))  # about as often
     write(file, rows[::-1])
-    assert sorted(read("qaego4d_closed", tmp_path).items, key=lambda item: int(item.id[2:])) == items
-    assert items[0].clips == (Clip("clip-9.mp4", 0.0, math.inf),)  # all of it, not the moment
+    assert sorted(read("qaego4d_closed", tmp_path).samples, key=lambda sample: int(sample.id[2:])) == samples
+    assert samples[0].clips == (Clip("clip-9.mp4", 0.0, math.inf),)  # all of it, not the moment
 
 
 def test_qaego4d_closed_says_where_no_option_is_the_only_right_one(tmp_path):
@@ -182,7 +184,7 @@ def test_qaego4d_closed_says_where_no_option_is_the_only_right_one(tmp_path):
     write(tmp_path / "annotations.QaEgo4D_test_close.json", [qa_row("a"), twice])
     loaded = read("qaego4d_closed", tmp_path)
     assert loaded.notes == ["qaego4d_closed: 1 questions whose four options are not all different"]
-    assert loaded.items[1].options[loaded.items[1].answer] == "on the sink"
+    assert loaded.samples[1].options[loaded.samples[1].answer] == "on the sink"
     write(tmp_path / "annotations.QaEgo4D_test_close.json", [qa_row(wrong_answers=["x", "y"])])
     assert (
         "test_close.json entry 1: field 'wrong_answers' is ['x', 'y'], expected three texts: take the file"
@@ -203,16 +205,16 @@ def test_qaego4d_open_in_each_of_its_forms(tmp_path):
     answers = {"train": {}, "test": {"ab12_1": "on, the\n sink"}}
     original = write(tmp_path / "c" / "answers.json", answers)
     write(tmp_path / "c" / "nlq_val.json", nlq(None, "Where, again,\nis the mug?"))
-    (item,) = read("qaego4d_open", merged.parent).items
-    assert (item.text, item.answer, item.options) == ("Where is the red mug?", "on the sink", ())
-    assert item.clips == (Clip("clip-9.mp4", 0.0, math.inf),)
-    assert read("qaego4d_open", grounded, cut=True).items[0].clips == (Clip("v-2.mp4", 1.0, 481.0),)
-    (item,) = read("qaego4d_open", original.parent).items
-    assert (item.id, item.text, item.answer) == ("ab12_1", "Where again is the mug?", "on the sink")
-    assert item.clips == (Clip("clip-9.mp4", 0.0, math.inf),)
-    assert read("qaego4d_open", original, cut=True).items[0].clips == (Clip("v-1.mp4", 30.5, 510.5),)
+    (sample,) = read("qaego4d_open", merged.parent).samples
+    assert (sample.text, sample.answer, sample.options) == ("Where is the red mug?", "on the sink", ())
+    assert sample.clips == (Clip("clip-9.mp4", 0.0, math.inf),)
+    assert read("qaego4d_open", grounded, cut=True).samples[0].clips == (Clip("v-2.mp4", 1.0, 481.0),)
+    (sample,) = read("qaego4d_open", original.parent).samples
+    assert (sample.id, sample.text, sample.answer) == ("ab12_1", "Where again is the mug?", "on the sink")
+    assert sample.clips == (Clip("clip-9.mp4", 0.0, math.inf),)
+    assert read("qaego4d_open", original, cut=True).samples[0].clips == (Clip("v-1.mp4", 30.5, 510.5),)
     other = str(original.parent / "nlq_val.json")
-    assert read("qaego4d_open", merged, cut=True, nlq=other).items[0].clips == (Clip("v-1.mp4", 30.5, 510.5),)
+    assert read("qaego4d_open", merged, cut=True, nlq=other).samples[0].clips == (Clip("v-1.mp4", 30.5, 510.5),)
 
 
 def test_qaego4d_says_what_is_wrong(tmp_path):
@@ -263,15 +265,15 @@ def egotaskqa(tmp_path):
 
 def test_egotaskqa_ranks_the_answers_of_the_training_file(egotaskqa):
     loaded = read("egotaskqa_direct", egotaskqa)
-    assert [text.text for text in loaded.texts] == ["wet", "clean", "yes"]
-    first, second = loaded.items
+    assert [text.text for text in loaded.candidates] == ["wet", "clean", "yes"]
+    first, second = loaded.samples
     assert (first.answer, first.options, first.text) == ("clean", (), "What is the status of cup?")
     assert first.clips == (Clip("9z-1-1-1|fpv1|480|960.mp4", 0.0, math.inf),)
     assert first.groups == ("direct", "open", "state", "descriptive", "change", "query")
     assert second.groups[:2] == ("indirect", "binary")
     assert loaded.notes == []
-    (item,) = read("egotaskqa_indirect", egotaskqa).items
-    assert item.groups[:2] == ("indirect", "open")
+    (sample,) = read("egotaskqa_indirect", egotaskqa).samples
+    assert sample.groups[:2] == ("indirect", "open")
     (note,) = read("egotaskqa_indirect", egotaskqa).notes
     assert note.startswith("egotaskqa_indirect: 1 questions whose answer no training question has")
 
@@ -279,15 +281,15 @@ def test_egotaskqa_ranks_the_answers_of_the_training_file(egotaskqa):
 def test_egotaskqa_joins_its_kinds_where_they_are_not_joined(egotaskqa):
     row = without(without(task_row(), "reasoning_type"), "reference")
     write(egotaskqa / "direct" / "test_qas.json", [{**row, "type": ["state", "direct"]}])
-    (item,) = read("egotaskqa_direct", egotaskqa / "direct").items
-    assert item.groups == ("direct", "open", "state", "descriptive", "change", "query")
+    (sample,) = read("egotaskqa_direct", egotaskqa / "direct").samples
+    assert sample.groups == ("direct", "open", "state", "descriptive", "change", "query")
 
 
 def test_egotaskqa_takes_the_encoded_files_of_the_baselines(egotaskqa):
     for part in ("train", "test"):
         file = egotaskqa / "direct" / f"{part}_qas.json"
         file.rename(file.with_name(f"formatted_{part}_qas_encode.json"))
-    assert len(read("egotaskqa_direct", egotaskqa).items) == 2
+    assert len(read("egotaskqa_direct", egotaskqa).samples) == 2
 
 
 def test_egotaskqa_does_not_take_one_split_for_the_other(egotaskqa):
@@ -308,7 +310,11 @@ def test_the_choices_of_egotaskqa_are_told_to_leak_and_are_not_taken_for_it(egot
     row = {"q": "Is it?", "video_path": "9z-1|P1|4|9.mp4", "a": "B", "option": {"A": "no", "B": "yes"}}
     file = write(egotaskqa / "egotaskqa_mcq.json", [row])
     loaded = read("egotaskqa_mcq", egotaskqa)
-    assert (loaded.items[0].options, loaded.items[0].answer, loaded.items[0].groups) == (("no", "yes"), 1, ("binary",))
+    assert (loaded.samples[0].options, loaded.samples[0].answer, loaded.samples[0].groups) == (
+        ("no", "yes"),
+        1,
+        ("binary",),
+    )
     assert "its options give the answer away" in loaded.notes[-1]
     assert "never train on it" in loaded.notes[-1]
     said = problem("egotaskqa_direct", file)
@@ -318,13 +324,13 @@ def test_the_choices_of_egotaskqa_are_told_to_leak_and_are_not_taken_for_it(egot
 
 
 def test_real_choices_of_egotaskqa():
-    loaded = read("egotaskqa_mcq", sample("egotaskqa"))
-    assert len(loaded.items) == 8_783
+    loaded = read("egotaskqa_mcq", official_files("egotaskqa"))
+    assert len(loaded.samples) == 8_783
     assert len(loaded.notes) == 1  # 8,783 and 2,128 videos, as they should be
-    assert all(len(item.options) == 5 for item in loaded.items)
-    assert sum("binary" in item.groups for item in loaded.items) == 2_698
-    assert len({item.options[item.answer] for item in loaded.items}) == 895
-    first = loaded.items[0]
+    assert all(len(sample.options) == 5 for sample in loaded.samples)
+    assert sum("binary" in sample.groups for sample in loaded.samples) == 2_698
+    assert len({sample.options[sample.answer] for sample in loaded.samples}) == 895
+    first = loaded.samples[0]
     assert first.clips[0].video == "27k-22-11-2|P1|4546|4986.mp4"
     assert first.options[first.answer] == "on top of plate"
 
@@ -352,12 +358,12 @@ def charades(folder, *rows, classes=157, file="CharadesEgo_v1_test_only1st.csv")
 def test_charades_ego_labels_each_class_once(tmp_path):
     rows = [("AB1EGO", "c012 3.50 9.10;c045 0.00 22.00;c012 11.00 12.00"), ("AB2EGO", "")]
     loaded = read("charades_ego", charades(tmp_path, *rows))
-    assert [item.labels for item in loaded.items] == [{"classes": [12, 45]}, {"classes": []}]
-    assert loaded.items[0].clips == (Clip("AB1EGO.mp4", 0.0, math.inf),)
-    assert [text.labels for text in loaded.texts] == [{"class": number} for number in range(157)]
-    assert loaded.texts[45].text == "Doing thing 45"
+    assert [sample.labels for sample in loaded.samples] == [{"classes": [12, 45]}, {"classes": []}]
+    assert loaded.samples[0].clips == (Clip("AB1EGO.mp4", 0.0, math.inf),)
+    assert [text.labels for text in loaded.candidates] == [{"class": number} for number in range(157)]
+    assert loaded.candidates[45].text == "Doing thing 45"
     assert loaded.notes == ["charades_ego: 1 videos without an action, which do not count"]
-    assert loaded.fast().texts == loaded.texts
+    assert loaded.fast().candidates == loaded.candidates
 
 
 def test_charades_ego_says_what_is_wrong(tmp_path):
@@ -391,15 +397,15 @@ def test_charades_ego_says_what_is_wrong(tmp_path):
     ],
 )
 def test_real_charades_ego(tmp_path, file, view, videos, present, bits, empty):
-    official = sample("charades_ego") / file
+    official = official_files("charades_ego") / file
     charades(tmp_path)
     loaded = read("charades_ego", official, view=view, classes=str(tmp_path / "Charades_v1_classes.txt"))
-    classes = [item.labels["classes"] for item in loaded.items]
+    classes = [sample.labels["classes"] for sample in loaded.samples]
     assert (len(classes), sum(map(len, classes)), classes.count([])) == (videos, bits, empty)
     assert len({number for numbers in classes for number in numbers}) == present
     assert loaded.notes[-1] == "charades_ego: labels are of version 0, published scores of version 1"
     with official.open(newline="") as lines:
-        assert [item.id for item in loaded.items] == [row["id"] for row in csv.DictReader(lines)]
+        assert [sample.id for sample in loaded.samples] == [row["id"] for row in csv.DictReader(lines)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -422,11 +428,11 @@ def mir(folder, **changes):
 
 def test_mir_cuts_by_time_and_takes_captions_from_the_clips(tmp_path):
     loaded = read("epic100_mir", mir(tmp_path))
-    (item,), (text,) = loaded.items, loaded.texts
-    assert item.clips == (Clip("P01/P01_11.MP4", 3723.5, 3725.25),)
-    assert item.labels == text.labels == {"verb": 3, "nouns": [2, 5]}
-    assert (item.text, text.text, text.of) == ("", "take plate, cup", "P01_11_0")
-    elsewhere = read("epic100_mir", tmp_path, file="{participant}/videos/{video}.mp4").items[0]
+    (sample,), (text,) = loaded.samples, loaded.candidates
+    assert sample.clips == (Clip("P01/P01_11.MP4", 3723.5, 3725.25),)
+    assert sample.labels == text.labels == {"verb": 3, "nouns": [2, 5]}
+    assert (sample.text, text.text, text.of) == ("", "take plate, cup", "P01_11_0")
+    elsewhere = read("epic100_mir", tmp_path, file="{participant}/videos/{video}.mp4").samples[0]
     assert elsewhere.clips[0].video == "P01/videos/P01_11.mp4"
 
 
@@ -452,15 +458,15 @@ def test_mir_slots_of_a_file(tmp_path):
 
 
 def test_real_mir():
-    loaded = read("epic100_mir", sample("epic100_mir"))
+    loaded = read("epic100_mir", official_files("epic100_mir"))
     assert loaded.notes == []  # 9,668 clips of 138 videos and 3,842 captions
-    lengths = np.array([item.clips[0].end_s - item.clips[0].start_s for item in loaded.items])
+    lengths = np.array([sample.clips[0].end_s - sample.clips[0].start_s for sample in loaded.samples])
     found = np.median(lengths), lengths.mean(), lengths.min(), lengths.max()
     np.testing.assert_allclose(found, (1.96, 3.7, 0.5, 147), rtol=0.03)
-    with (sample("epic100_mir") / "EPIC_100_retrieval_test_sentence.csv").open(newline="") as lines:
+    with (official_files("epic100_mir") / "EPIC_100_retrieval_test_sentence.csv").open(newline="") as lines:
         sentences = list(csv.DictReader(lines))
-    assert [text.of for text in loaded.texts] == [row["narration_id"] for row in sentences]
-    shifted = {t.of: t.text for t, row in zip(loaded.texts, sentences, strict=True) if t.text != row["narration"]}
+    assert [text.of for text in loaded.candidates] == [row["narration_id"] for row in sentences]
+    shifted = {t.of: t.text for t, row in zip(loaded.candidates, sentences, strict=True) if t.text != row["narration"]}
     assert len(shifted) == 6
     assert shifted["P22_04_144"] == "cut slice"
     assert shifted.keys() <= {row["narration_id"] for row in sentences[-7:]}
@@ -469,31 +475,31 @@ def test_real_mir():
 def test_real_mir_relevance_and_its_fast_part():
     if not (golden := SHARED / "golden" / "metrics_golden.npz").exists():
         pytest.skip(f"needs the reference values in {golden}, which are not part of the repository")
-    loaded = read("epic100_mir", sample("epic100_mir"))
+    loaded = read("epic100_mir", official_files("epic100_mir"))
     with np.load(golden, allow_pickle=False) as values:
-        rows = {item.id: number for number, item in enumerate(loaded.items)}
-        assert [rows[text.of] for text in loaded.texts] == values["ekreal_caption_row"].tolist()
+        rows = {sample.id: number for number, sample in enumerate(loaded.samples)}
+        assert [rows[text.of] for text in loaded.candidates] == values["ekreal_caption_row"].tolist()
         fast = loaded.fast()
-        assert [rows[item.id] for item in fast.items] == values["ekreal_rows"].tolist()
-        assert fast.texts == [loaded.texts[column] for column in values["ekreal_cols"].tolist()]
-        assert (len(fast.items), len(fast.texts), fast.total) == (400, 232, 9_668)
+        assert [rows[sample.id] for sample in fast.samples] == values["ekreal_rows"].tolist()
+        assert fast.candidates == [loaded.candidates[column] for column in values["ekreal_cols"].tolist()]
+        assert (len(fast.samples), len(fast.candidates), fast.total) == (400, 232, 9_668)
 
         def relevance(a, b):
             ours, theirs = set(a["nouns"]), set(b["nouns"])
             return 0.5 * (a["verb"] == b["verb"]) + 0.5 * len(ours & theirs) / len(ours | theirs)
 
-        found = [[relevance(item.labels, text.labels) for text in fast.texts] for item in fast.items]
+        found = [[relevance(sample.labels, text.labels) for text in fast.candidates] for sample in fast.samples]
         np.testing.assert_allclose(found, values["ekreal_sub_relevancy"], atol=1e-6)
 
 
 def test_real_frames_of_epic_kitchens_are_sixty_a_second_whatever_the_video_has():
     """Why EgoPlan's frames, which are numbers of the same pictures, are not divided by the rate of the video."""
-    with (sample("epic100_mir") / "EPIC_100_video_info.csv").open(newline="") as lines:
+    with (official_files("epic100_mir") / "EPIC_100_video_info.csv").open(newline="") as lines:
         rates = {row["video_id"]: float(row["fps"]) for row in csv.DictReader(lines)}
-    loaded = read("epic100_mir", sample("epic100_mir"))
-    with (sample("epic100_mir") / "EPIC_100_retrieval_test.csv").open(newline="") as lines:
+    loaded = read("epic100_mir", official_files("epic100_mir"))
+    with (official_files("epic100_mir") / "EPIC_100_retrieval_test.csv").open(newline="") as lines:
         frames = {row["narration_id"]: int(row["stop_frame"]) for row in csv.DictReader(lines)}
-    clips = [(item.clips[0], frames[item.id]) for item in loaded.items]
+    clips = [(sample.clips[0], frames[sample.id]) for sample in loaded.samples]
     late = [(rates[Path(clip.video).stem], frame, clip.end_s) for clip, frame in clips if clip.end_s > 120]
     assert {round(rate) for rate, _, _ in late} == {30, 48, 60, 90}
     assert max(abs(frame - 60 * end_s) for _, frame, end_s in late) <= 1
@@ -532,30 +538,30 @@ def egoplan(folder, *rows, file="EgoPlan_validation.json"):
 
 
 def test_egoplan_ends_with_the_observation(tmp_path):
-    (item,) = read("egoplan", egoplan(tmp_path, plan_row())).items
-    assert (item.id, item.answer, item.groups, item.text) == ("Ego4D_9", 2, ("Ego4D",), "What next?")
-    assert item.options == ("rinse wheel", "dry", "wax", "stop")
-    (clip,) = item.clips
+    (sample,) = read("egoplan", egoplan(tmp_path, plan_row())).samples
+    assert (sample.id, sample.answer, sample.groups, sample.text) == ("Ego4D_9", 2, ("Ego4D",), "What next?")
+    assert sample.options == ("rinse wheel", "dry", "wax", "stop")
+    (clip,) = sample.clips
     assert clip == Clip("u-1.mp4", 301 / 30, 80.0, last_at_end=True)
 
 
 @pytest.mark.parametrize(("video", "fps"), [("P01_13", 60), ("P04_101", 50)])
 def test_egoplan_counts_pictures_of_epic_kitchens_as_its_authors_did(tmp_path, video, fps):
     row = plan_row(video_source="EpicKitchens", video_id=video, current_observation_frame=1801)
-    (item,) = read("egoplan", egoplan(tmp_path, row)).items
-    assert item.clips == (Clip(f"{video[:3]}/{video}.MP4", 300 / fps, 1800 / fps, last_at_end=True),)
-    (item,) = read("egoplan", tmp_path, epic_file="epic/{participant}/{video}.mp4").items
-    assert item.clips[0].video == f"epic/{video[:3]}/{video}.mp4"
-    (item,) = read("egoplan", egoplan(tmp_path, without(row, "video_source"))).items  # the files of before
-    assert (item.id, item.clips[0].end_s) == ("9", 1800 / fps)
+    (sample,) = read("egoplan", egoplan(tmp_path, row)).samples
+    assert sample.clips == (Clip(f"{video[:3]}/{video}.MP4", 300 / fps, 1800 / fps, last_at_end=True),)
+    (sample,) = read("egoplan", tmp_path, epic_file="epic/{participant}/{video}.mp4").samples
+    assert sample.clips[0].video == f"epic/{video[:3]}/{video}.mp4"
+    (sample,) = read("egoplan", egoplan(tmp_path, without(row, "video_source"))).samples  # the files of before
+    assert (sample.id, sample.clips[0].end_s) == ("9", 1800 / fps)
 
 
 @pytest.mark.parametrize("steps", [None, [], [{"start_frame": 2400, "stop_frame": 2500}]])
 def test_egoplan_without_a_past_shows_a_little_of_it(tmp_path, steps):
     loaded = read("egoplan", egoplan(tmp_path, plan_row(task_progress_metadata=steps)))
-    assert loaded.items[0].clips == (Clip("u-1.mp4", 76.0, 80.0, last_at_end=True),)
+    assert loaded.samples[0].clips == (Clip("u-1.mp4", 76.0, 80.0, last_at_end=True),)
     assert loaded.notes == [
-        "egoplan: 3,354 of 3,355 items are missing: fetch the file again",
+        "egoplan: 3,354 of 3,355 samples are missing: fetch the file again",
         "egoplan: 1 questions without a known step before the observation, which show the 4 s before it",
     ]
 
@@ -584,12 +590,12 @@ def test_egoplan_says_what_is_wrong(tmp_path, changes, message):
 def test_egoplan_test_hides_its_answers_and_writes_what_the_server_takes(tmp_path):
     rows = [without(without(plan_row(sample_id=n), "answer"), "golden_choice_idx") for n in (0, 1)]
     loaded = read("egoplan_test", egoplan(tmp_path, *rows, file="EgoPlan_test.json"))
-    assert [(item.id, item.answer) for item in loaded.items] == [("0", None), ("1", None)]
+    assert [(sample.id, sample.answer) for sample in loaded.samples] == [("0", None), ("1", None)]
     written = json.loads(loaded.submission({"1": 3, "0": 0})["submission.json"])
     assert written == [{"sample_id": 0, "label": "A"}, {"sample_id": 1, "label": "D"}]
-    example = json.loads((sample("egoplan") / "submission_validation.json").read_text())
+    example = json.loads((official_files("egoplan") / "submission_validation.json").read_text())
     assert {tuple(row) for row in example} == {tuple(row) for row in written}
-    assert [row["sample_id"] for row in example] == list(range(BENCHMARKS["egoplan_test"].items))
+    assert [row["sample_id"] for row in example] == list(range(BENCHMARKS["egoplan_test"].num_samples))
     assert read("egoplan", egoplan(tmp_path, plan_row())).submission({"Ego4D_9": 1}) == {}
     egoplan(tmp_path, plan_row(sample_id="v_1"), file="EgoPlan_test.json")
     assert "entry 1: field 'sample_id' is 'v_1', expected a number" in problem("egoplan_test", tmp_path)
@@ -602,24 +608,24 @@ def test_egoplan_asks_for_the_goal_where_the_file_does_not(tmp_path):
     ]
     egoplan(tmp_path, *(without(without(row, "video_id"), "video_source") for row in rows), file="egoplan2.json")
     loaded = read("egoplan2", tmp_path)
-    assert [item.text for item in loaded.items] == [
+    assert [sample.text for sample in loaded.samples] == [
         "What should I do next to wash it?",
         "What should I do next while Washing it?",
     ]
-    assert {item.clips[0].video for item in loaded.items} == {"v.mp4"}
+    assert {sample.clips[0].video for sample in loaded.samples} == {"v.mp4"}
 
 
 def test_real_egoplan2():
-    loaded = read("egoplan2", sample("egoplan"))
+    loaded = read("egoplan2", official_files("egoplan"))
     assert loaded.notes == []  # 1,321, each with a past
-    assert Counter(item.groups[0] for item in loaded.items) == {
+    assert Counter(sample.groups[0] for sample in loaded.samples) == {
         "Daily life": 439, "Work": 404, "Hobbies": 295, "Recreation": 183
     }  # fmt: skip
-    assert Counter("ABCD"[item.answer] for item in loaded.items) == {"A": 339, "B": 327, "C": 332, "D": 323}
-    assert len({item.clips[0].video for item in loaded.items}) == 1_113
-    rows = {row["sample_id"]: row for row in json.loads((sample("egoplan") / "egoplan2.json").read_text())}
-    for item in loaded.items:
-        (clip,), row = item.clips, rows[item.id]
+    assert Counter("ABCD"[sample.answer] for sample in loaded.samples) == {"A": 339, "B": 327, "C": 332, "D": 323}
+    assert len({sample.clips[0].video for sample in loaded.samples}) == 1_113
+    rows = {row["sample_id"]: row for row in json.loads((official_files("egoplan") / "egoplan2.json").read_text())}
+    for sample in loaded.samples:
+        (clip,), row = sample.clips, rows[sample.id]
         assert (clip.start_s * 30, clip.end_s * 30) == pytest.approx(
             (row["task_start_frame"], row["current_observation_frame"])
         )
@@ -640,25 +646,25 @@ def vln_text(question, options=WAYS):
 def test_vlnqa_parses_a_prompt_whose_instruction_looks_like_one(tmp_path):
     question = 'Agent follows: "Option:\r\nA: go to the sofa\r\nOption:\nB: stop there." What next?'
     rows = [{"text": vln_text(question), "video_path": "left/7_frame1.mp4", "gt": "C"}]
-    (item,) = read("vlnqa", write(tmp_path / "vlnqa.json", rows)).items
-    assert item.text == question.replace("\r\n", "\n")
-    assert (item.options, item.answer, item.id) == (WAYS, 2, "7_frame1")
-    assert item.clips == (Clip("left/7_frame1.mp4", 0.0, math.inf),)
+    (sample,) = read("vlnqa", write(tmp_path / "vlnqa.json", rows)).samples
+    assert sample.text == question.replace("\r\n", "\n")
+    assert (sample.options, sample.answer, sample.id) == (WAYS, 2, "7_frame1")
+    assert sample.clips == (Clip("left/7_frame1.mp4", 0.0, math.inf),)
 
 
 def test_vlnqa_options_begin_their_line(tmp_path):
     options = ("Stop, or E: go", *WAYS[1:])
     text = vln_text("x", options).replace("Only give the best option.", "Say one of A: to D: here.")
     rows = [{"text": text, "video_path": "left/7.mp4", "gt": "A"}]
-    assert read("vlnqa", write(tmp_path / "vlnqa.json", rows)).items[0].options == options
+    assert read("vlnqa", write(tmp_path / "vlnqa.json", rows)).samples[0].options == options
 
 
 def test_vlnqa_in_the_form_of_mvbench(tmp_path):
     row = {"video": "left/7_frame1.mp4", "question": "Where?", "candidates": list(WAYS[::-1]), "answer": WAYS[0]}
     file = write(tmp_path / "egocentric_navigation.json", [row])
-    (item,) = read("vlnqa", tmp_path, folder="vlnqa").items
-    assert (item.options, item.answer, item.text) == (WAYS[::-1], 3, "Where?")
-    assert (item.id, item.clips) == ("7_frame1", (Clip("vlnqa/left/7_frame1.mp4", 0.0, math.inf),))
+    (sample,) = read("vlnqa", tmp_path, folder="vlnqa").samples
+    assert (sample.options, sample.answer, sample.text) == (WAYS[::-1], 3, "Where?")
+    assert (sample.id, sample.clips) == ("7_frame1", (Clip("vlnqa/left/7_frame1.mp4", 0.0, math.inf),))
     write(file, [{**row, "answer": "Fly"}, {**row, "candidates": "ab"}, {**row, "candidates": [*WAYS[:3], WAYS[0]]}])
     said = problem("vlnqa", tmp_path)
     assert "egocentric_navigation.json entry 1: the answer 'Fly' is none of ['Turn right and move forward'" in said
@@ -685,16 +691,16 @@ def test_vlnqa_says_what_is_wrong(tmp_path, changes, message):
 
 
 def test_real_vlnqa():
-    loaded = read("vlnqa", sample("vlnqa"))
+    loaded = read("vlnqa", official_files("vlnqa"))
     assert loaded.notes == []
-    assert {frozenset(item.options) for item in loaded.items} == {frozenset(WAYS)}
-    assert Counter(item.options[item.answer] for item in loaded.items) == dict.fromkeys(WAYS, 50)
-    assert Counter("ABCD"[item.answer] for item in loaded.items) == {"A": 50, "B": 46, "C": 44, "D": 60}
+    assert {frozenset(sample.options) for sample in loaded.samples} == {frozenset(WAYS)}
+    assert Counter(sample.options[sample.answer] for sample in loaded.samples) == dict.fromkeys(WAYS, 50)
+    assert Counter("ABCD"[sample.answer] for sample in loaded.samples) == {"A": 50, "B": 46, "C": 44, "D": 60}
     folders = {"forward": WAYS[0], "stop": WAYS[1], "left": WAYS[2], "right": WAYS[3]}
-    assert all(folders[Path(i.clips[0].video).parent.name] == i.options[i.answer] for i in loaded.items)
-    ends = [item for item in loaded.items if not item.text.endswith("What is the next action it should take?")]
+    assert all(folders[Path(i.clips[0].video).parent.name] == i.options[i.answer] for i in loaded.samples)
+    ends = [sample for sample in loaded.samples if not sample.text.endswith("What is the next action it should take?")]
     assert ends == []
-    (broken,) = [item.text for item in loaded.items if "\n" in item.text]
+    (broken,) = [sample.text for sample in loaded.samples if "\n" in sample.text]
     assert broken.count("\n") == 5
     assert "\nGo to the footstool\n" in broken
 
@@ -719,11 +725,11 @@ def egomcq(folder, *entries):
 @pytest.mark.parametrize(("inter", "intra"), [(1, 2), (2, 1)])
 def test_egomcq_sees_from_the_clips_which_type_is_which(tmp_path, inter, intra):
     loaded = read("egomcq", egomcq(tmp_path, mcq(inter, "abcde"), mcq(intra, "aaaaa"), mcq(inter, "abaaa")))
-    assert [item.groups for item in loaded.items] == [("inter",), ("intra",), ("inter",)]
-    first = loaded.items[0]
+    assert [sample.groups for sample in loaded.samples] == [("inter",), ("intra",), ("inter",)]
+    first = loaded.samples[0]
     assert (first.id, first.answer, first.text) == ("0", 1, "Camera-wearer picks a cup.")
     assert first.clips == tuple(Clip(f"{video}.mp4", 5.0 + n, 6.0 + n) for n, video in enumerate("abcde"))
-    assert loaded.notes == ["egomcq: 38,997 of 39,000 items are missing: fetch the file again"]
+    assert loaded.notes == ["egomcq: 38,997 of 39,000 samples are missing: fetch the file again"]
 
 
 def test_egomcq_refuses_types_that_do_not_agree_with_the_clips(tmp_path):
@@ -738,19 +744,19 @@ def test_egomcq_clips_start_in_the_video_and_are_in_the_order_of_their_keys(tmp_
     entry = mcq(1, "abcde")
     entry["choices"] = dict(reversed(list(entry["choices"].items())))
     entry["choices"]["0"] = clip_of("a", -0.4, 0.6)
-    (item,) = read("egomcq", egomcq(tmp_path, entry)).items
-    assert [clip.video for clip in item.clips] == [f"{video}.mp4" for video in "abcde"]
-    assert (item.clips[0].start_s, item.clips[0].end_s) == (0.0, 0.6)
+    (sample,) = read("egomcq", egomcq(tmp_path, entry)).samples
+    assert [clip.video for clip in sample.clips] == [f"{video}.mp4" for video in "abcde"]
+    assert (sample.clips[0].start_s, sample.clips[0].end_s) == (0.0, 0.6)
 
 
 def test_egomcq_narrations_as_they_are_written(tmp_path):
     short = mcq(1, "abcde", query=clip_of("a", text="#C  C walks"))
     file = egomcq(tmp_path, mcq(1, "abcde"), short)
-    assert [item.text for item in read("egomcq", file, wording="as_written").items] == [
+    assert [sample.text for sample in read("egomcq", file, wording="as_written").samples] == [
         "#C C picks a cup",
         "#C C walks",
     ]
-    assert read("egomcq", file).items[1].text == "#C C walks"
+    assert read("egomcq", file).samples[1].text == "#C C walks"
 
 
 @pytest.mark.parametrize(
@@ -775,8 +781,8 @@ def test_egomcq_says_what_is_wrong(tmp_path, changes, message):
 def test_egomcq_fast_part_is_half_of_each_group(tmp_path):
     entries = [mcq(1, "abcde") for _ in range(1500)] + [mcq(2, "aaaaa") for _ in range(1200)]
     fast = read("egomcq", egomcq(tmp_path, *entries)).fast()
-    assert Counter(item.groups[0] for item in fast.items) == {"inter": 1000, "intra": 1000}
-    assert [int(item.id) for item in fast.items] == sorted(int(item.id) for item in fast.items)
+    assert Counter(sample.groups[0] for sample in fast.samples) == {"inter": 1000, "intra": 1000}
+    assert [int(sample.id) for sample in fast.samples] == sorted(int(sample.id) for sample in fast.samples)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -815,19 +821,19 @@ def test_an_entry_may_leave_optional_paths_empty_and_limit_its_items(tmp_path):
     rows = [{"text": vln_text(str(n)), "video_path": f"left/{n}.mp4", "gt": "C"} for n in range(400)]
     file = write(tmp_path / "vlnqa.json", rows)
     loaded = read("vlnqa", file, limit=3)
-    assert loaded.notes[-1] == "vlnqa: limited to 3 of 400 items"
-    assert loaded.notes[0] == "vlnqa: 200 items more than the official 200: another release?"
-    numbers = [int(item.id) for item in loaded.items]
+    assert loaded.notes[-1] == "vlnqa: limited to 3 of 400 samples"
+    assert loaded.notes[0] == "vlnqa: 200 samples more than the official 200: another release?"
+    numbers = [int(sample.id) for sample in loaded.samples]
     assert numbers == sorted(numbers)
     assert len(numbers) == 3
     assert numbers != [0, 1, 2]  # not those that happen to come first
-    assert read("vlnqa", file, limit=3).items == loaded.items
-    assert len(read("vlnqa", file, limit=None).items) == 400
-    fast = [int(item.id) for item in read("vlnqa", file).fast().items]
+    assert read("vlnqa", file, limit=3).samples == loaded.samples
+    assert len(read("vlnqa", file, limit=None).samples) == 400
+    fast = [int(sample.id) for sample in read("vlnqa", file).fast().samples]
     assert fast == sorted(fast)
     assert len(set(fast)) == 300
     write(tmp_path / "annotations.test.json", [qa_row()])
-    assert len(read("qaego4d_open", tmp_path, nlq=None).items) == 1
+    assert len(read("qaego4d_open", tmp_path, nlq=None).samples) == 1
 
 
 def test_missing_videos_are_looked_for_once_each(tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ def test_equal_similarities_keep_the_order_of_candidates():
 
 def test_equal_similarities_keep_the_order_of_the_official_file():
     metric = MultiInstanceRetrieval([0], [[1]])
-    metric.update(torch.tensor([7, 3]), torch.zeros(2, 1), [0, 1], [[1], [2]])  # item 3 is the wrong one, and first
+    metric.update(torch.tensor([7, 3]), torch.zeros(2, 1), [0, 1], [[1], [2]])  # sample 3 is the wrong one, and first
     assert metric.compute()["map_t2v"].value == 1 / 2
     many = mir(np.zeros((1, 4000)), [0], [[1]], [1] * 3999 + [0], [[2]] * 3999 + [[1]])
     assert many["map_v2t"].value == pytest.approx(1 / 4000)
@@ -239,11 +239,11 @@ def test_classes_by_hand():
 @golden_only
 def test_letters_equal_the_definition(golden):
     log_p, answers = golden["mcq_logp"], golden["mcq_answer"].tolist()
-    np.testing.assert_allclose([option_log_p(item) for item in log_p], golden["mcq_cyclic_logp"], atol=1e-12)
+    np.testing.assert_allclose([option_log_p(sample) for sample in log_p], golden["mcq_cyclic_logp"], atol=1e-12)
     for rotations, key in ((1, "single"), (4, "cyclic")):
         metric = ChoiceAccuracy()
-        for index, (item, answer) in enumerate(zip(log_p, answers, strict=True)):
-            metric.update(index, item[:rotations], answer)
+        for index, (sample, answer) in enumerate(zip(log_p, answers, strict=True)):
+            metric.update(index, sample[:rotations], answer)
         assert metric.compute()["accuracy"].value == pytest.approx(golden[f"mcq_acc_{key}"], abs=1e-9)
 
 
@@ -278,7 +278,7 @@ def test_accuracy_by_hand():
     assert list(found) == ["accuracy", "accuracy/inter", "accuracy/intra"]
     assert found["accuracy"] == (0.5, 0.25, (0.5 + 0.5 + 0.25 + 0.25) / 4, 4)  # sqrt(0.5 * 0.5 / 4)
     assert found["accuracy/inter"] == (0.5, pytest.approx(0.125**0.5), 0.5, 2)
-    with pytest.raises(ValueError, match=r"groups \['other'\] of item 4 were not named"):
+    with pytest.raises(ValueError, match=r"groups \['other'\] of sample 4 were not named"):
         metric.update(4, [[0.0, 1.0]], 1, ["other"])
 
 
@@ -376,7 +376,7 @@ def test_splits_orders_and_repeats_change_nothing(kind, ranks):
 
 
 def test_processes_agree_even_those_without_items():
-    """Three gloo processes, of which one has no item at all."""
+    """Three gloo processes, of which one has no sample at all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

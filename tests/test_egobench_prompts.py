@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from datamodules.egobench import BENCHMARKS, load
-from datamodules.egobench.item import Clip, Item
 from datamodules.egobench.prompts import FILE, STYLES, Prompts
+from datamodules.egobench.samples import Clip, Sample
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "benchmarks"
-ITEM = Item("id-7", (Clip("left/7.mp4"),), "Where {options} is the cup?", ("on {question}", "in", "under"), 1)
+ITEM = Sample("id-7", (Clip("left/7.mp4"),), "Where {options} is the cup?", ("on {question}", "in", "under"), 1)
 WORDINGS = {
     "prefill": "Best (",
     "choice": {
@@ -111,10 +111,10 @@ def test_no_question_shows_the_folder_of_its_video_which_is_the_answer(style):
         pytest.skip(f"needs the official files in {SAMPLES / 'vlnqa'}, which are not part of the repository")
     loaded = load({"name": "vlnqa", "annotations": str(SAMPLES / "vlnqa"), "videos": "videos"})
     prompts = Prompts(None, "vlnqa", style)
-    for item in loaded.items:
-        text = prompts.choice(item)
-        assert item.text in text
-        assert Path(item.clips[0].video).stem not in text
-        assert f"{Path(item.clips[0].video).parent}/" not in text
+    for sample in loaded.samples:
+        text = prompts.choice(sample)
+        assert sample.text in text
+        assert Path(sample.clips[0].video).stem not in text
+        assert f"{Path(sample.clips[0].video).parent}/" not in text
         assert "Select the best" not in text  # the instructions of the file that it was taken from
         assert "Only give the best option" not in text

@@ -418,7 +418,7 @@ def test_rows_and_header_that_disagree_are_named():
         score(header("choice", 4, missing={"q0": "gone"}), CHOICES)
     with pytest.raises(ValueError, match="header: field 'task' is 'guess', expected one of choice, open, vocabulary"):
         score(header("guess", 4), CHOICES)
-    with pytest.raises(ValueError, match="header: field 'total' is '4', expected the number of items"):
+    with pytest.raises(ValueError, match="header: field 'total' is '4', expected the number of samples"):
         score(header("choice", "4"), CHOICES)
     with pytest.raises(ValueError, match="toy: task is rank_texts, and the texts file is missing or empty"):
         score(header("rank_texts", 4), [])

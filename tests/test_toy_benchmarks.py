@@ -255,8 +255,8 @@ def test_egoplan_only_one_option_is_possible_and_the_next_action_is_not_shown(wr
     read_rows = EgoPlan(root / "egoplan", root / "egoplan/videos").read(Counts())
     assert [row["sample_id"] for row in rows] == list(range(2 * TAKES))
     assert {row["video_source"] for row in rows} == {"Ego4D", "EpicKitchens"}
-    for row, item in zip(rows, read_rows, strict=True):
-        take, (clip,) = recorded[row["video_id"]], item.clips
+    for row, sample in zip(rows, read_rows, strict=True):
+        take, (clip,) = recorded[row["video_id"]], sample.clips
         options = [row[f"choice_{letter}"] for letter in "abcd"]
         assert options["ABCD".index(row["golden_choice_idx"])] == row["answer"]
         assert len(set(options)) == 4
@@ -306,22 +306,22 @@ def test_vlnqa_asks_for_the_announced_action_that_follows_the_clip(written):
 
 def test_egomcq_one_clip_of_five_shows_what_the_text_says(written):
     root, takes = written
-    items = read(root / "egomcq/egomcq.json")
+    samples = read(root / "egomcq/egomcq.json")
     recorded = by_uid(root, takes)
-    assert list(items) == [str(number) for number in range(len(items))]
-    kinds = Counter(item["types"] for item in items.values())
+    assert list(samples) == [str(number) for number in range(len(samples))]
+    kinds = Counter(sample["types"] for sample in samples.values())
     assert kinds[1] == TAKES
     assert kinds[2] > 20
-    for item in items.values():
-        choices = [item["choices"][str(number)] for number in range(5)]
-        assert choices[item["answer"]] == item["query"]
-        assert sum(choice["clip_text"] == item["query"]["clip_text"] for choice in choices) == 1
-        assert len({choice["video_uid"] for choice in choices}) == {1: 5, 2: 1}[item["types"]]
+    for sample in samples.values():
+        choices = [sample["choices"][str(number)] for number in range(5)]
+        assert choices[sample["answer"]] == sample["query"]
+        assert sum(choice["clip_text"] == sample["query"]["clip_text"] for choice in choices) == 1
+        assert len({choice["video_uid"] for choice in choices}) == {1: 5, 2: 1}[sample["types"]]
         for choice in choices:
             take = recorded[choice["video_uid"]]
             (action,) = [a for a in take.actions if abs(a.start_s - choice["clip_start"]) < 1e-3]
             assert camera_wearer_text(choice["clip_text"]) == questions.caption(take, action)
-    assert_even([item["answer"] for item in items.values()], 5)
+    assert_even([sample["answer"] for sample in samples.values()], 5)
 
 
 def test_takes_of_the_benchmarks_are_their_own():
@@ -332,7 +332,7 @@ def test_takes_of_the_benchmarks_are_their_own():
 
 def test_few_takes_leave_out_what_they_cannot_ask(tmp_path):
     write_benchmarks(tmp_path / "egobench", PRESETS["easy"], [400_000], 32, False, workers=1)
-    assert all(item["types"] == 2 for item in read(tmp_path / "egobench/egomcq/egomcq.json").values())
+    assert all(sample["types"] == 2 for sample in read(tmp_path / "egobench/egomcq/egomcq.json").values())
     assert len(read(tmp_path / "egobench/egoschema/questions.json")) == 2
 
 
@@ -359,8 +359,8 @@ def texts_of(root):
         yield from (entry["narration_text"] for entry in row["task_progress_metadata"])
     for row in read(root / "vlnqa/vlnqa.json"):
         yield from [row["question"], *row["candidates"]]
-    for item in read(root / "egomcq/egomcq.json").values():
-        for choice in item["choices"].values():
+    for sample in read(root / "egomcq/egomcq.json").values():
+        for choice in sample["choices"].values():
             yield str(camera_wearer_text(choice["clip_text"]))
             yield choice["clip_text"].removeprefix("#C C ")
 

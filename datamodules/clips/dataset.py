@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Exam, Question, QuestionBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, BenchmarkBatch, ClipBatch, Question, QuestionBatch
 from datamodules.io.jsonl import read_jsonl, require, seconds
 from datamodules.text import CHAT, EncodedText, PromptConfig, TextEncoder, UnusableText
 from datamodules.video.reader import ClipDecodeError, ClipReader, Fit, read_views
@@ -416,7 +416,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         self.max_corrupt_fraction, self.decode_timeout_s = max_corrupt_fraction, decode_timeout_s
         self.encoder = TextEncoder(tokenizer, max_text_tokens, prompt)
         self.train_set: ClipTextDataset | None = None
-        self.exams: list[Dataset[Exam]] = []  # of benchmarks that are asked whenever held-out clips are
+        self.benchmarks: list[Dataset[BenchmarkBatch]] = []  # evaluated at every validation
         # There may be fewer held-out clips than ranks.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -525,8 +525,8 @@ class ClipDataModule(L.LightningDataModule, ABC):
         return 300 + self.decode_timeout_s * clips
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """Held-out questions, then exams of each benchmark."""
-        return [*self.test_dataloader(), *(self._share(exams, list) for exams in self.exams)]
+        """Held-out questions, then the samples of each benchmark."""
+        return [*self.test_dataloader(), *(self._share(benchmark, list) for benchmark in self.benchmarks)]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """Held-out questions, if there are any."""

@@ -1,7 +1,7 @@
 """EgoBench: eight egocentric benchmarks from their official files.
 
 One file for each (``egoschema``, ``qaego4d``, ``egotaskqa``, ``charades_ego``, ``epic100_mir``, ``egoplan``, ``vlnqa``,
-``egomcq``); what they give is in ``item``. One of your own is one more such class in ``BENCHMARKS``.
+``egomcq``); what they give is in ``sample``. One of your own is one more such class in ``BENCHMARKS``.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from datamodules.egobench.egoplan import EgoPlan, EgoPlan2, EgoPlanTest
 from datamodules.egobench.egoschema import EgoSchema
 from datamodules.egobench.egotaskqa import EgoTaskQADirect, EgoTaskQAIndirect, EgoTaskQAMcq
 from datamodules.egobench.epic100_mir import Epic100Mir
-from datamodules.egobench.item import Benchmark, Item, Task, Text
-from datamodules.egobench.official import sample
+from datamodules.egobench.official import fixed_subset
 from datamodules.egobench.qaego4d import QAEgo4DClosed, QAEgo4DOpen
+from datamodules.egobench.samples import Benchmark, Candidate, Sample, Task
 from datamodules.egobench.vlnqa import VlnQA
 from datamodules.io.annotations import Counts, SourceError, differences
 from datamodules.io.jsonl import InvalidRecords
 
-__all__ = ["BENCHMARKS", "Loaded", "load"]
+__all__ = ["BENCHMARKS", "LoadedBenchmark", "load"]
 _CLASSES: tuple[Any, ...] = (
     *(EgoSchema, QAEgo4DClosed, QAEgo4DOpen, EgoTaskQADirect, EgoTaskQAIndirect, CharadesEgo, Epic100Mir),
     *(EgoPlan, VlnQA, EgoMCQ, EgoPlanTest, EgoPlan2, EgoTaskQAMcq),
@@ -36,65 +36,67 @@ BENCHMARKS: dict[str, Any] = {kind.name: kind for kind in _CLASSES}
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedBenchmark:
     """A benchmark that was read.
 
     Attributes:
         name, task: of the benchmark.
         videos: folder that the clips' files are below.
-        items: what is asked, in the order of the official file.
-        texts: candidates that all items share.
+        samples: what is asked, in the order of the official file.
+        candidates: shared by all samples share.
         notes: a line for each number that is not the official one, and for what a reader of the scores should know.
         benchmark: how it was read.
-        total: items in the file, of which ``items`` may be a part.
+        total: samples in the file, of which ``samples`` may be a part.
     """
 
     name: str
     task: Task
     videos: Path
-    items: Sequence[Item]
-    texts: Sequence[Text]
+    samples: Sequence[Sample]
+    candidates: Sequence[Candidate]
     notes: Sequence[str]
     benchmark: Benchmark
     total: int
 
-    def fast(self) -> Loaded:
+    def fast(self) -> LoadedBenchmark:
         """A fixed part for curves while training."""
-        items, texts = self.benchmark.fast(self.items, self.texts)
-        return replace(self, items=items, texts=texts)
+        samples, candidates = self.benchmark.fast(self.samples, self.candidates)
+        return replace(self, samples=samples, candidates=candidates)
 
     def missing(self) -> dict[str, str]:
-        """Items that cannot be shown: id, and the first of its clips' files that does not exist."""
-        files = {clip.video for item in self.items for clip in item.clips}
+        """Samples that cannot be shown: id, and the first of its clips' files that does not exist."""
+        files = {clip.video for sample in self.samples for clip in sample.clips}
         absent = {file for file in files if not (self.videos / file).exists()}
-        first = ((item.id, next((c.video for c in item.clips if c.video in absent), None)) for item in self.items)
+        first = (
+            (sample.id, next((c.video for c in sample.clips if c.video in absent), None)) for sample in self.samples
+        )
         return {key: file for key, file in first if file is not None}
 
     def submission(self, predictions: Mapping[str, int]) -> dict[str, str]:
-        """Files that the authors' server takes, as text by name; none where it has none, or for a part of the items.
+        """Files that the authors' server takes, as text by name; none where it has none, or for a part of the samples.
 
         Args:
-            predictions: number of the option chosen, for each item.
+            predictions: number of the option chosen, for each sample.
 
         Raises:
-            ValueError: an item has no prediction, or one that is no option of it.
+            ValueError: a sample has no prediction, or one that is no option of it.
         """
-        if len(self.items) < self.total or not self.benchmark.submission((), {}):
+        if len(self.samples) < self.total or not self.benchmark.submission((), {}):
             return {}
-        wrong = [item.id for item in self.items if not 0 <= predictions.get(item.id, -1) < len(item.options)]
+        wrong = [sample.id for sample in self.samples if not 0 <= predictions.get(sample.id, -1) < len(sample.options)]
         if wrong:
             raise ValueError(
-                f"{self.name}: {len(wrong):,} of {len(self.items):,} items have no option chosen, such as {wrong[0]}: "
-                "a server takes all of them or none"
+                f"{self.name}: {len(wrong):,} of {len(self.samples):,} samples have no option chosen, "
+                f"such as {wrong[0]}: a server takes all of them or none"
             )
-        return self.benchmark.submission(self.items, predictions)
+        return self.benchmark.submission(self.samples, predictions)
 
 
-def load(entry: Mapping[str, Any]) -> Loaded:
+def load(entry: Mapping[str, Any]) -> LoadedBenchmark:
     """Read a benchmark.
 
     Args:
-        entry: ``name``, fields of the class of that name, and optionally ``limit``, at most so many items, drawn by a
+        entry: ``name``, fields of the class of that name, and optionally ``limit``, at most so many samples, drawn by a
             seed that never changes.
 
     Raises:
@@ -103,27 +105,29 @@ def load(entry: Mapping[str, Any]) -> Loaded:
         InvalidRecords: rows are wrong; names them.
     """
     benchmark, limit = _configured(entry)
-    counts, items, problems = Counts(), [], []
-    for item in benchmark.read(counts):
-        if isinstance(item, SourceError):
-            problems.append(str(item))
+    counts, samples, problems = Counts(), [], []
+    for sample in benchmark.read(counts):
+        if isinstance(sample, SourceError):
+            problems.append(str(sample))
         else:
-            items.append(item)
-    repeated = [key for key, count in Counter(item.id for item in items).items() if count > 1]
-    problems += [f"{benchmark.name}: {key!r} is the id of several items: give each its own" for key in repeated]
+            samples.append(sample)
+    repeated = [key for key, count in Counter(sample.id for sample in samples).items() if count > 1]
+    problems += [f"{benchmark.name}: {key!r} is the id of several samples: give each its own" for key in repeated]
     if problems:
         raise InvalidRecords(problems, "`load` in datamodules.egobench (attribute problems of its error)")
-    texts = list(benchmark.texts())
-    counts.add("items", len(items))
-    counts.add("texts", len(texts))
-    if not items:
+    candidates = list(benchmark.candidates())
+    counts.add("samples", len(samples))
+    counts.add("candidates", len(candidates))
+    if not samples:
         raise SourceError(f"{benchmark.name}: its file asks nothing: fetch it again")
     notes = differences(benchmark.name, counts, benchmark.official()) + benchmark.remarks(counts.totals)
-    loaded = Loaded(benchmark.name, benchmark.task, benchmark.videos, items, texts, notes, benchmark, len(items))
-    if limit is None or limit >= len(items):
+    loaded = LoadedBenchmark(
+        benchmark.name, benchmark.task, benchmark.videos, samples, candidates, notes, benchmark, len(samples)
+    )
+    if limit is None or limit >= len(samples):
         return loaded
-    limited = f"{benchmark.name}: limited to {limit:,} of {len(items):,} items"
-    return replace(loaded, items=sample(items, limit), notes=[*notes, limited])
+    limited = f"{benchmark.name}: limited to {limit:,} of {len(samples):,} samples"
+    return replace(loaded, samples=fixed_subset(samples, limit), notes=[*notes, limited])
 
 
 def _configured(entry: Mapping[str, Any]) -> tuple[Benchmark, int | None]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import OfficialFiles, columns
+from datamodules.egobench.samples import Candidate, Clip, Sample, Task
 from datamodules.io.annotations import Counts, Official, SourceError, option, read_csv, read_text, text_of, try_parse
 
 CLASSES = 157
@@ -35,20 +35,20 @@ class CharadesEgo(OfficialFiles):
 
     def official(self) -> dict[str, Official]:
         """Classes."""
-        return {"texts": Official(CLASSES)}
+        return {"candidates": Official(CLASSES)}
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each video; labels are its classes, each once."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each video; labels are its classes, each once."""
         file = self.main_file([f"CharadesEgo_v1_test{_FILES[self.view]}.csv"], "the labels of Charades-Ego")
-        classes = len(self.texts())
+        classes = len(self.candidates())
         for where, row in columns(read_csv(file), ("id", "actions"), file):
-            item = row if isinstance(row, SourceError) else try_parse(self._item, row, where, classes)
-            if isinstance(item, Item):
-                counts.add(_EMPTY, item.labels == {"classes": []})
+            sample = row if isinstance(row, SourceError) else try_parse(self._sample, row, where, classes)
+            if isinstance(sample, Sample):
+                counts.add(_EMPTY, sample.labels == {"classes": []})
                 counts.add(_OLD, "_v0_" in file.name)
-            yield item
+            yield sample
 
-    def _item(self, row: Any, where: str, classes: int) -> Item:
+    def _sample(self, row: Any, where: str, classes: int) -> Sample:
         video = text_of(row, "id", where)
         if self.view != "both" and video.endswith("EGO") != (self.view == "first"):
             raise SourceError(
@@ -62,9 +62,9 @@ class CharadesEgo(OfficialFiles):
             raise SourceError(
                 f"{where}: 'actions' is {row['actions']!r}, expected c012 3.50 9.10;... of {classes}: correct it"
             )
-        return Item(video, (Clip(f"{video}.mp4"),), labels={"classes": sorted(numbers)})
+        return Sample(video, (Clip(f"{video}.mp4"),), labels={"classes": sorted(numbers)})
 
-    def texts(self) -> Sequence[Text]:
+    def candidates(self) -> Sequence[Candidate]:
         """All classes in their order."""
         file = self.classes or self.other_file(["Charades_v1_classes.txt"], "the classes of Charades")
         if not file.is_file():
@@ -72,7 +72,7 @@ class CharadesEgo(OfficialFiles):
         found = [_CLASS.fullmatch(line.strip()) for line in read_text(file).splitlines() if line.strip()]
         if not found or [line and int(line[1]) for line in found] != list(range(len(found))):
             raise SourceError(f"{file}: expected lines 'c000 ...', 'c001 ...' and so on: fetch the file again")
-        return [Text(line[2].strip(), {"class": int(line[1])}) for line in found if line]
+        return [Candidate(line[2].strip(), {"class": int(line[1])}) for line in found if line]
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
         """Videos that do not count, and labels that nobody reports."""

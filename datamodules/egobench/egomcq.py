@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
-from datamodules.egobench.item import Clip, Item, Task
-from datamodules.egobench.official import OfficialFiles, line_of, mapping_of, sample, whole_of
+from datamodules.egobench.official import OfficialFiles, fixed_subset, line_of, mapping_of, whole_of
+from datamodules.egobench.samples import Clip, Sample, Task
 from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_json, text_of, try_parse
 
 _CLIPS, _FAST_OF_A_GROUP = 5, 1000
@@ -34,24 +34,24 @@ class EgoMCQ(OfficialFiles):
 
     def official(self) -> dict[str, Official]:
         """Questions, of which the authors give a rounded number."""
-        return {"items": Official(39_000, exact=False)}
+        return {"samples": Official(39_000, exact=False)}
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each question."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each question."""
         file = self.main_file(["egomcq.json"], "EgoMCQ's questions")
         entries = read_json(file, dict)
-        items = {key: try_parse(self._item, entry, key, f"{file} entry {key!r}") for key, entry in entries.items()}
+        samples = {key: try_parse(self._sample, entry, key, f"{file} entry {key!r}") for key, entry in entries.items()}
         named: dict[int, Counter[str]] = {}
-        for key, item in items.items():
-            if isinstance(item, Item):
-                named.setdefault(int(entries[key]["types"]), Counter())[item.groups[0]] += 1
+        for key, sample in samples.items():
+            if isinstance(sample, Sample):
+                named.setdefault(int(entries[key]["types"]), Counter())[sample.groups[0]] += 1
         stands_for = {kind: groups.most_common(1)[0][0] for kind, groups in named.items()}
         if len(set(stands_for.values())) < len(stands_for):
             (group,) = set(stands_for.values())
             raise SourceError(f"{file}: 'types' 1 and 2 both have clips of {_OF[group]}: fetch the file again")
-        for key, item in items.items():
-            if isinstance(item, Item):
-                kind, (group,) = int(entries[key]["types"]), item.groups
+        for key, sample in samples.items():
+            if isinstance(sample, Sample):
+                kind, (group,) = int(entries[key]["types"]), sample.groups
                 if stands_for[kind] != group:
                     yield SourceError(
                         f"{file} entry {key!r}: clips are of {_OF[group]}, 'types' {kind} has those of "
@@ -59,9 +59,9 @@ class EgoMCQ(OfficialFiles):
                     )
                     continue
                 counts.add(group)
-            yield item
+            yield sample
 
-    def _item(self, entry: Any, key: str, where: str) -> Item:
+    def _sample(self, entry: Any, key: str, where: str) -> Sample:
         text = line_of(mapping_of(entry, "query", where), "clip_text", f"{where} query")
         if self.wording == "as_trained":
             text = camera_wearer_text(text) or text  # of fewer than three words it stays
@@ -73,16 +73,16 @@ class EgoMCQ(OfficialFiles):
         if answer >= _CLIPS or kind not in (1, 2):
             raise SourceError(f"{where}: 'answer' is {answer} and 'types' {kind}, expected 0 to 4 and 1 or 2: mend it")
         group = "intra" if len({clip.video for clip in clips}) == 1 else "inter"
-        return Item(key, clips, text, (), answer, (group,))
+        return Sample(key, clips, text, (), answer, (group,))
 
-    def fast_items(self, items: Sequence[Item]) -> list[Item]:
+    def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
         """As many of either group."""
         taken = {
-            item.id
+            sample.id
             for group in ("inter", "intra")
-            for item in sample([item for item in items if group in item.groups], _FAST_OF_A_GROUP)
+            for sample in fixed_subset([sample for sample in samples if group in sample.groups], _FAST_OF_A_GROUP)
         }
-        return [item for item in items if item.id in taken]
+        return [sample for sample in samples if sample.id in taken]
 
 
 _OF = {"intra": "one video", "inter": "several videos"}

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datamodules.egobench.epic100_mir import video_file
-from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, whole_of
+from datamodules.egobench.samples import Clip, Sample, Task
 from datamodules.io.annotations import Counts, Official, SourceError, option, read_json, text_of, try_parse
 
 EGO4D_FPS = 30
@@ -41,20 +41,20 @@ class EgoPlan(OfficialFiles):
     name: ClassVar[str] = "egoplan"
     task: ClassVar[Task] = "choice"
     files: ClassVar[tuple[str, ...]] = ("EgoPlan_validation.json",)
-    items: ClassVar[int] = 3355
+    num_samples: ClassVar[int] = 3355
     hidden: ClassVar[bool] = False
 
     def official(self) -> dict[str, Official]:
         """Questions."""
-        return {"items": Official(self.items)}
+        return {"samples": Official(self.num_samples)}
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each question; groups are the source of its video, or its domain."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each question; groups are the source of its video, or its domain."""
         file = self.main_file(self.files, "EgoPlan's questions")
         for number, row in enumerate(read_json(file, list), 1):
-            yield try_parse(self._item, row, counts, f"{file} entry {number}")
+            yield try_parse(self._sample, row, counts, f"{file} entry {number}")
 
-    def _item(self, row: Any, counts: Counts, where: str) -> Item:
+    def _sample(self, row: Any, counts: Counts, where: str) -> Sample:
         options = tuple(line_of(row, key, where) for key in _CHOICES)
         if len(set(options)) != len(options):
             raise SourceError(f"{where}: choices are {list(options)}, expected four different ones: correct them")
@@ -64,7 +64,7 @@ class EgoPlan(OfficialFiles):
         # ids of the two sources are not known to be different
         key = number if self.hidden or source is None else f"{source}_{number}"
         group = source or row.get("domain")
-        return Item(
+        return Sample(
             key,
             (self._clip(row, counts, where),),
             _goal_question(line_of(row, "task_goal", where)) if question is None else line_of(row, "question", where),
@@ -123,12 +123,12 @@ class EgoPlanTest(EgoPlan):
 
     name: ClassVar[str] = "egoplan_test"
     files: ClassVar[tuple[str, ...]] = ("EgoPlan_test.json",)
-    items: ClassVar[int] = 1584
+    num_samples: ClassVar[int] = 1584
     hidden: ClassVar[bool] = True
 
-    def submission(self, items: Sequence[Item], predictions: Mapping[str, int]) -> dict[str, str]:
+    def submission(self, samples: Sequence[Sample], predictions: Mapping[str, int]) -> dict[str, str]:
         """``submission.json``, the list that the authors' example is."""
-        rows = [{"sample_id": int(item.id), "label": LETTERS[predictions[item.id]]} for item in items]
+        rows = [{"sample_id": int(sample.id), "label": LETTERS[predictions[sample.id]]} for sample in samples]
         return {"submission.json": json.dumps(rows, indent=1)}
 
 
@@ -138,7 +138,7 @@ class EgoPlan2(EgoPlan):
 
     name: ClassVar[str] = "egoplan2"
     files: ClassVar[tuple[str, ...]] = ("EgoPlan-Bench2.json", "egoplan2.json")
-    items: ClassVar[int] = 1321
+    num_samples: ClassVar[int] = 1321
 
 
 def _goal_question(goal: str) -> str:

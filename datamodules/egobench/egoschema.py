@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of, mapping_of
+from datamodules.egobench.samples import Clip, Sample, Task
 from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_json, text_of, try_parse
 
 _OPTIONS = [f"option {number}" for number in range(5)]
@@ -34,10 +34,10 @@ class EgoSchema(OfficialFiles):
 
     def official(self) -> dict[str, Official]:
         """Questions and public answers."""
-        return {"items": Official(5031 if self.part == "all" else 500), "public answers": Official(500)}
+        return {"samples": Official(5031 if self.part == "all" else 500), "public answers": Official(500)}
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each question; ``subset`` is the group of those with an answer."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each question; ``subset`` is the group of those with an answer."""
         file = self.main_file(["questions.json"], "EgoSchema's questions")
         rows = read_json(file, list)
         if not all(isinstance(row, dict) and "question" in row for row in rows):
@@ -46,33 +46,33 @@ class EgoSchema(OfficialFiles):
         map_file = self.other_file(["uid_to_ego4d.json"], "EgoSchema's spans in Ego4D") if self.cut else None
         spans = None if map_file is None else read_json(map_file, dict)
         for number, row in enumerate(rows, 1):
-            item = try_parse(self._item, row, answers, spans, f"{file} entry {number}")
-            if isinstance(item, Item):
-                counts.add("public answers", item.answer is not None)
-                if self.part == "subset" and item.answer is None:
+            sample = try_parse(self._sample, row, answers, spans, f"{file} entry {number}")
+            if isinstance(sample, Sample):
+                counts.add("public answers", sample.answer is not None)
+                if self.part == "subset" and sample.answer is None:
                     continue
-            yield item
+            yield sample
 
-    def _item(self, row: Any, answers: Mapping[str, int], spans: Mapping[str, Any] | None, where: str) -> Item:
+    def _sample(self, row: Any, answers: Mapping[str, int], spans: Mapping[str, Any] | None, where: str) -> Sample:
         uid = text_of(row, "q_uid", where)
         options = tuple(line_of(row, key, where) for key in _OPTIONS)
         groups = ("subset",) if uid in answers else ()
         clip = Clip(f"{uid}.mp4") if spans is None else _span(spans, uid)
-        return Item(uid, (clip,), line_of(row, "question", where), options, answers.get(uid), groups)
+        return Sample(uid, (clip,), line_of(row, "question", where), options, answers.get(uid), groups)
 
-    def fast_items(self, items: Sequence[Item]) -> list[Item]:
+    def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those with public answers."""
-        return [item for item in items if item.answer is not None]
+        return [sample for sample in samples if sample.answer is not None]
 
-    def submission(self, items: Sequence[Item], predictions: Mapping[str, int]) -> dict[str, str]:
+    def submission(self, samples: Sequence[Sample], predictions: Mapping[str, int]) -> dict[str, str]:
         """``submission.csv`` for Kaggle and ``submission.json`` for the authors' own server, where all were asked."""
         if self.part != "all":
             return {}
         table = io.StringIO()
         rows = csv.writer(table, lineterminator="\n")
         rows.writerow(["q_uid", "answer"])
-        rows.writerows((item.id, predictions[item.id]) for item in items)
-        chosen = {item.id: predictions[item.id] for item in items}
+        rows.writerows((sample.id, predictions[sample.id]) for sample in samples)
+        chosen = {sample.id: predictions[sample.id] for sample in samples}
         return {"submission.csv": table.getvalue(), "submission.json": json.dumps(chosen, indent=1)}
 
 

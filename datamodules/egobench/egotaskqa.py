@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, mapping_of
+from datamodules.egobench.samples import Candidate, Clip, Sample, Task
 from datamodules.io.annotations import Counts, Official, SourceError, read_json, text_of, try_parse
 
 _INTERVAL = re.compile(r"[^|/\\]+\|(?:fpv|P)\d+\|(\d{1,9})\|(\d{1,9})")
@@ -36,9 +36,9 @@ class _EgoTaskQA(OfficialFiles):
         names = [f"{folder}{stem}" for folder in (f"{self.split}/", "") for stem in stems]
         return (self.main_file if given else self.other_file)(names, f"EgoTaskQA's {part} questions ({self.split})")
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each question of the test file, named by its place there; groups are the authors' sub-scores."""
-        file, vocabulary = self._file("test", given=True), {text.text for text in self.texts()}
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each question of the test file, named by its place there; groups are the authors' sub-scores."""
+        file, vocabulary = self._file("test", given=True), {text.text for text in self.candidates()}
         rows = read_json(file, list)
         if any(isinstance(row, Mapping) and "option" in row for row in rows):
             raise SourceError(f"{file}: this is the version of five options: name it {EgoTaskQAMcq.name} instead")
@@ -50,15 +50,15 @@ class _EgoTaskQA(OfficialFiles):
                 f"{self.split}: give that folder, not {other}"
             )
         for number, row in enumerate(rows, 1):
-            item = try_parse(_item, row, f"{number:06d}", f"{file} entry {number}")
-            counts.add(_UNKNOWN, isinstance(item, Item) and item.answer not in vocabulary)
-            yield item
+            sample = try_parse(_sample, row, f"{number:06d}", f"{file} entry {number}")
+            counts.add(_UNKNOWN, isinstance(sample, Sample) and sample.answer not in vocabulary)
+            yield sample
 
-    def texts(self) -> Sequence[Text]:
+    def candidates(self) -> Sequence[Candidate]:
         """Answers of the training file, each once."""
         file = self._file("train", given=False)
         answers = {line_of(row, "answer", f"{file} entry {n}"): None for n, row in enumerate(read_json(file, list), 1)}
-        return [Text(answer) for answer in answers]
+        return [Candidate(answer) for answer in answers]
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
         """How many questions cannot be answered."""
@@ -94,25 +94,25 @@ class EgoTaskQAMcq(OfficialFiles):
 
     def official(self) -> dict[str, Official]:
         """Questions."""
-        return {"items": Official(8783), "videos": Official(2128)}
+        return {"samples": Official(8783), "videos": Official(2128)}
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each question."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each question."""
         file = self.main_file(["egotaskqa_mcq.json", "egotaskqa.json"], "EgoThinker's choices of EgoTaskQA")
         for number, row in enumerate(read_json(file, list), 1):
-            item = try_parse(self._item, row, f"{number:06d}", f"{file} entry {number}")
-            if isinstance(item, Item):
-                counts.add_distinct("videos", item.clips[0].video)
-            yield item
+            sample = try_parse(self._sample, row, f"{number:06d}", f"{file} entry {number}")
+            if isinstance(sample, Sample):
+                counts.add_distinct("videos", sample.clips[0].video)
+            yield sample
 
-    def _item(self, row: Any, key: str, where: str) -> Item:
+    def _sample(self, row: Any, key: str, where: str) -> Sample:
         lettered, right = mapping_of(row, "option", where), text_of(row, "a", where)
         options = tuple(line_of(lettered, letter, where) for letter in sorted(lettered))
         if "".join(sorted(lettered)) != LETTERS[: len(options)] or right not in lettered or len(set(options)) < 2:
             raise SourceError(f"{where}: answer {right!r} of options {dict(lettered)}: correct it")
         answer = options[sorted(lettered).index(right)]
         video = _video(text_of(row, "video_path", where).removesuffix(".mp4"), "video_path", where)
-        return Item(key, (Clip(video),), line_of(row, "q", where), options, options.index(answer), (_form(answer),))
+        return Sample(key, (Clip(video),), line_of(row, "q", where), options, options.index(answer), (_form(answer),))
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
         """What its scores are worth."""
@@ -122,11 +122,11 @@ class EgoTaskQAMcq(OfficialFiles):
         ]
 
 
-def _item(row: Any, key: str, where: str) -> Item:
+def _sample(row: Any, key: str, where: str) -> Sample:
     video = _video(text_of(row, "interval", where), "interval", where)
     answer = line_of(row, "answer", where)
     groups = [_reference(row), _form(answer), *_types(row)]
-    return Item(key, (Clip(video),), line_of(row, "question", where), (), answer, tuple(dict.fromkeys(groups)))
+    return Sample(key, (Clip(video),), line_of(row, "question", where), (), answer, tuple(dict.fromkeys(groups)))
 
 
 def _video(interval: str, field: str, where: str) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datamodules.egobench.item import Clip, Item, Task, Text
 from datamodules.egobench.official import OfficialFiles, columns, line_of, whole_of
+from datamodules.egobench.samples import Candidate, Clip, Sample, Task
 from datamodules.io.annotations import Counts, Official, SourceError, option, read_csv, text_of, try_parse
 
 _CLIPS, _SENTENCES = "EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv"
@@ -38,29 +38,29 @@ class Epic100Mir(OfficialFiles):
 
     def official(self) -> dict[str, Official]:
         """Clips, captions and videos."""
-        return {"items": Official(9668), "texts": Official(3842), "videos": Official(138)}
+        return {"samples": Official(9668), "candidates": Official(3842), "videos": Official(138)}
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each clip."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each clip."""
         for where, row in self._table():
-            item = row if isinstance(row, SourceError) else try_parse(self._item, row, where)
-            if isinstance(item, Item):
-                counts.add_distinct("videos", item.clips[0].video)
-            yield item
+            sample = row if isinstance(row, SourceError) else try_parse(self._sample, row, where)
+            if isinstance(sample, Sample):
+                counts.add_distinct("videos", sample.clips[0].video)
+            yield sample
 
     def _table(self) -> Iterator[tuple[str, Any]]:
         file = self.main_file([_CLIPS, f"retrieval_annotations/{_CLIPS}"], "the clips of the retrieval test")
         return columns(read_csv(file), _COLUMNS, file)
 
-    def _item(self, row: Any, where: str) -> Item:
+    def _sample(self, row: Any, where: str) -> Sample:
         participant, video = text_of(row, "participant_id", where), text_of(row, "video_id", where)
         start_s, end_s = _seconds(row, "start_timestamp", where), _seconds(row, "stop_timestamp", where)
         if start_s >= end_s:
             raise SourceError(f"{where}: from {start_s:g} to {end_s:g} s: correct its timestamps")
         clip = Clip(video_file(self.file, participant, video), start_s, end_s)
-        return Item(text_of(row, "narration_id", where), (clip,), labels=_labels(row, where))
+        return Sample(text_of(row, "narration_id", where), (clip,), labels=_labels(row, where))
 
-    def texts(self) -> Sequence[Text]:
+    def candidates(self) -> Sequence[Candidate]:
         """Captions in the order of the file of sentences."""
         narrated = {row["narration_id"]: (where, row) for where, row in self._table() if isinstance(row, dict)}
         file = self.other_file([_SENTENCES, f"retrieval_annotations/{_SENTENCES}"], "the captions of the test")
@@ -72,12 +72,12 @@ class Epic100Mir(OfficialFiles):
             if name not in narrated:
                 raise SourceError(f"{at}: narration_id {name!r} is not in {_CLIPS}: take both of one release")
             where, row = narrated[name]
-            texts.append(Text(line_of(row, "narration", where), _labels(row, where), name))
+            texts.append(Candidate(line_of(row, "narration", where), _labels(row, where), name))
         return texts
 
-    def fast_items(self, items: Sequence[Item]) -> list[Item]:
+    def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
         """The first clips."""
-        return list(items[:_FAST_CLIPS])
+        return list(samples[:_FAST_CLIPS])
 
 
 def video_file(pattern: str, participant: str, video: str) -> str:

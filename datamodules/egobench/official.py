@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from datamodules.egobench.item import Item, Task, Text
+from datamodules.egobench.samples import Candidate, Sample, Task
 from datamodules.io.annotations import Counts, Official, SourceError, find_file, number_of, text_of
 
-FAST_ITEMS = 300
+FAST_SAMPLES = 300
 LETTERS = "ABCDEFGHIJ"
 
 
@@ -37,28 +37,28 @@ class OfficialFiles(ABC):
         return {}
 
     @abstractmethod
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
         """See ``Benchmark``."""
 
-    def texts(self) -> Sequence[Text]:
+    def candidates(self) -> Sequence[Candidate]:
         """None."""
         return ()
 
-    def fast(self, items: Sequence[Item], texts: Sequence[Text]) -> tuple[list[Item], list[Text]]:
-        """Some items, and the texts that are theirs or nobody's."""
-        taken = self.fast_items(items)
-        ids = {item.id for item in taken}
-        return taken, [text for text in texts if not text.of or text.of in ids]
+    def fast(self, samples: Sequence[Sample], candidates: Sequence[Candidate]) -> tuple[list[Sample], list[Candidate]]:
+        """Some samples, and the texts that are theirs or nobody's."""
+        taken = self.fast_samples(samples)
+        ids = {sample.id for sample in taken}
+        return taken, [each for each in candidates if not each.of or each.of in ids]
 
-    def fast_items(self, items: Sequence[Item]) -> list[Item]:
+    def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
         """Some hundred, by a seed that never changes."""
-        return sample(items, FAST_ITEMS)
+        return fixed_subset(samples, FAST_SAMPLES)
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
         """Nothing to remark."""
         return []
 
-    def submission(self, items: Sequence[Item], predictions: Mapping[str, int]) -> dict[str, str]:
+    def submission(self, samples: Sequence[Sample], predictions: Mapping[str, int]) -> dict[str, str]:
         """No file."""
         return {}
 
@@ -80,12 +80,12 @@ class OfficialFiles(ABC):
         return find_file(folder, names, what)
 
 
-def sample(items: Sequence[Item], count: int) -> list[Item]:
-    """At most so many items in their order, by a seed that never changes."""
-    if len(items) <= count:
-        return list(items)
-    chosen = np.random.default_rng(0).permutation(len(items))[:count]
-    return [items[number] for number in sorted(chosen.tolist())]
+def fixed_subset(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """At most so many samples in their order, by a seed that never changes."""
+    if len(samples) <= count:
+        return list(samples)
+    chosen = np.random.default_rng(0).permutation(len(samples))[:count]
+    return [samples[number] for number in sorted(chosen.tolist())]
 
 
 def line_of(record: Any, key: str, where: str) -> str:

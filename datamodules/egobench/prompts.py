@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from datamodules.egobench.item import Item
 from datamodules.egobench.official import LETTERS
+from datamodules.egobench.samples import Sample
 
 STYLES = ("base", "task", "ego")
 FILE = Path(__file__).with_name("prompts.yaml")
@@ -47,25 +47,27 @@ class Prompts:
         """All that questions are filled into, and what answers begin with."""
         return {**self._wordings, "context": self._context, "prefill": self.prefill}
 
-    def choice(self, item: Item, order: Sequence[int] | None = None) -> str:
+    def choice(self, sample: Sample, order: Sequence[int] | None = None) -> str:
         """A question with its options, ``(A) text`` a line.
 
         Args:
-            item: of a ``choice``.
+            sample: of a ``choice``.
             order: numbers of the options as they are shown; their own order if None.
 
         Raises:
             ValueError: the order is none of all options.
         """
-        shown = range(len(item.options)) if order is None else order
-        if sorted(shown) != list(range(len(item.options))):
-            raise ValueError(f"{item.id}: order is {list(shown)}, expected each of {len(item.options)} options once")
-        options = "\n".join(f"({letter}) {item.options[n]}" for letter, n in zip(LETTERS, shown, strict=False))
-        return self._filled("choice", question=item.text, options=options)
+        shown = range(len(sample.options)) if order is None else order
+        if sorted(shown) != list(range(len(sample.options))):
+            raise ValueError(
+                f"{sample.id}: order is {list(shown)}, expected each of {len(sample.options)} options once"
+            )
+        options = "\n".join(f"({letter}) {sample.options[n]}" for letter, n in zip(LETTERS, shown, strict=False))
+        return self._filled("choice", question=sample.text, options=options)
 
-    def open(self, item: Item) -> str:
+    def open(self, sample: Sample) -> str:
         """A question to be answered in words."""
-        return self._filled("open", question=item.text)
+        return self._filled("open", question=sample.text)
 
     def _filled(self, kind: str, **slots: str) -> str:
         slots |= {"context": self._context}

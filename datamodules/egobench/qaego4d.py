@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of
+from datamodules.egobench.samples import Clip, Sample, Task
 from datamodules.io.annotations import Counts, SourceError, number_of, option, read_json, shuffled, text_of, try_parse
 from datamodules.io.jsonl import is_text
 
@@ -62,13 +62,13 @@ class QAEgo4DOpen(_QAEgo4D):
     name: ClassVar[str] = "qaego4d_open"
     task: ClassVar[Task] = "open"
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each question of the test split."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each question of the test split."""
         names = ["annotations.QaEgo4D_test.json", "annotations.test.json", "answers.json"]
         file = self.main_file(names, "QAEgo4D's questions")
         offsets = self._offsets() if self.cut else {}
         for where, row in self._from_answers(file) if file.name == "answers.json" else _rows(file):
-            yield row if isinstance(row, SourceError) else try_parse(self._item, row, offsets, where)
+            yield row if isinstance(row, SourceError) else try_parse(self._sample, row, offsets, where)
 
     def _from_answers(self, file: Path) -> Iterator[tuple[str, Any]]:
         answers = read_json(file, dict).get("test")
@@ -89,9 +89,9 @@ class QAEgo4DOpen(_QAEgo4D):
             else:
                 yield where, SourceError(f"{where}: no such query in {nlq}: fetch that of Ego4D version 1")
 
-    def _item(self, row: Any, offsets: Offsets, where: str) -> Item:
+    def _sample(self, row: Any, offsets: Offsets, where: str) -> Sample:
         clip = self._clip(row, offsets, where)
-        return Item(
+        return Sample(
             text_of(row, "sample_id", where),
             (clip,),
             line_of(row, "question", where),
@@ -106,17 +106,17 @@ class QAEgo4DClosed(_QAEgo4D):
     name: ClassVar[str] = "qaego4d_closed"
     task: ClassVar[Task] = "choice"
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each question."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each question."""
         file = self.main_file(["annotations.QaEgo4D_test_close.json"], "GroundVQA's closed test of QAEgo4D")
         offsets = self._offsets() if self.cut else {}
         for where, row in _rows(file):
-            item = try_parse(self._item, row, offsets, where)
-            if isinstance(item, Item):
-                counts.add(_AMBIGUOUS, len({text.lower() for text in item.options}) < len(item.options))
-            yield item
+            sample = try_parse(self._sample, row, offsets, where)
+            if isinstance(sample, Sample):
+                counts.add(_AMBIGUOUS, len({text.lower() for text in sample.options}) < len(sample.options))
+            yield sample
 
-    def _item(self, row: Any, offsets: Offsets, where: str) -> Item:
+    def _sample(self, row: Any, offsets: Offsets, where: str) -> Sample:
         clip, key = self._clip(row, offsets, where), text_of(row, "sample_id", where)
         wrong = row.get("wrong_answers")
         if not isinstance(wrong, list) or len(wrong) != 3 or not all(is_text(text) and text.strip() for text in wrong):
@@ -127,7 +127,7 @@ class QAEgo4DClosed(_QAEgo4D):
         texts = [line_of(row, "answer", where), *(" ".join(text.split()) for text in wrong)]
         order = [int(number) for number in shuffled(f"{self.name}/{key}", ["0", "1", "2", "3"])]
         options = tuple(texts[number] for number in order)
-        return Item(key, (clip,), line_of(row, "question", where), options, order.index(0))
+        return Sample(key, (clip,), line_of(row, "question", where), options, order.index(0))
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
         """Which questions have no single right answer."""

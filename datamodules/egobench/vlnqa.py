@@ -2,7 +2,7 @@
 
 Read in either of two forms. MVBench's ``egocentric_navigation.json`` has ``video``, ``question``, ``candidates`` (four)
 and ``answer``. EgoThinker's ``vlnqa.json`` has ``video_path``, ``gt`` (a letter) and ``text``, a whole prompt with its
-options on lines ``A: ...``. The folder that a video lies in is its answer, and no part of an item but the clip.
+options on lines ``A: ...``. The folder that a video lies in is its answer, and no part of a sample but the clip.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
-from datamodules.egobench.item import Clip, Item, Task
 from datamodules.egobench.official import OfficialFiles, line_of
+from datamodules.egobench.samples import Clip, Sample, Task
 from datamodules.io.annotations import Counts, Official, SourceError, option, read_json, text_of, try_parse
 from datamodules.io.jsonl import is_text
 
@@ -33,22 +33,22 @@ class VlnQA(OfficialFiles):
 
     def official(self) -> dict[str, Official]:
         """Questions."""
-        return {"items": Official(200)}
+        return {"samples": Official(200)}
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """An item for each question, named by its video."""
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """A sample for each question, named by its video."""
         names = ["vlnqa.json", "egocentric_navigation.json", "json/egocentric_navigation.json"]
         file = self.main_file(names, "the questions of VLN-QA")
         for number, row in enumerate(read_json(file, list), 1):
-            yield try_parse(self._item, row, f"{file} entry {number}")
+            yield try_parse(self._sample, row, f"{file} entry {number}")
 
-    def _item(self, row: Any, where: str) -> Item:
+    def _sample(self, row: Any, where: str) -> Sample:
         parts = _spelled_out(row, where) if isinstance(row, dict) and "text" in row else _apart(row, where)
         video, question, options, answer = parts
         if len(options) != 4 or len(set(options)) != 4:
             raise SourceError(f"{where}: options are {list(options)}, expected four different ones: correct them")
         clip = Clip(str(PurePosixPath(self.folder) / video))
-        return Item(PurePosixPath(video).stem, (clip,), question, options, answer)
+        return Sample(PurePosixPath(video).stem, (clip,), question, options, answer)
 
 
 def _spelled_out(row: Any, where: str) -> tuple[str, str, tuple[str, ...], int]:

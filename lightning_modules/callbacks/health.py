@@ -137,9 +137,9 @@ class StallWatch(L.Callback):
         self._say(trainer, "waiting for the batch after", batch.ids)
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
-        """A batch of questions has arrived, or one of exams."""
-        exams = batch if isinstance(batch, list) else []
-        ids = [request.item for exam in exams for request in exam.requests] if exams else batch.ids
+        """Note that a batch of validation questions, or a list of benchmark batches, has arrived."""
+        batches = batch if isinstance(batch, list) else [batch]
+        ids = [name for each in batches for name in each.ids]
         self._say(trainer, "answering questions about", ids)
 
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
@@ -148,7 +148,7 @@ class StallWatch(L.Callback):
 
     def on_predict_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *_: Any) -> None:
         """A clip of a benchmark has arrived."""
-        self._say(trainer, "answering questions about", [request.item for request in batch.requests])
+        self._say(trainer, "answering questions about", batch.ids)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last save and the hand-off may take their time."""

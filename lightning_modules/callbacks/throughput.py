@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Exam, QuestionBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, BenchmarkBatch, ClipBatch, QuestionBatch, TextBatch
 
 if TYPE_CHECKING:
     from lightning_modules.stages.base import Stage
@@ -193,7 +193,7 @@ class SamplePanel(L.Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Any,
-        batch: QuestionBatch | list[Exam],
+        batch: QuestionBatch | list[BenchmarkBatch],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

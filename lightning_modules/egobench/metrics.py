@@ -1,10 +1,10 @@
-"""Metrics of the eight benchmarks, exact over any split of the items over processes.
+"""Metrics of the eight benchmarks, exact over any split of the samples over processes.
 
-Every metric keeps one row a item with the item's number in the official file, and sorts by that number before it
-computes: neither the order of the items nor a sampler's repeats can change a result. ``compute`` gives an ``Estimate``
-by name; fractions are in [0, 1].
+Every metric keeps one row per sample with the sample's index in the official file, and sorts by that index before it
+computes: neither the order of the samples nor a sampler's repeats can change a result. ``compute`` returns
+``Estimate`` objects by name; fractions are in [0, 1].
 
-Letters: `I` items, `K` options, `R` rotations, `C` candidate texts or classes, `Q` queries.
+Letters: `I` samples, `K` options, `R` rotations, `C` candidate texts or classes, `Q` queries.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Estimate(NamedTuple):
 
     Attributes:
         value: of the metric.
-        standard_error: of the mean over independent items, or over queries; None where the number is no such mean.
+        standard_error: of the mean over independent samples, or over queries; None where the number is no such mean.
         chance: expected value of scores drawn at random, unless said otherwise.
-        n: items or queries that it is the mean of.
+        n: samples or queries that it is the mean of.
     """
 
     value: float
@@ -41,12 +41,12 @@ class Estimate(NamedTuple):
 
 
 def binomial_error(share: float, n: int) -> float:
-    """Standard error sqrt(p (1 - p) / n) of the share of n independent items."""
+    """Standard error sqrt(p (1 - p) / n) of the share of n independent samples."""
     return math.sqrt(max(share * (1 - share), 0.0) / n)
 
 
 class _PerItem(Metric):
-    """Rows by item number. Subclasses give the columns and their kinds, and append with ``_keep``.
+    """Rows by sample number. Subclasses give the columns and their kinds, and append with ``_keep``.
 
     Args:
         alone: rows are complete, so nothing is exchanged with other processes, of which one alone may compute.
@@ -64,9 +64,9 @@ class _PerItem(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all items."""
+        """Forget all samples."""
         super().reset()
-        for name, empty in self._empty.items():  # a process without items must still know kind and width of the rows
+        for name, empty in self._empty.items():  # a process without samples must still know kind and width of the rows
             getattr(self, name).append(empty.to(self.device))
 
     def _keep(self, **rows: Tensor) -> None:
@@ -105,13 +105,13 @@ def option_log_p(letters: np.ndarray) -> np.ndarray:
 
 
 class ChoiceAccuracy(_PerItem):
-    """Share of items whose highest option is the right one; of equal options the lowest counts as highest.
+    """Share of samples whose highest option is the right one; of equal options the lowest counts as highest.
 
     Letters, option likelihoods, clips of one text (EgoMCQ: the published accuracy by type) and closed vocabularies
     alike. Chance is the mean of 1/K.
 
     Args:
-        groups: names of all groups that items can be in, the same in every process.
+        groups: names of all groups that samples can be in, the same in every process.
     """
 
     index: list[Tensor]
@@ -125,18 +125,18 @@ class ChoiceAccuracy(_PerItem):
         super().__init__(alone, right=number, chance=number, member=torch.zeros(0, len(self.groups), dtype=torch.bool))
 
     def update(self, index: int, letters: Any, answer: int, groups: Iterable[str] = ()) -> None:
-        """Count one item.
+        """Count one sample.
 
         Args:
-            index: number of the item in the official file.
+            index: number of the sample in the official file.
             letters: float [R, K] as ``option_log_p`` takes it; [1, K] are scores of any kind.
             answer: number of the right option; one that no option has, such as -1, makes every choice wrong.
-            groups: what the item also counts in.
+            groups: what the sample also counts in.
         """
         scores = option_log_p(np.asarray(letters))
         inside = set(groups)
         if unknown := sorted(inside.difference(self.groups)):
-            raise ValueError(f"groups {unknown} of item {index} were not named when the metric was made")
+            raise ValueError(f"groups {unknown} of sample {index} were not named when the metric was made")
         self._keep(
             index=torch.tensor([index]),
             right=torch.tensor([float(int(scores.argmax()) == answer)]),
@@ -396,7 +396,7 @@ class OpenAnswers(_PerItem):
         super().__init__(alone, rows=torch.zeros(0, len(self.MEANS) + 10, dtype=torch.float64))
 
     def update(self, index: Sequence[int], predictions: Sequence[str], answers: Sequence[str]) -> None:
-        """Count items: their numbers in the official file, what was said and what is right."""
+        """Count samples: their numbers in the official file, what was said and what is right."""
         rows = [self._row(said, right) for said, right in zip(predictions, answers, strict=True)]
         self._keep(index=torch.tensor(list(index)), rows=torch.tensor(rows, dtype=torch.float64))
 
@@ -476,6 +476,6 @@ def _bleu(counts: Sequence[float]) -> float:
 
 
 def majority(answers: Iterable[str], form: Callable[[str], str] = str) -> float:
-    """Share of the most frequent answer: what the best answer that ignores the item scores."""
+    """Share of the most frequent answer: what the best answer that ignores the sample scores."""
     counts = Counter(map(form, answers))
     return counts.most_common(1)[0][1] / sum(counts.values())

@@ -95,8 +95,8 @@ def table(columns: Mapping[str, Sequence[Score]], paper: bool = True) -> str:
     """Markdown table of several models or stages side by side, in per cent (scores of judges in points).
 
     A row for each benchmark and metric, a partial one under its own name, so that it never stands beside the number of
-    all items. Behind each model its standard error. The mean of the paper's ten numbers is shown for models that have
-    all ten of all items.
+    all samples. Behind each model its standard error. The mean of the paper's ten numbers is shown for models that have
+    all ten of all samples.
 
     Args:
         columns: title of a model to its scores.
@@ -125,7 +125,7 @@ def table(columns: Mapping[str, Sequence[Score]], paper: bool = True) -> str:
 
 
 def _invented(folder: Path) -> bool:
-    """Whether the items are of a generated world, beside which the paper's numbers mean nothing."""
+    """Whether the samples are of a generated world, beside which the paper's numbers mean nothing."""
     headers = (folder / "predictions").glob("*.header.json")
     return any(json.loads(file.read_text(encoding="utf-8")).get("invented", False) for file in headers)
 

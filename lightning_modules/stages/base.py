@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batch import IGNORE_INDEX, ClipBatch, Exam, QuestionBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, BenchmarkBatch, ClipBatch, QuestionBatch, TextBatch
 from datamodules.clips.dataset import ClipConfig
 from datamodules.text import load_tokenizer
 from lightning_modules.callbacks.health import FiniteCheck
-from lightning_modules.egobench.examiner import examine
+from lightning_modules.egobench.evaluator import Evaluator
 from lightning_modules.egobench.rows import score_answers
 from lightning_modules.losses import loss_by_source
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel, NetworkConfig
@@ -407,12 +407,14 @@ class Stage(L.LightningModule, ABC):
         """Start counting."""
         self._begin_questions()
 
-    def validation_step(self, batch: QuestionBatch | list[Exam], batch_idx: int = 0, dataloader_idx: int = 0) -> None:
-        """Answer held-out questions, or the exams of a benchmark."""
+    def validation_step(
+        self, batch: QuestionBatch | list[BenchmarkBatch], batch_idx: int = 0, dataloader_idx: int = 0
+    ) -> None:
+        """Answer held-out questions, or the requests of a benchmark."""
         if isinstance(batch, QuestionBatch):
             self.model.run(self._ask, batch)
         else:
-            self.answers[dataloader_idx] += [answer for exam in batch for answer in self.predict_step(exam)]
+            self.answers[dataloader_idx] += [answer for clip in batch for answer in self.predict_step(clip)]
 
     def test_step(self, batch: QuestionBatch, batch_idx: int) -> None:
         """Answer held-out questions."""
@@ -438,9 +440,11 @@ class Stage(L.LightningModule, ABC):
         """Of the benchmarks that were asked, over all ranks."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         found: dict[str, Tensor] = {}
-        for number, exams in enumerate(datamodule.exams, start=int(datamodule.held_out is not None)):
-            scores = score_answers(exams.loaded, _of_all_ranks(self.answers[number]))
-            found |= {f"val/{exams.loaded.name}_{s.metric}": torch.tensor(s.value, device=self.device) for s in scores}
+        for number, dataset in enumerate(datamodule.benchmarks, start=int(datamodule.held_out is not None)):
+            scores = score_answers(dataset.loaded, _of_all_ranks(self.answers[number]))
+            found |= {
+                f"val/{dataset.loaded.name}_{s.metric}": torch.tensor(s.value, device=self.device) for s in scores
+            }
         return found
 
     def _begin_questions(self) -> None:
@@ -473,15 +477,15 @@ class Stage(L.LightningModule, ABC):
             self.means.add(outcome)
         self.outcomes += outcomes
 
-    def predict_step(self, batch: Exam, batch_idx: int = 0, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Answer what a benchmark asks about one egocentric clip, see ``examine``."""
-        rows: list[dict[str, Any]] = self.model.run(self._examine, batch)
+    def predict_step(self, batch: BenchmarkBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Run the requests of a benchmark about one egocentric clip, see ``Evaluator``."""
+        rows: list[dict[str, Any]] = self.model.run(self._evaluate_batch, batch)
         return rows
 
     @torch.no_grad()
-    def _examine(self, exam: Exam) -> list[dict[str, Any]]:
-        visual = None if exam.video is None else self.model.encode(exam.video)[0]
-        return examine(self.model.language_model, self.tokenizer, exam, visual)
+    def _evaluate_batch(self, batch: BenchmarkBatch) -> list[dict[str, Any]]:
+        visual = None if batch.video is None else self.model.encode(batch.video)[0]
+        return Evaluator(self.model.language_model, self.tokenizer).evaluate(batch, visual)
 
     def generate(self, prompts: TextBatch, visual: Tensor) -> list[str]:
         """Greedy answers to R prompts about float [R, N, D]."""

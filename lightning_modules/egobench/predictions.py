@@ -3,9 +3,9 @@
 ::
 
     <folder>/
-      predictions/<benchmark>.jsonl           a line for each item, see ``scores``
-      predictions/<benchmark>.texts.jsonl     candidates that all items share
-      predictions/<benchmark>.header.json     how many items there are, which could not be asked, and how it was asked
+      predictions/<benchmark>.jsonl           a line for each sample, see ``scores``
+      predictions/<benchmark>.texts.jsonl     candidates that all samples share
+      predictions/<benchmark>.header.json     how many samples there are, which could not be asked, and how it was asked
       predictions/<benchmark>.part<n>.jsonl   answers of process n, until all are there
       submissions/<benchmark>/...             for the authors' servers; never sent
       metrics.json  results.md                made of the predictions alone, again by ``make score``
@@ -26,14 +26,14 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from datamodules.batch import Exam
-from datamodules.egobench.exam import Exams
+from datamodules.batch import BenchmarkBatch
+from datamodules.egobench.dataset import BenchmarkDataset
 from lightning_modules.egobench.metrics import option_log_p
-from lightning_modules.egobench.rows import Answer, header, item_row, text_rows
+from lightning_modules.egobench.rows import Answer, header, sample_row, text_rows
 from lightning_modules.stages.base import Stage
 
 Places = Mapping[str, Mapping[int, tuple[Path, int]]]
-"""File and place in it of the answer about each clip of an item."""
+"""File and place in it of the answer about each clip of a sample."""
 
 
 class OtherPredictions(ValueError):
@@ -44,23 +44,23 @@ class Predictions:
     """A benchmark's predictions in a folder.
 
     Args:
-        exams: the benchmark.
+        dataset: the benchmark.
         folder: for the files.
         model: what tells this model from others, as JSON.
 
     Raises:
-        ValueError: no item can be shown.
+        ValueError: no sample can be shown.
     """
 
-    def __init__(self, exams: Exams, folder: Path, model: Mapping[str, Any]) -> None:
-        self.exams, self.loaded = exams, exams.loaded
+    def __init__(self, dataset: BenchmarkDataset, folder: Path, model: Mapping[str, Any]) -> None:
+        self.dataset, self.loaded = dataset, dataset.loaded
         self.rows, self.texts, self.header = (
             folder / f"{self.loaded.name}{suffix}" for suffix in (".jsonl", ".texts.jsonl", ".header.json")
         )
-        items = hashlib.sha256(repr((self.loaded.items, self.loaded.texts)).encode()).hexdigest()[:16]
-        self.settings = json.loads(json.dumps({**model, **exams.settings(), "items": items}))
+        samples = hashlib.sha256(repr((self.loaded.samples, self.loaded.candidates)).encode()).hexdigest()[:16]
+        self.settings = json.loads(json.dumps({**model, **dataset.settings(), "items": samples}))
         self.missing = self.loaded.missing()
-        if len(self.missing) == len(self.loaded.items):
+        if len(self.missing) == len(self.loaded.samples):
             first = next(iter(self.missing.values()))
             raise ValueError(
                 f"egobench.benchmarks: {self.loaded.name}: none of its videos is below {self.loaded.videos}, such as "
@@ -71,7 +71,7 @@ class Predictions:
         """Compare with what is there.
 
         Raises:
-            OtherPredictions: the folder holds those of another model, or of other items or settings.
+            OtherPredictions: the folder holds those of another model, or of other samples or settings.
         """
         if not self.header.is_file():
             return
@@ -83,13 +83,13 @@ class Predictions:
             )
 
     def line(self) -> str:
-        """How many items can be shown, and which file is the first that cannot."""
-        items, absent = len(self.loaded.items), len(self.missing)
-        text = f"{self.loaded.name}: {items - absent:,} of {self.loaded.total:,} items, {len(self.exams):,} clips"
+        """How many samples can be shown, and which file is the first that cannot."""
+        samples, absent = len(self.loaded.samples), len(self.missing)
+        text = f"{self.loaded.name}: {samples - absent:,} of {self.loaded.total:,} samples, {len(self.dataset):,} clips"
         if not absent:
             return text
         first = self.loaded.videos / next(iter(self.missing.values()))
-        return f"{text}; {absent:,} items are left out, since videos are missing, such as {first}"
+        return f"{text}; {absent:,} samples are left out, since videos are missing, such as {first}"
 
     def forget(self) -> None:
         """Delete everything."""
@@ -103,7 +103,7 @@ class Predictions:
         self._write_header()
 
     def left(self) -> list[int]:
-        """Exams that are not answered yet, but for those of missing videos."""
+        """BenchmarkDataset that are not answered yet, but for those of missing videos."""
         return self._left(*self._answered()[:2])
 
     def part(self, process: int) -> Path:
@@ -111,9 +111,9 @@ class Predictions:
         return self.rows.with_name(f"{self.loaded.name}.part{process}.jsonl")
 
     def join(self) -> None:
-        """Make one file of all answers, a line for each item in the official order, and delete the parts.
+        """Make one file of all answers, a line for each sample in the official order, and delete the parts.
 
-        Nothing is done before every exam is answered.
+        Nothing is done before every clip is evaluated.
         """
         before, places, problems = self._answered()
         if left := self._left(before, places):
@@ -124,7 +124,7 @@ class Predictions:
             return
         self.missing |= problems
         self._not_missing(before)
-        if self.loaded.texts and ("" in places or not self.texts.is_file()):
+        if self.loaded.candidates and ("" in places or not self.texts.is_file()):
             priors = [_line_at(*place)["priors"] for place in places.get("", {}).values()]
             _write(self.texts, _as_lines(text_rows(self.loaded, priors[0] if priors else None)))
         _write(self.rows, _as_lines(self._joined(before, places)))
@@ -133,7 +133,7 @@ class Predictions:
             part.unlink()
 
     def _answered(self) -> tuple[dict[str, int], Places, dict[str, str]]:
-        """Where items stand in the joined file, where answers stand in the parts, and why others are missing there."""
+        """Return offsets in the joined file, offsets in the part files, and the errors found there, by sample id."""
         places: dict[str, dict[int, tuple[Path, int]]] = defaultdict(dict)
         problems: dict[str, str] = {}
         for part in self._parts():
@@ -145,20 +145,25 @@ class Predictions:
 
     def _left(self, before: Mapping[str, int], places: Places) -> list[int]:
         whole = before.keys() | self.missing.keys()
-        done = {(item.id, place) for item in self.loaded.items if item.id in whole for place in range(len(item.clips))}
+        done = {
+            (sample.id, place)
+            for sample in self.loaded.samples
+            if sample.id in whole
+            for place in range(len(sample.clips))
+        }
         done |= {(name, clip) for name, clips in places.items() for clip in clips}
-        return self.exams.left(done | ({("", 0)} if self.texts.is_file() else set()))
+        return self.dataset.left(done | ({("", 0)} if self.texts.is_file() else set()))
 
     def _joined(self, before: Mapping[str, int], places: Places) -> Iterator[dict[str, Any]]:
-        for item in self.loaded.items:
-            found = places.get(item.id, {})
-            if item.id in before:
-                yield _line_at(self.rows, before[item.id])
-            elif item.id not in self.missing:
-                yield item_row(self.loaded, item, [_line_at(*found[place]) for place in range(len(item.clips))])
+        for sample in self.loaded.samples:
+            found = places.get(sample.id, {})
+            if sample.id in before:
+                yield _line_at(self.rows, before[sample.id])
+            elif sample.id not in self.missing:
+                yield sample_row(self.loaded, sample, [_line_at(*found[place]) for place in range(len(sample.clips))])
 
     def _not_missing(self, answered: Iterable[str]) -> None:
-        """Items that were answered count, though their videos are gone since."""
+        """Samples that were answered count, though their videos are gone since."""
         for name in answered:
             self.missing.pop(name, None)
 
@@ -166,12 +171,12 @@ class Predictions:
         return sorted(self.rows.parent.glob(f"{self.loaded.name}.part*.jsonl"))
 
     def _write_header(self) -> None:
-        content = header(self.loaded, self.missing, self.settings, self.exams.config.invented)
+        content = header(self.loaded, self.missing, self.settings, self.dataset.config.invented)
         _write(self.header, [json.dumps(content, indent=1) + "\n"])
 
 
-class Benchmarks(L.LightningDataModule):
-    """Exams that are left, dealt to the processes by number: none comes twice, whatever their count.
+class BenchmarkDataModule(L.LightningDataModule):
+    """BenchmarkDataset that are left, dealt to the processes by number: none comes twice, whatever their count.
 
     Args:
         predictions: of each benchmark.
@@ -193,23 +198,23 @@ class Benchmarks(L.LightningDataModule):
             predictions.require_same()
             predictions.begin()
 
-    def predict_dataloader(self) -> list[DataLoader[Exam]]:
+    def predict_dataloader(self) -> list[DataLoader[BenchmarkBatch]]:
         """A loader for each benchmark; Lightning lets no process answer before all have come here."""
         assert self.trainer is not None, "the Trainer calls this"
         rank, world = self.trainer.global_rank, self.trainer.world_size
         return [
-            DataLoader(p.exams, sampler=p.left()[rank::world], collate_fn=_only, num_workers=self.num_workers)
+            DataLoader(p.dataset, sampler=p.left()[rank::world], collate_fn=_only, num_workers=self.num_workers)
             for p in self.predictions
         ]
 
 
-def _only(exams: list[Exam]) -> Exam:
-    (exam,) = exams
-    return exam
+def _only(batches: list[BenchmarkBatch]) -> BenchmarkBatch:
+    (batch,) = batches
+    return batch
 
 
 class _KeepAnswers(L.Callback):
-    """Writes every exam's answers at once, so that a killed process loses none but the last."""
+    """Writes the results of every clip at once, so that a killed process loses none but the last."""
 
     def __init__(self, predictions: Sequence[Predictions]) -> None:
         self.predictions = predictions
@@ -240,8 +245,8 @@ class _KeepAnswers(L.Callback):
             file.close()
 
 
-def predict(trainer: L.Trainer, stage: Stage, benchmarks: Benchmarks) -> None:
-    """Answer all exams that are left; one file for each benchmark at the end.
+def predict(trainer: L.Trainer, stage: Stage, benchmarks: BenchmarkDataModule) -> None:
+    """Evaluate all clips that are left; one file for each benchmark at the end.
 
     Raises:
         OtherPredictions: predictions of another model or other settings are there.
@@ -260,7 +265,7 @@ def predict(trainer: L.Trainer, stage: Stage, benchmarks: Benchmarks) -> None:
 
 
 def write_submissions(predictions: Sequence[Predictions], folder: Path) -> None:
-    """Write the files of authors' servers for benchmarks all of whose items were answered; nothing is sent.
+    """Write the files of authors' servers for benchmarks all of whose samples were answered; nothing is sent.
 
     Args:
         predictions: joined.
@@ -270,7 +275,7 @@ def write_submissions(predictions: Sequence[Predictions], folder: Path) -> None:
         if kept.loaded.task != "choice":
             continue
         chosen = {name: int(option_log_p(np.array(row["letters"])).argmax()) for name, _, row in _lines(kept.rows)}
-        if len(chosen) < len(kept.loaded.items):
+        if len(chosen) < len(kept.loaded.samples):
             shutil.rmtree(folder / kept.loaded.name, ignore_errors=True)  # of predictions that are forgotten
             continue
         for name, text in kept.loaded.submission(chosen).items():
@@ -286,7 +291,7 @@ def _whole_lines(file: Path) -> Iterator[bytes]:
 
 
 def _lines(file: Path) -> Iterator[tuple[str, int, Answer]]:
-    """Item, place in the file and content of each line."""
+    """Sample, place in the file and content of each line."""
     at = 0
     for line in _whole_lines(file):
         answer = json.loads(line)

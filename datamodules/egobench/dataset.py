@@ -1,4 +1,4 @@
-"""Items of a benchmark as exams: a clip is read once, with everything that is asked about it."""
+"""Samples of a benchmark by clip: each clip is decoded once, with all requests about it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,22 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, Exam, Letters, Rank, Request, Row, Say
+from datamodules.batch import (
+    IGNORE_INDEX,
+    VIDEO_TOKEN_ID,
+    BenchmarkBatch,
+    GenerateUntilRequest,
+    Instance,
+    LoglikelihoodRequest,
+    MultipleChoiceRequest,
+    Request,
+    TokenIds,
+)
 from datamodules.clips.dataset import ClipConfig
-from datamodules.egobench import Loaded
-from datamodules.egobench.item import Clip, Item
+from datamodules.egobench import LoadedBenchmark
 from datamodules.egobench.official import LETTERS
 from datamodules.egobench.prompts import Prompts
+from datamodules.egobench.samples import Clip, Sample
 from datamodules.text import EncodedText, TextEncoder, UnusableText
 from datamodules.video.reader import ClipDecodeError, ClipReader, segment_midpoints
 
@@ -38,7 +48,7 @@ class EgoBenchConfig:
         caption: what is asked for where texts are ranked as captions; null for the bare caption, as in stage 2's data.
         cyclic: ask choices in every rotation of the options, which takes out a model's liking for a letter.
         cross_check: choices of each benchmark that are also answered in words, to see whether both agree.
-        invented: the items are of a generated world, beside which no published number is shown.
+        invented: the samples are of a generated world, beside which no published number is shown.
         fast: names of benchmarks of which a fixed part is scored whenever a stage validates.
     """
 
@@ -58,8 +68,8 @@ class _Unit:
     asked: tuple[tuple[int, int], ...]
 
 
-class Exams(Dataset[Exam]):
-    """One exam for each distinct clip, and one without a clip for what texts are worth by themselves.
+class BenchmarkDataset(Dataset[BenchmarkBatch]):
+    """One entry for each distinct clip, and one without a clip for the priors of shared candidates.
 
     Args:
         loaded: the benchmark.
@@ -69,12 +79,12 @@ class Exams(Dataset[Exam]):
         timeout_s: longest wait for one video file.
 
     Raises:
-        ValueError: a question does not fit ``max_text_tokens``, or letters are no single tokens; names the item.
+        ValueError: a question does not fit ``max_text_tokens``, or letters are no single tokens; names the sample.
     """
 
     def __init__(
         self,
-        loaded: Loaded,
+        loaded: LoadedBenchmark,
         config: EgoBenchConfig,
         clips: ClipConfig,
         encoder: TextEncoder,
@@ -84,30 +94,32 @@ class Exams(Dataset[Exam]):
         self.prompts = Prompts(config.prompts, loaded.name, config.style)
         self.timeout_s, self.reader = timeout_s, ClipReader(timeout_s=timeout_s)
         units: dict[Clip, list[tuple[int, int]]] = {}
-        for number, item in enumerate(loaded.items):
-            for place, clip in enumerate(item.clips):
+        for number, sample in enumerate(loaded.samples):
+            for place, clip in enumerate(sample.clips):
                 units.setdefault(clip, []).append((number, place))
         self.units = [_Unit(clip, tuple(asked)) for clip, asked in units.items()]
         if loaded.task == "rank_texts":
             self.units.append(_Unit(None, ()))
-        checked = np.random.default_rng(0).permutation(len(loaded.items))[: config.cross_check]
+        checked = np.random.default_rng(0).permutation(len(loaded.samples))[: config.cross_check]
         self.cross_checked = frozenset(checked.tolist()) if loaded.task == "choice" else frozenset()
 
     def __len__(self) -> int:
-        """Number of exams."""
+        """Return the number of clips."""
         return len(self.units)
 
     def left(self, done: Collection[tuple[str, int]]) -> list[int]:
-        """Exams with a request that is not among those done, each an item's name and the number of its clip."""
-        names = [[(self.loaded.items[n].id, place) for n, place in unit.asked] or [("", 0)] for unit in self.units]
+        """Return the clips with an instance that is not done; done ones are (sample id, index of the clip) pairs."""
+        names = [[(self.loaded.samples[n].id, place) for n, place in unit.asked] or [("", 0)] for unit in self.units]
         return [number for number, asked in enumerate(names) if not all(key in done for key in asked)]
 
-    def fast(self) -> Exams:
+    def fast(self) -> BenchmarkDataset:
         """The benchmark's fixed part for curves while training."""
-        return Exams(self.loaded.fast(), replace(self.config, cross_check=0), self.clips, self.encoder, self.timeout_s)
+        return BenchmarkDataset(
+            self.loaded.fast(), replace(self.config, cross_check=0), self.clips, self.encoder, self.timeout_s
+        )
 
     def settings(self) -> dict[str, Any]:
-        """What answers depend on beside the model and the items, as JSON."""
+        """What answers depend on beside the model and the samples, as JSON."""
         c = self.config
         asked = {"prompts": self.prompts.wordings(), "caption": c.caption, "cyclic": c.cyclic}
         return {**asked, "cross_check": len(self.cross_checked), "clips": asdict(self.clips)}
@@ -118,22 +130,26 @@ class Exams(Dataset[Exam]):
         Raises:
             ValueError: see the class.
         """
-        for item in self.loaded.items:
-            self._requests_of(item, 0, cross_check=False)
+        for sample in self.loaded.samples:
+            self._requests_of(sample, 0, cross_check=False)
 
-    def __getitem__(self, index: int) -> Exam:
+    def __getitem__(self, index: int) -> BenchmarkBatch:
         """Read a clip and encode what is asked about it; a clip that cannot be read says why."""
         unit = self.units[index]
         if unit.clip is None:
             context, answers = self._captions
-            return Exam(self._lead, [Request("", 0, {"priors": Rank(context, answers, blind=True)})])
-        requests = [self._requests_of(self.loaded.items[n], place, n in self.cross_checked) for n, place in unit.asked]
-        exam = Exam(self._lead, requests)
+            return BenchmarkBatch(
+                self._lead, [Instance("", 0, {"priors": LoglikelihoodRequest(context, answers, without_video=True)})]
+            )
+        requests = [
+            self._requests_of(self.loaded.samples[n], place, n in self.cross_checked) for n, place in unit.asked
+        ]
+        batch = BenchmarkBatch(self._lead, requests)
         try:
-            exam.video = self._read(unit.clip)
+            batch.video = self._read(unit.clip)
         except ClipDecodeError as error:
-            exam.problem = " ".join(str(error).split())
-        return exam
+            batch.error = " ".join(str(error).split())
+        return batch
 
     def _read(self, clip: Clip) -> torch.Tensor:
         path, c = self.loaded.videos / clip.video, self.clips
@@ -147,45 +163,47 @@ class Exams(Dataset[Exam]):
             times_s[-1] = end_s
         return self.reader.read(path, times_s, c.image_size, c.frame_fit, (clip.start_s, end_s)).frames[None]
 
-    def _requests_of(self, item: Item, place: int, cross_check: bool) -> Request:
+    def _requests_of(self, sample: Sample, place: int, cross_check: bool) -> Instance:
         try:
-            return Request(item.id, place, self._asks(item, cross_check))
+            return Instance(sample.id, place, self._asks(sample, cross_check))
         except UnusableText as error:
-            raise ValueError(f"{self.loaded.name}: item {item.id}: {error}") from None
+            raise ValueError(f"{self.loaded.name}: sample {sample.id}: {error}") from None
 
-    def _asks(self, item: Item, cross_check: bool) -> dict[str, Letters | Rank | Say]:
+    def _asks(self, sample: Sample, cross_check: bool) -> dict[str, Request]:
         match self.loaded.task:
             case "choice":
-                return self._choice(item, cross_check)
+                return self._choice(sample, cross_check)
             case "open":
-                return {"prediction": Say(self._context(self.prompts.open(item)), ANSWER_TOKENS)}
+                return {"prediction": GenerateUntilRequest(self._context(self.prompts.open(sample)), ANSWER_TOKENS)}
             case "vocabulary":
-                question = self.prompts.open(item)
+                question = self.prompts.open(sample)
                 context, answers = self._answers(question, self._texts[:1])[0], self._vocabulary
                 return {
-                    "scores": Rank(context, answers),
-                    "priors": Rank(context, answers, blind=True),
-                    "prediction": Say(self._context(question), ANSWER_TOKENS),
+                    "scores": LoglikelihoodRequest(context, answers),
+                    "priors": LoglikelihoodRequest(context, answers, without_video=True),
+                    "prediction": GenerateUntilRequest(self._context(question), ANSWER_TOKENS),
                 }
             case "rank_texts":
-                return {"scores": Rank(*self._captions)}
+                return {"scores": LoglikelihoodRequest(*self._captions)}
             case "rank_clips":
-                return {"scores": Rank(*self._answers(self.config.caption, (item.text,)))}
+                return {"scores": LoglikelihoodRequest(*self._answers(self.config.caption, (sample.text,)))}
 
-    def _choice(self, item: Item, cross_check: bool) -> dict[str, Letters | Rank | Say]:
-        count = len(item.options)
+    def _choice(self, sample: Sample, cross_check: bool) -> dict[str, Request]:
+        count = len(sample.options)
         orders = [tuple((p + s) % count for p in range(count)) for s in range(count if self.config.cyclic else 1)]
-        questions = [self.prompts.choice(item, order) for order in orders]
+        questions = [self.prompts.choice(sample, order) for order in orders]
         rotations = [self._letters(question, count) for question in questions]
-        asks: dict[str, Letters | Rank | Say] = {
-            "letters": Letters(tuple(context for context, _ in rotations), tuple(ids for _, ids in rotations)),
-            "likelihood": Rank(*self._answers(self.prompts.open(item), item.options)),
+        asks: dict[str, Request] = {
+            "letters": MultipleChoiceRequest(
+                tuple(context for context, _ in rotations), tuple(ids for _, ids in rotations)
+            ),
+            "likelihood": LoglikelihoodRequest(*self._answers(self.prompts.open(sample), sample.options)),
         }
         if cross_check:
-            asks["said"] = Say(self._context(questions[0]), CROSS_CHECK_TOKENS)
+            asks["said"] = GenerateUntilRequest(self._context(questions[0]), CROSS_CHECK_TOKENS)
         return asks
 
-    def _letters(self, question: str, count: int) -> tuple[Row, Row]:
+    def _letters(self, question: str, count: int) -> tuple[TokenIds, TokenIds]:
         """Tokens up to the letter, whatever tokens it merges with, and the token in which each letter differs."""
         openings = [f"{self.prompts.prefill}{letter})" for letter in LETTERS[:count]]
         rows = [row for row, _ in self._encoded(question, openings)]
@@ -198,13 +216,13 @@ class Exams(Dataset[Exam]):
             )
         return self._behind_clip(rows[0])[: shared - rows[0].index(VIDEO_TOKEN_ID) - 1], letters
 
-    def _answers(self, question: str | None, texts: Sequence[str]) -> tuple[Row, tuple[Row, ...]]:
+    def _answers(self, question: str | None, texts: Sequence[str]) -> tuple[TokenIds, tuple[TokenIds, ...]]:
         """Tokens before the answers, and each answer's with its end."""
         rows = self._encoded(question, texts)
         ids, first = rows[0]
         return self._behind_clip(ids[:first]), tuple(tuple(row[start:]) for row, start in rows)
 
-    def _encoded(self, question: str | None, answers: Sequence[str]) -> list[tuple[Row, int]]:
+    def _encoded(self, question: str | None, answers: Sequence[str]) -> list[tuple[TokenIds, int]]:
         """Each row, and where its answer begins."""
         encode = self.encoder.plain if question is None else lambda text: self.encoder.conversation([(question, text)])
         rows: list[EncodedText] = [encode(answer) for answer in answers]
@@ -215,27 +233,27 @@ class Exams(Dataset[Exam]):
             )
         return [(tuple(r.input_ids), next(n for n, y in enumerate(r.labels) if y != IGNORE_INDEX)) for r in rows]
 
-    def _context(self, question: str) -> Row:
+    def _context(self, question: str) -> TokenIds:
         return self._behind_clip(self.encoder.prompt(question).input_ids)
 
     @staticmethod
-    def _behind_clip(ids: Sequence[int]) -> Row:
+    def _behind_clip(ids: Sequence[int]) -> TokenIds:
         return tuple(ids[list(ids).index(VIDEO_TOKEN_ID) + 1 :])
 
     @cached_property
-    def _lead(self) -> Row:
+    def _lead(self) -> TokenIds:
         ids = self._encoded(self.config.caption if self.loaded.task.startswith("rank_") else "?", ["?"])[0][0]
         return ids[: ids.index(VIDEO_TOKEN_ID)]
 
     @cached_property
     def _texts(self) -> tuple[str, ...]:
-        return tuple(text.text for text in self.loaded.texts)
+        return tuple(text.text for text in self.loaded.candidates)
 
     @cached_property
-    def _vocabulary(self) -> tuple[Row, ...]:
+    def _vocabulary(self) -> tuple[TokenIds, ...]:
         """Answers are tokenised alike behind every question."""
         return self._answers("?", self._texts)[1]
 
     @cached_property
-    def _captions(self) -> tuple[Row, tuple[Row, ...]]:
+    def _captions(self) -> tuple[TokenIds, tuple[TokenIds, ...]]:
         return self._answers(self.config.caption, self._texts)

@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Literal, Protocol
 from datamodules.io.annotations import Counts, Official, SourceError
 
 Task = Literal["choice", "open", "vocabulary", "rank_texts", "rank_clips"]
-"""``choice``: which of the item's options. ``open``: a short answer in words. ``vocabulary``: which of the benchmark's
-texts answers the item's question. ``rank_texts``: how well every one of the benchmark's texts describes the clip.
-``rank_clips``: which of the item's clips its text describes."""
+"""``choice``: choose one of the sample's options. ``open``: answer in a few words. ``vocabulary``: choose one of the
+benchmark's candidates as the answer. ``rank_texts``: rank the benchmark's candidates as descriptions of the clip.
+``rank_clips``: choose the clip that the sample's text describes."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Pictures of an item.
+    """Pictures of a sample.
 
     Attributes:
         video: file below the benchmark's folder of videos.
@@ -33,7 +33,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Item:
+class Sample:
     """One thing that is asked.
 
     Attributes:
@@ -42,7 +42,7 @@ class Item:
         text: the question; the text whose clip is sought; "" in ``rank_texts``.
         options: of a ``choice``, in the order in which they are shown.
         answer: number of the right option or clip, or the answer's words; None where it is hidden or not one thing.
-        groups: names of the sub-scores that the item counts in, such as ``intra`` or ``direct``.
+        groups: names of the sub-scores that the sample counts in, such as ``intra`` or ``direct``.
         labels: what relevance is computed from in ``rank_texts``, as JSON: Charades-Ego ``{"classes": [3, 77]}``, MIR
             ``{"verb": 0, "nouns": [2, 5]}``.
     """
@@ -57,13 +57,13 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Text:
+class Candidate:
     """A candidate of ``vocabulary`` or ``rank_texts``.
 
     Attributes:
         text: the words.
-        labels: as those of an item; Charades-Ego ``{"class": 3}``.
-        of: id of the item that it was written for; "" for none.
+        labels: as those of a sample; Charades-Ego ``{"class": 3}``.
+        of: id of the sample that it was written for; "" for none.
     """
 
     text: str
@@ -85,28 +85,28 @@ class Benchmark(Protocol):
     videos: Path
 
     def official(self) -> Mapping[str, Official]:
-        """Known numbers of what ``read`` counts, and of ``items`` and ``texts``."""
+        """Known numbers of what ``read`` counts, and of ``samples`` and ``candidates``."""
 
-    def read(self, counts: Counts) -> Iterator[Item | SourceError]:
-        """Every item in the order of the file; a row that is wrong is given as its error.
+    def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
+        """Every sample in the order of the file; a row that is wrong is given as its error.
 
         Raises:
             SourceError: a file is missing or none of its rows can be read.
         """
 
-    def texts(self) -> Sequence[Text]:
-        """Candidates that all items share; none for ``choice``, ``open`` and ``rank_clips``."""
+    def candidates(self) -> Sequence[Candidate]:
+        """Candidates that all samples share; none for ``choice``, ``open`` and ``rank_clips``."""
 
-    def fast(self, items: Sequence[Item], texts: Sequence[Text]) -> tuple[list[Item], list[Text]]:
+    def fast(self, samples: Sequence[Sample], candidates: Sequence[Candidate]) -> tuple[list[Sample], list[Candidate]]:
         """A fixed part for curves while training (and its candidates), drawn by a seed that never changes."""
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
         """What a reader of the scores should know, given what ``read`` counted."""
 
-    def submission(self, items: Sequence[Item], predictions: Mapping[str, int]) -> dict[str, str]:
+    def submission(self, samples: Sequence[Sample], predictions: Mapping[str, int]) -> dict[str, str]:
         """Files that the authors' server takes, by name; none where it has none.
 
         Args:
-            items: all of the benchmark.
+            samples: all of the benchmark.
             predictions: number of the option chosen, for each of them.
         """
