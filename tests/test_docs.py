@@ -1,0 +1,84 @@
+"""README and docs: commands, links and code in them exist, and the README stays short."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXAMPLES = sorted((ROOT / "tests" / "examples").glob("*.*"))
+
+
+def read(page):
+    return page.read_text(encoding="utf-8")
+
+
+def anchors(page):
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", read(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def code_blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", read(page), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_is_short():
+    text = read(ROOT / "README.md")
+    assert len(text.splitlines()) < 200
+    assert len(text.split()) <= 1600
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_exist(page):
+    makefile = read(ROOT / "Makefile")
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split())
+    if page.name == "CHANGELOG.md":
+        return  # names commands of the past
+    for command in re.findall(r"(?:^|`)make ([^`\n#]+)", read(page), re.MULTILINE):
+        words = [word for word in re.sub(r'"[^"]*"', "", command).split() if "=" not in word]
+        assert set(words) <= targets, f"{page.name}: make {command}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_experiments_exist(page):
+    if page.name == "CHANGELOG.md":
+        return
+    for name in re.findall(r"EXPERIMENT=([\w/]+)", read(page)):
+        assert (ROOT / "experiments" / name).is_dir(), f"{page.name}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_imports_in_code_exist(page):
+    for block in code_blocks(page, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert hasattr(module, alias.name), f"{page.name}: {node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_the_guide_shows_the_examples(example):
+    language = {".py": "python", ".yaml": "yaml"}[example.suffix]
+    code = read(example)
+    blocks = [textwrap.dedent(block) for block in code_blocks(ROOT / "docs" / "extending.md", language)]
+    assert code in blocks, f"docs/extending.md has no block equal to {example.name}"
