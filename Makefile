@@ -25,7 +25,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-clips bench-step bench-egobench bench-index bench-mix clean
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mix clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -132,6 +132,9 @@ format: $(VENV)/installed ## let ruff rewrite
 
 bench: $(VENV)/installed $(TOY) ## measure memory of the loss, clip reading and training steps
 	$(PYTHON) tests/bench/bench_steps.py
+
+bench-gpu: $(VENV)/installed ## measure each stage's full-size training step on one GPU, ARGS=--smoke for tiny sizes on a CPU
+	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONPATH=. $(PYTHON) tests/bench/bench_gpu.py $(ARGS)
 
 bench-clips: $(VENV)/installed ## measure clip reading against other readers, pip install '.[bench]' for all of them
 	$(PYTHON) tests/bench/bench_clips.py $(ARGS)

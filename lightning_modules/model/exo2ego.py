@@ -214,9 +214,14 @@ class Exo2EgoModel(nn.Module):
         modules = [part for part in self.parts if part != "lora"]
         return {part: self.get_submodule(part).blocks() for part in modules}  # type: ignore[operator]
 
-    def checkpoint_activations(self) -> None:
-        """Keep only the input of every block for the backward pass, and compute the rest anew there; same results."""
-        for block in chain.from_iterable(self.blocks().values()):
+    def checkpoint_activations(self, parts: Collection[str] | None = None) -> None:
+        """Keep only the input of a block for the backward pass and recompute the rest there; results stay the same.
+
+        Args:
+            parts: the parts whose blocks do so; all by default.
+        """
+        chosen = [blocks for part, blocks in self.blocks().items() if parts is None or part in parts]
+        for block in chain.from_iterable(chosen):
             block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
 
     def project(self, *features: Tensor) -> Tensor:

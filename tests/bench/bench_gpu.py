@@ -1,0 +1,479 @@
+"""Measure the training step of each stage at full size on one GPU: ``make bench-gpu``.
+
+Weights are random and clips are synthetic, so nothing is downloaded; the step itself is the one of a run: the stage's
+own ``training_step`` and optimiser under a ``lightning.Trainer`` in bfloat16. Every case prints milliseconds, TFLOP/s,
+MFU (useful operations as ``make plan`` counts them, recomputation excluded, over the card's dense bfloat16 peak), peak
+memory next to the plan's, and the time of forward, backward and optimiser. A profile of one step of each stage follows,
+by kind of kernel. Results go to standard output as Markdown and to ``--out`` as JSON, after every case, so that a run
+that is cut short keeps what it measured.
+
+``--smoke`` runs the same on a CPU with the tiny network of the default experiment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import math
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
+from lightning_modules.cli import stage_only
+from lightning_modules.config import compose
+from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
+from lightning_modules.plan import PlanConfig, plan_stage
+from lightning_modules.stages.base import Stage
+from lightning_modules.validation.report import markdown_table
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "A800": 312.0}
+"""Dense bfloat16 peak of a card, by a word of its name."""
+WARMUP_STEPS, STEPS = 2, 4
+FAMILIES = {
+    "attention": ("flash", "fmha", "attention"),
+    "convolution": ("conv", "cudnn", "wgrad", "dgrad", "implicit"),
+    "matrix product": ("gemm", "nvjet", "cutlass", "xmma"),
+    "normalisation": ("norm", "reduce"),
+    "optimiser": ("multi_tensor", "adam"),
+    "copy": ("memcpy", "memset", "copy", "cat", "gather", "scatter", "index"),
+}
+"""Kinds of kernels by a part of their names, the first match counts; all others are elementwise."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measured configuration.
+
+    Attributes:
+        stage: name of the stage.
+        experiment: folder in ``experiments``.
+        micro_batch: samples in a step.
+        checkpointing: parts whose blocks recompute their activations in the backward pass.
+        compiled: parts whose blocks are compiled with ``torch.compile``.
+    """
+
+    stage: str
+    experiment: str
+    micro_batch: int
+    checkpointing: tuple[str, ...]
+    compiled: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Short name for tables."""
+        recomputed = "all" if set(self.checkpointing) >= set(BLOCKS) else ", ".join(self.checkpointing) or "none"
+        mode = "compiled" if self.compiled else "eager"
+        return f"{self.experiment} {self.stage} | {self.micro_batch} | {mode} | {recomputed}"
+
+
+BLOCKS = ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model")
+"""Parts that have repeated blocks."""
+
+
+class SyntheticClips(Dataset[ClipBatch]):
+    """The same synthetic micro-batch again and again, in fresh host tensors, as a loader would deliver it.
+
+    Args:
+        micro_batch: B.
+        num_frames: T.
+        size: side of a frame in pixels.
+        vocab_size: of the language model.
+        assumed: text length L and number of supervised tokens M; texts of the batch have lengths from 3/4 L to L.
+        length: number of batches.
+    """
+
+    def __init__(
+        self, micro_batch: int, num_frames: int, size: int, vocab_size: int, assumed: PlanConfig, length: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (micro_batch, num_frames, size, size, 3)
+        self.length = length
+        self.video = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        columns = assumed.text_tokens + 1  # the placeholder takes one
+        self.ids = torch.randint(3, vocab_size, (micro_batch, columns), generator=generator)
+        self.ids[:, 4] = VIDEO_TOKEN_ID
+        lengths = torch.linspace(columns, 0.75 * columns, micro_batch).long()
+        position = torch.arange(columns)[None]
+        self.mask = position < lengths[:, None]
+        supervised = self.mask & (position >= lengths[:, None] - assumed.label_tokens)
+        self.labels = self.ids.where(supervised, IGNORE_INDEX)
+        self.ids = self.ids.where(self.mask, 0)
+        self.prompt = self.ids[0, : columns - assumed.label_tokens].clone()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> ClipBatch:
+        if index >= self.length:
+            raise IndexError(index)
+        text = TextBatch(self.ids.clone(), self.mask.clone(), self.labels.clone())
+        names = [str(row) for row in range(len(self.ids))]
+        tokens = float((self.labels != IGNORE_INDEX).sum())
+        return ClipBatch(names, text, tokens, self.video.clone(), self.video.flip(1), prompt=self.prompt.clone())
+
+
+class StepTimer(L.Callback):
+    """Clocks the phases of every optimiser step after the warm-up; waits for the device at each border."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, list[float]] = defaultdict(list)
+        self.last = 0.0
+
+    def _mark(self, phase: str | None, trainer: L.Trainer) -> None:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if phase is not None and trainer.global_step >= WARMUP_STEPS:
+            self.phases[phase].append(1e3 * (now - self.last))
+        self.last = now
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Begin the forward pass."""
+        if trainer.global_step == WARMUP_STEPS and trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._mark(None, trainer)
+
+    def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        """End the forward pass."""
+        self._mark("forward", trainer)
+
+    def on_after_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        """End the backward pass."""
+        self._mark("backward", trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """End the optimiser step; the Trainer has already counted it."""
+        if trainer.global_step > WARMUP_STEPS:
+            self._mark("optimiser", trainer)
+
+    @property
+    def step_ms(self) -> float:
+        """Median time of a step."""
+        steps = zip(*self.phases.values(), strict=False)
+        return statistics.median(sum(step) for step in steps)
+
+
+class PartClock:
+    """Clocks the forward pass of every part of the model on the device, without waiting for it.
+
+    Args:
+        model: its parts are hooked.
+    """
+
+    def __init__(self, model: Exo2EgoModel) -> None:
+        self.events: dict[str, list[torch.cuda.Event]] = defaultdict(list)
+        for part in model.parts:
+            if part != "lora":
+                module = model.get_submodule(part)
+                if part == "language_model":
+                    module = model.language_model.causal_lm.get_decoder()
+                module.register_forward_pre_hook(self._hook(part))
+                module.register_forward_hook(self._hook(part))
+
+    def _hook(self, part: str) -> Any:
+        def record(*_: Any) -> None:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.events[part].append(event)
+
+        return record
+
+    def step_ms(self, steps: int) -> dict[str, float]:
+        """Return the forward milliseconds of a step by part, averaged over all steps."""
+        torch.cuda.synchronize()
+        times = {}
+        for part, events in self.events.items():
+            begins, ends = events[0::2], events[1::2]
+            spent = [begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]
+            calls = len(spent) // steps
+            times[part] = sum(spent[WARMUP_STEPS * calls :]) / (steps - WARMUP_STEPS)
+        return times
+
+
+class StepProfile(L.Callback):
+    """Profiles the last step by kind of kernel; ``shares`` maps kinds to their part of the device's time."""
+
+    def __init__(self) -> None:
+        self.shares: dict[str, float] = {}
+        self.top: list[tuple[str, float]] = []
+        self._profile: profile | None = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start with the last step."""
+        if batch_idx == WARMUP_STEPS + STEPS and trainer.strategy.root_device.type == "cuda":
+            self._profile = profile(activities=[ProfilerActivity.CUDA])
+            self._profile.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Sum the kernels' times."""
+        if self._profile is None:
+            return
+        torch.cuda.synchronize()
+        self._profile.stop()
+        times: dict[str, float] = defaultdict(float)
+        kernels: dict[str, float] = defaultdict(float)
+        for event in self._profile.key_averages():
+            times[kernel_family(event.key)] += event.self_device_time_total
+            kernels[event.key] += event.self_device_time_total
+        total = sum(times.values()) or 1.0
+        self.shares = {kind: spent / total for kind, spent in sorted(times.items(), key=lambda pair: -pair[1])}
+        slowest = sorted(kernels.items(), key=lambda pair: -pair[1])[:14]
+        self.top = [(name[:110], spent / total) for name, spent in slowest]
+        self._profile = None
+
+
+def kernel_family(name: str) -> str:
+    """Return the kind of a kernel by its name."""
+    lowered = name.lower()
+    for family, words in FAMILIES.items():
+        if any(word in lowered for word in words):
+            return family
+    return "elementwise"
+
+
+def configuration(case: Case, smoke: bool) -> dict[str, Any]:
+    """Compose a case's experiment for one device; its weights start at random."""
+    hardware = ["trainer.num_nodes=1", "trainer.devices=1", "trainer.strategy=auto", "plan.samples=null"]
+    tiny = ["network.language_model.overrides.vocab_size=512"]  # no tokenizer is read
+    config = compose(EXPERIMENTS / case.experiment, case.stage, tiny if smoke else hardware)
+    arguments = config["model"]["init_args"]
+    arguments["init"] = {}
+    config["data"]["init_args"] |= {"micro_batch_size": case.micro_batch, "global_batch_size": case.micro_batch}
+    config["trainer"]["accumulate_grad_batches"] = 1
+    return config
+
+
+def planned(case: Case, smoke: bool) -> dict[str, float]:
+    """Count what one sample and one step of a case should take; runs in a process of its own."""
+    torch.set_num_threads(1)
+    config = configuration(case, smoke)
+    stage = stage_only(config)
+    plan = plan_stage(config, stage)
+    return {"flops": plan.flops, "plan_gib": plan.needed(case.micro_batch, bool(case.checkpointing)) / 2**30}
+
+
+@torch.no_grad()
+def random_model(stage: Stage, device: torch.device) -> None:
+    """Build the stage's model directly on the device with random weights of a usual size, frozen parts in bfloat16."""
+    model = Exo2EgoModel(stage.network, stage.vocab_size, stage.uses, empty=PARTS)
+    model.language_model.restore_buffers()
+    done: set[int] = set()
+    for unit in model.units():
+        for part in model.parts:
+            trained = part in stage.trained
+            parameters = model.allocate(part, unit, torch.float32 if trained else stage.frozen_dtype, device, done)
+            for name, parameter in parameters.items():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=0.02)
+                else:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.requires_grad_(trained)
+        done |= {id(parameter) for parameter in unit.parameters()}
+    stage.attach(model)
+    stage.train()
+
+
+def measure(case: Case, smoke: bool, traced: bool) -> dict[str, Any]:
+    """Run one case through the Trainer and return its row."""
+    config = configuration(case, smoke)
+    stage = stage_only(config)
+    device = torch.device("cpu" if smoke else "cuda")
+    stage.__dict__["tokenizer"] = SimpleNamespace(eos_token_id=2)  # only the end of an answer is asked of it
+    random_model(stage, device)
+    for part, blocks in stage.model.blocks().items():
+        if part in case.compiled:
+            compile_blocks(blocks)
+    stage.model.checkpoint_activations(case.checkpointing)
+    clips, assumed = config["clips"], PlanConfig(**(config.get("plan") or {}))
+    length = WARMUP_STEPS + STEPS + traced
+    data = SyntheticClips(case.micro_batch, clips["num_frames"], clips["image_size"], stage.vocab_size, assumed, length)
+    loader: DataLoader[ClipBatch] = DataLoader(data, batch_size=None, collate_fn=lambda batch: batch)
+    timer, trace = StepTimer(), StepProfile()
+    trainer = L.Trainer(
+        accelerator=device.type,
+        devices=1,
+        precision="32-true" if smoke else "bf16-mixed",
+        max_steps=length,
+        gradient_clip_val=1.0,
+        callbacks=[timer, trace],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+    )
+    clock = None if smoke else PartClock(stage.model)
+    trainer.fit(stage, loader)
+    peak = 0.0 if smoke else torch.cuda.max_memory_allocated() / 2**30
+    row = {"case": asdict(case), "step_ms": timer.step_ms, "peak_gib": peak, "kernels": trace.shares, "top": trace.top}
+    row |= {f"{phase}_ms": statistics.median(times) for phase, times in timer.phases.items()}
+    row["parts_forward_ms"] = clock.step_ms(length) if clock else {}
+    row["loss"] = float(stage.step_log["train/loss"])
+    return row
+
+
+def compile_blocks(blocks: list[nn.Module]) -> None:
+    """Compile the forward of every block; blocks of one class share their compiled code."""
+    for block in blocks:
+        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+
+
+def full_size_cases() -> list[Case]:
+    """Return the cases in the order of their worth: each stage as it runs, then one lever after another."""
+    one = Case("stage1", "exo2ego_7b", 8, BLOCKS)
+    two = Case("stage2", "exo2ego_7b", 4, BLOCKS)
+    three = Case("stage3", "exo2ego_7b", 4, BLOCKS)
+    return [
+        one,
+        two,
+        three,
+        replace(one, compiled=BLOCKS),
+        replace(two, compiled=BLOCKS),
+        replace(three, compiled=BLOCKS),
+        replace(one, checkpointing=("exo_encoder", "language_model")),
+        replace(three, micro_batch=2, checkpointing=("ego_encoder", "language_model")),
+        replace(two, experiment="exo2ego_7b_answer_kl"),
+        replace(one, micro_batch=16),
+    ]
+
+
+def smoke_cases() -> list[Case]:
+    """Return the same kinds of cases for the network of the default experiment."""
+    one = Case("stage1", "toy", 2, BLOCKS)
+    return [one, replace(one, stage="stage2"), replace(one, stage="stage3", checkpointing=("language_model",))]
+
+
+def described(row: dict[str, Any], plan: dict[str, float] | None, peak_tflops: float | None) -> dict[str, Any]:
+    """Add rates and the plan's numbers to a measured row."""
+    if plan is None:
+        return row
+    tflops = plan["flops"] * row["case"]["micro_batch"] / row["step_ms"] / 1e9
+    return row | plan | {"tflops": tflops, "mfu": None if peak_tflops is None else tflops / peak_tflops}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of all rows."""
+    measures = ["ms", "forward", "backward", "optimiser", "TFLOP/s", "MFU %", "GiB", "GiB planned"]
+    lines = [["stage", "micro-batch", "mode", "recomputed", *measures]]
+    for row in rows:
+        case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["case"].items()})
+        if "error" in row:
+            lines.append([*case.title.split(" | "), row["error"], *[""] * (len(measures) - 1)])
+            continue
+        phases = [row.get(f"{phase}_ms", math.nan) for phase in ("forward", "backward", "optimiser")]
+        mfu = row.get("mfu")
+        lines.append(
+            [
+                *case.title.split(" | "),
+                *(f"{number:,.0f}" for number in (row["step_ms"], *phases)),
+                f"{row['tflops']:.1f}" if "tflops" in row else "",
+                "" if mfu is None else f"{100 * mfu:.1f}",
+                f"{row['peak_gib']:.1f}",
+                f"{row['plan_gib']:.1f}" if "plan_gib" in row else "",
+            ]
+        )
+    return markdown_table(lines)
+
+
+def profiles(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line on where a step's device time goes for each profiled row."""
+    for row in rows:
+        if row.get("kernels"):
+            shares = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in row["kernels"].items())
+            yield f"{row['case']['stage']} ({'compiled' if row['case']['compiled'] else 'eager'}): {shares}"
+
+
+def matrix_tflops(device: torch.device) -> float:
+    """Measure what the card gives for a large bfloat16 matrix product, in TFLOP/s."""
+    left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        left @ right
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(10):
+        left @ right
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (time.perf_counter() - began) / 1e12
+
+
+def main() -> None:
+    """Measure all cases within the time limit, print and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
+    parser.add_argument("--seconds", type=float, default=240, help="start no case after this time (default 240)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_gpu.json"), help="file for the results")
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+    torch._dynamo.config.cache_size_limit = 64  # blocks of several shapes are compiled one after another
+    began = time.perf_counter()
+    name = "CPU" if options.smoke else torch.cuda.get_device_name()
+    peak = next((tflops for word, tflops in PEAK_TFLOPS.items() if word in name), None)
+    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "rows": []}
+    if not options.smoke:
+        result["matrix_product_tflops"] = matrix_tflops(torch.device("cuda"))
+        print(f"{name}: 8192 x 8192 x 8192 in bfloat16 at {result['matrix_product_tflops']:.0f} TFLOP/s")
+    cases = smoke_cases() if options.smoke else full_size_cases()
+    plans: dict[Case, Future[dict[str, float]]] = {}
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(1 if options.smoke else 3, get_context("spawn")) as pool:
+        for case in dict.fromkeys(plain(case) for case in cases):
+            plans[case] = pool.submit(planned, case, options.smoke)
+        for case in cases:
+            if time.perf_counter() - began > options.seconds:
+                print(f"time is up: not measured: {case.title}")
+                continue
+            traced = not options.smoke and case.micro_batch == plain(case).micro_batch
+            try:
+                rows.append(measure(case, options.smoke, traced))
+            except torch.cuda.OutOfMemoryError as error:
+                rows.append({"case": asdict(case), "error": f"out of memory ({str(error).split('.')[0]})"})
+            gc.collect()
+            torch.cuda.empty_cache()
+            spent = time.perf_counter() - began
+            print(f"{spent:5.0f} s: {case.title}: {rows[-1].get('step_ms', math.nan):,.0f} ms a step", flush=True)
+            result["rows"] = rows
+            write(options.out, result)
+        result["rows"] = [
+            described(row, plans[plain(case)].result(), peak) if "error" not in row else row
+            for row, case in zip(rows, cases, strict=False)
+        ]
+    write(options.out, result)
+    print(table(result["rows"]))
+    print("\n".join(profiles(result["rows"])))
+
+
+def plain(case: Case) -> Case:
+    """Return what the plan of a case depends on."""
+    return replace(case, compiled=())
+
+
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Replace the JSON file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{file.name}.{os.getpid()}")
+    new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, file)
+
+
+if __name__ == "__main__":
+    main()
