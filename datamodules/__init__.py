@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from datamodules.egoit.instruction import InstructionDataModule
     from datamodules.egoit.mix import MixConfig, MixSource
     from datamodules.text import TextEncoder
-    from datamodules.video.reader import ClipDecodeError, ClipReader, read_views
+    from datamodules.video.errors import ClipDecodeError
+    from datamodules.video.reader import ClipReader
+    from datamodules.video.sampling import read_views
 
 __all__ = [
     "Assembly101",
@@ -51,7 +53,9 @@ _MODULES = {
     "ego_exo_clip.assembly101": ("Assembly101",),
     "batch": ("ClipBatch", "Question", "QuestionBatch", "TextBatch"),
     "ego_exo_clip.build": ("BuildOptions", "build_index"),
-    "video.reader": ("ClipDecodeError", "ClipReader", "read_views"),
+    "video.errors": ("ClipDecodeError",),
+    "video.reader": ("ClipReader",),
+    "video.sampling": ("read_views",),
     "clips.dataset": ("ClipConfig", "ClipDataModule"),
     "egoit.datamodule": ("ConversationFile",),
     "ego_exo_clip.ego_exo4d": ("EgoExo4D",),

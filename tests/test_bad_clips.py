@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import signal
 import threading
@@ -29,7 +30,8 @@ from datamodules.clips.dataset import (
     TooManyCorrupt,
 )
 from datamodules.text import TextEncoder
-from datamodules.video.reader import ClipReader, NotAVideo, TimedOut
+from datamodules.video.errors import NotAVideo, TimedOut
+from datamodules.video.reader import ClipReader
 from lightning_modules.callbacks.throughput import TrainingMonitor
 
 SIDE = 96
@@ -306,13 +308,30 @@ def test_a_clip_that_does_not_open_is_masked_in_time(whole, blocked, toy_tokeniz
     assert "blocked.mp4 [0.000, 1.000) s: no answer within 0.3 s" in batch.corrupt[0]
 
 
-def test_a_time_limit_leaves_no_threads_and_no_open_files(whole, blocked):
+def test_the_thread_of_a_time_limit_ends_with_its_reader_and_is_not_used_after_a_fork(whole):
+    reader = ClipReader(timeout_s=5.0)
+    first = reader.read(whole, [0.55], SIDE)
+    thread = next(thread for thread in threading.enumerate() if thread.name == "clip reader")
+    process = multiprocessing.get_context("fork").Process(target=reader.read, args=(whole, [0.55], SIDE))
+    process.start()
+    process.join(20.0)
+    assert process.exitcode == 0
+    assert numbers_on(first) == numbers_on(reader.read(whole, [0.55], SIDE)) == [5]
+    del reader
+    thread.join(5.0)
+    assert not thread.is_alive()
+
+
+def test_a_time_limit_costs_one_thread_and_leaves_none_and_no_open_files(whole, blocked):
     threads, descriptors = set(threading.enumerate()), len(os.listdir("/proc/self/fd"))
     reader = ClipReader(timeout_s=5.0)
     for number in range(50):
         assert numbers_on(reader.read(whole, [number % 12 / 10 + 0.05], SIDE)) == [number % 12]
-    assert set(threading.enumerate()) <= threads  # of other tests, some may end meanwhile
+    (thread,) = set(threading.enumerate()) - threads
+    assert thread.name == "clip reader"
     reader.close()
+    thread.join(5.0)
+    assert not thread.is_alive()
     assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 

@@ -22,22 +22,19 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image
 
-from datamodules.video.reader import (
-    PAD_RGB,
-    Clip,
+from datamodules.video.convert import PAD_RGB, Fit
+from datamodules.video.errors import (
     ClipDecodeError,
-    ClipReader,
     Damaged,
     EmptySpan,
     FileMissing,
-    Fit,
     NotAVideo,
     NoVideoStream,
     SpanOutsideFile,
-    probe,
-    read_views,
-    segment_midpoints,
 )
+from datamodules.video.probe import probe
+from datamodules.video.reader import Clip, ClipReader
+from datamodules.video.sampling import read_views, segment_midpoints
 
 FPS = 10
 BITS = 12  # 4 columns by 3 rows of blocks, lowest bit first
@@ -45,7 +42,7 @@ SIDE = 96
 
 
 def painted(number: int, width: int, height: int) -> np.ndarray:
-    """Uint8 [height, width, 3] picture that shows ``number`` as 4 x 3 blocks, over a faint moving texture."""
+    """Uint8 [height, width, 3] image that shows ``number`` as 4 x 3 blocks, over a faint moving texture."""
     bits = np.array([(number >> bit) & 1 for bit in range(BITS)]).reshape(3, 4)
     rows, columns = np.arange(height) * 3 // height, np.arange(width) * 4 // width
     texture = (np.arange(width)[None, :] * 3 + np.arange(height)[:, None] * 5 + number * 11) % 40
@@ -53,11 +50,11 @@ def painted(number: int, width: int, height: int) -> np.ndarray:
     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def number_on(picture: np.ndarray) -> int:
-    """Read the number from a picture of any size that shows the whole frame."""
-    height, width = picture.shape[:2]
+def number_on(image: np.ndarray) -> int:
+    """Read the number from a image of any size that shows the whole frame."""
+    height, width = image.shape[:2]
     rows, columns = (np.arange(3) * 2 + 1) * height // 6, (np.arange(4) * 2 + 1) * width // 8
-    bits = picture[rows[:, None], columns[None, :]].mean(axis=-1) > 128
+    bits = image[rows[:, None], columns[None, :]].mean(axis=-1) > 128
     return int((bits.ravel() * (1 << np.arange(BITS))).sum())
 
 
@@ -117,20 +114,20 @@ def make_edit_list_video(path: Path) -> Path:
 
 
 def decode_all(path: Path) -> tuple[list[float], list[np.ndarray]]:
-    """Times (s, 0 = first) and unscaled RGB pictures of a plain decode from start to end."""
-    times_s, pictures = [], []
+    """Times (s, 0 = first) and unscaled RGB images of a plain decode from start to end."""
+    times_s, images = [], []
     reformatter = VideoReformatter()
     with av.open(str(path)) as container:
         stream = next(s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
         stream.codec_context.thread_type = "NONE"
         for frame in container.decode(stream):
             times_s.append(float(frame.pts * frame.time_base))
-            pictures.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
-    return [time_s - times_s[0] for time_s in times_s], pictures
+            images.append(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
+    return [time_s - times_s[0] for time_s in times_s], images
 
 
 def make_covered_video(path: Path) -> Path:
-    """A video with a cover picture, which is a video stream of its own."""
+    """A video with a cover image, which is a video stream of its own."""
     source = make_video(path.with_suffix(".source.mp4"))
     with av.open(str(source)) as old, av.open(str(path), "w") as new:
         cover = new.add_stream("mjpeg", rate=FPS)
@@ -185,8 +182,8 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_frames_are_those_of_a_full_sequential_decode(kind: str, tmp_path: Path) -> None:
     path = KINDS[kind](tmp_path)
-    times_s, pictures = decode_all(path)
-    numbers = [number_on(picture) for picture in pictures]
+    times_s, images = decode_all(path)
+    numbers = [number_on(image) for image in images]
     first = {"edit_list": 5}.get(kind, 0)
     assert numbers == list(range(first, first + len(numbers)))  # the reference itself, read from the pixels
     reader = ClipReader()
@@ -199,14 +196,14 @@ def test_frames_are_those_of_a_full_sequential_decode(kind: str, tmp_path: Path)
         middles_s = [(times_s[i] + ends_s[i]) / 2 for i in picks]
         clip = reader.read(path, middles_s, SIDE, "squash")
         assert numbers_on(clip) == [numbers[i] for i in picks]
-        assert np.array_equal(clip.frames.numpy(), np.stack([pictures[i] for i in picks]))
+        assert np.array_equal(clip.frames.numpy(), np.stack([images[i] for i in picks]))
         assert clip.times_s == pytest.approx([times_s[i] for i in picks], abs=1e-4)
         if kind != "variable_rate":
             assert clip.frame_numbers.tolist() == picks.tolist()
 
 
 @pytest.mark.parametrize("kind", ["open_gop", "hevc_open_gop"])
-def test_files_with_open_groups_have_pictures_that_look_behind_their_key_frame(kind: str, tmp_path: Path) -> None:
+def test_files_with_open_groups_have_frames_that_refer_behind_their_key_frame(kind: str, tmp_path: Path) -> None:
     with av.open(str(KINDS[kind](tmp_path))) as container:
         packets = [packet for packet in container.demux(video=0) if packet.pts is not None]
     keys = [i for i, packet in enumerate(packets) if packet.is_keyframe]
@@ -242,16 +239,16 @@ def test_a_time_on_a_boundary_rounded_down_gives_the_frame_that_begins_there(tmp
 
 def test_midpoints_of_equal_parts() -> None:
     assert segment_midpoints(2.0, 4.0, 4).tolist() == [2.25, 2.75, 3.25, 3.75]
-    with pytest.raises(ValueError, match="num_frames is 0"):
+    with pytest.raises(ValueError, match="num_frames: got 0, allowed: 1 or more"):
         segment_midpoints(0.0, 1.0, 0)
 
 
 def red_green_blue(number: int, width: int, height: int) -> np.ndarray:
     """Uint8 [height, width, 3] with a red left, green middle and blue right third, darkening downwards."""
-    picture = np.zeros((height, width, 3), np.uint8)
+    image = np.zeros((height, width, 3), np.uint8)
     for channel in range(3):
-        picture[:, channel * width // 3 : (channel + 1) * width // 3, channel] = 200
-    return picture
+        image[:, channel * width // 3 : (channel + 1) * width // 3, channel] = 200
+    return image
 
 
 @pytest.mark.parametrize("size", [64, 63])
@@ -265,8 +262,8 @@ def test_geometry_of_pad_crop_and_squash(size: int, tmp_path: Path) -> None:
     top = {64: 16, 63: 15}[size]  # 192 x 96 becomes 64 x 32 or 63 x 31.5, rounded to 32; an odd row goes below
     assert (pad[:top] == fill).all() and (pad[top + 32 :] == fill).all()
     assert not (pad[top : top + 32] == fill).all(axis=-1).any()
-    for picture in (pad[top : top + 32], squash):
-        thirds = [picture[:, round((k + 0.5) * size / 3)].mean(axis=0) for k in range(3)]
+    for image in (pad[top : top + 32], squash):
+        thirds = [image[:, round((k + 0.5) * size / 3)].mean(axis=0) for k in range(3)]
         assert [int(third.argmax()) for third in thirds] == [0, 1, 2]
         assert all(abs(third.max() - 200) < 12 for third in thirds)
     # the central 96 of 192 columns: 16 red, 64 green, 16 blue, so at 64 pixels a side 10.67, 42.67 and 10.67
@@ -282,8 +279,8 @@ def test_portrait_is_padded_left_and_right_and_cut_at_top_and_bottom(tmp_path: P
     assert (pad[:, :16] == PAD_RGB).all() and (pad[:, 64:] == PAD_RGB).all()
     assert number_on(pad[:, 16:64]) == 5
     crop = reader.read(path, [0.55], 96, "crop").frames[0].numpy()
-    _, pictures = decode_all(path)
-    assert np.array_equal(crop, pictures[5][32:128])
+    _, images = decode_all(path)
+    assert np.array_equal(crop, images[5][32:128])
 
 
 def test_a_frame_already_square_is_the_same_under_every_fit(tmp_path: Path) -> None:
@@ -438,9 +435,9 @@ def test_a_cut_file_of_any_container_gives_right_frames_or_an_error(
     assert set(range(30, 40)) <= set(refused)
 
 
-def test_damaged_bytes_never_give_a_wrong_picture(tmp_path: Path) -> None:
+def test_damaged_bytes_never_give_a_wrong_frame(tmp_path: Path) -> None:
     whole = make_video(tmp_path / "whole.mp4", 60, gop=12)
-    times_s, pictures = decode_all(whole)
+    times_s, images = decode_all(whole)
     data = bytearray(whole.read_bytes())
     with av.open(str(whole)) as container:
         packets = [p for p in container.demux(video=0) if p.pos is not None and p.size]
@@ -460,14 +457,14 @@ def test_damaged_bytes_never_give_a_wrong_picture(tmp_path: Path) -> None:
             refused.append(number)
             assert str(path) in str(error)
         else:
-            assert np.array_equal(clip.frames[0].numpy(), pictures[number])
+            assert np.array_equal(clip.frames[0].numpy(), images[number])
     assert refused and set(refused) <= set(range(22, 37))
 
 
 @pytest.mark.parametrize(("codec", "options"), [("libx264", {}), ("libx265", {"x265-params": X265})])
-def test_a_block_that_was_never_written_is_no_picture(codec: str, options: dict[str, str], tmp_path: Path) -> None:
+def test_a_block_that_was_never_written_is_no_frame(codec: str, options: dict[str, str], tmp_path: Path) -> None:
     whole = make_video(tmp_path / "whole.mp4", 36, gop=12, codec=codec, codec_options=options)
-    _, pictures = decode_all(whole)
+    _, images = decode_all(whole)
     with av.open(str(whole)) as container:
         packets = [p for p in container.demux(video=0) if p.pos is not None and p.size]
     numbers = [round(float(packet.pts * packet.time_base) * FPS) for packet in packets]
@@ -482,7 +479,7 @@ def test_a_block_that_was_never_written_is_no_picture(codec: str, options: dict[
         reader.read(path, [numbers[at] / FPS + 0.05], SIDE, "squash")
     for number in [*range(12), *range(24, 36)]:  # the other groups
         clip = reader.read(path, [number / FPS + 0.05], SIDE, "squash")
-        assert np.array_equal(clip.frames[0].numpy(), pictures[number])
+        assert np.array_equal(clip.frames[0].numpy(), images[number])
 
 
 def test_open_files_stay_within_the_cache_and_recover_from_errors(tmp_path: Path) -> None:
@@ -541,11 +538,11 @@ def test_probe_reports_the_header(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# folders of pictures
+# folders of images
 
 
-def make_pictures(folder: Path, num_frames: int = 40, suffix: str = ".png", width: int = SIDE) -> Path:
-    """Pictures named as OpenEQA names them, with depth beside them."""
+def make_images(folder: Path, num_frames: int = 40, suffix: str = ".png", width: int = SIDE) -> Path:
+    """Images named as OpenEQA names them, with depth images next to them."""
     folder.mkdir()
     for number in range(num_frames):
         Image.fromarray(painted(number, width, SIDE)).save(folder / f"{number:06d}-rgb{suffix}", quality=95)
@@ -554,8 +551,8 @@ def make_pictures(folder: Path, num_frames: int = 40, suffix: str = ".png", widt
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_a_folder_of_pictures_is_a_video_of_thirty_frames_per_second(suffix: str, tmp_path: Path) -> None:
-    folder = make_pictures(tmp_path / "scan", suffix=suffix)
+def test_a_folder_of_images_is_a_video_of_thirty_frames_per_second(suffix: str, tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "scan", suffix=suffix)
     info = probe(folder)
     assert (info.width, info.height, info.fps, info.num_frames, info.duration_s) == (SIDE, SIDE, 30.0, 40, 40 / 30)
     reader = ClipReader()
@@ -569,19 +566,19 @@ def test_a_folder_of_pictures_is_a_video_of_thirty_frames_per_second(suffix: str
 
 
 @pytest.mark.parametrize("fit", ["pad", "crop", "squash"])
-def test_pictures_are_made_square_like_those_of_videos(fit: str, tmp_path: Path) -> None:
-    folder = make_pictures(tmp_path / "scan", 1, width=2 * SIDE)
+def test_images_are_made_square_like_those_of_videos(fit: str, tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "scan", 1, width=2 * SIDE)
     still = ClipReader().read(folder, [0.0], 32, fit).frames[0].int()
     path = make_video(tmp_path / "v.mp4", 1, width=2 * SIDE, codec_options={"crf": "1"})
     moving = ClipReader().read(path, [0.0], 32, fit).frames[0].int()
     assert (still - moving).abs().float().mean() < 8
 
 
-def test_without_pictures_named_rgb_all_are_taken_in_order_of_name(tmp_path: Path) -> None:
-    folder = make_pictures(tmp_path / "scan", 3)
+def test_without_images_named_rgb_all_are_taken_in_order_of_name(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "scan", 3)
     for file in folder.glob("*-depth.png"):
         file.unlink()
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     (folder / "000002-rgb.png").rename(folder / "000000.PNG")  # stands before 000000-rgb
     assert probe(folder).num_frames == 2  # two are named so
     for number in range(2):
@@ -589,36 +586,36 @@ def test_without_pictures_named_rgb_all_are_taken_in_order_of_name(tmp_path: Pat
     assert numbers_on(ClipReader().read(folder, [0.0, 1 / 30, 2 / 30], SIDE)) == [2, 0, 1]
 
 
-def test_pictures_are_sorted_by_their_numbers_and_hidden_files_are_none(tmp_path: Path) -> None:
-    folder = make_pictures(tmp_path / "scan", 12)
+def test_images_are_sorted_by_their_numbers_and_hidden_files_are_none(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "scan", 12)
     for number in range(12):
         (folder / f"{number:06d}-rgb.png").rename(folder / f"frame_{number + 1}-rgb.png")
         (folder / f"._frame_{number + 1}-rgb.png").write_bytes(b"of another system")
     assert numbers_on(ClipReader().read(folder, [number / 30 for number in range(12)], SIDE)) == [*range(12)]
 
 
-def test_a_damaged_picture_is_an_error_that_names_it(tmp_path: Path) -> None:
-    folder = make_pictures(tmp_path / "scan", 4)
+def test_a_damaged_image_is_an_error_that_names_it(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "scan", 4)
     whole = (folder / "000002-rgb.png").read_bytes()
     reader = ClipReader()
     for content in (whole[: len(whole) // 2], b"text", b"", whole[:60] + b"\xff" + whole[61:]):
         (folder / "000002-rgb.png").write_bytes(content)
         assert numbers_on(reader.read(folder, [0.0, 1 / 30, 3 / 30], SIDE)) == [0, 1, 3]
-        with pytest.raises(Damaged, match=rf"^{folder} \[0\.067, 0\.067\) s: picture 000002-rgb\.png: .*re-download"):
+        with pytest.raises(Damaged, match=rf"^{folder} \[0\.067, 0\.067\) s: image 000002-rgb\.png: .*re-download"):
             reader.read(folder, [2 / 30], SIDE)
 
 
 @pytest.mark.parametrize(("start_s", "end_s"), [(-1.0, 0.1), (1.4, 1.5), (0.0, 1.5)])
-def test_a_span_outside_the_pictures_is_refused(start_s: float, end_s: float, tmp_path: Path) -> None:
-    folder = make_pictures(tmp_path / "scan")
+def test_a_span_outside_the_images_is_refused(start_s: float, end_s: float, tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "scan")
     with pytest.raises(SpanOutsideFile):
         ClipReader().usable_end_s(folder, start_s, end_s)
-    with pytest.raises(SpanOutsideFile, match="is outside its 40 pictures"):
+    with pytest.raises(SpanOutsideFile, match="is outside its 40 images"):
         ClipReader().read(folder, [start_s if start_s < 0 else end_s], SIDE)
 
 
 def test_a_folder_that_changes_is_listed_anew(tmp_path: Path) -> None:
-    folder, reader = make_pictures(tmp_path / "scan", 3), ClipReader()
+    folder, reader = make_images(tmp_path / "scan", 3), ClipReader()
     assert reader.usable_end_s(folder, 0.0, math.inf) == 3 / 30
     (folder / "000002-rgb.png").unlink()
     os.utime(folder, ns=(0, 0))

@@ -22,7 +22,7 @@ from datamodules.clips.dataset import (
 )
 from datamodules.io.jsonl import read_jsonl
 from datamodules.text import TextEncoder
-from datamodules.video.reader import FileMissing
+from datamodules.video.errors import FileMissing
 
 CLIPS = ClipConfig(num_frames=2, image_size=4)
 SPLITS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # ranks, accumulated micro-batches

@@ -163,7 +163,7 @@ def test_an_end_before_the_one_that_the_header_promises_is_found(tmp_path: Path)
         third = [packet.pos for packet in container.demux(video=0) if packet.size and packet.is_keyframe][2]
     path.write_bytes(content[:third])
     found = check_file(VideoFile(path.name), tmp_path, decode_all=True)
-    assert (found.kind, found.reason) == ("Damaged", "pictures end at 2.400 s, the header promises 4.000 s")
+    assert (found.kind, found.reason) == ("Damaged", "frames end at 2.400 s, the header promises 4.000 s")
 
 
 def test_samples_are_spread_and_hold_the_clip_that_ends_last() -> None:
@@ -431,7 +431,7 @@ def test_folders_of_pictures_are_checked_too(tmp_path: Path, capsys) -> None:
     source = write_jsonl(tmp_path / "it.jsonl", [{"video": name} for name in ("good", "damaged", "empty")])
     assert main([str(source), "--root", str(tmp_path), "--all", "--workers", "1"]) == 1
     printed = capsys.readouterr().out
-    assert "empty: NotAVideo: the folder holds no pictures" in printed
+    assert "empty: NotAVideo: the folder holds no images" in printed
     assert "damaged: Damaged: " in printed and "picture 1-rgb.png" in printed
     assert "2 of 3 files are bad" in printed
 

@@ -19,7 +19,10 @@ import torch
 from datamodules.batch import IGNORE_INDEX
 from datamodules.clips.dataset import ClipConfig, GlobalBatchSampler, ResumableLoader, _Request
 from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule, NarrationConfig
-from datamodules.video.reader import ClipReader, Damaged, FileMissing, probe, read_views, segment_midpoints
+from datamodules.video.errors import Damaged, FileMissing
+from datamodules.video.probe import probe
+from datamodules.video.reader import ClipReader
+from datamodules.video.sampling import read_views, segment_midpoints
 
 SIDE, FRAMES, FPS = 64, 4, 8
 NARRATIONS = 7 * 6 + (6 + 3) + 1  # seven takes with one annotator, one with two, one with a single narration

@@ -22,7 +22,8 @@ from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.export import FORMATS, export
 from datamodules.tools.leaks import BENCHMARKS, benchmark_recordings, report
 from datamodules.tools.trim import cut
-from datamodules.video.reader import ClipReader, probe
+from datamodules.video.probe import probe
+from datamodules.video.reader import ClipReader
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 

@@ -18,7 +18,8 @@ from datamodules.egoit.records import Record, row, write_rows
 from datamodules.egoit.templates import Templates
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.toy_world.questions import write_templates
-from datamodules.video.reader import FileMissing, SpanOutsideFile, probe
+from datamodules.video.errors import FileMissing, SpanOutsideFile
+from datamodules.video.probe import probe
 
 TURNS = [
     {"from": "human", "value": "<video>\nWhat does the camera-wearer do?"},

@@ -22,7 +22,9 @@ from test_clip_stream import KINDS, decode_all, make_video, number_on, painted, 
 
 import datamodules.tools.reencode as module
 from datamodules.tools.reencode import Encoding, ReencodeError, main, reencode
-from datamodules.video.reader import ClipReader, Damaged, FileMissing, probe
+from datamodules.video.errors import Damaged, FileMissing
+from datamodules.video.probe import probe
+from datamodules.video.reader import ClipReader
 
 SMALL = Encoding(short_side=64, preset="veryfast")
 

@@ -21,7 +21,7 @@ from datamodules.toy_world.benchmarks import NEXT, write_benchmarks
 from datamodules.toy_world.questions import BENCHMARK_PROMPTS, phrase
 from datamodules.toy_world.release import SEEDS
 from datamodules.toy_world.scene import COLOURS, KINDS, PRESETS, VERBS, simulate
-from datamodules.video.reader import probe
+from datamodules.video.probe import probe
 
 TAKES = 60
 

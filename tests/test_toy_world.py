@@ -31,7 +31,7 @@ from datamodules.toy_world import questions, release
 from datamodules.toy_world.release import SEEDS, Settings, WorldExists, generate
 from datamodules.toy_world.render import ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, SHAKE_M, VERBS, simulate
-from datamodules.video.reader import probe
+from datamodules.video.probe import probe
 
 FPS = 8
 SMALL = Settings(train_takes=2, val_takes=1, initialisation_takes=2, practice_takes=1, benchmark_takes=1, size=32)

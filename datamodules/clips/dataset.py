@@ -28,7 +28,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, BenchmarkBatch, ClipBatch, Question, QuestionBatch
 from datamodules.io.jsonl import read_jsonl, require, seconds
 from datamodules.text import CHAT, EncodedText, PromptConfig, TextEncoder, UnusableText
-from datamodules.video.reader import ClipDecodeError, ClipReader, Fit, read_views
+from datamodules.video.convert import Fit
+from datamodules.video.errors import ClipDecodeError
+from datamodules.video.reader import ClipReader
+from datamodules.video.sampling import read_views
 
 VIEWS = ("ego", "exo")
 NOTHING_TO_LEARN = EncodedText([VIDEO_TOKEN_ID], [IGNORE_INDEX])

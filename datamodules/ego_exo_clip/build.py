@@ -48,6 +48,7 @@ from datamodules.ego_exo_clip.index import (
     read_header,
     write_index,
 )
+from datamodules.video.errors import ClipDecodeError
 
 FrameOffsets = Mapping[str, Mapping[str, int]]
 """Frames by which a camera's file lags, by group_id and camera."""
@@ -461,7 +462,7 @@ def _look(paths: list[Path], probe_workers: int) -> dict[Path, _Footage]:
     present = [path for path, size in zip(paths, sizes, strict=True) if size]
     if not probe_workers:
         return dict.fromkeys(present, _Footage())
-    import_module("datamodules.video.reader")  # once, before the workers are forked
+    import_module("datamodules.video.probe")  # once, before the workers are forked
     opened = dict(zip(present, parallel_map(_open, present, probe_workers, "opening", "file"), strict=True))
     unreadable = [found for found in opened.values() if isinstance(found, str)]
     for message in unreadable[:_SHOWN_UNREADABLE]:
@@ -480,10 +481,7 @@ def _size(path: Path) -> int:
 
 def _open(path: Path) -> _Footage | str:
     """What the header says, or why the file cannot be used."""
-    from datamodules.video.reader import (
-        ClipDecodeError,
-        probe,
-    )  # torch comes with it; a build without probing needs none
+    from datamodules.video.probe import probe  # PyAV comes with it; a build without probing needs none
 
     try:
         info = probe(path)

@@ -29,7 +29,9 @@ from datamodules.egobench.official import LETTERS
 from datamodules.egobench.prompts import Prompts
 from datamodules.egobench.samples import Clip, Sample
 from datamodules.text import EncodedText, TextEncoder, UnusableText
-from datamodules.video.reader import ClipDecodeError, ClipReader, segment_midpoints
+from datamodules.video.errors import ClipDecodeError
+from datamodules.video.reader import ClipReader
+from datamodules.video.sampling import segment_midpoints
 
 CROSS_CHECK_TOKENS, ANSWER_TOKENS = 8, 32
 LEAST_SHARE = 0.5

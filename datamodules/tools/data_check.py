@@ -24,7 +24,7 @@ from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import av
 from av.video.frame import VideoFrame
@@ -34,10 +34,10 @@ from tqdm import tqdm
 from datamodules.ego_exo_clip.index import PairIndex
 from datamodules.egoit.datamodule import ConversationFile
 from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records, seconds
-
-if TYPE_CHECKING:
-    from datamodules.video.reader import ClipDecodeError
-# clip_stream imports torch, which takes seconds: what needs it imports it when called.
+from datamodules.video.decode import is_torn
+from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, NotAVideo, SpanOutsideFile
+from datamodules.video.probe import nal_length_bytes, probe
+from datamodules.video.sampling import segment_midpoints
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -185,7 +185,7 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
     Returns:
         The first problem met, None if there is none; clips outside the file are one only if there is no other.
     """
-    from datamodules.video.reader import ClipDecodeError, ClipReader, SpanOutsideFile, probe, segment_midpoints
+    from datamodules.video.reader import ClipReader  # torch comes with it, which takes seconds
 
     path = root / file.path
     reader = ClipReader(max_open=1)
@@ -241,8 +241,6 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
         ClipDecodeError: as ``ClipReader.read``, on reaching a damaged packet or picture, or at the end if the decoder
             left out a picture that the file lists or the file ends more than a frame before its header says.
     """
-    from datamodules.video.reader import Damaged, FrameMissing, NotAVideo, is_torn, nal_length_bytes, probe
-
     info = probe(path)
     listed: set[int] = set()
     end_s = packets_s = 0.0
@@ -264,7 +262,7 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
                     if frame.pts is None:
                         raise Damaged(f"a picture after {end_s:.3f} s has no time stamp", path)
                     if frame.is_corrupt:
-                        raise Damaged(f"corrupt picture at {frame.pts * tick_s - info.start_s:.3f} s", path)
+                        raise Damaged(f"corrupt frame at {frame.pts * tick_s - info.start_s:.3f} s", path)
                     listed.discard(frame.pts)
                     end_s = (frame.pts + (frame.duration or 0)) * tick_s - info.start_s
                     frame.time_base = time_base  # the decoder's own knows none when drained
@@ -276,7 +274,7 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
         raise FrameMissing(f"{len(listed)} pictures do not come out, the first at {missing_s:.3f} s", path)
     # Where pictures are not decoded in the order they are shown, the duration of the last one is another packet's.
     if max(end_s, packets_s) < info.duration_s - 1 / info.fps - 1e-3:
-        raise Damaged(f"pictures end at {end_s:.3f} s, the header promises {info.duration_s:.3f} s", path)
+        raise Damaged(f"frames end at {end_s:.3f} s, the header promises {info.duration_s:.3f} s", path)
 
 
 # --------------------------------------------------------------------------------------------------------------------

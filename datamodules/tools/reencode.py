@@ -42,8 +42,9 @@ from tqdm import tqdm
 
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.data_check import Beat, Problem, decode_whole, read_annotations, run_bounded
-
-# clip_stream imports torch, which takes seconds: what needs it imports it when called.
+from datamodules.video.errors import ClipDecodeError, FileMissing
+from datamodules.video.probe import probe
+from datamodules.video.sampling import segment_midpoints
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 TUNES = ("none", "fastdecode", "film", "animation", "grain", "stillimage", "zerolatency")
@@ -139,8 +140,6 @@ def reencode(source: Path, output: Path, encoding: Encoding, beat: Beat = lambda
         ReencodeError: ``output`` exists and is not one of this function's, or what was written is not the same video.
         OSError: the disk is full, and the like.
     """
-    from datamodules.video.reader import FileMissing
-
     if not source.is_file():
         raise FileMissing("No such file or directory", source)
     mark = _mark(source, encoding)
@@ -166,8 +165,6 @@ def _mark(source: Path, encoding: Encoding) -> str:
 
 
 def _is_done(output: Path, mark: str) -> bool:
-    from datamodules.video.reader import ClipDecodeError, probe
-
     if not output.exists():
         return False
     try:
@@ -322,8 +319,6 @@ def _verify(source: Path, unfinished: Path, wanted: _Pictures, encoding: Encodin
         ReencodeError: it is not the same video, or has fewer key frames than asked for.
         ClipDecodeError: it is damaged.
     """
-    from datamodules.video.reader import probe
-
     found = _Pictures()
     since_key = 0
     with closing(decode_whole(unfinished)) as frames:
@@ -398,8 +393,6 @@ class _Manifest:
 
 
 def _reencode_below(path: str, root: Path, out: Path, encoding: Encoding, beat: Beat) -> Reencoded:
-    from datamodules.video.reader import probe
-
     started_s = time.process_time()
     fresh = reencode(root / path, out / path, encoding, beat)
     info = probe(out / path)
@@ -428,7 +421,7 @@ def clip_cost(root: Path, out: Path, paths: Sequence[str], size: int) -> tuple[f
     Returns:
         Medians of milliseconds before and after, and of their ratio; None if nothing could be read.
     """
-    from datamodules.video.reader import ClipDecodeError, ClipReader, probe, segment_midpoints
+    from datamodules.video.reader import ClipReader  # torch comes with it, which takes seconds
 
     draw = random.Random(0)
     reader = ClipReader()

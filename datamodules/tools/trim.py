@@ -21,7 +21,9 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 from datamodules.tools.reencode import Encoding, header, upright
-from datamodules.video.reader import ClipDecodeError, ClipReader, Damaged, probe
+from datamodules.video.errors import ClipDecodeError, Damaged
+from datamodules.video.probe import probe
+from datamodules.video.reader import ClipReader
 
 _WHOLE = 1 << 14  # pixels: no picture is made smaller
 _THUMBNAIL = 16
@@ -127,7 +129,7 @@ def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterat
             raise Damaged("no picture can be decoded", source)
         for frame in frames:
             if frame.is_corrupt:
-                raise Damaged(f"corrupt picture at {frame.time - first_s:.3f} s", source)
+                raise Damaged(f"corrupt frame at {frame.time - first_s:.3f} s", source)
             time_s = frame.time - first_s
             if time_s > start_s:
                 yield held

@@ -42,7 +42,9 @@ from torch.nn import functional as F
 from datamodules.clips.dataset import ClipConfig, ClipTextDataset, GlobalBatchSampler, ResumableLoader, Span
 from datamodules.text import EncodedText, TextEncoder
 from datamodules.toy_world.questions import write_tokenizer
-from datamodules.video.reader import PAD_RGB, ClipReader, segment_midpoints
+from datamodules.video.convert import PAD_RGB
+from datamodules.video.reader import ClipReader
+from datamodules.video.sampling import segment_midpoints
 
 FPS, SIZE = 30, 336
 VIEWS = {"ego": (448, 448), "exo": (796, 448)}
@@ -246,11 +248,11 @@ OTHERS = {
 }
 LENT = "BENCH_CLIPS_FFMPEG"
 DECODING, CONVERTING, REST = "decoding", "scaling, RGB", "rest"
-PHASES = {  # functions of clip_stream.py, without what they call there
-    DECODING: {"_decode"},
+PHASES = {  # functions of datamodules/video, without the functions that they call there
+    DECODING: {"decode_packets"},
     CONVERTING: {"_scaled_rgb"},
     "copying": {"write"},
-    "packets": {"_demux", "_take_until"},
+    "packets": {"demux_span", "take_until"},
     "checks": {"is_torn"},
     REST: set(),
 }

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
-from datamodules.video.reader import ClipReader, segment_midpoints
+from datamodules.video.reader import ClipReader
+from datamodules.video.sampling import segment_midpoints
 from lightning_modules.cli import build
 from lightning_modules.config import STAGES, compose
 from lightning_modules.model.language_model import LanguageModel, LanguageModelConfig, Spliced

@@ -1,0 +1,234 @@
+"""Open a video file and describe it from its header."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import cast
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Discard, Disposition
+from av.video.codeccontext import VideoCodecContext
+from av.video.stream import VideoStream
+
+from datamodules.video.errors import Damaged, FileMissing, NotAVideo, NoVideoStream, error_text
+from datamodules.video.images import IMAGES_FPS, ImageFolder, list_images
+
+_HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # keeps FFmpeg from decoding frames while it opens a file
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """Description of a video file.
+
+    Attributes:
+        width, height: stored frame in pixels, before rotation.
+        fps: average frames per second.
+        duration_s: seconds from the first displayed frame to the end, as the header claims.
+        num_frames: frames in the file, as the header claims.
+        codec: decoder name, such as ``h264``; ``images`` for a folder of images.
+        start_s: time stamp of the first displayed frame in the file; the file's clock subtracts it.
+        rotation: degrees counter-clockwise by which a stored frame is turned for display: 0, 90, 180 or 270.
+    """
+
+    width: int
+    height: int
+    fps: float
+    duration_s: float
+    num_frames: int
+    codec: str
+    start_s: float
+    rotation: int
+
+
+@dataclass(eq=False)
+class OpenVideo:
+    """An open video file. Ticks count the stream's time base and include the start offset.
+
+    Attributes:
+        path: the file.
+        stamp: its modification time in nanoseconds and its size when it was opened.
+        container, stream, codec: PyAV's objects.
+        codec_name: such as ``h264``.
+        tick_s: seconds of one tick.
+        start_tick: time stamp of the first displayed frame.
+        fps: average frames per second.
+        header_end_s: end of the video by its header, in seconds after the first displayed frame.
+        pixel_aspect: width of a stored pixel over its height.
+        nal_length_bytes: see the function of that name.
+    """
+
+    path: str
+    stamp: tuple[int, int]
+    container: InputContainer
+    stream: VideoStream
+    codec: VideoCodecContext
+    codec_name: str
+    tick_s: float
+    start_tick: int
+    fps: float
+    header_end_s: float
+    pixel_aspect: float
+    nal_length_bytes: int | None
+
+    @property
+    def frame_s(self) -> float:
+        """Mean seconds of one frame."""
+        return 1.0 / self.fps
+
+    def time_s(self, tick: int) -> float:
+        """Convert ticks to seconds after the first displayed frame."""
+        return (tick - self.start_tick) * self.tick_s
+
+    def last_tick_shown_by(self, time_s: float) -> int:
+        """Return the last tick at which a frame may begin to be the one displayed at a time."""
+        tolerance_s = min(1e-3, 0.1 * self.frame_s)
+        return self.start_tick + math.floor((time_s + tolerance_s) / self.tick_s)
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Describe a video file from its header and its first frame, the only one decoded (for the rotation).
+
+    Args:
+        path: video file, or folder of images.
+
+    Returns:
+        The description; duration and frame count are the header's claims.
+
+    Raises:
+        ClipDecodeError: the file is missing, is not a video, or its first frame is damaged.
+    """
+    name = os.fspath(path)
+    if os.path.isdir(name):
+        images = ImageFolder(name, 0, list_images(name))
+        first, count = images.frame(0), len(images.names)
+        return VideoInfo(first.width, first.height, IMAGES_FPS, images.end_s, count, "images", 0.0, 0)
+    video = open_video(name, file_stamp(name))
+    try:
+        return VideoInfo(
+            width=video.stream.width,
+            height=video.stream.height,
+            fps=video.fps,
+            duration_s=video.header_end_s,
+            num_frames=video.stream.frames or round(video.header_end_s * video.fps),
+            codec=video.codec_name,
+            start_s=video.start_tick * video.tick_s,
+            rotation=next(video.container.decode(video.stream)).rotation % 360,
+        )
+    except StopIteration:
+        raise Damaged("the file holds no frame", path) from None
+    except av.error.FFmpegError as error:
+        raise Damaged(error_text(error), path) from error
+    finally:
+        video.container.close()
+
+
+def file_stamp(name: str) -> tuple[int, int]:
+    """Return modification time and size of a file; they tell whether it was replaced since it was opened.
+
+    Raises:
+        FileMissing: there is no such file.
+        NotAVideo: it is empty or no regular file.
+    """
+    try:
+        status = os.stat(name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileMissing(error_text(error), name) from error
+    except OSError as error:
+        raise NotAVideo(error_text(error), name) from error
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
+        raise NotAVideo("no regular file", name)
+    if status.st_size == 0:
+        raise NotAVideo("the file is empty (0 bytes)", name)
+    return status.st_mtime_ns, status.st_size
+
+
+def open_video(name: str, stamp: tuple[int, int], thorough: bool = False) -> OpenVideo:
+    """Open a file, by its header alone if that suffices, as in MP4; this takes a tenth of the time.
+
+    Args:
+        name: path of the file.
+        stamp: its ``file_stamp``.
+        thorough: decode some frames, which shows how far streams with sparse headers reorder their frames.
+
+    Raises:
+        ClipDecodeError: the file is not a video, or is truncated.
+    """
+    try:
+        container = av.open(name, "r", options={} if thorough else _HEADER_ONLY, metadata_errors="ignore")
+    except av.error.FFmpegError as error:
+        raise NotAVideo(error_text(error), name) from error
+    try:
+        if thorough or "mp4" in container.format.name:
+            return _describe(name, stamp, container)
+        container.close()
+        return open_video(name, stamp, thorough=True)
+    except BaseException:
+        container.close()
+        raise
+
+
+def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> OpenVideo:
+    stream = container.streams.best("video")
+    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+        raise NoVideoStream("the file has no video stream", name)
+    codec = stream.codec_context
+    rate = stream.average_rate or stream.guessed_rate
+    if codec is None or not stream.width or not rate or stream.time_base is None:
+        raise NotAVideo("the video stream has no known codec, frame size or frame rate", name)
+    # A file that is shorter than its index was cut: its last clips would end early without any error.
+    index = stream.index_entries
+    if len(index):
+        last = index[len(index) - 1]
+        if last.pos + last.size > stamp[1]:
+            raise Damaged(f"truncated: {stamp[1]} bytes, but its index reaches byte {last.pos + last.size}", name)
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all
+    codec.thread_type = "NONE"  # parallelism comes from workers, and this avoids deadlocks
+    codec.thread_count = 1
+    claims_s = [(stream.duration or 0) * stream.time_base, Fraction(container.duration or 0, 10**6)]
+    return OpenVideo(
+        path=name,
+        stamp=stamp,
+        container=container,
+        stream=stream,
+        codec=codec,
+        codec_name=codec.name,
+        tick_s=float(stream.time_base),
+        start_tick=stream.start_time or 0,
+        fps=float(rate),
+        header_end_s=float(min((claim_s for claim_s in claims_s if claim_s > 0), default=0)),
+        pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0,
+        nal_length_bytes=nal_length_bytes(codec),
+    )
+
+
+def nal_length_bytes(codec: VideoCodecContext) -> int | None:
+    """Return the bytes of the length before each unit of H.264 and HEVC packets in MP4 or Matroska; None for others."""
+    at = {"h264": 4, "hevc": 21}.get(codec.name)
+    extra = codec.extradata or b""
+    if at is None or len(extra) <= at or extra[0] != 1:  # without a configuration record, start codes divide the units
+        return None
+    return 1 + (extra[at] & 3)
+
+
+def last_frame_end_s(video: OpenVideo) -> float:
+    """Demux the last group of frames and return the time at which its last frame ends."""
+    try:
+        video.container.seek(video.start_tick + math.ceil(video.header_end_s / video.tick_s), stream=video.stream)
+        packets = [p for p in video.container.demux(video.stream) if p.pts is not None and not p.is_discard]
+    except av.error.FFmpegError as error:
+        raise Damaged(error_text(error), video.path) from error
+    return max((packet_end_s(video, packet) for packet in packets), default=0.0)
+
+
+def packet_end_s(video: OpenVideo, packet: Packet[VideoStream]) -> float:
+    """Return the time at which a packet's frame ends, in seconds after the first displayed frame."""
+    duration_s = (packet.duration or 0) * video.tick_s or video.frame_s
+    return video.time_s(cast(int, packet.pts)) + duration_s
