@@ -52,6 +52,7 @@ def _visual_inputs(reads: str) -> list[str]:
 
 
 RENAMED_KEYS: dict[str, Renamed] = {
+    "data.init_args.max_skipped_share": Renamed("data.init_args.max_corrupt_fraction"),
     "network.learner_reads": Renamed("network.visual_inputs", _visual_inputs),
     "model.init_args.network.learner_reads": Renamed("model.init_args.network.visual_inputs", _visual_inputs),
 }

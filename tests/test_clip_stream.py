@@ -357,9 +357,9 @@ def test_arguments_out_of_range_are_named(tmp_path: Path) -> None:
     path = make_video(tmp_path / "v.mp4", 2)
     with pytest.raises(ValueError, match="fit 'stretch'"):
         ClipReader().read(path, [0.0], SIDE, "stretch")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="max_open is 0"):
+    with pytest.raises(ValueError, match="max_open: got 0"):
         ClipReader(max_open=0)
-    with pytest.raises(ValueError, match="timeout_s is 0"):
+    with pytest.raises(ValueError, match="timeout_s: got 0"):
         ClipReader(timeout_s=0)
 
 
@@ -395,15 +395,13 @@ def broken_file(kind: str, folder: Path) -> Path:
         ("sound", NoVideoStream),
     ],
 )
-def test_what_is_not_a_readable_video_is_named_in_one_line(
-    kind: str, error: type[ClipDecodeError], tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_video_is_named_in_one_line(kind: str, error: type[ClipDecodeError], tmp_path: Path) -> None:
     path = broken_file(kind, tmp_path)
     with pytest.raises(error) as caught:
         ClipReader().read(path, [0.1, 0.4], SIDE)
     message = str(caught.value)
     assert str(path) in message and "[0.100, 0.400) s" in message and "\n" not in message
-    assert message.endswith(error.mend) and error.mend
+    assert message.endswith(error.fix) and error.fix
     assert (caught.value.path, caught.value.start_s, caught.value.end_s) == (path, 0.1, 0.4)
     with pytest.raises(error):
         probe(path)

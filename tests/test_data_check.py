@@ -421,7 +421,7 @@ def test_a_thousand_damaged_files_are_reported(clean: list[Path], tmp_path: Path
     check_descriptors_and_memory(tmp_path / "again", clean, 1000)
 
 
-def test_folders_of_pictures_are_checked_too(tmp_path: Path, capsys) -> None:
+def test_folders_of_images_are_checked_too(tmp_path: Path, capsys) -> None:
     for name in ("good", "damaged", "empty"):
         (tmp_path / name).mkdir()
     for number in range(5):
@@ -432,7 +432,7 @@ def test_folders_of_pictures_are_checked_too(tmp_path: Path, capsys) -> None:
     assert main([str(source), "--root", str(tmp_path), "--all", "--workers", "1"]) == 1
     printed = capsys.readouterr().out
     assert "empty: NotAVideo: the folder holds no images" in printed
-    assert "damaged: Damaged: " in printed and "picture 1-rgb.png" in printed
+    assert "damaged: Damaged: " in printed and "image 1-rgb.png" in printed
     assert "2 of 3 files are bad" in printed
 
 

@@ -44,7 +44,9 @@ FIRST_WORDS = re.compile(r"(What|Whether|Where|Which|How|Why|Of|As|Those|That)\b
 WHAT = r"(?-i:\bwhat (is|are|the|a|it|they|of|was|has)\b)"
 
 # Uses that are right where they are: (file, rule) to their number.
-EXCEPTIONS: dict[tuple[str, str], int] = {}
+EXCEPTIONS: dict[tuple[str, str], int] = {
+    ("lightning_modules/config.py", "skipped"): 1,  # the old name of a key
+}
 
 
 def files():
