@@ -17,7 +17,7 @@ OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
 FAIR := data/fair/ego_exo_clip/index.json
 TOY := data/toy/ego_exo_clip/index.json
 WORLD := $(if $(filter toy_fair ablations/%,$(EXPERIMENT)),$(FAIR),$(if $(filter toy%,$(EXPERIMENT)),$(TOY)))
-ABLATE = $(PYTHON) -m lightning_modules ablations
+ABLATE = $(PYTHON) -m experiments.ablations
 
 # Threads that spin for long steal time from the decoding process, those that never spin are slow: spin briefly.
 export GOMP_SPINCOUNT ?= 10000

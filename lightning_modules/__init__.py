@@ -1,10 +1,19 @@
-"""The stages of Exo2Ego as LightningModules over one shared model."""
+"""The stages of Exo2Ego as LightningModules over one shared model.
 
-from lightning_modules.stages.base import OptimConfig, Stage
-from lightning_modules.stages.guidance import DemonstratorLearnerGuidance
-from lightning_modules.stages.initialisation import Initialisation
-from lightning_modules.stages.self_practice import LearnerSelfPractice
-from lightning_modules.stages.self_preparation import DemonstratorSelfPreparation
+Names are imported when they are first used, so that ``python -m lightning_modules --help`` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_modules.stages.base import OptimConfig, Stage
+    from lightning_modules.stages.guidance import DemonstratorLearnerGuidance
+    from lightning_modules.stages.initialisation import Initialisation
+    from lightning_modules.stages.self_practice import LearnerSelfPractice
+    from lightning_modules.stages.self_preparation import DemonstratorSelfPreparation
 
 __all__ = [
     "DemonstratorLearnerGuidance",
@@ -14,3 +23,23 @@ __all__ = [
     "OptimConfig",
     "Stage",
 ]
+
+_MODULES = {
+    "DemonstratorLearnerGuidance": "stages.guidance",
+    "DemonstratorSelfPreparation": "stages.self_preparation",
+    "Initialisation": "stages.initialisation",
+    "LearnerSelfPractice": "stages.self_practice",
+    "OptimConfig": "stages.base",
+    "Stage": "stages.base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

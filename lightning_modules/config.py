@@ -24,7 +24,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 VISUAL_INPUTS = ("ego", "mapped")
-STAGES = ("stage0", "stage1", "stage2", "stage3")
 
 
 class ConfigError(ValueError):
@@ -75,8 +74,8 @@ def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) 
     Raises:
         ConfigError: a file is missing or no YAML, an override has no ``=``, or an interpolation finds nothing.
     """
-    files = [experiment] if stage is None else _layers(experiment, stage)
-    merged: Any = OmegaConf.create()
+    files = [experiment] if stage is None else _layers(experiment, f"{stage}.yaml")
+    merged: Any = OmegaConf.create({} if stage is None else {"stage": stage})
     for file in files:
         layer = _load(file)
         layer.pop("extends", None)
@@ -212,7 +211,26 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _layers(folder: Path, stage: str) -> list[Path]:
+def stage_names(experiment: Path) -> list[str]:
+    """Return the names of an experiment's stages: those of the ``stage*.yaml`` files in its layers.
+
+    Args:
+        experiment: folder of the experiment.
+
+    Raises:
+        ConfigError: there is no such experiment, or one that it extends is missing.
+    """
+    names = {file.stem for file in _layers(experiment, "stage*.yaml") if file.stem.startswith("stage")}
+    return sorted(names, key=lambda name: (len(name), name))
+
+
+def _layers(folder: Path, stage_files: str) -> list[Path]:
+    """Return the files of an experiment, the winning ones last.
+
+    Args:
+        folder: the experiment's.
+        stage_files: pattern of the stages' files to include, such as ``stage1.yaml``.
+    """
     head = folder / "experiment.yaml"
     if not head.is_file():
         known = sorted(path.parent.name for path in folder.parent.glob("*/experiment.yaml"))
@@ -220,9 +238,8 @@ def _layers(folder: Path, stage: str) -> list[Path]:
     files: list[Path] = []
     for name in _load(head).get("extends", []):
         base = Path(os.path.normpath(folder / name))
-        files += _layers(base, stage) if base.is_dir() else [base]
-    own = folder / f"{stage}.yaml"
-    return [*files, head, *([own] if own.is_file() else [])]
+        files += _layers(base, stage_files) if base.is_dir() else [base]
+    return [*files, head, *sorted(folder.glob(stage_files))]
 
 
 def _load(file: Path) -> DictConfig:

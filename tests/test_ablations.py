@@ -19,11 +19,11 @@ import pytest
 import tiny
 import yaml
 
-from lightning_modules.ablations import figures, results, runner
-from lightning_modules.ablations.plan import Regime, Sweep, all_jobs, read_plan
-from lightning_modules.ablations.results import collect, estimate, markdown, read_scores
-from lightning_modules.ablations.runner import RunsFailed, carry_out, is_finished
-from lightning_modules.cli import main
+from experiments.ablations import figures, results, runner
+from experiments.ablations.__main__ import main
+from experiments.ablations.plan import Regime, Sweep, all_jobs, read_plan
+from experiments.ablations.results import collect, estimate, markdown, read_scores
+from experiments.ablations.runner import RunsFailed, carry_out, is_finished
 from lightning_modules.config import ConfigError
 
 FOLDER = tiny.EXPERIMENTS / "ablations"
@@ -142,7 +142,7 @@ def test_wrong_plans_are_refused_in_one_line(tmp_path, change, message):
 
 
 def test_a_missing_plan_is_one_error(tmp_path, capsys):
-    assert main(["ablations", str(tmp_path / "no.yaml")]) == 2
+    assert main([str(tmp_path / "no.yaml")]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/no.yaml: no such file\n"
 
 
@@ -150,7 +150,7 @@ def test_a_missing_plan_is_one_error(tmp_path, capsys):
 
 
 class Recorded:
-    """Stands for the processes: finishes runs by writing what `fit --streams` leaves, but those it is told to fail."""
+    """Stands for the processes: finishes runs by writing what `fit --single-inputs` leaves, but those it is told to fail."""
 
     def __init__(self, jobs, failing=()):
         self.by_words = {job.words: job for job in jobs}
@@ -158,7 +158,7 @@ class Recorded:
 
     def __call__(self, command, **_):
         job = self.by_words[tuple(command[4:-1])]
-        assert command[1:4] == ["-m", "lightning_modules", "fit"] and command[-1] == "--streams"
+        assert command[1:4] == ["-m", "lightning_modules", "fit"] and command[-1] == "--single-inputs"
         self.called.append(job.name)
         if job.name not in self.failing:
             finish(job)
@@ -527,7 +527,7 @@ def test_figures_show_the_numbers(content, tmp_path):
 
 def command(world, tmp_path, *more):
     given = [f"data_root={world}", *tiny.OVERRIDES[1:]]
-    words = ["ablations", str(FOLDER / "quick.yaml"), *given, "--seeds", "2", "--jobs", "2"]
+    words = [str(FOLDER / "quick.yaml"), *given, "--seeds", "2", "--jobs", "2"]
     return [*words, "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), *more]
 
 
@@ -542,7 +542,7 @@ def test_runs_are_listed_without_being_made(toy_world, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_quick_plan_stopped_and_called_again(toy_world, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tiny.EXPERIMENTS.parent)}
-    words = [sys.executable, "-m", "lightning_modules", *command(toy_world, tmp_path)]
+    words = [sys.executable, "-m", "experiments.ablations", *command(toy_world, tmp_path)]
     process = subprocess.Popen(words, env=environment, cwd=tmp_path)
     seconds = tmp_path / "out" / "seconds.jsonl"
     deadline = time.monotonic() + 300

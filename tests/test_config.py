@@ -7,9 +7,9 @@ import pytest
 import tiny
 import yaml
 
-from lightning_modules.cli import build
-from lightning_modules.config import RENAMED_KEYS, STAGES, ConfigError, Renamed, compose, config_hash, read_saved
+from lightning_modules.config import RENAMED_KEYS, ConfigError, Renamed, compose, config_hash, read_saved
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
+from lightning_modules.run import build
 
 EXPERIMENTS = sorted(
     path.parent.relative_to(tiny.EXPERIMENTS)
@@ -34,20 +34,22 @@ def test_later_layers_win(tmp_path):
     write(tmp_path / "parts", first={"c": 3, "d": 3}, second={"d": 4})
     extends = ["../base", "../parts/first.yaml", "../parts/second.yaml"]
     write(tmp_path / "own", experiment={"extends": extends, "e": 5, "f": 5}, stage1={"f": 6})
-    assert compose(tmp_path / "own", "stage1", ["g=7"]) == {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 6, "g": 7}
-    assert compose(tmp_path / "own", "stage0", ["f=8"]) == {"a": 1, "b": 1, "c": 3, "d": 4, "e": 5, "f": 8}
+    found = compose(tmp_path / "own", "stage1", ["g=7"])
+    assert found == {"stage": "stage1", "a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 6, "g": 7}
+    found = compose(tmp_path / "own", "stage0", ["f=8"])
+    assert found == {"stage": "stage0", "a": 1, "b": 1, "c": 3, "d": 4, "e": 5, "f": 8}
 
 
 def test_extends_is_transitive_and_merges_nested_keys(tmp_path):
     write(tmp_path / "one", experiment={"x": {"a": 1, "b": 1}, "list": [1, 2, 3]})
     write(tmp_path / "two", experiment={"extends": ["../one"], "x": {"b": 2}})
     write(tmp_path / "three", experiment={"extends": ["../two"], "x": {"c": "${x.b}"}, "list": [4]})
-    assert compose(tmp_path / "three", "stage2") == {"x": {"a": 1, "b": 2, "c": 2}, "list": [4]}
+    assert compose(tmp_path / "three", "stage2") == {"stage": "stage2", "x": {"a": 1, "b": 2, "c": 2}, "list": [4]}
 
 
 def test_interpolation_sees_overrides(tmp_path):
     write(tmp_path / "one", experiment={"a": 1, "b": "${a}", "c": "path/${a}"})
-    assert compose(tmp_path / "one", "stage0", ["a=5"]) == {"a": 5, "b": 5, "c": "path/5"}
+    assert compose(tmp_path / "one", "stage0", ["a=5"]) == {"stage": "stage0", "a": 5, "b": 5, "c": "path/5"}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_interpolation_sees_overrides(tmp_path):
 )
 def test_overrides_are_yaml(tmp_path, text, value):
     write(tmp_path / "one", experiment={"a": 0})
-    assert compose(tmp_path / "one", "stage0", [f"a={text}"]) == {"a": value}
+    assert compose(tmp_path / "one", "stage0", [f"a={text}"]) == {"stage": "stage0", "a": value}
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -118,10 +120,10 @@ def test_old_keys_are_renamed_in_every_layer(tmp_path, capsys):
     write(tmp_path / "base", experiment={"network": {"inputs": ["exo"]}, "copy": "${network.inputs}"})
     write(tmp_path / "own", experiment={"extends": ["../base"], "network": {"reads": "both"}}, stage1={"kind": "old"})
     both = {"network": {"inputs": ["ego", "mapped"]}, "copy": ["ego", "mapped"]}
-    assert compose(tmp_path / "own", "stage0") == both
+    assert compose(tmp_path / "own", "stage0") == both | {"stage": "stage0"}
     file = tmp_path / "own" / "experiment.yaml"
     assert capsys.readouterr().err == f"{file}: network.reads is now called network.inputs\n"
-    assert compose(tmp_path / "own", "stage1") == both | {"kind": "new"}
+    assert compose(tmp_path / "own", "stage1") == both | {"stage": "stage1", "kind": "new"}
     assert capsys.readouterr().err.endswith(f"{tmp_path}/own/stage1.yaml: the value 'old' of kind is now 'new'\n")
 
 
@@ -130,6 +132,7 @@ def test_old_keys_are_renamed_in_overrides_and_references(tmp_path, capsys):
     write(tmp_path / "own", experiment={"network": {"inputs": ["exo"]}, "copy": "${network.reads}", "kind": "new"})
     capsys.readouterr()
     found = compose(tmp_path / "own", "stage0", ["network.reads=ego", "rate=3"])
+    assert found.pop("stage") == "stage0"
     assert found == {"network": {"inputs": ["ego"]}, "copy": ["ego"], "kind": "new", "rate": 3}
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == "override network.reads=ego: network.reads is now called network.inputs"
@@ -188,7 +191,7 @@ def overrides(world, data=True):
     return given + ([f"data.init_args.held_out={world}/instructions/held_out.jsonl"] if data else [])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", tiny.STAGES)
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=str)
 def test_every_experiment_binds_to_its_classes(toy_world, tmp_path, experiment, stage):
     given = [*overrides(toy_world), f"runs={tmp_path}"]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_modules.callbacks.checkpoint import check_files, newest
-from lightning_modules.cli import STOPPED, main
+from lightning_modules.cli import main
+from lightning_modules.exits import STOPPED
 
 TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)
@@ -228,7 +229,7 @@ def test_a_signal_to_one_process_saves_and_stops_both(alone, toy_world, tmp_path
     run = Launched("stage3", toy_world, tmp_path, alone, "trainer.strategy=fsdp2")
     os.kill(run.process.pid if told == "first" else run.other, signal.SIGTERM)
     assert run.ended(60) == STOPPED
-    assert re.search(r"stopped: stage3 stopped at step \d+; call it again to go on", run.errors.read_text())
+    assert re.search(r"stopped: stage3 stopped at step \d+; run it again to resume", run.errors.read_text())
     reached = newest(run.folder / "checkpoints")
     check_files(reached)
 

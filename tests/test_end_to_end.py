@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_modules import cli
+from lightning_modules import training
 from lightning_modules.callbacks.checkpoint import newest, read_state
 from lightning_modules.cli import main
 from lightning_modules.config import compose
+from lightning_modules.exits import STOPPED
 from lightning_modules.weights import handoff
 from lightning_modules.weights.handoff import read_manifest
 
@@ -210,7 +211,7 @@ def test_a_stage_whose_start_was_trained_anew_is_refused(runs, toy_world, capsys
     capsys.readouterr()
     assert main(["fit", str(runs / "toy" / "stage2" / "config.yaml")]) == 2
     shown = capsys.readouterr().err.splitlines()[-1]
-    assert "was trained from another ego_encoder, exo_encoder, projector than" in shown
+    assert "was trained from a different ego_encoder, exo_encoder, projector than" in shown
     assert f"{runs}/toy/stage1/handoff" in shown and "FORCE=1" in shown
     assert contents(runs / "toy" / "stage2") == before
 
@@ -269,9 +270,9 @@ def test_a_killed_stage_goes_on_where_it_stopped(runs, toy_world, tmp_path, caps
     assert 0 < reached < 30
 
     assert main([*words, "trainer.max_steps=31"]) == 2
-    assert "interrupted with another configuration (trainer.max_steps: 30 -> 31" in capsys.readouterr().err
+    assert "interrupted with a different configuration (trainer.max_steps: 30 -> 31" in capsys.readouterr().err
     assert main(words) == 0
-    assert f"stage3 of toy goes on from {folder}/checkpoints/" in capsys.readouterr().out
+    assert f"stage3 of toy resumes from {folder}/checkpoints/" in capsys.readouterr().out
     assert main(arguments("stage3", toy_world, straight, *LONG, *shared)) == 0
     assert equal(weights(folder), weights(straight / "toy" / "stage3"))
     assert (folder / "predictions.jsonl").read_bytes() == (
@@ -289,7 +290,7 @@ def test_how_a_run_is_run_may_change_when_it_goes_on(runs, toy_world, capsys):
     shutil.rmtree(folder / "checkpoints" / "0000004")
     changed = ["data.init_args.micro_batch_size=2", "checkpoint_every_n_steps=7", "threads=2", "panel.clips=1"]
     assert main(arguments("stage1", toy_world, runs, "trainer.max_steps=4", *changed)) == 0
-    assert f"goes on from {folder}/checkpoints/0000003" in capsys.readouterr().out
+    assert f"resumes from {folder}/checkpoints/0000003" in capsys.readouterr().out
     resumed = weights(folder)
     for file, tensors in straight.items():
         for name, tensor in tensors.items():
@@ -366,7 +367,7 @@ def test_consolidate_makes_a_handoff_of_an_unfinished_stage(runs, toy_world, cap
 def test_an_early_stop_is_no_finished_stage(runs, toy_world, monkeypatch, capsys):
     folder = runs / "toy" / "stage1"
     shutil.rmtree(folder)
-    build = cli.build
+    build = training.build
 
     def stopping(config):
         run = build(config)
@@ -374,9 +375,9 @@ def test_an_early_stop_is_no_finished_stage(runs, toy_world, monkeypatch, capsys
         return run
 
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "build", stopping)
-        assert main(arguments("stage1", toy_world, runs)) == cli.STOPPED
-    assert "stopped: stage1 stopped at step 1; call it again to go on" in capsys.readouterr().err
+        patched.setattr(training, "build", stopping)
+        assert main(arguments("stage1", toy_world, runs)) == STOPPED
+    assert "stopped: stage1 stopped at step 1; run it again to resume" in capsys.readouterr().err
     assert not (folder / "handoff").exists() and not (folder / "metrics.json").exists()
 
 
@@ -421,7 +422,7 @@ def test_ablations_train_from_the_stages_before(finished, toy_world, tmp_path, n
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
 def test_one_stream_alone_is_answered_beside_the_run(runs, toy_world, stage):
     before = contents(runs / "toy" / stage)
-    assert main([*arguments(stage, toy_world, runs, command="evaluate"), "--streams"]) == 0
+    assert main([*arguments(stage, toy_world, runs, command="evaluate"), "--single-inputs"]) == 0
     assert (runs / "toy" / stage / "metrics.json").read_bytes() == before[runs / "toy" / stage / "metrics.json"][1]
     losses = {"whole": json.loads((runs / "toy" / stage / "metrics.json").read_text())["metrics"]["ego_loss"]}
     for reads in ("ego", "mapped"):
@@ -443,12 +444,12 @@ def test_what_is_trained_anew_answers_by_one_stream_anew(runs, toy_world):
         return [json.loads(file.read_text())["metrics"]["ego_loss"] for file in files]
 
     given = arguments("stage2", toy_world, runs)
-    assert main([*given, "--streams"]) == 0
+    assert main([*given, "--single-inputs"]) == 0
     before = losses()
-    assert main([*given, "seed_everything=7", "--force", "--streams"]) == 0
+    assert main([*given, "seed_everything=7", "--force", "--single-inputs"]) == 0
     after = losses()
     assert all(one != other for one, other in zip(before, after, strict=True))
-    assert main([*given, "seed_everything=7", "--streams"]) == 0
+    assert main([*given, "seed_everything=7", "--single-inputs"]) == 0
     assert losses() == after
 
 

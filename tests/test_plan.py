@@ -9,9 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch
-from lightning_modules.cli import main, stage_only
+from lightning_modules.cli import main
 from lightning_modules.config import compose
 from lightning_modules.plan import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
+from lightning_modules.run import build_stage
 from lightning_modules.stages.guidance import KLConfig
 
 TEXT, LABELS = 5, 3  # of the first row of tiny.clip_batch, its placeholder apart
@@ -201,7 +202,7 @@ COUNTS = {
 
 @pytest.fixture(scope="module")
 def seven_b():
-    return {name: stage_only(compose(SEVEN_B, name)) for name in ("stage1", "stage2", "stage3")}
+    return {name: build_stage(compose(SEVEN_B, name)) for name in ("stage1", "stage2", "stage3")}
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])

@@ -65,7 +65,7 @@ def stages_table(runs: Path) -> str:
     Args:
         runs: folder of one experiment, with a folder for each stage.
     """
-    folders = {file.parents[1].name: file.parent for file in sorted(runs.glob("stage?/egobench/metrics.json"))}
+    folders = {file.parents[1].name: file.parent for file in sorted(runs.glob("stage*/egobench/metrics.json"))}
     if not folders:
         return ""
     shown = {

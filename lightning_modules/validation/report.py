@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.config import STAGES
 from lightning_modules.validation.scores import Outcome
 
 SCORES = {
@@ -45,8 +44,8 @@ def write_report(runs: Path) -> str:
     Raises:
         ValueError: no stage has been evaluated.
     """
-    found = {stage: runs / stage / "metrics.json" for stage in STAGES}
-    stages = {stage: json.loads(file.read_text(encoding="utf-8")) for stage, file in found.items() if file.is_file()}
+    files = sorted(runs.glob("stage*/metrics.json"))
+    stages = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
     if not stages:
         raise ValueError(f"{runs}: no stage has been evaluated: run `make stage1` first")
     table = _table(stages)

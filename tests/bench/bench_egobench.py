@@ -20,9 +20,9 @@ import torch
 
 from datamodules.batch import VIDEO_TOKEN_ID
 from datamodules.toy_world.questions import write_tokenizer
-from lightning_modules.cli import stage_only
 from lightning_modules.config import compose
 from lightning_modules.model.prefix_cache import SharedPrefix
+from lightning_modules.run import build_stage
 from lightning_modules.validation.report import markdown_table
 
 EXPERIMENT = Path(__file__).parents[2] / "experiments" / "toy"
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
-        stage = stage_only(compose(EXPERIMENT, "stage3", [f"tokenizer={folder}"]))
+        stage = build_stage(compose(EXPERIMENT, "stage3", [f"tokenizer={folder}"]))
         stage.init = {}  # speed does not depend on what was learned
         stage.configure_model()
     model = stage.model.language_model.eval()

@@ -36,10 +36,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
-from lightning_modules.cli import stage_only
 from lightning_modules.config import compose
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
 from lightning_modules.plan import PlanConfig, plan_stage
+from lightning_modules.run import build_stage
 from lightning_modules.stages.base import Stage
 from lightning_modules.validation.report import markdown_table
 
@@ -267,7 +267,7 @@ def planned(case: Case, smoke: bool) -> dict[str, float]:
     """Count what one sample and one step of a case should take; runs in a process of its own."""
     torch.set_num_threads(1)
     config = configuration(case, smoke)
-    stage = stage_only(config)
+    stage = build_stage(config)
     plan = plan_stage(config, stage)
     return {"flops": plan.flops, "plan_gib": plan.needed(case.micro_batch, bool(case.checkpointing)) / 2**30}
 
@@ -296,7 +296,7 @@ def random_model(stage: Stage, device: torch.device) -> None:
 def measure(case: Case, smoke: bool, traced: bool) -> dict[str, Any]:
     """Run one case through the Trainer and return its row."""
     config = configuration(case, smoke)
-    stage = stage_only(config)
+    stage = build_stage(config)
     device = torch.device("cpu" if smoke else "cuda")
     stage.__dict__["tokenizer"] = SimpleNamespace(eos_token_id=2)  # only the end of an answer is asked of it
     random_model(stage, device)

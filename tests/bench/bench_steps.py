@@ -19,9 +19,9 @@ import torch
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.video.reader import ClipReader
 from datamodules.video.sampling import segment_midpoints
-from lightning_modules.cli import build
-from lightning_modules.config import STAGES, compose
+from lightning_modules.config import compose, stage_names
 from lightning_modules.model.language_model import LanguageModel, LanguageModelConfig, Spliced
+from lightning_modules.run import build
 
 
 def write_video(path: Path, size: int, seconds: int, gop: int) -> None:
@@ -95,7 +95,7 @@ def bench_steps() -> None:
     print("\noptimiser steps of experiments/toy, 30 steps each, the first 10 left out")
     print("| stage | s per step | samples/s | waiting for data |\n|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
-        for stage in STAGES:
+        for stage in stage_names(folder):
             overrides = [f"runs={folder}", "trainer.max_steps=30", "monitor.every_n_steps=10"]
             overrides += ["trainer.limit_val_batches=0", "checkpoint_every_n_steps=1000", "model.init_args.init=null"]
             overrides += ["trainer.logger.class_path=lightning.pytorch.loggers.CSVLogger"]

@@ -23,7 +23,8 @@ import tiny
 
 from datamodules.toy_world.release import Settings, generate
 from lightning_modules.callbacks.checkpoint import newest
-from lightning_modules.cli import STOPPED, main
+from lightning_modules.cli import main
+from lightning_modules.exits import STOPPED
 from lightning_modules.weights.handoff import read_manifest
 
 STEPS = 40

@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.config import STAGES, ConfigError, compose, single_visual_inputs
+from lightning_modules.config import ConfigError, compose, single_visual_inputs
+
+STAGES = ("stage0", "stage1", "stage2", "stage3")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``python -m lightning_modules ablations`` runs.
+    """The experiments, regimes and comparisons of a plan.
 
     Attributes:
         prepare: folder, from the plan's, of the experiment whose stages 0 and 1 all variants start from.

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.ablations.figures import draw
-from lightning_modules.ablations.plan import Job, Plan
-from lightning_modules.config import STAGES
+from experiments.ablations.figures import draw
+from experiments.ablations.plan import STAGES, Job, Plan
 from lightning_modules.validation.report import SCORES, markdown_table
 from lightning_modules.weights.handoff import read_manifest
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-from lightning_modules.ablations.plan import Job
+from experiments.ablations.plan import Job
 from lightning_modules.config import read_saved
 from lightning_modules.weights.handoff import is_answered, read_manifest
 from lightning_modules.weights.resolve import split_source
@@ -90,7 +90,7 @@ def _run_all(jobs: Sequence[Job], out: Path, parallel: int, threads: int) -> lis
 
 
 def _run(job: Job, out: Path, threads: int, running: set[subprocess.Popen[bytes]]) -> int:
-    command = [sys.executable, "-m", "lightning_modules", "fit", *job.words, "--streams"]
+    command = [sys.executable, "-m", "lightning_modules", "fit", *job.words, "--single-inputs"]
     job.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with (job.folder / "log.txt").open("a", encoding="utf-8") as log:

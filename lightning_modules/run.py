@@ -1,0 +1,202 @@
+"""Build the Trainer, the stage and the datamodule of a run from one resolved configuration."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentError
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DDPStrategy
+
+from datamodules.clips.dataset import ClipConfig, ClipDataModule
+from datamodules.egobench.dataset import EgoBenchConfig
+from lightning_modules.callbacks.checkpoint import CheckpointFolders, Checkpoints
+from lightning_modules.callbacks.health import StallWatch
+from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
+from lightning_modules.config import ConfigError, config_hash
+from lightning_modules.config_errors import explain
+from lightning_modules.egobench.judge import JudgeConfig
+from lightning_modules.model.exo2ego import NetworkConfig
+from lightning_modules.plan import PlanConfig
+from lightning_modules.stages.base import Stage
+from lightning_modules.strategy import FSDP2, POLICIES
+from lightning_modules.weights.handoff import StageHandoff
+
+
+class ExperimentCLI(LightningCLI):
+    """LightningCLI over a resolved configuration.
+
+    In addition to ``model``, ``data`` and ``trainer`` it has the keys that the stages of an experiment share.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.resolved = config
+        super().__init__(
+            Stage,
+            ClipDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            run=False,
+            args=config,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            trainer_defaults={"enable_checkpointing": False},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Declare the shared keys."""
+        parser.add_argument("--experiment", type=str, required=True)
+        parser.add_argument("--stage", type=str, required=True)
+        parser.add_argument("--runs", type=str, default="runs")
+        parser.add_argument("--run_dir", type=str, required=True)
+        parser.add_argument("--handoffs", type=dict[str, str])
+        parser.add_argument("--weights", type=str)
+        parser.add_argument("--start", type=dict[str, str | list[str] | None])
+        parser.add_argument("--data_root", type=str)
+        parser.add_argument("--tokenizer", type=str, required=True)
+        parser.add_argument("--threads", type=int | None, default=None)
+        parser.add_argument("--checkpoint_every_n_steps", type=int, default=100)
+        parser.add_argument("--stall_timeout_s", type=float, default=1800.0)
+        parser.add_argument("--network", type=NetworkConfig)
+        parser.add_argument("--clips", type=ClipConfig)
+        parser.add_lightning_class_args(TrainingMonitor, "monitor")
+        parser.add_lightning_class_args(SamplePanel, "panel")
+        parser.add_argument("--plan", type=PlanConfig, default=PlanConfig())
+        parser.add_argument("--egobench", type=EgoBenchConfig, default=EgoBenchConfig())
+        parser.add_argument("--judge", type=JudgeConfig, default=JudgeConfig())
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the Trainer with the callbacks and plugins that every run has."""
+        parsed = self.config_init
+        run_dir = Path(parsed["run_dir"])
+        callbacks: list[L.Callback] = [
+            StallWatch(parsed["stall_timeout_s"]),
+            Checkpoints(run_dir / "checkpoints", parsed["checkpoint_every_n_steps"]),
+            StageHandoff(str(run_dir / "handoff"), parsed["stage"], config_hash(self.resolved)),
+        ]
+        if parsed["trainer"]["enable_progress_bar"] is not False:
+            callbacks.append(TQDMProgressBar(refresh_rate=5))
+        self.trainer_defaults["callbacks"] = callbacks
+        plugins = parsed["trainer"]["plugins"] or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFolders()]
+        return super().instantiate_trainer(plugins=plugins, **kwargs)
+
+
+class _StageOnlyCLI(ExperimentCLI):
+    """Instantiate the stage alone."""
+
+    def instantiate_classes(self) -> None:
+        config = self.config.clone()
+        config.pop("data")
+        self.model = self.parser.instantiate_classes(config).model
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage of one experiment, checked and ready; no weights or videos have been read.
+
+    Attributes:
+        config: the resolved configuration.
+        trainer: the Trainer with all callbacks.
+        stage: the LightningModule.
+        datamodule: the data of the stage.
+        egobench: how benchmarks are asked.
+        judge: who scores open answers of benchmarks.
+        plan: assumptions about the hardware.
+    """
+
+    config: dict[str, Any]
+    trainer: L.Trainer
+    stage: Stage
+    datamodule: ClipDataModule
+    egobench: EgoBenchConfig
+    judge: JudgeConfig
+    plan: PlanConfig
+
+    @property
+    def name(self) -> str:
+        """Return the name of the stage, such as ``stage1``."""
+        return str(self.config["stage"])
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder that all files of the run are written to."""
+        return Path(self.config["run_dir"])
+
+
+def build(config: dict[str, Any]) -> Run:
+    """Check a resolved configuration and make Trainer, stage and datamodule from it.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type.
+        ValueError: a value is impossible, or weights or data that the stage needs are missing.
+    """
+    cli = _parse(config, ExperimentCLI)
+    parsed = cli.config_init
+    trainer, stage, datamodule = cli.trainer, cli.model, cli.datamodule
+    if isinstance(trainer.strategy, DDPStrategy | FSDP2):
+        # Ends hangs that StallWatch does not see, such as the rendezvous; later than StallWatch, which can name ranks.
+        trainer.strategy._timeout = timedelta(seconds=parsed["stall_timeout_s"] + 30)
+    if parsed["threads"]:
+        torch.set_num_threads(parsed["threads"])
+    if stage.frozen_dtype != torch.float32 and trainer.precision != "bf16-mixed":
+        raise ConfigError(
+            f"model.init_args.frozen_dtype: {config['model']['init_args']['frozen_dtype']} needs "
+            f"trainer.precision: bf16-mixed, got {trainer.precision}"
+        )
+    if isinstance(trainer.strategy, FSDP2) and trainer.precision not in POLICIES:
+        raise ConfigError(f"trainer.precision: got {trainer.precision}, allowed with fsdp2: {', '.join(POLICIES)}")
+    stage.check(datamodule.clips, datamodule.encoder.max_text_tokens)
+    if datamodule.micro_batch_size is not None:
+        if trainer.accumulate_grad_batches != 1:
+            raise ConfigError(
+                f"trainer.accumulate_grad_batches: got {trainer.accumulate_grad_batches}, but it follows from "
+                "data.init_args.micro_batch_size and the number of devices: remove one of them"
+            )
+        trainer.accumulate_grad_batches = datamodule.accumulation(trainer.world_size)
+    if isinstance(trainer.val_check_interval, int):
+        # The configuration counts optimiser steps, the Trainer counts micro-batches.
+        trainer.val_check_interval *= trainer.accumulate_grad_batches
+    return Run(config, trainer, stage, datamodule, parsed["egobench"], parsed["judge"], parsed["plan"])
+
+
+def build_stage(config: dict[str, Any]) -> Stage:
+    """Check a resolved configuration and make the stage alone; files that it names need not exist."""
+    stage: Stage = _parse(config, _StageOnlyCLI).model
+    return stage
+
+
+def _parse(config: dict[str, Any], kind: type[ExperimentCLI]) -> ExperimentCLI:
+    missing = [key for key in ("experiment", "stage", "run_dir", "model", "data") if not config.get(key)]
+    if missing:
+        raise ConfigError(f"configuration: {', '.join(missing)} missing: name an experiment folder and a stage")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind(config)
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(explain(str(error), config)) from None
+    except (MisconfigurationException, ImportError) as error:
+        raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def silence_expected_warnings() -> None:
+    """Hide Lightning's notes about absent devices and warnings that are expected in our runs."""
+    for name in ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    expected = ["LeafSpec", "does not have many workers", "exists and is not empty", "sync_dist=True"]
+    expected += ["across ranks is zero", "assuming the intent is to save", "assuming the intent is to load"]
+    expected += ["returned a view tensor", "Grad strides do not match bucket view strides"]
+    for message in expected:
+        warnings.filterwarnings("ignore", message=f".*{message}")

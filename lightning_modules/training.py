@@ -1,0 +1,142 @@
+"""Train a stage: start it, resume it, or recognise that it is finished."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lightning_modules.callbacks.checkpoint import (
+    CheckpointError,
+    check_files,
+    newest,
+    read_state,
+    read_tensors,
+    stored_tensors,
+)
+from lightning_modules.callbacks.throughput import TrainingMonitor
+from lightning_modules.config import config_hash
+from lightning_modules.evaluation import answer_validation, evaluate, read_benchmarks
+from lightning_modules.plan import flops_per_sample
+from lightning_modules.resume import check_resumable, check_same_start, discard_run
+from lightning_modules.run import Run, build, build_stage
+from lightning_modules.weights.handoff import code_version, write_stage_weights
+
+
+class Interrupted(RuntimeError):
+    """Training stopped before its last step."""
+
+
+def fit(config: dict[str, Any], force: bool = False) -> None:
+    """Train a stage, resume an interrupted one, or report that it is finished; then answer the validation questions.
+
+    Every rank calls this. Rank 0 alone checks and changes files in the run's folder; the others wait for it in their
+    first collective operation.
+
+    Args:
+        config: resolved configuration of the stage.
+        force: discard what earlier runs left, and train from scratch.
+
+    Raises:
+        ConfigError: the folder contains a run with a different configuration.
+        Interrupted: training stopped early; the same call resumes it.
+        ValueError: something the stage needs is missing or invalid.
+    """
+    run = build(config)
+    if fast := run.egobench.fast:
+        run.datamodule.benchmarks = [benchmark.fast() for benchmark in read_benchmarks(run, fast)]
+    folder, is_rank_zero = run.folder, run.trainer.is_global_zero
+    if force and is_rank_zero:
+        discard_run(folder)
+    finished = not force and (folder / "handoff" / "manifest.json").is_file()
+    checkpoint = None if force or finished else newest(folder / "checkpoints")
+    if is_rank_zero:
+        if finished or checkpoint:
+            check_resumable(folder, config, "finished" if finished else "interrupted")
+        if checkpoint:
+            check_files(checkpoint)
+            print(f"{run.name} of {config['experiment']} resumes from {checkpoint}")
+
+    if finished:
+        check_same_start(folder, run.stage)
+        if not (folder / "metrics.json").is_file():
+            evaluate(config)
+        print(f"{run.name} of {config['experiment']} is finished ({folder}/handoff); FORCE=1 trains it from scratch")
+        return
+
+    if is_rank_zero:
+        _prepare_folder(run)
+        _enable_mfu(run)
+    run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
+    if run.trainer.interrupted or run.trainer.global_step < run.stage.total_steps():
+        raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; run it again to resume")
+
+    if checkpoint and int(checkpoint.name) == run.trainer.global_step:
+        # The checkpoint was the last one and only the stage weights were missing: the Trainer may not have read it.
+        if is_rank_zero:
+            _export(checkpoint, config, folder / "handoff")
+        run.trainer.strategy.barrier()
+        del run  # before its successor takes memory
+        evaluate(config)
+        return
+    answer_validation(run)
+
+
+def consolidate(config: dict[str, Any]) -> None:
+    """Export stage weights from the last checkpoint of an unfinished stage, written by any number of processes.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    folder = Path(str(config["run_dir"]))
+    checkpoint = newest(folder / "checkpoints")
+    if checkpoint is None:
+        raise CheckpointError(f"{folder}/checkpoints: no checkpoint: run `make {config['stage']}` first")
+    check_resumable(folder, config, "interrupted")
+    check_files(checkpoint)
+    out = folder / f"handoff_{checkpoint.name}"
+    parts = _export(checkpoint, config, out)
+    print(f"{out} holds {', '.join(parts)} after step {int(checkpoint.name)}: handoffs.{config['stage']}={out}")
+
+
+def _prepare_folder(run: Run) -> None:
+    """Remove checkpoints that were interrupted while being written, and save the configuration."""
+    for torn in (run.folder / "checkpoints").glob(".*.new"):
+        shutil.rmtree(torn)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False), encoding="utf-8")
+
+
+def _enable_mfu(run: Run) -> None:
+    """Let the monitor log model FLOPs utilisation, if ``plan.peak_tflops`` is set."""
+    if run.plan.peak_tflops is None:
+        return
+    callbacks = run.trainer.callbacks  # type: ignore[attr-defined]
+    (monitor,) = (callback for callback in callbacks if isinstance(callback, TrainingMonitor))
+    monitor.flops = flops_per_sample(run.config, build_stage(run.config))
+    monitor.peak_flops = run.plan.peak_tflops * 1e12
+
+
+def _export(checkpoint: Path, config: dict[str, Any], out: Path) -> list[str]:
+    """Write the trained parts of a checkpoint as stage weights; return the names of the parts."""
+    stage, state, stored = build_stage(config), read_state(checkpoint), stored_tensors(checkpoint)
+    model = stage.on_meta()
+    names = {id(parameter): f"model.{name}" for name, parameter in model.named_parameters()}
+    parts = {part: {n: names[id(p)] for n, p in model.part(part).items()} for part in stage.trained}
+    wanted = [name for of_part in parts.values() for name in of_part.values()]
+    tensors = {name: torch.empty(stored[f"state_dict.{name}"]) for name in wanted}
+    read_tensors(checkpoint, {"state_dict": tensors}, alone=True)
+    manifest = {
+        "stage": config["stage"],
+        "step": state["global_step"],
+        "config_hash": config_hash(config),
+        "code_version": code_version(),
+        "started_from": state["started_from"],
+        "metrics": {},
+    }
+    whole = ((part, {n: tensors[name] for n, name in of_part.items()}) for part, of_part in parts.items())
+    write_stage_weights(out, whole, stage.network.lora, manifest)
+    return list(parts)
