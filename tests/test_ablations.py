@@ -150,7 +150,7 @@ def test_a_missing_plan_is_one_error(tmp_path, capsys):
 
 
 class Recorded:
-    """Stands for the processes: finishes runs by writing what `fit --single-inputs` leaves, but those it is told to fail."""
+    """Replace the processes: write the files that `fit --single-inputs` leaves, except for runs that are to fail."""
 
     def __init__(self, jobs, failing=()):
         self.by_words = {job.words: job for job in jobs}
@@ -465,7 +465,7 @@ def test_without_matplotlib_there_are_tables_and_a_word_about_it(content, tmp_pa
 
 
 class Panels:
-    """Stands for a figure, and keeps what is drawn into each of its panels."""
+    """Replaces a figure, and keeps the calls that draw into each of its panels."""
 
     def __init__(self, **_):
         self.panels = np.empty(0)

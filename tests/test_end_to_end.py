@@ -1,4 +1,4 @@
-"""All four stages on generated videos through the command line, and what they leave behind."""
+"""All four stages on generated videos through the command line, and the files that they write."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def runs(finished, tmp_path, toy_world):
     return copy
 
 
-# ---------------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------------------- the files
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -70,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.ablations",
-        description="Run what a plan of ablations lacks, then write tables and figures.",
+        description="Run the unfinished runs of a plan of ablations, then write tables and figures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     cores = len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Figures of what a plan's runs show, from the numbers in ``results.json``."""
+"""Draw the results of ablation runs, from the numbers in ``results.json``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ except ImportError:  # of the extra `dev`
 
 
 def draw(content: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw ``effects.svg``, ``stages.svg`` and, with a sweep, ``sweep.svg``; without matplotlib none, which it says.
+    """Draw ``effects.svg``, ``stages.svg`` and, with a sweep, ``sweep.svg``, if matplotlib is installed.
 
     Args:
         content: see ``collect``.
@@ -36,7 +36,7 @@ def draw(content: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _effects(content: dict[str, Any]) -> Figure:
-    """Differences from the control after stage 2: a row of panels for each regime, a panel for each score."""
+    """Draw differences from the control after stage 2: a row of panels for each regime, a panel for each score."""
     regimes, scores, names = content["regimes"], content["headline"], content["names"]
     chosen = {
         regime: [e for e in content["effects"] if _is(e, regime=regime, stage="stage2", reads="whole", clips="all")]
@@ -64,7 +64,7 @@ def _effects(content: dict[str, Any]) -> Figure:
 
 
 def _stages(content: dict[str, Any]) -> Figure:
-    """Egocentric scores stage by stage, a row of panels for each regime that has stage 3 (or all)."""
+    """Draw egocentric scores stage by stage: a row of panels for each regime that has stage 3 (or all)."""
     means = [e for e in content["means"] if _is(e, reads="whole", clips="all")]
     regimes = [r for r in content["regimes"] if any(_is(e, regime=r, stage="stage3") for e in means)]
     regimes = regimes or list(content["regimes"])
@@ -89,7 +89,7 @@ def _stages(content: dict[str, Any]) -> Figure:
 
 
 def _sweep(content: dict[str, Any]) -> Figure:
-    """Differences from the control along the sweep, and the control itself below."""
+    """Draw differences from the control along the sweep, and the control itself below."""
     sweep, scores, names = content["sweep"], content["headline"], content["names"]
     figure = Figure(figsize=(3.2 * len(scores), 4.6), layout="constrained")
     panels = figure.subplots(2, len(scores), squeeze=False, sharex=True)

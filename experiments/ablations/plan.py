@@ -1,4 +1,4 @@
-"""Which experiments run, under which conditions, and which are compared: a plan as YAML, and the runs it amounts to."""
+"""A plan of ablations: its experiments, the conditions they run under, and the runs that follow from it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Regime:
     Attributes:
         title: for tables.
         overrides: ``key=value`` of both stages.
-        stage2_overrides: more of stage 2, such as what its data are.
-        stage2, stage3: experiments beside the plan that run these stages. One that is in ``stage3`` alone starts from
-            what its own files say.
+        stage2_overrides: further ones of stage 2 alone, such as its data.
+        stage2, stage3: experiments, next to the plan, that run these stages. One that is in ``stage3`` alone names
+            its start in its own files.
     """
 
     title: str
@@ -75,7 +75,7 @@ class Plan:
     overrides: tuple[str, ...] = ()
 
     def name(self, variant: str) -> str:
-        """Of a variant, for people."""
+        """Return the title of a variant."""
         return self.names.get(variant, variant)
 
 
@@ -129,7 +129,7 @@ class Job:
     Attributes:
         group: name of the regime; ``prepared`` or ``views`` for what belongs to none.
         variant: name of the experiment's folder.
-        words: what ``python -m lightning_modules fit`` is told.
+        words: arguments of ``python -m lightning_modules fit``.
         config: the same, resolved.
     """
 
@@ -142,29 +142,29 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Of the run."""
+        """Return the run's folder."""
         return Path(self.config["run_dir"])
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Return the run's name for messages."""
         return f"{self.group}/{self.variant}/{self.stage}/seed{self.seed}"
 
     @property
     def reads(self) -> dict[str, Path]:
-        """Folders of the answers: by all that the stage reads (``whole``), and by one of x and F(x) alone."""
+        """Return the folders of answers: from all visual inputs (``whole``), and from x or F(x) alone."""
         alone = {reads: Path(config["run_dir"]) for reads, config in single_visual_inputs(self.config).items()}
         return {"whole": self.folder, **alone}
 
 
 def all_jobs(file: Path, plan: Plan, seeds: Sequence[int], out: Path, overrides: Sequence[str] = ()) -> list[list[Job]]:
-    """The runs of a plan: lists of which each needs the ones before, and whose members need each other not.
+    """Return the runs of a plan as lists: each list needs those before it, and its members are independent.
 
     Args:
-        file: the plan's, beside which the experiments are.
-        plan: what it says.
-        seeds: of the runs. A seed decides the order of samples, dropout, what of F and G starts at random, and which
-            takes are narrated; the held-out clips are the same for all.
+        file: the plan's file; the experiments are next to it.
+        plan: its content.
+        seeds: of the runs. A seed decides the order of samples, dropout, the random start of F and G, and
+            which takes are narrated; the validation clips are the same for all.
         out: folder of all runs.
         overrides: ``key=value`` for every run, after the plan's own.
     """

@@ -1,4 +1,4 @@
-"""What a plan's runs show: means and intervals over seeds, as JSON, as Markdown tables and as figures."""
+"""Summarise ablation runs: means and intervals over seeds, as JSON, as Markdown tables and as figures."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """The interval lies on one side of zero."""
+        """Return True if the interval lies on one side of zero."""
         return self.half is not None and abs(self.mean) > self.half
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % interval by Student's t."""
+    """Compute the mean and the 95 % interval by Student's t."""
     count, mean = len(values), math.fsum(values) / len(values)
     if count == 1:
         return Estimate(mean, None)
@@ -67,7 +67,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def read_scores(folder: Path) -> Scores:
-    """Means of every score of a run's answers, ``<view>_<score>``, over each of ``CLIPS``."""
+    """Compute the means of every score of a run's answers, ``<view>_<score>``, over each of ``CLIPS``."""
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
         for answer in map(json.loads, file):
@@ -84,10 +84,10 @@ def write_results(plan: Plan, jobs: Sequence[Job], folder: Path, missing: Sequen
     """Write ``results.json``, ``results.md``, ``runs.jsonl`` and figures of finished runs.
 
     Args:
-        plan: what was to be run.
+        plan: the plan that the runs belong to.
         jobs: the finished runs.
-        folder: for the files.
-        missing: names of those that are not finished.
+        folder: receives the files.
+        missing: names of unfinished runs.
 
     Returns:
         The Markdown.
@@ -108,7 +108,7 @@ def write_results(plan: Plan, jobs: Sequence[Job], folder: Path, missing: Sequen
 
 
 def _by_line(content: dict[str, Any]) -> str:
-    """JSON of all but the runs: a line for each place, with mean and half interval by score."""
+    """Format all but the runs as JSON: a line for each place, with mean and half interval by score."""
     parts = []
     for key, value in content.items():
         if key in ("means", "effects", "views"):
@@ -123,12 +123,12 @@ def _by_line(content: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> Any:
-    """Numbers to four decimals, less than one clip of those held out."""
+    """Round numbers to four decimals, less than one validation clip."""
     return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 4))
 
 
 def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
-    """Everything that tables and figures show.
+    """Collect all numbers that tables and figures show.
 
     ``runs`` are scores by seed, ``means`` these over seeds, and ``effects`` differences from the control in the same
     regime, stage and reading; ``views`` compares stage 1 on exocentric video with the probe on egocentric video.
@@ -172,7 +172,7 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
 
 
 def _trained(job: Job) -> int:
-    """Parameters that moved; a part at rate 0 is handed on as it was."""
+    """Count the parameters that changed; a part whose learning rate is 0 does not."""
     parts, rates = read_manifest(job.folder / "handoff")["parts"], job.config["model"]["init_args"]["optim"]
     fixed = {part for part, rate in (rates.get("lr_mult") or {}).items() if rate == 0}
     return sum(math.prod(shape) for name, part in parts.items() if name not in fixed for _, shape in part.values())
@@ -188,7 +188,7 @@ def _of_view(scores: Scores, view: str) -> Scores:
 def _estimates(
     place: tuple[str, ...], seeds: dict[int, Scores], control: dict[int, Scores] | None = None
 ) -> list[dict[str, Any]]:
-    """An entry for each score and selection of clips; of the differences from ``control`` if it is given.
+    """Return an entry for each score and selection of clips; of the differences from ``control`` if it is given.
 
     Seeds that the control has not finished do not count.
     """
@@ -206,14 +206,14 @@ def _estimates(
 
 
 class _Lookup:
-    """Cells of tables."""
+    """Look up the cells of tables."""
 
     def __init__(self, entries: Iterable[dict[str, Any]]) -> None:
         self.entries = {(*(e[key] for key in PLACE), e["clips"], e["score"]): e for e in entries}
         self.seeds = max((len(e["by_seed"]) for e in self.entries.values()), default=0)
 
     def cell(self, *where: str, signed: bool = False) -> str:
-        """Mean and interval, in per cent where it is a share; bold where an interval of a difference excludes zero."""
+        """Format mean and interval, fractions in per cent; bold where an interval of a difference excludes zero."""
         entry = self.entries.get(where)
         if entry is None:
             return ""
@@ -227,7 +227,7 @@ class _Lookup:
 
 
 def markdown(content: dict[str, Any]) -> str:
-    """Tables of ``collect``."""
+    """Format the content of ``collect`` as tables."""
     means, effects = _Lookup(content["means"]), _Lookup(content["effects"])
     places = list(dict.fromkeys((run["regime"], run["variant"], run["stage"]) for run in content["runs"]))
     versions = ", ".join(f"{version} ({count} runs)" for version, count in content["code_versions"].items())
@@ -277,7 +277,7 @@ def _of_stage(
 
 
 def _stages(content: dict[str, Any], means: _Lookup, regime: str) -> str:
-    """Egocentric scores of the demonstrator, then of each variant that goes as far as stage 3."""
+    """Format egocentric scores of the demonstrator, then of each variant that goes as far as stage 3."""
     demonstrator = next((run["variant"] for run in content["runs"] if run["regime"] == "prepared"), "")
     variants = {run["variant"]: None for run in content["runs"] if (run["regime"], run["stage"]) == (regime, "stage3")}
     rows = [["", "score", *STAGES]]

@@ -1,4 +1,4 @@
-"""Carries out the runs of a plan, each as a process of its own, several at a time; called again, it goes on."""
+"""Run the jobs of a plan, each in a process of its own and several at a time; a second call resumes."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from lightning_modules.weights.resolve import split_source
 
 
 class RunsFailed(RuntimeError):
-    """Some runs of a plan did not finish."""
+    """Some runs of a plan failed."""
 
 
 def carry_out(waves: Iterable[Sequence[Job]], out: Path, parallel: int, threads: int) -> None:
-    """Run what is not finished; a wave begins when the one before is through. What fails stops nothing but itself.
+    """Run unfinished jobs, wave by wave. A job that fails does not stop the others.
 
-    Seconds go to ``seconds.jsonl`` in ``out``, what the runs print to ``log.txt`` beside each run's files. Told to
-    stop, it tells the runs, which save their checkpoints.
+    Durations go to ``seconds.jsonl`` in ``out``, output of a run to ``log.txt`` in its folder. SIGTERM and Ctrl-C are
+    passed on to the runs, which save their checkpoints.
 
     Args:
         waves: see ``all_jobs``.
         out: folder of all runs.
-        parallel: runs at a time.
-        threads: of each.
+        parallel: number of runs at a time.
+        threads: number of threads of each run.
 
     Raises:
-        RunsFailed: after all others; names those that failed, and those that needed them, with their logs.
-        KeyboardInterrupt: told to stop.
+        RunsFailed: after all others have run; names the failed runs, and those that needed them, with their logs.
+        KeyboardInterrupt: stopped by a signal.
     """
     out.mkdir(parents=True, exist_ok=True)
     failed: list[Job] = []
@@ -57,7 +57,7 @@ def carry_out(waves: Iterable[Sequence[Job]], out: Path, parallel: int, threads:
 
 
 def is_finished(job: Job) -> bool:
-    """All answers are there, by exactly this configuration, and it started from the hand-offs that are there now."""
+    """Return True if all answers exist, of this very configuration and the present weights of earlier stages."""
     file, handoff = job.folder / "config.yaml", job.folder / "handoff"
     if not file.is_file() or not all(is_answered(folder, handoff) for folder in job.reads.values()):
         return False
@@ -76,7 +76,7 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _run_all(jobs: Sequence[Job], out: Path, parallel: int, threads: int) -> list[Job]:
-    """Those that failed."""
+    """Run jobs in parallel and return those that failed."""
     running: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(parallel) as pool:
         try:
@@ -99,7 +99,7 @@ def _run(job: Job, out: Path, threads: int, running: set[subprocess.Popen[bytes]
         running.add(process)
         status = process.wait()
         running.remove(process)
-    if status == 0:  # a finished run goes on from nothing, and a hundred of them would fill a disk
+    if status == 0:  # a finished run is never resumed, and the checkpoints of a hundred runs would fill a disk
         shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
     seconds = round(time.monotonic() - began, 1)
     with (out / "seconds.jsonl").open("a", encoding="utf-8") as file:

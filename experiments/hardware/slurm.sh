@@ -4,8 +4,8 @@
 #   sbatch experiments/hardware/slurm.sh exo2ego_7b stage1
 #   sbatch --dependency=afterok:<job> experiments/hardware/slurm.sh exo2ego_7b stage2
 #
-# Ahead of the time limit or of a preemption, SLURM sends SIGUSR1 (or SIGTERM): the stage saves, stops with status 75, and
-# the job is put into the queue again, where it goes on from that step. A node that fails requeues the job as well.
+# Before the time limit or a preemption, SLURM sends SIGUSR1 (or SIGTERM): the stage saves a checkpoint and exits with
+# status 75, and the job is requeued and resumes from that step. The job is also requeued when a node fails.
 #SBATCH --job-name=exo2ego
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
