@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.batch import ClipBatch, Question, QuestionBatch, TextBatch
-    from datamodules.clips.dataset import ClipConfig, ClipDataModule
+    from datamodules.clips.datamodule import ClipDataModule
+    from datamodules.clips.dataset import ClipConfig
     from datamodules.ego_exo_clip.assembly101 import Assembly101
     from datamodules.ego_exo_clip.build import BuildOptions, build_index
     from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule
@@ -56,7 +57,8 @@ _MODULES = {
     "video.errors": ("ClipDecodeError",),
     "video.reader": ("ClipReader",),
     "video.sampling": ("read_views",),
-    "clips.dataset": ("ClipConfig", "ClipDataModule"),
+    "clips.dataset": ("ClipConfig",),
+    "clips.datamodule": ("ClipDataModule",),
     "egoit.datamodule": ("ConversationFile",),
     "ego_exo_clip.ego_exo4d": ("EgoExo4D",),
     "ego_exo_clip.datamodule": ("EgoExoClipDataModule",),

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 
-from datamodules.clips.dataset import ClipConfig, ClipDataModule
+from datamodules.clips.datamodule import ClipDataModule
+from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench.dataset import EgoBenchConfig
 from lightning_modules.callbacks.checkpoint import CheckpointFolders, Checkpoints
 from lightning_modules.callbacks.health import StallWatch

@@ -20,15 +20,9 @@ from test_clip_stream import decode_all, make_video, numbers_on
 from torch.utils.data import DataLoader
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch
-from datamodules.clips.dataset import (
-    ClipConfig,
-    ClipTextDataset,
-    GlobalBatchSampler,
-    ReadingStopped,
-    ResumableLoader,
-    Span,
-    TooManyCorrupt,
-)
+from datamodules.clips.dataset import ClipConfig, ClipTextDataset, Span
+from datamodules.clips.loader import ReadingStopped, ResumableLoader, TooManyCorrupt
+from datamodules.clips.sampler import GlobalBatchSampler
 from datamodules.text import TextEncoder
 from datamodules.video.errors import NotAVideo, TimedOut
 from datamodules.video.reader import ClipReader

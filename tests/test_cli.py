@@ -178,7 +178,7 @@ def test_missing_data_folder(refused, toy_world, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert re.search(rf"{nowhere}.*run `make data`", refused("fit", "stage0", world=nowhere))
     message = refused("fit", "stage0", f"tokenizer={toy_world}/tokenizer", world=nowhere)
-    assert message.startswith(f"data.root: no folder {nowhere}: run `make data` if it is of the generated world, else ")
+    assert message.startswith(f"data.root: no folder {nowhere}: run `make data` for the generated world, ")
     assert message.endswith(", or set data.init_args.root")
 
 

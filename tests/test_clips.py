@@ -11,15 +11,11 @@ import pytest
 import torch
 
 from datamodules.batch import IGNORE_INDEX
-from datamodules.clips.dataset import (
-    ClipConfig,
-    ClipDataModule,
-    ClipTextDataset,
-    GlobalBatchSampler,
-    HeldOutDataset,
-    ResumableLoader,
-    Span,
-)
+from datamodules.clips.datamodule import ClipDataModule
+from datamodules.clips.dataset import ClipConfig, ClipTextDataset, Span
+from datamodules.clips.loader import ResumableLoader
+from datamodules.clips.sampler import GlobalBatchSampler
+from datamodules.clips.validation import ValidationDataset
 from datamodules.io.jsonl import read_jsonl
 from datamodules.text import TextEncoder
 from datamodules.video.errors import FileMissing
@@ -300,7 +296,7 @@ def test_moving_a_batch_moves_every_tensor(toy_tokenizer):
 
 
 def test_missing_paths_name_the_key_and_what_to_do(options, tmp_path):
-    with pytest.raises(ValueError, match=r"^data\.root: no folder \S+/none: run `make data` if .*, or set data\.init_"):
+    with pytest.raises(ValueError, match=r"^data\.root: no folder \S+/none: run `make data` .*, or set data\.init_"):
         NumbersModule(**{**options, "root": str(tmp_path / "none")})
     with pytest.raises(ValueError, match=r"^data\.held_out: no file \S+/none: run .* set data\.init_args\.held_out"):
         NumbersModule(**options, held_out=str(tmp_path / "none"))
@@ -475,26 +471,28 @@ RECORD = {
 def held_out(tmp_path, tokenizer, *records):
     file = tmp_path / "held_out.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return HeldOutDataset(tmp_path, file, CLIPS, TextEncoder(str(tokenizer), max_text_tokens=64))
+    return ValidationDataset(tmp_path, file, CLIPS, TextEncoder(str(tokenizer), max_text_tokens=64))
 
 
 @pytest.mark.parametrize("field", ["id", "views", "start", "end", "questions"])
 def test_a_missing_field_is_named(field, tmp_path, toy_tokenizer):
     broken = {name: value for name, value in RECORD.items() if name != field}
-    with pytest.raises(ValueError, match=rf"held_out\.jsonl line 2: field '{field}' is missing$"):
+    with pytest.raises(ValueError, match=rf"held_out\.jsonl line 2: field '{field}' is missing: add it$"):
         held_out(tmp_path, toy_tokenizer, RECORD, broken)
 
 
 @pytest.mark.parametrize("value", [None, "00:01", [1.0]])
 def test_a_time_that_is_no_number_is_named(value, tmp_path, toy_tokenizer):
-    with pytest.raises(ValueError, match=r"held_out\.jsonl line 2: field 'start' is .*, expected seconds$"):
+    with pytest.raises(
+        ValueError, match=r"held_out\.jsonl line 2: field 'start' is .*, expected a valid number: correct it$"
+    ):
         held_out(tmp_path, toy_tokenizer, RECORD, {**RECORD, "start": value})
 
 
 @pytest.mark.parametrize("field", ["task", "question", "answer"])
 def test_a_missing_field_of_a_question_is_named(field, tmp_path, toy_tokenizer):
     question = {name: value for name, value in RECORD["questions"][0].items() if name != field}
-    with pytest.raises(ValueError, match=rf"line 1: field '{field}' is missing$"):
+    with pytest.raises(ValueError, match=rf"line 1: field 'questions\[0\]\.{field}' is missing: add it$"):
         held_out(tmp_path, toy_tokenizer, {**RECORD, "questions": [question]})
 
 
@@ -507,7 +505,7 @@ def test_a_held_out_clip_whose_file_is_missing_is_named(tmp_path, toy_tokenizer)
 def questions(toy_world):
     encoder = TextEncoder(str(toy_world / "tokenizer"), max_text_tokens=64)
     clips = ClipConfig(num_frames=3, image_size=16)
-    return HeldOutDataset(toy_world, toy_world / "instructions" / "held_out.jsonl", clips, encoder)
+    return ValidationDataset(toy_world, toy_world / "instructions" / "held_out.jsonl", clips, encoder)
 
 
 def test_held_out_clips_collate_with_their_questions(questions):

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from datamodules.batch import IGNORE_INDEX
-from datamodules.clips.dataset import ClipConfig, GlobalBatchSampler, ResumableLoader, _Request
+from datamodules.clips.dataset import ClipConfig
+from datamodules.clips.loader import ResumableLoader
+from datamodules.clips.sampler import BatchRequest, GlobalBatchSampler
 from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule, NarrationConfig
 from datamodules.video.errors import Damaged, FileMissing
 from datamodules.video.probe import probe
@@ -383,12 +385,12 @@ def test_a_fraction_of_the_takes_keeps_its_text_and_the_others_their_pictures(to
 def test_a_batch_counts_the_tokens_of_narrated_clips_only(toy_world, pairs):
     some = partly(toy_world, ego_text_fraction=0.34)
     indices = [int(some.with_text[0]), *some.without_text[:3].tolist()]
-    batch = some.__getitems__(_Request(0, indices, indices, 1))
+    batch = some.__getitems__(BatchRequest(0, indices, indices, 1))
     assert batch.valid.all() and not batch.corrupt
     supervised = (batch.text.labels != IGNORE_INDEX).sum(1).tolist()
     assert supervised == [pairs.text(indices[0], 0).label_tokens, 0, 0, 0]
     assert batch.label_tokens == supervised[0]
-    full = pairs.__getitems__(_Request(0, indices, indices, 1))
+    full = pairs.__getitems__(BatchRequest(0, indices, indices, 1))
     assert torch.equal(batch.ego_video, full.ego_video) and torch.equal(batch.exo_video, full.exo_video)
 
 
@@ -460,7 +462,7 @@ def test_impossible_narrations_are_refused(key, value, allowed):
 @pytest.mark.parametrize("instruction", [None, "Describe the video."])
 def test_the_prompt_is_what_stands_before_every_caption(toy_world, instruction):
     chosen = dataset(toy_world, instruction=instruction)
-    batch = chosen.__getitems__(_Request(0, [0, 1], [0, 1], 1))
+    batch = chosen.__getitems__(BatchRequest(0, [0, 1], [0, 1], 1))
     for ids, labels in zip(batch.text.input_ids, batch.text.labels, strict=True):
         first = int((labels != IGNORE_INDEX).int().argmax())
         assert ids[:first].tolist() == batch.prompt.tolist()

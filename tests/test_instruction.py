@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
-from datamodules.clips.dataset import ClipConfig, GlobalBatchSampler, ResumableLoader
+from datamodules.clips.dataset import ClipConfig
+from datamodules.clips.loader import ResumableLoader
+from datamodules.clips.sampler import GlobalBatchSampler
 from datamodules.egoit.datamodule import Wording
 from datamodules.egoit.instruction import InstructionDataModule
 from datamodules.egoit.mix import MixConfig, MixSource

@@ -1,4 +1,4 @@
-"""The index of pairs: what is written is what is read, and what is not whole or wrong is refused by name."""
+"""The index of pairs: reading returns the pairs that were written, and refuses an incomplete or wrong index."""
 
 import json
 import os

@@ -38,7 +38,7 @@ def key_frames(path: Path) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what is written
+# output
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("b_pyramid", "long_gop", "all_key_frames")])
@@ -194,7 +194,7 @@ def test_a_change_of_picture_size_is_refused(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what is not accepted
+# refused input
 
 
 ALL = range(40)

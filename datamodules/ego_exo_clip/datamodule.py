@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.batch import IGNORE_INDEX
-from datamodules.clips.dataset import NOTHING_TO_LEARN, VIEWS, ClipConfig, ClipDataModule, ClipTextDataset, Span
+from datamodules.clips.datamodule import ClipDataModule
+from datamodules.clips.dataset import NOTHING_TO_LEARN, VIEWS, ClipConfig, ClipTextDataset, Span
 from datamodules.ego_exo_clip.index import PairIndex, read_header
 from datamodules.text import EncodedText, TextEncoder
 

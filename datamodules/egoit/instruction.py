@@ -13,7 +13,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 
-from datamodules.clips.dataset import ClipConfig, ClipDataModule, ClipTextDataset, Span
+from datamodules.clips.datamodule import ClipDataModule
+from datamodules.clips.dataset import ClipConfig, ClipTextDataset, Span
 from datamodules.egoit.datamodule import Conversation, ConversationFile, ConversationStore, Turn, Wording
 from datamodules.egoit.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts, mix_source
 from datamodules.egoit.templates import FOLDER, LEVELS, Templates, draw
@@ -178,7 +179,7 @@ class InstructionDataModule(ClipDataModule):
         for source in self.sources:
             if not Path(source.file).is_file():
                 raise ValueError(
-                    f"data.sources: no file {source.file}: run `make data` if it is of the generated world, "
+                    f"data.sources: no file {source.file}: run `make data` for the generated world, "
                     "`make egoit` if it is of EgoIT, or set data.init_args.sources"
                 )
         names = [Path(source.file).stem for source in self.sources]

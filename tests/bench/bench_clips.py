@@ -39,7 +39,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from datamodules.clips.dataset import ClipConfig, ClipTextDataset, GlobalBatchSampler, ResumableLoader, Span
+from datamodules.clips.dataset import ClipConfig, ClipTextDataset, Span
+from datamodules.clips.loader import ResumableLoader
+from datamodules.clips.sampler import GlobalBatchSampler
 from datamodules.text import EncodedText, TextEncoder
 from datamodules.toy_world.questions import write_tokenizer
 from datamodules.video.convert import PAD_RGB
