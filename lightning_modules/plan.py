@@ -335,7 +335,7 @@ class _Probe:
             for parameter in stage.model.part(part).values():
                 parameter.requires_grad_(part in stage.trained)
         stage.train()
-        side = stage.network.encoder.image_size
+        side = stage.network.encoder_shape.image_size
         length = assumed.text_tokens
         with torch.device("meta"):
             video = torch.empty(1, num_frames, side, side, 3, dtype=torch.uint8)

@@ -54,7 +54,8 @@ def test_video_files_are_opened_in_few_places():
 def test_open_clip_stays_with_the_vision_encoder_and_its_weights():
     assert importers("open_clip") == {
         "lightning_modules/model/encoders/base.py",
-        "lightning_modules/weights/released.py",
+        "lightning_modules/model/encoders/clip.py",
+        "lightning_modules/weights/clip.py",
     }
 
 

@@ -12,12 +12,13 @@ from timm.models.regnet import RegStage
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, MistralConfig, MistralForCausalLM
 
-from lightning_modules.model.encoders.base import EncoderConfig
+from lightning_modules.model.encoders import EncoderConfig
 from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig, ProjectorConfig
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.weights import tensors as stored
+from lightning_modules.weights.loading import load_weights, require_fit
 from lightning_modules.weights.resolve import find_weights
-from lightning_modules.weights.tensors import StoredTensor, WeightsError, fill
+from lightning_modules.weights.tensors import StoredTensor, WeightsError
 
 SIZE, PATCH, FRAMES, VOCAB = 28, 7, 4, 40
 PARTS = ("exo_encoder", "projector", "language_model")
@@ -130,18 +131,16 @@ def load(sources, net=None, parts=PARTS):
     net = net or network()
     found = {part: find_weights(sources, part, net) for part in parts}
     model = Exo2EgoModel(net, VOCAB, parts, empty=parts).eval()
-    model.language_model.restore_buffers()
     for part, source in found.items():
-        model.allocate(part, model, torch.float32, torch.device("cpu"))
-        source.require_fit(model.part(part))
-        fill(model.part(part), source.tensors)
+        require_fit(source, model.part(part))
+    load_weights(model, found, parts, torch.float32, torch.device("cpu"))
     return model, found
 
 
 def test_videollama2_gives_the_same_hidden_states(reference, released):
     vision, connector, mistral = reference
     model, found = load([str(released)])
-    assert [source.line.split(" of ")[0] for source in found.values()] == [
+    assert [source.summary.split(" of ")[0] for source in found.values()] == [
         f"exo_encoder: {len(vision.state_dict())} tensors",
         "projector: 113 tensors",
         f"language_model: {len(mistral.state_dict())} tensors",
@@ -215,11 +214,11 @@ def test_a_base_folder_without_tower_falls_back_and_says_so(reference, tmp_path)
     vision.save_pretrained(clip)
     found = find_weights([str(base), str(clip)], "exo_encoder", network())
     assert found.where == str(clip)
-    assert found.line.endswith(f"tensors of {clip} ({base}: holds no vision tower)")
+    assert found.summary.endswith(f"tensors of {clip} ({base} holds no vision tower)")
     assert find_weights([str(base)], "projector", network()).tensors.keys() == connector.state_dict().keys()
-    with pytest.raises(WeightsError, match=r"holds no vision tower: name another source"):
+    with pytest.raises(WeightsError, match=r"holds no vision tower\. Name another source"):
         find_weights([str(base)], "exo_encoder", network())
-    with pytest.raises(WeightsError, match=r"holds no language model \(its base is mistralai/Mistral-7B-Instruct-v0.2"):
+    with pytest.raises(WeightsError, match=r"holds no language model, its base is mistralai/Mistral-7B-Instruct-v0.2"):
         find_weights([str(base)], "language_model", network())
 
 
@@ -227,7 +226,7 @@ def test_a_base_folder_without_tower_falls_back_and_says_so(reference, tmp_path)
 def test_the_wrong_projector_is_told_by_its_tokens(reference, tmp_path, kind, padding, tokens):
     folder = write_sharded(tmp_path / "x", tensors_of(reference), settings(mm_projector_type=kind))
     find_weights([str(folder)], "projector", network(padding=padding))
-    with pytest.raises(WeightsError, match=rf"network.projector.padding: .* {kind} of .* gives {tokens}: set it to"):
+    with pytest.raises(WeightsError, match=rf"network.projector.padding: .* {kind} of .* gives {tokens}. Set it to"):
         find_weights([str(folder)], "projector", network(padding=1 - padding))
 
 
@@ -242,22 +241,22 @@ def test_a_missing_folder_names_repository_and_command(tmp_path, monkeypatch):
     with pytest.raises(WeightsError) as caught:
         find_weights(["weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F"], "projector", network())
     assert str(caught.value) == (
-        "weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F: no such folder: run `.venv/bin/hf download "
-        "DAMO-NLP-SG/VideoLLaMA2-7B-16F --local-dir weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F`"
+        "weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F: no such folder. Run `.venv/bin/hf download "
+        "DAMO-NLP-SG/VideoLLaMA2-7B-16F --local-dir weights/DAMO-NLP-SG/VideoLLaMA2-7B-16F`."
     )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model-00002-of-00002.safetensors"])
 def test_a_missing_file_names_itself_and_the_command(released, name):
     (released / name).unlink()
-    with pytest.raises(WeightsError, match=rf"{name}: no such file: run `.*hf download DAMO-NLP-SG/VideoLLaMA2-7B-16F"):
+    with pytest.raises(WeightsError, match=rf"{name}: no such file. Run `.*hf download DAMO-NLP-SG/VideoLLaMA2-7B-16F"):
         find_weights([str(released)], "language_model", network())
 
 
 def test_a_truncated_file_names_itself(released):
     file = released / "model-00001-of-00002.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=r"model-00001-of-00002.safetensors: cannot be read \(.+\): run `"):
+    with pytest.raises(WeightsError, match=r"model-00001-of-00002.safetensors: cannot be read \(.+\). Run `"):
         find_weights([str(released)], "projector", network())
 
 
@@ -269,14 +268,17 @@ def test_an_incomplete_checkpoint_names_what_is_missing(reference, tmp_path):
     with torch.device("meta"):
         model = Exo2EgoModel(network(), VOCAB, PARTS)
     with pytest.raises(WeightsError, match=r"1 missing \(model.layers.1.mlp.up_proj.weight\)"):
-        found.require_fit(model.part("language_model"))
+        require_fit(found, model.part("language_model"))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"quick_gelu": False}, r"network.encoder.quick_gelu: got False, but .* was trained with QuickGELU"),
-        ({"timm": "vit_so400m_patch14_siglip_378"}, r"network.encoder.timm: got vit_so400m.* holds a CLIP tower"),
+        ({"quick_gelu": False}, r"network.encoder.quick_gelu: got false, but the tower of .* has true. Set it"),
+        (
+            {"timm": "vit_so400m_patch14_siglip_378"},
+            r"network.encoder.timm: got .vit_so400m.* has null. Set it",
+        ),
     ],
 )
 def test_another_tower_is_refused(released, changes, message):
@@ -288,7 +290,7 @@ def test_another_tower_is_refused(released, changes, message):
 def test_heads_that_shapes_do_not_show_are_compared(reference, tmp_path):
     reference[0].save_pretrained(tmp_path / "clip")
     encoder = EncoderConfig(image_size=SIZE, patch_size=PATCH, width=32, layers=3, heads=4)
-    with pytest.raises(WeightsError, match=r"network.encoder.heads: got 4, but .* has 2"):
+    with pytest.raises(WeightsError, match=r"network.encoder.heads: got 4, but the tower of .* has 2. Set it to 2"):
         find_weights([str(tmp_path / "clip")], "exo_encoder", network(encoder=encoder))
 
 
@@ -312,9 +314,8 @@ def test_open_clip_folder(tmp_path, quick_gelu):
     net = network(encoder=encoder)
     found = find_weights([str(tmp_path)], "exo_encoder", net)
     model = Exo2EgoModel(net, VOCAB, PARTS, empty=["exo_encoder"]).eval()
-    model.allocate("exo_encoder", model, torch.float32, torch.device("cpu"))
-    found.require_fit(model.part("exo_encoder"))
-    fill(model.part("exo_encoder"), found.tensors)
+    require_fit(found, model.part("exo_encoder"))
+    load_weights(model, {"exo_encoder": found}, PARTS, torch.float32, torch.device("cpu"))
     pixels = torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
         expected = clip.visual.forward_intermediates(pixels, indices=[1], intermediates_only=True, output_fmt="NLC")
@@ -324,7 +325,7 @@ def test_open_clip_folder(tmp_path, quick_gelu):
     assert torch.equal(ours["image_intermediates"][0], expected["image_intermediates"][0])
 
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config | {"preprocess_cfg": {"mean": [0.5, 0.5, 0.5]}}))
-    with pytest.raises(WeightsError, match=r"network.encoder.image_mean: got .* trained with \[0.5, 0.5, 0.5\]"):
+    with pytest.raises(WeightsError, match=r"network.encoder.image_mean: got .* has \[0.5, 0.5, 0.5\]"):
         find_weights([str(tmp_path)], "exo_encoder", net)
     with pytest.raises(WeightsError, match=r"network.encoder.quick_gelu: got"):
         find_weights(
@@ -357,7 +358,7 @@ def test_a_local_folder_never_touches_the_network(released, monkeypatch):
 
 
 def test_unknown_open_clip_names_list_what_there_is():
-    with pytest.raises(WeightsError, match=r"open_clip knows .*openai.*: write open_clip:<model>/<tag>"):
+    with pytest.raises(WeightsError, match=r"open_clip knows .*openai.*. Write open_clip:<model>/<tag>"):
         find_weights(["open_clip:ViT-L-14-336-quickgelu/opena"], "exo_encoder", network())
 
 
@@ -366,6 +367,6 @@ def test_hub_names_without_a_network_say_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         WeightsError,
-        match=r"nobody/nothing: cannot be fetched .*`.*hf download nobody/nothing --local-dir weights/nobody/nothing`",
+        match=r"nobody/nothing: cannot be downloaded .*hf download nobody/nothing --local-dir weights/nobody/nothing`",
     ):
         find_weights(["nobody/nothing"], "language_model", network())

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lightning_modules.model.encoders.base import EncoderConfig, VisionEncoder, hf_clip_sources, tower_sources
+from lightning_modules.model.encoders import EncoderConfig, VisionEncoder, build_encoder
+from lightning_modules.weights.clip import hf_clip_sources, tower_sources
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "clip_rename.json"
 CONFIG = EncoderConfig(image_size=28, patch_size=7, width=64, layers=3, heads=2)
@@ -75,7 +76,7 @@ def test_equals_hugging_face_second_to_last_hidden_state(prefix):
     video, reference = random_video(2, 3), hugging_face_tower()
     state = {prefix + name.removeprefix("vision_model."): value for name, value in reference.state_dict().items()}
     tower = {name: torch.cat([state[key] for key in keys]) for name, keys in hf_clip_sources(state).items()}
-    encoder = load(VisionEncoder(CONFIG), tower)
+    encoder = load(build_encoder(CONFIG), tower)
     with torch.no_grad():
         hidden = reference(normalised(video.flatten(0, 1)), output_hidden_states=True).hidden_states[-2]
         features = encoder(video)
@@ -90,7 +91,7 @@ def test_equals_open_clip_with_its_own_preprocessing():
     video = random_video(1, 2)
     preprocess = open_clip.image_transform(28, is_train=False)
     pixels = torch.stack([preprocess(Image.fromarray(frame.numpy())) for frame in video[0]])
-    encoder = load(VisionEncoder(CONFIG), clip.visual.state_dict())
+    encoder = load(build_encoder(CONFIG), clip.visual.state_dict())
     with torch.no_grad():
         outputs = clip.visual.forward_intermediates(pixels, indices=[1], intermediates_only=True, output_fmt="NLC")
         features = encoder(video)
@@ -101,7 +102,7 @@ def test_equals_open_clip_with_its_own_preprocessing():
 def test_timm_tower_equals_open_clips(prefix):
     torch.manual_seed(0)
     reference, video = open_clip_timm_tower(SIGLIP), random_video(2, 3)
-    encoder = load(VisionEncoder(SIGLIP), {prefix + name: p for name, p in reference.trunk.state_dict().items()})
+    encoder = load(build_encoder(SIGLIP), {prefix + name: p for name, p in reference.trunk.state_dict().items()})
     pixels = (video.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     with torch.no_grad():
         outputs = reference.forward_intermediates(pixels, indices=[-2], intermediates_only=True, output_fmt="NLC")
@@ -112,7 +113,7 @@ def test_timm_tower_equals_open_clips(prefix):
 
 @pytest.mark.parametrize("config", [CONFIG, SIGLIP, EncoderConfig(28, 7, 64, 3, 2, timm="vit_base_patch16_224")])
 def test_every_parameter_gets_a_gradient(config):
-    encoder = VisionEncoder(config)
+    encoder = build_encoder(config)
     encoder(random_video(1, 1)).square().mean().backward()
     assert [name for name, p in encoder.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -120,7 +121,7 @@ def test_every_parameter_gets_a_gradient(config):
 def test_vit_l_336_is_filled_by_the_391_tensors_of_hugging_face():
     shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     with torch.device("meta"):
-        encoder = VisionEncoder(EncoderConfig(image_size=336, patch_size=14, width=1024, layers=24, heads=16))
+        encoder = build_encoder(EncoderConfig(image_size=336, patch_size=14, width=1024, layers=24, heads=16))
         released = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=336, patch_size=14)).state_dict()
     assert sum(p.numel() for p in encoder.parameters()) == 290_909_184
     assert (encoder.grid, encoder.dim) == ((24, 24), 1024)
@@ -134,7 +135,7 @@ def test_siglip2_so400m_is_open_clips_without_the_parts_not_used():
     assert settings["timm_model_name"] == SO400M
     config = EncoderConfig(378, 14, width=1152, layers=27, heads=16, mlp_ratio=3.7362, timm=SO400M)
     with torch.device("meta"):
-        encoder = VisionEncoder(config)
+        encoder = build_encoder(config)
         reference = TimmModel(SO400M, 1152, settings["image_size"], settings["timm_pool"], settings["timm_proj"])
     released, sources = reference.state_dict(), tower_sources(reference.state_dict(), config)
     shapes = {name: parameter.shape for name, parameter in encoder.state_dict().items()}
@@ -149,13 +150,13 @@ def test_siglip2_so400m_is_open_clips_without_the_parts_not_used():
 def test_activation_follows_the_configuration():
     exact = EncoderConfig(28, 7, 64, 3, 2, quick_gelu=False)
     for config, activation in ((CONFIG, QuickGELU), (exact, torch.nn.GELU)):
-        assert all(type(block.mlp.gelu) is activation for block in VisionEncoder(config).blocks())
+        assert all(type(block.mlp.gelu) is activation for block in build_encoder(config).blocks())
 
 
 @TOWERS
 def test_recomputing_the_blocks_changes_nothing(config):
     torch.manual_seed(0)
-    encoder = VisionEncoder(config)
+    encoder = build_encoder(config)
     assert len(encoder.blocks()) == 2
     assert_checkpointing_changes_nothing(encoder, random_video(1, 2))
 
@@ -163,7 +164,7 @@ def test_recomputing_the_blocks_changes_nothing(config):
 @TOWERS
 def test_built_on_the_meta_device_only_the_pixel_statistics_have_values(config):
     with torch.device("meta"):
-        encoder = VisionEncoder(config)
+        encoder = build_encoder(config)
         video = torch.empty(2, 3, 28, 28, 3, dtype=torch.uint8)
     assert all(tensor.is_meta for tensor in encoder.state_dict().values())
     torch.testing.assert_close(encoder.mean.flatten(), 255 * torch.tensor(config.image_mean))
@@ -175,7 +176,7 @@ def test_built_on_the_meta_device_only_the_pixel_statistics_have_values(config):
 
 @TOWERS
 def test_features_take_the_dtype_of_the_parameters_and_buffers_stay_out_of_checkpoints(config):
-    encoder = VisionEncoder(config).to(torch.bfloat16)
+    encoder = build_encoder(config).to(torch.bfloat16)
     assert encoder(random_video(1, 1)).dtype == torch.bfloat16
     assert all(name.startswith("tower.") for name in encoder.state_dict())
 
@@ -190,7 +191,7 @@ def test_features_take_the_dtype_of_the_parameters_and_buffers_stay_out_of_check
 )
 def test_rejects_other_sizes_and_types(video):
     with pytest.raises(ValueError, match=r"expected torch.uint8 of shape \(28, 28, 3\)"):
-        VisionEncoder(CONFIG)(video)
+        build_encoder(CONFIG)(video)
 
 
 def test_config_problems_come_in_one_message():
@@ -208,7 +209,7 @@ def test_timm_names_other_than_vision_transformers_are_refused(name):
 def test_whitened_filters_give_uncorrelated_tokens_as_strong_as_positions(width):
     # 3 x 7 x 7 patches have 147 values, so 192 filters need random combinations.
     frames = random_video(400)
-    encoder = VisionEncoder(EncoderConfig(image_size=28, patch_size=7, width=width, layers=2, heads=2))
+    encoder = build_encoder(EncoderConfig(image_size=28, patch_size=7, width=width, layers=2, heads=2))
     encoder.whiten_patches(frames, torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens = F.conv2d(normalised(frames), encoder.tower.conv1.weight, stride=7).flatten(2)  # [N, D, h * w]
@@ -224,7 +225,7 @@ def test_whitened_filters_give_uncorrelated_tokens_as_strong_as_positions(width)
 
 @pytest.mark.parametrize(("name", "prefix_tokens"), [(SO400M, 0), ("vit_base_patch16_224", 1)])
 def test_timm_tower_is_whitened_as_clips(name, prefix_tokens):
-    clip, other = VisionEncoder(CONFIG), VisionEncoder(EncoderConfig(28, 7, 64, 3, 2, timm=name))
+    clip, other = build_encoder(CONFIG), build_encoder(EncoderConfig(28, 7, 64, 3, 2, timm=name))
     for encoder in (clip, other):
         encoder.whiten_patches(random_video(8), torch.Generator().manual_seed(0))
     assert torch.equal(other.tower.patch_embed.proj.weight, clip.tower.conv1.weight)
@@ -237,7 +238,7 @@ def test_whitened_filters_start_with_the_strongest_direction():
     generator = torch.Generator().manual_seed(0)
     brightness = torch.randint(0, 250, (200, 4, 1, 4, 1, 1), generator=generator).expand(-1, -1, 7, -1, 7, 3)
     noise = torch.randint(0, 5, (200, 28, 28, 3), generator=generator)
-    encoder = VisionEncoder(CONFIG)
+    encoder = build_encoder(CONFIG)
     encoder.whiten_patches((brightness.reshape(200, 28, 28, 3) + noise).to(torch.uint8), generator)
     filters = F.normalize(encoder.tower.conv1.weight.flatten(1), dim=1)
     flat = F.normalize((1 / torch.tensor(CONFIG.image_std)).repeat_interleave(49), dim=0)
@@ -246,7 +247,7 @@ def test_whitened_filters_start_with_the_strongest_direction():
 
 
 def test_positions_are_distinct_and_repeatable():
-    encoders = [VisionEncoder(EncoderConfig(28, 7, 192, 2, 2)) for _ in range(2)]
+    encoders = [build_encoder(EncoderConfig(28, 7, 192, 2, 2)) for _ in range(2)]
     for encoder in encoders:
         encoder.whiten_patches(random_video(8), torch.Generator().manual_seed(3))
     first, second = (encoder.tower for encoder in encoders)

@@ -12,7 +12,7 @@ from lightning_modules import (
     LearnerSelfPractice,
     OptimConfig,
 )
-from lightning_modules.model.encoders.base import EncoderConfig
+from lightning_modules.model.encoders import EncoderConfig
 from lightning_modules.model.exo2ego import NetworkConfig, ProjectorConfig
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.model.lora import LoRAConfig

@@ -81,7 +81,7 @@ def _flops(stage: Stage, num_frames: int) -> tuple[float, float]:
     """Of reading a clip, and of each token behind it, attention to the clip included."""
     stage.attach(stage.on_meta())
     stage.to("meta").eval()
-    side, language_model = stage.network.encoder.image_size, stage.model.language_model
+    side, language_model = stage.network.encoder_shape.image_size, stage.model.language_model
     candidate = tuple(range(512))
 
     def read() -> SharedPrefix:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_modules.model.encoders.base import EncoderConfig, VisionEncoder
+from lightning_modules.model.encoders import (
+    EncoderConfig,
+    EncoderShape,
+    VisionEncoder,
+    build_encoder,
+    encoder_shape,
+)
 from lightning_modules.model.language_model import LanguageModel, LanguageModelConfig
 from lightning_modules.model.lora import LoRAConfig, add_lora
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
@@ -76,14 +82,18 @@ class NetworkConfig:
                 "[ego] or [mapped]"
             )
 
+    @property
+    def encoder_shape(self) -> EncoderShape:
+        """Sizes of the encoders' input and output."""
+        return encoder_shape(self.encoder)
+
     def visual_tokens(self, num_frames: int) -> int:
         """Number of visual tokens of one visual input of a clip of ``num_frames`` frames.
 
         Raises:
             ValueError: the projector would leave none.
         """
-        side = self.encoder.image_size // self.encoder.patch_size
-        return stc_tokens(self.projector.padding, num_frames, side, side)
+        return stc_tokens(self.projector.padding, num_frames, *self.encoder_shape.grid)
 
 
 class Exo2EgoModel(nn.Module):
@@ -96,7 +106,7 @@ class Exo2EgoModel(nn.Module):
         network: shapes.
         vocab_size: of the tokenizer.
         parts: names out of ``PARTS`` to build; the others are absent and cost nothing.
-        empty: parts that get no memory until ``allocate``, since their weights are read from files.
+        empty: parts that get no memory yet, since their weights are read from files, see ``load_weights``.
     """
 
     exo_encoder: VisionEncoder
@@ -115,11 +125,12 @@ class Exo2EgoModel(nn.Module):
         super().__init__()
         self.parts = tuple(part for part in PARTS if part in parts)
         self.visual_inputs = tuple(network.visual_inputs)
-        dim, p = network.encoder.width, network.projector
+        dim = network.encoder_shape.dim
+        # The order of construction is the order of random draws.
         for part in ("exo_encoder", "ego_encoder"):
             if part in parts:
                 with _memory_for(part, empty):
-                    self.add_module(part, VisionEncoder(network.encoder))
+                    self.add_module(part, build_encoder(network.encoder))
         for part in ("ego_to_exo", "exo_to_ego"):
             if part in parts:
                 with _memory_for(part, empty):
@@ -132,7 +143,7 @@ class Exo2EgoModel(nn.Module):
         for part in ("projector", "exo_projector"):
             if part in parts:
                 with _memory_for(part, empty):
-                    self.add_module(part, STCConnector(dim, self.language_model.dim, p.depth, p.mlp_depth, p.padding))
+                    self.add_module(part, STCConnector(dim, self.language_model.dim, **asdict(network.projector)))
 
     def forward(self, video: Tensor, view: str = "ego") -> Tensor:
         """Return the visual tokens that the language model reads.
@@ -166,37 +177,6 @@ class Exo2EgoModel(nn.Module):
         A sharded model gathers its parameters in calls of ``forward`` and of this method, and only in these.
         """
         return work(*args)
-
-    def allocate(
-        self, part: str, unit: nn.Module, dtype: torch.dtype, device: torch.device, but: Collection[int] = ()
-    ) -> dict[str, nn.Parameter]:
-        """Bring what a unit holds of a part to its type and device; what has no memory yet gets undefined content.
-
-        Args:
-            part: one of ``PARTS``.
-            unit: one of ``units``.
-            dtype, device: of the part.
-            but: ids of parameters that are left out, since they belong to units before.
-
-        Returns:
-            The parameters by their names inside the part.
-        """
-        wanted = {id(parameter) for parameter in self.part(part).values()}.difference(but)
-        allocated: dict[int, nn.Parameter] = {}
-        for module in list(unit.modules()):
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) not in wanted:
-                    continue
-                if id(parameter) not in allocated:  # tied ones stay tied
-                    if parameter.is_meta:
-                        memory = torch.empty_like(parameter, dtype=dtype, device=device)
-                        allocated[id(parameter)] = nn.Parameter(memory, parameter.requires_grad)
-                    else:
-                        parameter.data = parameter.data.to(device, dtype)
-                        allocated[id(parameter)] = parameter
-                setattr(module, name, allocated[id(parameter)])
-        inside = {id(parameter) for parameter in allocated.values()}
-        return {name: parameter for name, parameter in self.part(part).items() if id(parameter) in inside}
 
     def units(self) -> Iterator[nn.Module]:
         """What is read, and sharded, at a time: the blocks of every part, the parts around them, then all that is left.

@@ -31,8 +31,9 @@ from lightning_modules.model.language_model import transformers_config
 from lightning_modules.strategy import shard
 from lightning_modules.validation.report import markdown_table
 from lightning_modules.validation.scores import HeldOutMeans, Outcome, judge_choice, judge_text, score_names
-from lightning_modules.weights.resolve import FoundWeights, find_weights
-from lightning_modules.weights.tensors import WeightsError, fill
+from lightning_modules.weights.loading import load_weights, require_fit
+from lightning_modules.weights.resolve import find_weights
+from lightning_modules.weights.tensors import FoundWeights, WeightsError
 
 MAX_ANSWER_TOKENS = 32
 Found = TypeVar("Found")
@@ -166,7 +167,7 @@ class Stage(L.LightningModule, ABC):
         if found:
             model = self.on_meta()
             for part, source in found.items():
-                source.require_fit(model.part(part))
+                require_fit(source, model.part(part))
         return found
 
     def start_from(self, sources: dict[str, str]) -> None:
@@ -184,7 +185,7 @@ class Stage(L.LightningModule, ABC):
         Raises:
             ValueError: something is missing or does not fit; see also ``sources``.
         """
-        model, encoder = self.network.language_model, self.network.encoder
+        model, encoder = self.network.language_model, self.network.encoder_shape
         if clips.image_size != encoder.image_size:
             raise ValueError(
                 f"clips.image_size: got {clips.image_size}, but network.encoder.image_size is {encoder.image_size}: "
@@ -226,26 +227,19 @@ class Stage(L.LightningModule, ABC):
             return
         torch.manual_seed(self.seed)
         model = Exo2EgoModel(self.network, self.vocab_size, self.uses, empty=self.sources)
-        if "language_model" in self.sources:
-            model.language_model.restore_buffers()
         if self.activation_checkpointing:
             model.checkpoint_activations()
         self.attach(model)
-        for source in (self.sources[part] for part in model.parts if part in self.sources):
-            rank_zero_only(print)(source.line)
+        for part in model.parts:
+            if part in self.sources:
+                rank_zero_only(print)(self.sources[part].summary)
         device = self._trainer.strategy.root_device if self._trainer else torch.device("cpu")
-        done: set[int] = set()
-        for unit in model.units():
-            for part in model.parts:
-                trained = part in self.trained
-                inside = model.allocate(part, unit, torch.float32 if trained else self.frozen_dtype, device, done)
-                if part in self.sources:
-                    fill(inside, {name: self.sources[part].tensors[name] for name in inside})
-                for parameter in inside.values():
-                    parameter.requires_grad_(trained)
+
+        def shard_unit(unit: nn.Module) -> None:
             if self.device_mesh is not None:
                 shard(unit, self.device_mesh, self.trainer.precision)
-            done |= {id(parameter) for parameter in unit.parameters()}
+
+        load_weights(model, self.sources, self.trained, self.frozen_dtype, device, shard_unit)
         self.train(self.training)
 
     def attach(self, model: Exo2EgoModel) -> None:

@@ -123,7 +123,7 @@ class DemonstratorLearnerGuidance(Stage):
     def attach(self, model: Exo2EgoModel) -> None:
         """Standardise what the KL compares."""
         super().attach(model)
-        dim = model.language_model.dim if self.kl.where == "tokens" else self.network.encoder.width
+        dim = model.language_model.dim if self.kl.where == "tokens" else self.network.encoder_shape.dim
         self.standardizer = FeatureStandardizer(dim, self.kl.standardize)
 
     def on_fit_start(self) -> None:

@@ -1,1 +1,1 @@
-"""Weights in files: the folders that pass between stages, and released weights."""
+"""Weights in files: those that stages leave for each other, and released weights of others."""

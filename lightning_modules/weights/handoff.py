@@ -1,4 +1,4 @@
-"""What one stage leaves for the next: a folder of safetensors with a manifest, complete or absent.
+"""Stage weights: the folder that a stage exports for the next, complete or absent.
 
 ::
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.model.lora import LoRAConfig, from_peft_name, save_peft_adapter
-from lightning_modules.weights.tensors import StoredTensor, WeightsError, file_digest, open_tensors, sync
+from lightning_modules.weights.tensors import FoundWeights, WeightsError, file_digest, open_tensors, sync
 
 if TYPE_CHECKING:
     from lightning_modules.stages.base import Stage
@@ -40,72 +40,71 @@ ADAPTER = "adapter"
 
 
 def read_manifest(folder: Path, part: str | None = None) -> dict[str, Any]:
-    """Read a hand-off's manifest without touching its tensors.
+    """Read the manifest of stage weights without touching their tensors.
 
     Args:
         folder: ``<run>/handoff``.
         part: must be among the parts.
 
     Raises:
-        WeightsError: there is no complete hand-off, it is of another format, or lacks the part.
+        WeightsError: the weights are incomplete, of another format, or lack the part.
     """
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        raise WeightsError(f"hand-off {folder}: not there: run `make {folder.parent.name}` first")
+    stage, file = folder.parent.name, folder / "manifest.json"
+    if not file.is_file():
+        raise WeightsError(f"No {stage} weights in {folder}. Run `make {stage}` first.")
+    fix = f"Run `make {stage} FORCE=1`"
     try:
-        content: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise WeightsError(
-            f"hand-off {manifest}: malformed JSON ({error.msg}): run `make {folder.parent.name} FORCE=1`"
-        ) from None
-    found = content.get("format") if isinstance(content, dict) else None
+        raise WeightsError(f"{file}: invalid JSON ({error.msg}). {fix}.") from None
+    found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
+        raise WeightsError(f"{file}: field format is {found}, this version reads {FORMAT}. {fix}.")
+    fields = {"stage": str, "parts": dict, "digest": str}
+    lacking = [name for name, kind in fields.items() if not isinstance(manifest.get(name), kind)]
+    if lacking:
+        raise WeightsError(f"{file}: field {', '.join(lacking)} is missing. {fix}.")
+    if part is not None and part not in manifest["parts"]:
         raise WeightsError(
-            f"hand-off {manifest}: field format is {found}, this version reads {FORMAT}: "
-            f"run `make {folder.parent.name} FORCE=1`"
+            f"{folder}: no part {part!r}, it has {', '.join(manifest['parts'])}. Name one of these, or another folder."
         )
-    if lacking := [
-        field
-        for field, kind in (("stage", str), ("parts", dict), ("digest", str))
-        if not isinstance(content.get(field), kind)
-    ]:
-        raise WeightsError(
-            f"hand-off {manifest}: field {', '.join(lacking)} is missing: run `make {folder.parent.name} FORCE=1`"
-        )
-    if part is not None and part not in content["parts"]:
-        raise WeightsError(f"hand-off {folder}: no part {part!r}, it has {', '.join(content['parts'])}")
-    return content
+    return manifest
 
 
 def is_answered(folder: Path, handoff: Path) -> bool:
-    """The held-out questions were answered in a folder, and not before a hand-off was last written."""
+    """Return whether validation QA was answered in a folder, and not before stage weights were last written."""
     metrics, manifest = folder / "metrics.json", handoff / "manifest.json"
     return metrics.is_file() and manifest.is_file() and metrics.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
 
 
-def open_stage_weights(folder: Path, part: str) -> dict[str, StoredTensor]:
-    """Tensors of one part of a hand-off, by their names inside the part.
+def open_stage_weights(folder: Path, part: str) -> FoundWeights:
+    """Open one part of stage weights; nothing is read but names, shapes, and once a digest of all files.
 
     Raises:
-        WeightsError: the hand-off or one of its files is missing, incomplete or damaged.
+        WeightsError: the folder or one of its files is missing, incomplete or damaged.
     """
     manifest = read_manifest(folder, part)
+    stage = folder.parent.name
+    fix = f"Run `make {stage} FORCE=1`"
     file = folder / ADAPTER / "adapter_model.safetensors" if part == "lora" else folder / f"{part}.safetensors"
-    try:
-        stored = open_tensors(file)
-    except WeightsError as error:
-        raise WeightsError(f"hand-off {error}: run `make {folder.parent.name} FORCE=1`") from None
+    tensors = open_tensors(file, fix)
+    if part == "lora":
+        tensors = {from_peft_name(name): tensor for name, tensor in tensors.items()}
     if _digest(folder, file.stat().st_mtime_ns) != manifest["digest"]:
-        raise WeightsError(
-            f"hand-off {folder}: its files are not those that manifest.json describes (digest differs): they are "
-            f"damaged, run `make {folder.parent.name} FORCE=1`"
-        )
-    return {from_peft_name(name) if part == "lora" else name: tensor for name, tensor in stored.items()}
+        raise WeightsError(f"{folder}: the files are not those that manifest.json describes (digest differs). {fix}.")
+    return FoundWeights(
+        part,
+        where=str(folder),
+        tensors=tensors,
+        digest=str(manifest["digest"]),
+        note=str(manifest["stage"]),
+        fix=f"They were written by {manifest['stage']}: give both the same `network`, or run `make {stage} FORCE=1`",
+    )
 
 
 @lru_cache
 def _digest(folder: Path, changed_ns: int) -> str:
-    """Of all tensors in a folder, read once as long as it does not change."""
+    """Return a digest of all tensors in a folder, computed once as long as it does not change."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.safetensors")):
         digest.update(file_digest(file))
@@ -136,8 +135,9 @@ def write_stage_weights(
         folder: ``<run>/handoff``.
         parts: names, and whole tensors on the CPU by their names inside the part.
         lora: size of the adapters.
-        manifest: fields beside ``format``, ``digest`` and ``parts``.
+        manifest: fields in addition to ``format``, ``digest`` and ``parts``.
     """
+    # Write everything to a hidden folder.
     new = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -152,6 +152,8 @@ def write_stage_weights(
     (new / "manifest.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for path in [*new.rglob("*"), new]:
         sync(path)
+
+    # Replace the earlier folder.
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

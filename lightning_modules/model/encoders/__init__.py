@@ -1,1 +1,75 @@
-"""Vision encoders."""
+"""Vision encoders: the built-in ones, and classes of your own by their import path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+
+import torch
+
+from lightning_modules.model.encoders.base import EncoderConfig, VisionEncoder
+from lightning_modules.model.encoders.clip import CLIPEncoder
+from lightning_modules.model.encoders.timm import TimmEncoder
+
+__all__ = ["EncoderConfig", "EncoderShape", "VisionEncoder", "build_encoder", "encoder_shape"]
+
+
+@dataclass(frozen=True)
+class EncoderShape:
+    """Sizes of an encoder's input and output.
+
+    Attributes:
+        image_size: side of the square input in pixels.
+        dim: width of the features.
+        grid: patch rows and columns.
+    """
+
+    image_size: int
+    dim: int
+    grid: tuple[int, int]
+
+
+def build_encoder(config: EncoderConfig) -> VisionEncoder:
+    """Build an encoder with random weights.
+
+    Raises:
+        ValueError: `config.type` cannot be imported, is no `VisionEncoder`, or does not take `config.args`.
+    """
+    if config.type is not None:
+        return _encoder_class(config)(**config.args)
+    return CLIPEncoder(config) if config.timm is None else TimmEncoder(config)
+
+
+def encoder_shape(config: EncoderConfig) -> EncoderShape:
+    """Return the sizes of an encoder without its memory; a class of your own is built on the meta device.
+
+    Raises:
+        ValueError: see `build_encoder`.
+    """
+    if config.type is None:
+        side = config.image_size // config.patch_size
+        return EncoderShape(config.image_size, config.width, (side, side))
+    with torch.device("meta"):
+        encoder = build_encoder(config)
+    return EncoderShape(encoder.image_size, encoder.dim, encoder.grid)
+
+
+def _encoder_class(config: EncoderConfig) -> type[VisionEncoder]:
+    """Import the class that `config.type` names, and compare its signature with `config.args`."""
+    path = str(config.type)
+    module, _, name = path.replace(":", ".").rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"network.encoder.type: cannot import {path} ({error}): give the import path of a class, such as "
+            "my_encoder.MyEncoder for a class in my_encoder.py of this folder"
+        ) from None
+    if not (inspect.isclass(found) and issubclass(found, VisionEncoder)):
+        raise ValueError(f"network.encoder.type: {path} is no subclass of {VisionEncoder.__module__}.VisionEncoder")
+    try:
+        inspect.signature(found).bind(**config.args)
+    except TypeError as error:
+        raise ValueError(f"network.encoder.args: {path}{inspect.signature(found)}: {error}") from None
+    return found

@@ -1,0 +1,51 @@
+"""Vision transformers of timm, such as the towers of SigLIP."""
+
+from __future__ import annotations
+
+import timm
+from torch import Tensor, nn
+
+from lightning_modules.model.encoders.base import EncoderConfig, VisionTransformerEncoder
+
+
+class TimmEncoder(VisionTransformerEncoder):
+    """Vision transformer of timm without its last block and head, see `VisionTransformerEncoder`."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config)
+        assert config.timm is not None
+        self.tower = timm.create_model(
+            config.timm,
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.layers,
+            num_heads=config.heads,
+            mlp_ratio=config.mlp_ratio,
+            num_classes=0,
+            global_pool="",
+        )
+        self.tower.prune_intermediate_layers([config.layers - 2], prune_norm=True, prune_head=True)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Features of the last block: float [N, 3, H, W] to [N, h * w, D]."""
+        last = len(self.blocks()) - 1
+        outputs = self.tower.forward_intermediates(pixels, indices=[last], intermediates_only=True, output_fmt="NLC")
+        features: Tensor = outputs[0]
+        return features
+
+    def blocks(self) -> list[nn.Module]:
+        """Transformer blocks, the repeated units for activation checkpointing and sharding."""
+        return list(self.tower.blocks)
+
+    @property
+    def patch_conv(self) -> nn.Conv2d:
+        """Convolution that embeds the patches."""
+        conv: nn.Conv2d = self.tower.patch_embed.proj
+        return conv
+
+    @property
+    def positions(self) -> nn.Parameter:
+        """Position embeddings, float [1, class tokens + h * w, D]."""
+        positions: nn.Parameter = self.tower.pos_embed
+        return positions

@@ -1,0 +1,76 @@
+"""VideoLLaMA2's released checkpoints: language model, STC projector, CLIP tower (no tower in ``-Base`` folders)."""
+
+from __future__ import annotations
+
+from lightning_modules.model.exo2ego import NetworkConfig
+from lightning_modules.model.projector import stc_tokens
+from lightning_modules.weights.clip import ENCODERS, require_form, to_encoder
+from lightning_modules.weights.language_model import causal_lm_tensors
+from lightning_modules.weights.tensors import FoundWeights, Release, WeightsError
+
+_PROJECTOR, _TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
+_PADDING = {"stc_connector": 1, "stc_connector_v35": 0}
+
+
+def find_videollama2(release: Release, part: str, network: NetworkConfig) -> FoundWeights | None:
+    """Find a part in a checkpoint of VideoLLaMA2; None for other formats.
+
+    Raises:
+        WeightsError: the part is of another form than ``network`` describes.
+    """
+    if not release.kind.startswith("videollama2"):
+        return None
+    if part == "projector":
+        return _find_projector(release, network)
+    if part in ENCODERS:
+        return _find_tower(release, part, network)
+    if part != "language_model":
+        return release.found(part, {}, f"holds no {part}")
+    others = (_PROJECTOR, "model.vision_tower.")
+    tensors = {name: tensor for name, tensor in release.tensors.items() if not name.startswith(others)}
+    if not tensors:
+        base = release.settings.get("_name_or_path", "mistralai/Mistral-7B-Instruct-v0.2")
+        return release.found(part, {}, f"holds no language model, its base is {base}")
+    return release.found(part, causal_lm_tensors(tensors, tied=False), count=len(tensors))
+
+
+def _find_projector(release: Release, network: NetworkConfig) -> FoundWeights:
+    tensors = release.below(_PROJECTOR)
+    if not tensors:
+        return release.found("projector", {}, "holds no projector")
+    config_file = f"{release.where}/config.json"
+    kind = release.settings.get("mm_projector_type")
+    if kind not in _PADDING:
+        raise WeightsError(
+            f"{config_file}: mm_projector_type is {kind}, only {', '.join(_PADDING)} can be built. "
+            "Start the projector from another source."
+        )
+    # Both connectors have the same weights, so only the number of tokens tells them apart.
+    frames = int(release.settings.get("num_frames", 16))
+    theirs = stc_tokens(_PADDING[kind], frames, *network.encoder_shape.grid)
+    ours = network.visual_tokens(frames)
+    if theirs != ours:
+        raise WeightsError(
+            f"network.projector.padding: {network.projector.padding} gives {ours} visual tokens for {frames} frames, "
+            f"but the {kind} of {release.where} gives {theirs}. Set it to {_PADDING[kind]}."
+        )
+    return release.found("projector", tensors)
+
+
+def _find_tower(release: Release, part: str, network: NetworkConfig) -> FoundWeights:
+    name = str(release.settings.get("mm_vision_tower", ""))
+    if "siglip" in name:
+        raise WeightsError(
+            f"{release.where}: its vision tower {name} cannot be read. Start the encoders from its open_clip form."
+        )
+    layer = release.settings.get("mm_vision_select_layer", -2)
+    if layer != -2:
+        raise WeightsError(
+            f"{release.where}/config.json: mm_vision_select_layer is {layer}, only -2 can be built. "
+            "Start the encoders from another source."
+        )
+    require_form(network.encoder, release.where, {"timm": None, "quick_gelu": True})
+    tower = release.below(_TOWER)
+    if not tower:
+        return release.found(part, {}, "holds no vision tower")
+    return release.found(part, to_encoder(tower, network.encoder, release.where), count=len(tower))
