@@ -142,12 +142,12 @@ def test_report_without_results(tmp_path, capsys):
 @pytest.mark.parametrize(("stage", "needed"), [("stage1", "stage0"), ("stage2", "stage1"), ("stage3", "stage2")])
 def test_missing_handoff(refused, tmp_path, stage, needed):
     message = refused("fit", stage)
-    assert message == f"hand-off {tmp_path}/runs/toy/{needed}/handoff: not there: run `make {needed}` first"
+    assert message == f"No {needed} weights in {tmp_path}/runs/toy/{needed}/handoff. Run `make {needed}` first."
 
 
 def test_evaluating_an_untrained_stage(refused):
     assert re.search(
-        r"hand-off .*/toy/stage0/handoff: not there: run `make stage0` first$", refused("evaluate", "stage0")
+        r"No stage0 weights in .*/toy/stage0/handoff. Run `make stage0` first.$", refused("evaluate", "stage0")
     )
 
 
@@ -160,7 +160,7 @@ def test_handoff_of_another_model_size(refused, toy_world, tmp_path):
         folder, ((part, full_tensors(model.part(part))) for part in parts), tiny.network().lora, {"stage": "stage0"}
     )
     message = refused("fit", "stage1", "network.encoder.width=64")
-    assert f"hand-off {folder}: does not fit exo_encoder of this model" in message
+    assert f"{folder}: does not fit exo_encoder of this model" in message
     assert "mis-shaped (tower.class_embedding is [32], expected [64], " in message
     assert "written by stage0: give both the same `network`, or run `make stage0 FORCE=1`" in message
     assert not (tmp_path / "runs" / "toy" / "stage1" / "handoff").exists()
