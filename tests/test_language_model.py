@@ -105,10 +105,9 @@ def test_splice_rejects_two_videos_and_other_widths(model):
 
 
 @pytest.mark.parametrize("architecture", list(OVERRIDES))
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_supervised_logits_equal_a_full_forward_of_each_row(architecture, side):
+def test_supervised_logits_equal_a_full_forward_of_each_row(architecture):
     model = build(architecture)
-    ids, mask, labels = as_batch(ROWS, side)
+    ids, mask, labels = as_batch(ROWS, "right")
     visual = visual_tokens(4)
     with torch.no_grad():
         logits, targets = model.supervised_logits(model.splice(ids, mask, labels, visual))
@@ -118,6 +117,33 @@ def test_supervised_logits_equal_a_full_forward_of_each_row(architecture, side):
             expected.append(full[-3:-1])
     assert targets.tolist() == [token for row in ROWS for token in row[-2:]]
     torch.testing.assert_close(logits, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", list(OVERRIDES))
+def test_training_passes_no_padding_mask_and_gets_the_same_logits(architecture, monkeypatch):
+    """Flash attention takes no mask; with rows padded on the right, causal attention alone gives the same logits."""
+    model = build(architecture)
+    spliced = model.splice(*as_batch(ROWS, "right"), visual_tokens(4))
+    usual, calls = F.scaled_dot_product_attention, []
+
+    def recorded(*args, attn_mask=None, is_causal=False, **kwargs):
+        calls.append((attn_mask, is_causal))
+        return usual(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+    with torch.no_grad():
+        logits, _ = model.supervised_logits(spliced)
+        assert calls and all(call == (None, True) for call in calls)
+        full = model.causal_lm(inputs_embeds=spliced.embeds, attention_mask=spliced.attention_mask).logits
+    assert any(mask is not None for mask, _ in calls)  # with the mask, transformers does pass one
+    supervised = spliced.labels[:, 1:] != -100
+    torch.testing.assert_close(logits, full[:, :-1][supervised], atol=1e-6, rtol=1e-6)
+
+
+def test_padding_on_the_left_is_refused(model):
+    ids, mask, labels = as_batch(ROWS, "left")
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.supervised_logits(model.splice(ids, mask, labels, visual_tokens(4)))
 
 
 def test_loss_and_gradient_equal_those_of_transformers(model):
@@ -145,10 +171,9 @@ def test_no_supervision_gives_no_logits(model):
     assert (logits.shape, targets.shape) == ((0, VOCAB_SIZE), (0,))
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_log_likelihood_equals_row_by_row_sums(model, side):
+def test_log_likelihood_equals_row_by_row_sums(model):
     rows = [*ROWS, [1, V, 5, 6]]
-    ids, mask, labels = as_batch(rows, side)
+    ids, mask, labels = as_batch(rows, "right")
     labels[-1] = -100
     visual = visual_tokens(5)
     expected = []

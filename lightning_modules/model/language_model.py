@@ -188,13 +188,19 @@ class LanguageModel(nn.Module):
         """Next-token logits where there is a label; the head is not applied elsewhere.
 
         Args:
-            spliced: from `splice`.
+            spliced: from `splice`, of rows padded on the right.
 
         Returns:
             logits float32 [M, V] and their targets int64 [M], row by row. The logits at position s predict the label
             at s + 1.
+
+        Raises:
+            ValueError: a row is padded on the left (checked on the CPU only, since a GPU would have to wait).
         """
-        hidden = self._hidden_states(spliced.embeds, spliced.attention_mask)
+        mask = spliced.attention_mask
+        if not mask.is_cuda and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("attention_mask: a row is padded on the left, training and scoring need it on the right")
+        hidden = self._hidden_states(spliced.embeds)
         targets = spliced.labels[:, 1:]
         supervised = targets != IGNORE_INDEX
         logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[:, :-1][supervised])
@@ -213,7 +219,7 @@ class LanguageModel(nn.Module):
         """
         ids = torch.cat([prompt.expand(len(answers), -1), answers], dim=1)
         spliced = self.splice(ids, torch.ones_like(ids, dtype=torch.bool), None, visual)
-        hidden = self._hidden_states(spliced.embeds, spliced.attention_mask)
+        hidden = self._hidden_states(spliced.embeds)
         logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[:, -answers.shape[1] - 1 : -1])
         return logits.float()
 
@@ -271,14 +277,13 @@ class LanguageModel(nn.Module):
         )
         return [_until(eos_token_id, row) for row in generated.tolist()]
 
-    def _hidden_states(self, embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """Final hidden states, float [B, S, D]; positions count real tokens, so left padding does not shift them."""
-        outputs = self.causal_lm.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.long().cumsum(1) - 1).clamp(min=0),
-            use_cache=False,
-        )
+    def _hidden_states(self, embeds: Tensor) -> Tensor:
+        """Return the final hidden states, float [B, S, D], of rows that are padded on the right, if at all.
+
+        No padding mask is passed: what follows a token cannot reach it through causal attention, and without a mask
+        PyTorch chooses its flash kernel.
+        """
+        outputs = self.causal_lm.get_decoder()(inputs_embeds=embeds, use_cache=False)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
