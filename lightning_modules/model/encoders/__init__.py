@@ -34,10 +34,13 @@ def build_encoder(config: EncoderConfig) -> VisionEncoder:
     """Build an encoder with random weights.
 
     Raises:
-        ValueError: `config.type` cannot be imported, is no `VisionEncoder`, or does not take `config.args`.
+        ValueError: `config.type` cannot be imported, is no `VisionEncoder`, does not take `config.args`, or has state
+            that is no parameter.
     """
     if config.type is not None:
-        return _encoder_class(config)(**config.args)
+        encoder = _encoder_class(config)(**config.args)
+        _check_buffers(encoder, config.type)
+        return encoder
     return CLIPEncoder(config) if config.timm is None else TimmEncoder(config)
 
 
@@ -73,3 +76,19 @@ def _encoder_class(config: EncoderConfig) -> type[VisionEncoder]:
     except TypeError as error:
         raise ValueError(f"network.encoder.args: {path}{inspect.signature(found)}: {error}") from None
     return found
+
+
+def _check_buffers(encoder: VisionEncoder, path: str) -> None:
+    """Refuse buffers that hold state, which stage weights do not keep, and those without values."""
+    state = encoder.state_dict()
+    for name, buffer in encoder.named_buffers():
+        if name in state:
+            raise ValueError(
+                f"network.encoder.type: {path}: buffer {name} would be lost, as stage weights keep parameters only: "
+                "use GroupNorm or LayerNorm instead of BatchNorm, and register constants with persistent=False"
+            )
+        if buffer.is_meta:
+            raise ValueError(
+                f"network.encoder.type: {path}: buffer {name} has no values where the encoder is built without memory: "
+                "create it with device='cpu'"
+            )
