@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.egobench import load
-from datamodules.egobench.dataset import BenchmarkDataset
-from lightning_modules.config import ConfigError, single_visual_inputs
+from lightning_modules.config import single_visual_inputs
+from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.egobench.predictions import BenchmarkDataModule, Predictions, predict, write_submissions
 from lightning_modules.egobench.results import score_folder, stages_table
 from lightning_modules.run import Run, build
@@ -40,12 +39,11 @@ def evaluate_benchmarks(config: dict[str, Any], names: Sequence[str] | None = No
         force: discard predictions that exist.
 
     Raises:
-        ConfigError: the configuration has no benchmark of a name.
         HandoffError: the stage has no weights.
         ValueError: a file of a benchmark is missing or invalid, or predictions were made in another way.
     """
     run, manifest = _trained(config)
-    benchmarks = read_benchmarks(run, names)
+    benchmarks = load_benchmarks(run.egobench, names, run.datamodule)
     model = {
         "model": run.stage.started_from(),
         "visual_inputs": run.stage.network.visual_inputs,
@@ -86,31 +84,6 @@ def evaluate_single_inputs(config: dict[str, Any], again: bool) -> None:
     for changed in single_visual_inputs(config).values():
         if again or not is_answered(Path(changed["run_dir"]), handoff):
             evaluate(changed, handoff)
-
-
-def read_benchmarks(run: Run, names: Sequence[str] | None) -> list[BenchmarkDataset]:
-    """Read and check benchmarks of the configuration.
-
-    Args:
-        run: the run that answers them.
-        names: benchmarks to read; None for all.
-
-    Raises:
-        ConfigError: the configuration has no benchmark of a name.
-        ValueError: a file is missing or invalid.
-    """
-    known = [str(entry.get("name")) for entry in run.egobench.benchmarks]
-    if unknown := [name for name in names or () if name not in known]:
-        raise ConfigError(f"benchmark {', '.join(unknown)}: not in egobench.benchmarks: {', '.join(known) or 'none'}")
-    data = run.datamodule
-    benchmarks = []
-    for entry, name in zip(run.egobench.benchmarks, known, strict=True):
-        if names is None or name in names:
-            benchmark = BenchmarkDataset(load(entry), run.egobench, data.clips, data.encoder, data.decode_timeout_s)
-            benchmarks.append(benchmark)
-    for benchmark in benchmarks:
-        benchmark.check()
-    return benchmarks
 
 
 def answer_validation(run: Run) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.clips.datamodule import ClipDataModule
 from datamodules.clips.dataset import ClipConfig
-from datamodules.egobench.dataset import EgoBenchConfig
+from datamodules.egobench.config import EgoBenchConfig
 from lightning_modules.callbacks.checkpoint import CheckpointFolders, Checkpoints
 from lightning_modules.callbacks.health import StallWatch
 from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor

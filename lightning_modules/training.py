@@ -19,7 +19,8 @@ from lightning_modules.callbacks.checkpoint import (
 )
 from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.config import config_hash
-from lightning_modules.evaluation import answer_validation, evaluate, read_benchmarks
+from lightning_modules.egobench.loading import load_benchmarks
+from lightning_modules.evaluation import answer_validation, evaluate
 from lightning_modules.plan import flops_per_sample
 from lightning_modules.resume import check_resumable, check_same_start, discard_run
 from lightning_modules.run import Run, build, build_stage
@@ -47,7 +48,8 @@ def fit(config: dict[str, Any], force: bool = False) -> None:
     """
     run = build(config)
     if fast := run.egobench.fast:
-        run.datamodule.benchmarks = [benchmark.fast() for benchmark in read_benchmarks(run, fast)]
+        datasets = load_benchmarks(run.egobench, fast, run.datamodule)
+        run.datamodule.benchmarks = [dataset.fast() for dataset in datasets]
     folder, is_rank_zero = run.folder, run.trainer.is_global_zero
     if force and is_rank_zero:
         discard_run(folder)

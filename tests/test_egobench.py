@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench import load
-from datamodules.egobench.dataset import BenchmarkDataset, EgoBenchConfig
+from datamodules.egobench.config import EgoBenchConfig
+from datamodules.egobench.dataset import BenchmarkDataset
 from datamodules.text import TextEncoder
 from datamodules.video.reader import ClipReader
 from lightning_modules.cli import main
@@ -23,6 +24,7 @@ from lightning_modules.config import compose
 from lightning_modules.egobench.evaluator import Evaluator
 from lightning_modules.egobench.predictions import OtherPredictions, Predictions
 from lightning_modules.egobench.results import read_scores
+from lightning_modules.egobench.tasks import TASKS
 from lightning_modules.stages.base import Stage
 
 TOY = str(tiny.EXPERIMENTS / "toy")
@@ -244,7 +246,8 @@ def dataset_of(world, name, **changes):
     config = compose(tiny.EXPERIMENTS / "toy", "stage3", [f"data_root={world}"])["egobench"] | changes
     (entry,) = (entry for entry in config["benchmarks"] if entry["name"] == name)
     encoder = TextEncoder(str(world / "tokenizer"), 400)
-    return BenchmarkDataset(load(entry), EgoBenchConfig(**config), ClipConfig(tiny.FRAMES, tiny.SIZE), encoder)
+    loaded, clips = load(entry), ClipConfig(tiny.FRAMES, tiny.SIZE)
+    return BenchmarkDataset(loaded, TASKS[loaded.task], EgoBenchConfig(**config), clips, encoder)
 
 
 def stage_of(world):
@@ -262,10 +265,10 @@ def test_letters_equal_a_loop_over_rotations_and_letters(toy_world):
     assert np.array(row["letters"]).shape == (5, 5)
     visual = stage(batch.video, "ego")
     for shift in range(5):
-        question = dataset.prompts.choice(sample, [(p + shift) % 5 for p in range(5)])
+        question = dataset.requests.prompts.choice(sample, [(p + shift) % 5 for p in range(5)])
         logits = []
         for letter in "ABCDE":
-            text = encoder.conversation([(question, f"{dataset.prompts.prefill}{letter}")])
+            text = encoder.conversation([(question, f"{dataset.requests.prompts.prefill}{letter}")])
             at = len(text.input_ids) - 2  # the letter stands before the end token
             batch = encoder.batch([text])
             labels = torch.full_like(batch.labels, -100)
@@ -280,8 +283,8 @@ def test_a_question_or_an_answer_that_would_be_cut_is_refused(toy_world):
     dataset = dataset_of(toy_world, "egoschema")
     longest = 0
     for sample in dataset.loaded.samples:
-        answers = [(dataset.prompts.choice(sample), f"{dataset.prompts.prefill}A)")]
-        answers += [(dataset.prompts.open(sample), option) for option in sample.options]
+        answers = [(dataset.requests.prompts.choice(sample), f"{dataset.requests.prompts.prefill}A)")]
+        answers += [(dataset.requests.prompts.open(sample), option) for option in sample.options]
         longest = max(longest, *(len(dataset.encoder.conversation([turn]).input_ids) - 1 for turn in answers))
     dataset.encoder.max_text_tokens = longest
     dataset.check()
@@ -324,18 +327,18 @@ def test_nothing_after_the_observation_is_read(toy_world, monkeypatch):
         return read(reader, path, times_s, *args)
 
     monkeypatch.setattr(ClipReader, "read", counted)
-    for number, unit in enumerate(dataset.units):
+    for number, entry in enumerate(dataset.entries):
         batch = dataset[number]
         assert batch.video is not None, batch.error
         first, last, count = spans[-1]
-        assert unit.clip.start_s <= first and last == unit.clip.end_s and count == tiny.FRAMES
+        assert entry.clip.start_s <= first and last == entry.clip.end_s and count == tiny.FRAMES
 
 
 def test_a_video_that_ends_before_the_observation_is_not_asked_about(toy_world):
     dataset = dataset_of(toy_world, "egoplan")
-    clip = dataset.units[0].clip
+    clip = dataset.entries[0].clip
     assert dataset[0].error == ""
-    dataset.units[0] = replace(dataset.units[0], clip=replace(clip, end_s=clip.end_s + 60.0, start_s=0.0))
+    dataset.entries[0] = replace(dataset.entries[0], clip=replace(clip, end_s=clip.end_s + 60.0, start_s=0.0))
     assert "the video ends at" in dataset[0].error
 
 
@@ -351,7 +354,7 @@ def test_no_prompt_names_a_file(toy_world):
     for name in ("egoschema", "vlnqa", "egoplan"):
         dataset = dataset_of(toy_world, name)
         for sample in dataset.loaded.samples:
-            text = dataset.prompts.choice(sample)
+            text = dataset.requests.prompts.choice(sample)
             assert sample.id not in text.split() and sample.clips[0].video not in text
 
 

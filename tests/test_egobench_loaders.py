@@ -383,7 +383,7 @@ def test_charades_ego_says_what_is_wrong(tmp_path):
     said = problem("charades_ego", file, classes=other)
     assert "x.csv: column actions is missing: fetch the official file again" in said
     file = write(tmp_path / "c" / "x.csv", "id,actions\nAB1EGO\n")
-    assert "x.csv line 2: 1 cells under 2 columns: mend the line" in problem("charades_ego", file, classes=other)
+    assert "x.csv line 2: 1 cells under 2 columns: fix this line" in problem("charades_ego", file, classes=other)
     assert "no such file: correct classes" in problem(
         "charades_ego", charades(tmp_path / "d", ("AB1EGO", "")), classes="nowhere.txt"
     )
@@ -853,7 +853,7 @@ def test_missing_videos_are_looked_for_once_each(tmp_path, monkeypatch):
 
 
 def test_a_file_that_asks_nothing_is_refused(tmp_path):
-    assert problem("vlnqa", write(tmp_path / "vlnqa.json", [])) == "vlnqa: its file asks nothing: fetch it again"
+    assert problem("vlnqa", write(tmp_path / "vlnqa.json", [])) == "vlnqa: the file holds no samples: fetch it again"
 
 
 JUNK = (None, True, -1, 1.5, "", "x", "\ud800", [], [None], {}, {"0": None}, float("nan"))

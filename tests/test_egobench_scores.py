@@ -11,7 +11,9 @@ import pytest
 
 from lightning_modules.egobench.published import AVERAGED, PAPER
 from lightning_modules.egobench.results import read_scores, score_folder, table
-from lightning_modules.egobench.scores import Score, read_choice, score
+from lightning_modules.egobench.scores import Score
+from lightning_modules.egobench.scoring import score
+from lightning_modules.egobench.tasks.multiple_choice import parse_choice
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "benchmarks"
 samples_only = pytest.mark.skipif(not SAMPLES.is_dir(), reason=f"needs the annotations of {SAMPLES}")
@@ -117,7 +119,7 @@ def test_nothing_asked_yet(task):
     ],
 )
 def test_generated_choices_are_read_strictly(said, choice):
-    assert read_choice(said, 3, ["Move forward", "Stop", "Turn left and move forward"]) == choice
+    assert parse_choice(said, 3, ["Move forward", "Stop", "Turn left and move forward"]) == choice
 
 
 def test_open_answers_by_hand():
@@ -356,7 +358,7 @@ BAD = {
             ({"letters": [[-1.0], [-2.0, -3.0]]}, "field 'letters' is .*, expected a list of numbers"),
             ({"letters": [-1.0, -2.0]}, "field 'letters' is .*, expected a list of lists of numbers"),
             ({"letters": [[-1.0, -2.0, -3.0]] * 2}, "field 'letters' has 2 rotations of 3 options, expected 1 or 3"),
-            ({"letters": [[-1.0, float("nan")]]}, "field 'letters' holds a value that is no finite number"),
+            ({"letters": [[-1.0, float("nan")]]}, "field 'letters' holds a number that is not finite"),
             ({"likelihood": [-1.0]}, "field 'likelihood' has 1 numbers, expected 2, one for each option"),
             ({"answer": 2}, "field 'answer' is 2, expected a number from 0 to 1"),
             ({"answer": "A"}, "field 'answer' is 'A', expected a number from 0 to 1"),
@@ -380,7 +382,7 @@ BAD = {
         clips_of_classes(1)[0],
         CLASSES,
         [
-            ({"labels": {"classes": [9]}}, r"field 'labels' has classes \[9\] that no text has: mend either file"),
+            ({"labels": {"classes": [9]}}, r"field 'labels' has classes \[9\] that no text has: fix either file"),
             ({"labels": {"class": 1}}, "labels: field 'classes' is missing"),
             ({"labels": [1]}, r"field 'labels' is \[1\], expected an object"),
         ],

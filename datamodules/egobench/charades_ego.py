@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egobench.official import OfficialFiles, columns
-from datamodules.egobench.samples import Candidate, Clip, Sample, Task
+from datamodules.egobench.base import Benchmark, table_rows
+from datamodules.egobench.samples import Candidate, Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, Official, SourceError, option, read_csv, read_text, text_of, try_parse
 
 CLASSES = 157
@@ -24,14 +24,14 @@ _EMPTY, _OLD = "videos without an action, which do not count", "videos of versio
 
 
 @dataclass(frozen=True)
-class CharadesEgo(OfficialFiles):
+class CharadesEgo(Benchmark):
     """Videos of the test split and all classes; a video is shown whole."""
 
     view: str = option("first", "videos of whoever acts, of whoever looks on, or both", tuple(_FILES))
     classes: Path | None = option(None, "Charades_v1_classes.txt, where it is not beside the annotations")
 
     name: ClassVar[str] = "charades_ego"
-    task: ClassVar[Task] = "rank_texts"
+    task: ClassVar[TaskName] = "rank_texts"
 
     def official(self) -> dict[str, Official]:
         """Classes."""
@@ -41,7 +41,7 @@ class CharadesEgo(OfficialFiles):
         """A sample for each video; labels are its classes, each once."""
         file = self.main_file([f"CharadesEgo_v1_test{_FILES[self.view]}.csv"], "the labels of Charades-Ego")
         classes = len(self.candidates())
-        for where, row in columns(read_csv(file), ("id", "actions"), file):
+        for where, row in table_rows(read_csv(file), ("id", "actions"), file):
             sample = row if isinstance(row, SourceError) else try_parse(self._sample, row, where, classes)
             if isinstance(sample, Sample):
                 counts.add(_EMPTY, sample.labels == {"classes": []})

@@ -3,71 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from datamodules.batch import (
-    IGNORE_INDEX,
-    VIDEO_TOKEN_ID,
-    BenchmarkBatch,
-    GenerateUntilRequest,
-    Instance,
-    LoglikelihoodRequest,
-    MultipleChoiceRequest,
-    Request,
-    TokenIds,
-)
+from datamodules.batch import BenchmarkBatch, Instance
 from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench import LoadedBenchmark
-from datamodules.egobench.official import LETTERS
-from datamodules.egobench.prompts import Prompts
+from datamodules.egobench.config import EgoBenchConfig
+from datamodules.egobench.requests import RequestBuilder, RequestEncoder
 from datamodules.egobench.samples import Clip, Sample
-from datamodules.text import EncodedText, TextEncoder, UnusableText
+from datamodules.text import TextEncoder, UnusableText
 from datamodules.video.errors import ClipDecodeError
 from datamodules.video.reader import ClipReader
 from datamodules.video.sampling import segment_midpoints
 
-CROSS_CHECK_TOKENS, ANSWER_TOKENS = 8, 32
-LEAST_SHARE = 0.5
-"""Of a span, that a file must cover to stand for it: official spans may reach past the end of a recording. Where the
-last picture is asked about, all of it."""
+MIN_COVERAGE = 0.5
+"""Fraction of a span that a file must cover: official spans may reach past the end of a recording. If the question is
+about the last frame, the file must cover all of it."""
 
 
 @dataclass(frozen=True)
-class EgoBenchConfig:
-    """Benchmarks of an experiment, and how they are asked.
+class ClipUses:
+    """A clip and the samples that look at it.
 
     Attributes:
-        benchmarks: each a ``name``, ``annotations``, ``videos`` and further keys of the class of that name.
-        prompts: file of wordings; null for those that come with this repository.
-        style: how much a question says, ``base``, ``task``, or ``ego`` (the paper's best).
-        caption: what is asked for where texts are ranked as captions; null for the bare caption, as in stage 2's data.
-        cyclic: ask choices in every rotation of the options, which takes out a model's liking for a letter.
-        cross_check: choices of each benchmark that are also answered in words, to see whether both agree.
-        invented: the samples are of a generated world, beside which no published number is shown.
-        fast: names of benchmarks of which a fixed part is scored whenever a stage validates.
+        clip: None for the entry of requests without a clip.
+        uses: pairs of a sample's index and the clip's index within the sample.
     """
 
-    benchmarks: list[dict[str, Any]] = field(default_factory=list)
-    prompts: str | None = None
-    style: Literal["base", "task", "ego"] = "ego"
-    caption: str | None = None
-    cyclic: bool = False
-    cross_check: int = 200
-    invented: bool = False
-    fast: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Unit:
     clip: Clip | None
-    asked: tuple[tuple[int, int], ...]
+    uses: tuple[tuple[int, int], ...]
 
 
 class BenchmarkDataset(Dataset[BenchmarkBatch]):
@@ -75,187 +45,115 @@ class BenchmarkDataset(Dataset[BenchmarkBatch]):
 
     Args:
         loaded: the benchmark.
-        config: how it is asked.
+        task: builds the requests of a sample.
+        config: prompts and options.
         clips: frames of a clip.
-        encoder: text to tokens.
-        timeout_s: longest wait for one video file.
+        encoder: text to token ids.
+        timeout_s: longest time to wait for one video file.
 
     Raises:
-        ValueError: a question does not fit ``max_text_tokens``, or letters are no single tokens; names the sample.
+        ValueError: the prompts file is invalid, or a candidate does not fit ``max_text_tokens``.
     """
 
     def __init__(
         self,
         loaded: LoadedBenchmark,
+        task: RequestBuilder,
         config: EgoBenchConfig,
         clips: ClipConfig,
         encoder: TextEncoder,
         timeout_s: float | None = None,
     ) -> None:
-        self.loaded, self.config, self.clips, self.encoder = loaded, config, clips, encoder
-        self.prompts = Prompts(config.prompts, loaded.name, config.style)
+        self.loaded, self.task, self.config, self.clips, self.encoder = loaded, task, config, clips, encoder
         self.timeout_s, self.reader = timeout_s, ClipReader(timeout_s=timeout_s)
-        units: dict[Clip, list[tuple[int, int]]] = {}
+        self.requests = RequestEncoder(loaded, config, encoder, task.asks_for_captions)
+        # Samples may share clips, which are then decoded once.
+        uses: dict[Clip, list[tuple[int, int]]] = {}
         for number, sample in enumerate(loaded.samples):
             for place, clip in enumerate(sample.clips):
-                units.setdefault(clip, []).append((number, place))
-        self.units = [_Unit(clip, tuple(asked)) for clip, asked in units.items()]
-        if loaded.task == "rank_texts":
-            self.units.append(_Unit(None, ()))
+                uses.setdefault(clip, []).append((number, place))
+        self.entries = [ClipUses(clip, tuple(samples)) for clip, samples in uses.items()]
+        try:
+            self.prior_requests = task.prior_requests(self.requests)
+        except UnusableText as error:
+            raise ValueError(f"{loaded.name}: candidates: {error}") from None
+        if self.prior_requests:
+            self.entries.append(ClipUses(None, ()))
         checked = np.random.default_rng(0).permutation(len(loaded.samples))[: config.cross_check]
-        self.cross_checked = frozenset(checked.tolist()) if loaded.task == "choice" else frozenset()
+        self.cross_checked = frozenset(checked.tolist()) if task.cross_checks else frozenset()
 
     def __len__(self) -> int:
-        """Return the number of clips."""
-        return len(self.units)
+        """Return the number of entries."""
+        return len(self.entries)
 
-    def left(self, done: Collection[tuple[str, int]]) -> list[int]:
-        """Return the clips with an instance that is not done; done ones are (sample id, index of the clip) pairs."""
-        names = [[(self.loaded.samples[n].id, place) for n, place in unit.asked] or [("", 0)] for unit in self.units]
-        return [number for number, asked in enumerate(names) if not all(key in done for key in asked)]
+    def remaining(self, done: Collection[tuple[str, int]]) -> list[int]:
+        """Return the entries with an instance that is not done.
+
+        Args:
+            done: pairs of a sample's id and the clip's index within the sample; ("", 0) for the priors.
+        """
+        remaining = []
+        for number, entry in enumerate(self.entries):
+            instances = [(self.loaded.samples[sample].id, place) for sample, place in entry.uses] or [("", 0)]
+            if not all(instance in done for instance in instances):
+                remaining.append(number)
+        return remaining
 
     def fast(self) -> BenchmarkDataset:
-        """The benchmark's fixed part for curves while training."""
-        return BenchmarkDataset(
-            self.loaded.fast(), replace(self.config, cross_check=0), self.clips, self.encoder, self.timeout_s
-        )
+        """Return the benchmark's fixed subset for curves during training."""
+        config = replace(self.config, cross_check=0)
+        return BenchmarkDataset(self.loaded.fast(), self.task, config, self.clips, self.encoder, self.timeout_s)
 
     def settings(self) -> dict[str, Any]:
-        """What answers depend on beside the model and the samples, as JSON."""
-        c = self.config
-        asked = {"prompts": self.prompts.wordings(), "caption": c.caption, "cyclic": c.cyclic}
-        return {**asked, "cross_check": len(self.cross_checked), "clips": asdict(self.clips)}
+        """Return everything besides model and samples that the results depend on, as JSON."""
+        return {
+            "prompts": self.requests.prompts.templates(),
+            "caption": self.config.caption,
+            "cyclic": self.config.cyclic,
+            "cross_check": len(self.cross_checked),
+            "clips": asdict(self.clips),
+        }
 
     def check(self) -> None:
-        """Encode every question once, so that what does not fit is known before anything is computed.
+        """Encode every question once, so that one that does not fit is found before any computation.
 
         Raises:
-            ValueError: see the class.
+            ValueError: a question does not fit ``max_text_tokens``, or the tokenizer does not tell letters apart; the
+                message names the sample.
         """
         for sample in self.loaded.samples:
-            self._requests_of(sample, 0, cross_check=False)
+            self._instance(sample, 0, cross_check=False)
 
     def __getitem__(self, index: int) -> BenchmarkBatch:
-        """Read a clip and encode what is asked about it; a clip that cannot be read says why."""
-        unit = self.units[index]
-        if unit.clip is None:
-            context, answers = self._captions
-            return BenchmarkBatch(
-                self._lead, [Instance("", 0, {"priors": LoglikelihoodRequest(context, answers, without_video=True)})]
-            )
-        requests = [
-            self._requests_of(self.loaded.samples[n], place, n in self.cross_checked) for n, place in unit.asked
-        ]
-        batch = BenchmarkBatch(self._lead, requests)
+        """Decode a clip and encode the requests about it; ``error`` tells why a clip cannot be decoded."""
+        entry = self.entries[index]
+        if entry.clip is None:
+            return BenchmarkBatch(self.requests.prefix, [Instance("", 0, self.prior_requests)])
+        instances = []
+        for number, place in entry.uses:
+            instances.append(self._instance(self.loaded.samples[number], place, number in self.cross_checked))
+        batch = BenchmarkBatch(self.requests.prefix, instances)
         try:
-            batch.video = self._read(unit.clip)
+            batch.video = self._decode(entry.clip)
         except ClipDecodeError as error:
             batch.error = " ".join(str(error).split())
         return batch
 
-    def _read(self, clip: Clip) -> torch.Tensor:
+    def _instance(self, sample: Sample, place: int, cross_check: bool) -> Instance:
+        try:
+            return Instance(sample.id, place, self.task.requests(sample, self.requests, cross_check))
+        except UnusableText as error:
+            raise ValueError(f"{self.loaded.name}: sample {sample.id}: {error}") from None
+
+    def _decode(self, clip: Clip) -> torch.Tensor:
+        """Return the frames of a clip, uint8 [1, T, S, S, 3]."""
         path, c = self.loaded.videos / clip.video, self.clips
         file_end_s = self.reader.usable_end_s(path, clip.start_s, math.inf)
         end_s = min(clip.end_s, file_end_s)
-        least = 1.0 if clip.last_at_end else LEAST_SHARE
+        least = 1.0 if clip.last_at_end else MIN_COVERAGE
         if math.isfinite(clip.end_s) and end_s - clip.start_s < least * (clip.end_s - clip.start_s):
-            self.reader.usable_end_s(path, clip.start_s, clip.end_s)
+            self.reader.usable_end_s(path, clip.start_s, clip.end_s)  # raises the error that names file and times
         times_s = segment_midpoints(clip.start_s, end_s, c.num_frames)
         if clip.last_at_end:
             times_s[-1] = end_s
         return self.reader.read(path, times_s, c.image_size, c.frame_fit, (clip.start_s, end_s)).frames[None]
-
-    def _requests_of(self, sample: Sample, place: int, cross_check: bool) -> Instance:
-        try:
-            return Instance(sample.id, place, self._asks(sample, cross_check))
-        except UnusableText as error:
-            raise ValueError(f"{self.loaded.name}: sample {sample.id}: {error}") from None
-
-    def _asks(self, sample: Sample, cross_check: bool) -> dict[str, Request]:
-        match self.loaded.task:
-            case "choice":
-                return self._choice(sample, cross_check)
-            case "open":
-                return {"prediction": GenerateUntilRequest(self._context(self.prompts.open(sample)), ANSWER_TOKENS)}
-            case "vocabulary":
-                question = self.prompts.open(sample)
-                context, answers = self._answers(question, self._texts[:1])[0], self._vocabulary
-                return {
-                    "scores": LoglikelihoodRequest(context, answers),
-                    "priors": LoglikelihoodRequest(context, answers, without_video=True),
-                    "prediction": GenerateUntilRequest(self._context(question), ANSWER_TOKENS),
-                }
-            case "rank_texts":
-                return {"scores": LoglikelihoodRequest(*self._captions)}
-            case "rank_clips":
-                return {"scores": LoglikelihoodRequest(*self._answers(self.config.caption, (sample.text,)))}
-
-    def _choice(self, sample: Sample, cross_check: bool) -> dict[str, Request]:
-        count = len(sample.options)
-        orders = [tuple((p + s) % count for p in range(count)) for s in range(count if self.config.cyclic else 1)]
-        questions = [self.prompts.choice(sample, order) for order in orders]
-        rotations = [self._letters(question, count) for question in questions]
-        asks: dict[str, Request] = {
-            "letters": MultipleChoiceRequest(
-                tuple(context for context, _ in rotations), tuple(ids for _, ids in rotations)
-            ),
-            "likelihood": LoglikelihoodRequest(*self._answers(self.prompts.open(sample), sample.options)),
-        }
-        if cross_check:
-            asks["said"] = GenerateUntilRequest(self._context(questions[0]), CROSS_CHECK_TOKENS)
-        return asks
-
-    def _letters(self, question: str, count: int) -> tuple[TokenIds, TokenIds]:
-        """Tokens up to the letter, whatever tokens it merges with, and the token in which each letter differs."""
-        openings = [f"{self.prompts.prefill}{letter})" for letter in LETTERS[:count]]
-        rows = [row for row, _ in self._encoded(question, openings)]
-        shared = next(n for n, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
-        letters = tuple(row[shared] for row in rows)
-        if len(set(letters)) < count:
-            raise ValueError(
-                f"tokenizer: {self.encoder.name} does not tell letters A to {openings[-1][-2]} apart behind "
-                f"{self.prompts.prefill!r}: give a file of prompts with another prefill as egobench.prompts"
-            )
-        return self._behind_clip(rows[0])[: shared - rows[0].index(VIDEO_TOKEN_ID) - 1], letters
-
-    def _answers(self, question: str | None, texts: Sequence[str]) -> tuple[TokenIds, tuple[TokenIds, ...]]:
-        """Tokens before the answers, and each answer's with its end."""
-        rows = self._encoded(question, texts)
-        ids, first = rows[0]
-        return self._behind_clip(ids[:first]), tuple(tuple(row[start:]) for row, start in rows)
-
-    def _encoded(self, question: str | None, answers: Sequence[str]) -> list[tuple[TokenIds, int]]:
-        """Each row, and where its answer begins."""
-        encode = self.encoder.plain if question is None else lambda text: self.encoder.conversation([(question, text)])
-        rows: list[EncodedText] = [encode(answer) for answer in answers]
-        if any(row.input_ids[-1] != self.encoder.tokenizer.eos_token_id for row in rows):
-            raise UnusableText(
-                f"a question and its answer do not fit max_text_tokens={self.encoder.max_text_tokens}: raise "
-                "data.init_args.max_text_tokens"
-            )
-        return [(tuple(r.input_ids), next(n for n, y in enumerate(r.labels) if y != IGNORE_INDEX)) for r in rows]
-
-    def _context(self, question: str) -> TokenIds:
-        return self._behind_clip(self.encoder.prompt(question).input_ids)
-
-    @staticmethod
-    def _behind_clip(ids: Sequence[int]) -> TokenIds:
-        return tuple(ids[list(ids).index(VIDEO_TOKEN_ID) + 1 :])
-
-    @cached_property
-    def _lead(self) -> TokenIds:
-        ids = self._encoded(self.config.caption if self.loaded.task.startswith("rank_") else "?", ["?"])[0][0]
-        return ids[: ids.index(VIDEO_TOKEN_ID)]
-
-    @cached_property
-    def _texts(self) -> tuple[str, ...]:
-        return tuple(text.text for text in self.loaded.candidates)
-
-    @cached_property
-    def _vocabulary(self) -> tuple[TokenIds, ...]:
-        """Answers are tokenised alike behind every question."""
-        return self._answers("?", self._texts)[1]
-
-    @cached_property
-    def _captions(self) -> tuple[TokenIds, tuple[TokenIds, ...]]:
-        return self._answers(self.config.caption, self._texts)

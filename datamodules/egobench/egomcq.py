@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
-from datamodules.egobench.official import OfficialFiles, fixed_subset, line_of, mapping_of, whole_of
-from datamodules.egobench.samples import Clip, Sample, Task
+from datamodules.egobench.base import Benchmark, fixed_subset, mapping_of, one_line, whole_number
+from datamodules.egobench.samples import Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_json, text_of, try_parse
 
 _CLIPS, _FAST_OF_A_GROUP = 5, 1000
 
 
 @dataclass(frozen=True)
-class EgoMCQ(OfficialFiles):
+class EgoMCQ(Benchmark):
     """All questions; ``intra`` are those whose clips are of one video, ``inter`` the others."""
 
     wording: str = option(
@@ -30,7 +30,7 @@ class EgoMCQ(OfficialFiles):
     )
 
     name: ClassVar[str] = "egomcq"
-    task: ClassVar[Task] = "rank_clips"
+    task: ClassVar[TaskName] = "rank_clips"
 
     def official(self) -> dict[str, Official]:
         """Questions, of which the authors give a rounded number."""
@@ -62,14 +62,14 @@ class EgoMCQ(OfficialFiles):
             yield sample
 
     def _sample(self, entry: Any, key: str, where: str) -> Sample:
-        text = line_of(mapping_of(entry, "query", where), "clip_text", f"{where} query")
+        text = one_line(mapping_of(entry, "query", where), "clip_text", f"{where} query")
         if self.wording == "as_trained":
             text = camera_wearer_text(text) or text  # of fewer than three words it stays
         choices = mapping_of(entry, "choices", where)
         if set(choices) != set(map(str, range(_CLIPS))):
             raise SourceError(f"{where}: choices are {', '.join(choices)}, expected 0 to 4: correct them")
         clips = tuple(_clip(choices[str(number)], f"{where} choice {number}") for number in range(_CLIPS))
-        answer, kind = whole_of(entry, "answer", where), whole_of(entry, "types", where)
+        answer, kind = whole_number(entry, "answer", where), whole_number(entry, "types", where)
         if answer >= _CLIPS or kind not in (1, 2):
             raise SourceError(f"{where}: 'answer' is {answer} and 'types' {kind}, expected 0 to 4 and 1 or 2: mend it")
         group = "intra" if len({clip.video for clip in clips}) == 1 else "inter"

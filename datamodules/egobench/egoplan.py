@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from datamodules.egobench.base import LETTERS, Benchmark, one_line, whole_number
 from datamodules.egobench.epic100_mir import video_file
-from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, whole_of
-from datamodules.egobench.samples import Clip, Sample, Task
+from datamodules.egobench.samples import Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, Official, SourceError, option, read_json, text_of, try_parse
 
 EGO4D_FPS = 30
@@ -32,14 +32,14 @@ _NO_PROGRESS = "questions without a known step before the observation"
 
 
 @dataclass(frozen=True)
-class EgoPlan(OfficialFiles):
+class EgoPlan(Benchmark):
     """The validation questions, which the paper reports."""
 
     ego4d_file: str = option("{video}.mp4", "where a video of Ego4D lies below videos")
     epic_file: str = option("{participant}/{video}.MP4", "where a video of EPIC-KITCHENS lies below videos")
 
     name: ClassVar[str] = "egoplan"
-    task: ClassVar[Task] = "choice"
+    task: ClassVar[TaskName] = "choice"
     files: ClassVar[tuple[str, ...]] = ("EgoPlan_validation.json",)
     num_samples: ClassVar[int] = 3355
     hidden: ClassVar[bool] = False
@@ -55,11 +55,11 @@ class EgoPlan(OfficialFiles):
             yield try_parse(self._sample, row, counts, f"{file} entry {number}")
 
     def _sample(self, row: Any, counts: Counts, where: str) -> Sample:
-        options = tuple(line_of(row, key, where) for key in _CHOICES)
+        options = tuple(one_line(row, key, where) for key in _CHOICES)
         if len(set(options)) != len(options):
             raise SourceError(f"{where}: choices are {list(options)}, expected four different ones: correct them")
         source, question = row.get("video_source"), row.get("question")
-        named = text_of if isinstance(row.get("sample_id"), str) and not self.hidden else whole_of
+        named = text_of if isinstance(row.get("sample_id"), str) and not self.hidden else whole_number
         number = str(named(row, "sample_id", where))
         # ids of the two sources are not known to be different
         key = number if self.hidden or source is None else f"{source}_{number}"
@@ -67,7 +67,7 @@ class EgoPlan(OfficialFiles):
         return Sample(
             key,
             (self._clip(row, counts, where),),
-            _goal_question(line_of(row, "task_goal", where)) if question is None else line_of(row, "question", where),
+            _goal_question(one_line(row, "task_goal", where)) if question is None else one_line(row, "question", where),
             options,
             self._answer(row, options, where),
             () if group is None else (str(group),),
@@ -79,7 +79,7 @@ class EgoPlan(OfficialFiles):
             return None
         if letter not in tuple(LETTERS[: len(options)]):
             raise SourceError(f"{where}: field 'golden_choice_idx' is {letter!r}, expected A to D: correct it")
-        number, answer = LETTERS.index(letter), line_of(row, "answer", where)
+        number, answer = LETTERS.index(letter), one_line(row, "answer", where)
         if answer != options[number]:
             raise SourceError(f"{where}: answer is {answer!r}, but choice {letter} {options[number]!r}: correct one")
         return number
@@ -99,11 +99,11 @@ class EgoPlan(OfficialFiles):
             fps, first, file = EGO4D_FPS, 0, video_file(self.ego4d_file, "", video)
         else:
             fps, first, file = 60 if len(epic[2]) == 2 else 50, 1, video_file(self.epic_file, epic[1], video)
-        end_s = max(0, whole_of(row, "current_observation_frame", where) - first) / fps
+        end_s = max(0, whole_number(row, "current_observation_frame", where) - first) / fps
         steps = row.get("task_progress_metadata") or []
         if not isinstance(steps, list):
             raise SourceError(f"{where}: field 'task_progress_metadata' is {steps!r}, expected a list: correct it")
-        starts_s = [max(0, whole_of(step, "start_frame", where) - first) / fps for step in steps]
+        starts_s = [max(0, whole_number(step, "start_frame", where) - first) / fps for step in steps]
         start_s = min(starts_s, default=end_s)
         if start_s >= end_s:
             counts.add(_NO_PROGRESS)

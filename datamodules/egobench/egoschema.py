@@ -15,22 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egobench.official import OfficialFiles, line_of, mapping_of
-from datamodules.egobench.samples import Clip, Sample, Task
+from datamodules.egobench.base import Benchmark, mapping_of, one_line
+from datamodules.egobench.samples import Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_json, text_of, try_parse
 
 _OPTIONS = [f"option {number}" for number in range(5)]
 
 
 @dataclass(frozen=True)
-class EgoSchema(OfficialFiles):
+class EgoSchema(Benchmark):
     """All questions, or those whose answers are public."""
 
     part: str = option("all", "all questions, or those with public answers", ("all", "subset"))
     cut: bool = option(False, "videos are whole recordings of Ego4D, <video_uid>.mp4, cut by uid_to_ego4d.json")
 
     name: ClassVar[str] = "egoschema"
-    task: ClassVar[Task] = "choice"
+    task: ClassVar[TaskName] = "choice"
 
     def official(self) -> dict[str, Official]:
         """Questions and public answers."""
@@ -55,10 +55,10 @@ class EgoSchema(OfficialFiles):
 
     def _sample(self, row: Any, answers: Mapping[str, int], spans: Mapping[str, Any] | None, where: str) -> Sample:
         uid = text_of(row, "q_uid", where)
-        options = tuple(line_of(row, key, where) for key in _OPTIONS)
+        options = tuple(one_line(row, key, where) for key in _OPTIONS)
         groups = ("subset",) if uid in answers else ()
         clip = Clip(f"{uid}.mp4") if spans is None else _span(spans, uid)
-        return Sample(uid, (clip,), line_of(row, "question", where), options, answers.get(uid), groups)
+        return Sample(uid, (clip,), one_line(row, "question", where), options, answers.get(uid), groups)
 
     def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
         """Those with public answers."""

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egobench.official import LETTERS, OfficialFiles, line_of, mapping_of
-from datamodules.egobench.samples import Candidate, Clip, Sample, Task
+from datamodules.egobench.base import LETTERS, Benchmark, mapping_of, one_line
+from datamodules.egobench.samples import Candidate, Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, Official, SourceError, read_json, text_of, try_parse
 
 _INTERVAL = re.compile(r"[^|/\\]+\|(?:fpv|P)\d+\|(\d{1,9})\|(\d{1,9})")
@@ -27,8 +27,8 @@ _TYPES = ("type", "category", "semantic", "structural")
 
 
 @dataclass(frozen=True)
-class _EgoTaskQA(OfficialFiles):
-    task: ClassVar[Task] = "vocabulary"
+class _EgoTaskQA(Benchmark):
+    task: ClassVar[TaskName] = "vocabulary"
     split: ClassVar[str]
 
     def _file(self, part: str, given: bool) -> Path:
@@ -57,7 +57,7 @@ class _EgoTaskQA(OfficialFiles):
     def candidates(self) -> Sequence[Candidate]:
         """Answers of the training file, each once."""
         file = self._file("train", given=False)
-        answers = {line_of(row, "answer", f"{file} entry {n}"): None for n, row in enumerate(read_json(file, list), 1)}
+        answers = {one_line(row, "answer", f"{file} entry {n}"): None for n, row in enumerate(read_json(file, list), 1)}
         return [Candidate(answer) for answer in answers]
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
@@ -83,14 +83,14 @@ class EgoTaskQAIndirect(_EgoTaskQA):
 
 
 @dataclass(frozen=True)
-class EgoTaskQAMcq(OfficialFiles):
+class EgoTaskQAMcq(Benchmark):
     """A version of five options by the authors of EgoThinker, whose options give most answers away: never train on it.
 
     Read: ``egotaskqa_mcq.json``, a list of ``q``, ``video_path``, ``a`` (a letter) and ``option``, texts by letter.
     """
 
     name: ClassVar[str] = "egotaskqa_mcq"
-    task: ClassVar[Task] = "choice"
+    task: ClassVar[TaskName] = "choice"
 
     def official(self) -> dict[str, Official]:
         """Questions."""
@@ -107,12 +107,12 @@ class EgoTaskQAMcq(OfficialFiles):
 
     def _sample(self, row: Any, key: str, where: str) -> Sample:
         lettered, right = mapping_of(row, "option", where), text_of(row, "a", where)
-        options = tuple(line_of(lettered, letter, where) for letter in sorted(lettered))
+        options = tuple(one_line(lettered, letter, where) for letter in sorted(lettered))
         if "".join(sorted(lettered)) != LETTERS[: len(options)] or right not in lettered or len(set(options)) < 2:
             raise SourceError(f"{where}: answer {right!r} of options {dict(lettered)}: correct it")
         answer = options[sorted(lettered).index(right)]
         video = _video(text_of(row, "video_path", where).removesuffix(".mp4"), "video_path", where)
-        return Sample(key, (Clip(video),), line_of(row, "q", where), options, options.index(answer), (_form(answer),))
+        return Sample(key, (Clip(video),), one_line(row, "q", where), options, options.index(answer), (_form(answer),))
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
         """What its scores are worth."""
@@ -124,9 +124,9 @@ class EgoTaskQAMcq(OfficialFiles):
 
 def _sample(row: Any, key: str, where: str) -> Sample:
     video = _video(text_of(row, "interval", where), "interval", where)
-    answer = line_of(row, "answer", where)
+    answer = one_line(row, "answer", where)
     groups = [_reference(row), _form(answer), *_types(row)]
-    return Sample(key, (Clip(video),), line_of(row, "question", where), (), answer, tuple(dict.fromkeys(groups)))
+    return Sample(key, (Clip(video),), one_line(row, "question", where), (), answer, tuple(dict.fromkeys(groups)))
 
 
 def _video(interval: str, field: str, where: str) -> str:

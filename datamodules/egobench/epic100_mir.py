@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datamodules.egobench.official import OfficialFiles, columns, line_of, whole_of
-from datamodules.egobench.samples import Candidate, Clip, Sample, Task
+from datamodules.egobench.base import Benchmark, one_line, table_rows, whole_number
+from datamodules.egobench.samples import Candidate, Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, Official, SourceError, option, read_csv, text_of, try_parse
 
 _CLIPS, _SENTENCES = "EPIC_100_retrieval_test.csv", "EPIC_100_retrieval_test_sentence.csv"
@@ -28,13 +28,13 @@ _FAST_CLIPS = 400
 
 
 @dataclass(frozen=True)
-class Epic100Mir(OfficialFiles):
+class Epic100Mir(Benchmark):
     """Clips and captions of the test split."""
 
     file: str = option("{participant}/{video}.MP4", "where a video lies below videos")
 
     name: ClassVar[str] = "epic100_mir"
-    task: ClassVar[Task] = "rank_texts"
+    task: ClassVar[TaskName] = "rank_texts"
 
     def official(self) -> dict[str, Official]:
         """Clips, captions and videos."""
@@ -50,7 +50,7 @@ class Epic100Mir(OfficialFiles):
 
     def _table(self) -> Iterator[tuple[str, Any]]:
         file = self.main_file([_CLIPS, f"retrieval_annotations/{_CLIPS}"], "the clips of the retrieval test")
-        return columns(read_csv(file), _COLUMNS, file)
+        return table_rows(read_csv(file), _COLUMNS, file)
 
     def _sample(self, row: Any, where: str) -> Sample:
         participant, video = text_of(row, "participant_id", where), text_of(row, "video_id", where)
@@ -65,14 +65,14 @@ class Epic100Mir(OfficialFiles):
         narrated = {row["narration_id"]: (where, row) for where, row in self._table() if isinstance(row, dict)}
         file = self.other_file([_SENTENCES, f"retrieval_annotations/{_SENTENCES}"], "the captions of the test")
         texts = []
-        for at, sentence in columns(read_csv(file), ("narration_id",), file):
+        for at, sentence in table_rows(read_csv(file), ("narration_id",), file):
             if isinstance(sentence, SourceError):
                 raise sentence
             name = sentence["narration_id"]
             if name not in narrated:
                 raise SourceError(f"{at}: narration_id {name!r} is not in {_CLIPS}: take both of one release")
             where, row = narrated[name]
-            texts.append(Candidate(line_of(row, "narration", where), _labels(row, where), name))
+            texts.append(Candidate(one_line(row, "narration", where), _labels(row, where), name))
         return texts
 
     def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
@@ -107,4 +107,4 @@ def _labels(row: Any, where: str) -> dict[str, Any]:
         nouns = None
     if not isinstance(nouns, list) or not nouns or not all(type(noun) is int for noun in nouns):
         raise SourceError(f"{where}: column 'all_noun_classes' is {given!r}, expected a list such as [2, 5]: mend it")
-    return {"verb": whole_of(row, "verb_class", where), "nouns": sorted(set(nouns))}
+    return {"verb": whole_number(row, "verb_class", where), "nouns": sorted(set(nouns))}

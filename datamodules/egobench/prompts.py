@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from datamodules.egobench.official import LETTERS
+from datamodules.egobench.base import LETTERS
 from datamodules.egobench.samples import Sample
 
 STYLES = ("base", "task", "ego")
@@ -41,11 +41,11 @@ class Prompts:
         given = _read(FILE if path is None else Path(path))
         self.prefill: str = given["prefill"]
         self._context: str = given["context"].get(benchmark, given["context"]["default"])
-        self._wordings: dict[str, str] = {kind: given[kind][style] for kind in _ALLOWED}
+        self._templates: dict[str, str] = {kind: given[kind][style] for kind in _ALLOWED}
 
-    def wordings(self) -> dict[str, str]:
-        """All that questions are filled into, and what answers begin with."""
-        return {**self._wordings, "context": self._context, "prefill": self.prefill}
+    def templates(self) -> dict[str, str]:
+        """Return all templates and the prefill by name."""
+        return {**self._templates, "context": self._context, "prefill": self.prefill}
 
     def choice(self, sample: Sample, order: Sequence[int] | None = None) -> str:
         """A question with its options, ``(A) text`` a line.
@@ -71,7 +71,7 @@ class Prompts:
 
     def _filled(self, kind: str, **slots: str) -> str:
         slots |= {"context": self._context}
-        text = _SLOT.sub(lambda slot: slots[slot[1]], self._wordings[kind])
+        text = _SLOT.sub(lambda slot: slots[slot[1]], self._templates[kind])
         return "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
 
 

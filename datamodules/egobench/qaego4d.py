@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egobench.official import OfficialFiles, line_of
-from datamodules.egobench.samples import Clip, Sample, Task
+from datamodules.egobench.base import Benchmark, one_line
+from datamodules.egobench.samples import Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, SourceError, number_of, option, read_json, shuffled, text_of, try_parse
 from datamodules.io.jsonl import is_text
 
@@ -30,7 +30,7 @@ _AMBIGUOUS = "questions whose four options are not all different"
 
 
 @dataclass(frozen=True)
-class _QAEgo4D(OfficialFiles):
+class _QAEgo4D(Benchmark):
     cut: bool = option(False, "videos are whole recordings of Ego4D, <video_uid>.mp4, not its clips, <clip_uid>.mp4")
     nlq: Path | None = option(None, "Ego4D's nlq_val.json, where it is not beside the annotations")
 
@@ -60,7 +60,7 @@ class QAEgo4DOpen(_QAEgo4D):
     """Questions answered in words."""
 
     name: ClassVar[str] = "qaego4d_open"
-    task: ClassVar[Task] = "open"
+    task: ClassVar[TaskName] = "open"
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
         """A sample for each question of the test split."""
@@ -94,8 +94,8 @@ class QAEgo4DOpen(_QAEgo4D):
         return Sample(
             text_of(row, "sample_id", where),
             (clip,),
-            line_of(row, "question", where),
-            answer=line_of(row, "answer", where),
+            one_line(row, "question", where),
+            answer=one_line(row, "answer", where),
         )
 
 
@@ -104,7 +104,7 @@ class QAEgo4DClosed(_QAEgo4D):
     """Questions of four options, in an order that depends on the question's id only."""
 
     name: ClassVar[str] = "qaego4d_closed"
-    task: ClassVar[Task] = "choice"
+    task: ClassVar[TaskName] = "choice"
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
         """A sample for each question."""
@@ -124,10 +124,10 @@ class QAEgo4DClosed(_QAEgo4D):
                 f"{where}: field 'wrong_answers' is {wrong!r}, expected three texts: take the file whose name ends in "
                 "test_close"
             )
-        texts = [line_of(row, "answer", where), *(" ".join(text.split()) for text in wrong)]
+        texts = [one_line(row, "answer", where), *(" ".join(text.split()) for text in wrong)]
         order = [int(number) for number in shuffled(f"{self.name}/{key}", ["0", "1", "2", "3"])]
         options = tuple(texts[number] for number in order)
-        return Sample(key, (clip,), line_of(row, "question", where), options, order.index(0))
+        return Sample(key, (clip,), one_line(row, "question", where), options, order.index(0))
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
         """Which questions have no single right answer."""

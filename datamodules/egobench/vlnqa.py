@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
 
-from datamodules.egobench.official import OfficialFiles, line_of
-from datamodules.egobench.samples import Clip, Sample, Task
+from datamodules.egobench.base import Benchmark, one_line
+from datamodules.egobench.samples import Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, Official, SourceError, option, read_json, text_of, try_parse
 from datamodules.io.jsonl import is_text
 
@@ -23,13 +23,13 @@ _OPTION = re.compile(r"^([A-Z]):[ ]*(.*\S)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class VlnQA(OfficialFiles):
+class VlnQA(Benchmark):
     """Questions about the whole video."""
 
     folder: str = option("", "folder below videos that the paths of the file begin in, such as vlnqa")
 
     name: ClassVar[str] = "vlnqa"
-    task: ClassVar[Task] = "choice"
+    task: ClassVar[TaskName] = "choice"
 
     def official(self) -> dict[str, Official]:
         """Questions."""
@@ -66,7 +66,7 @@ def _spelled_out(row: Any, where: str) -> tuple[str, str, tuple[str, ...], int]:
 
 def _apart(row: Any, where: str) -> tuple[str, str, tuple[str, ...], int]:
     """Video, question, options and answer of a row of MVBench's."""
-    video, right = text_of(row, "video", where), line_of(row, "answer", where)
+    video, right = text_of(row, "video", where), one_line(row, "answer", where)
     candidates = row.get("candidates")
     if not isinstance(candidates, list) or not all(map(is_text, candidates)):
         raise SourceError(f"{where}: field 'candidates' is {candidates!r}, expected a list of texts: correct it")

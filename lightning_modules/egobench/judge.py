@@ -20,8 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from datamodules.io.jsonl import read_jsonl, require
+from lightning_modules.egobench.fields import PlacedRow
 from lightning_modules.egobench.metrics import Estimate, binomial_error
-from lightning_modules.egobench.scores import Header, Placed, Score
+from lightning_modules.egobench.scores import Header, Score
 
 ASKED = ("question", "answer", "prediction")
 MAX_NEW_TOKENS = 48
@@ -60,7 +61,7 @@ class Verdict(NamedTuple):
     score: int
 
 
-def judge(header: Header, rows: Sequence[Placed], folder: Path, config: JudgeConfig) -> list[Score]:
+def judge(header: Header, rows: Sequence[PlacedRow], folder: Path, config: JudgeConfig) -> list[Score]:
     """Scores of one benchmark's open answers by a judge; none without one, or before its replies are there.
 
     Args:

@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import lightning as L
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.batch import BenchmarkBatch
 from datamodules.egobench.dataset import BenchmarkDataset
-from lightning_modules.egobench.metrics import option_log_p
-from lightning_modules.egobench.rows import Answer, header, sample_row, text_rows
+from lightning_modules.egobench.scoring import candidate_rows, header_fields
+from lightning_modules.egobench.tasks import TASKS
+from lightning_modules.egobench.tasks.base import Result
+from lightning_modules.egobench.tasks.multiple_choice import MultipleChoice
 from lightning_modules.stages.base import Stage
 
 Places = Mapping[str, Mapping[int, tuple[Path, int]]]
@@ -126,7 +127,7 @@ class Predictions:
         self._not_missing(before)
         if self.loaded.candidates and ("" in places or not self.texts.is_file()):
             priors = [_line_at(*place)["priors"] for place in places.get("", {}).values()]
-            _write(self.texts, _as_lines(text_rows(self.loaded, priors[0] if priors else None)))
+            _write(self.texts, _as_lines(candidate_rows(self.loaded, priors[0] if priors else None)))
         _write(self.rows, _as_lines(self._joined(before, places)))
         self._write_header()
         for part in self._parts():
@@ -152,7 +153,7 @@ class Predictions:
             for place in range(len(sample.clips))
         }
         done |= {(name, clip) for name, clips in places.items() for clip in clips}
-        return self.dataset.left(done | ({("", 0)} if self.texts.is_file() else set()))
+        return self.dataset.remaining(done | ({("", 0)} if self.texts.is_file() else set()))
 
     def _joined(self, before: Mapping[str, int], places: Places) -> Iterator[dict[str, Any]]:
         for sample in self.loaded.samples:
@@ -160,7 +161,8 @@ class Predictions:
             if sample.id in before:
                 yield _line_at(self.rows, before[sample.id])
             elif sample.id not in self.missing:
-                yield sample_row(self.loaded, sample, [_line_at(*found[place]) for place in range(len(sample.clips))])
+                results = [_line_at(*found[place]) for place in range(len(sample.clips))]
+                yield TASKS[self.loaded.task].row(sample, results)
 
     def _not_missing(self, answered: Iterable[str]) -> None:
         """Samples that were answered count, though their videos are gone since."""
@@ -171,7 +173,7 @@ class Predictions:
         return sorted(self.rows.parent.glob(f"{self.loaded.name}.part*.jsonl"))
 
     def _write_header(self) -> None:
-        content = header(self.loaded, self.missing, self.settings, self.dataset.config.invented)
+        content = header_fields(self.loaded, self.missing, self.settings, self.dataset.config.invented)
         _write(self.header, [json.dumps(content, indent=1) + "\n"])
 
 
@@ -272,9 +274,10 @@ def write_submissions(predictions: Sequence[Predictions], folder: Path) -> None:
         folder: gets a folder for each benchmark that has a server.
     """
     for kept in predictions:
-        if kept.loaded.task != "choice":
+        task = TASKS[kept.loaded.task]
+        if not isinstance(task, MultipleChoice):
             continue
-        chosen = {name: int(option_log_p(np.array(row["letters"])).argmax()) for name, _, row in _lines(kept.rows)}
+        chosen = {name: task.chosen_option(row) for name, _, row in _lines(kept.rows)}
         if len(chosen) < len(kept.loaded.samples):
             shutil.rmtree(folder / kept.loaded.name, ignore_errors=True)  # of predictions that are forgotten
             continue
@@ -290,7 +293,7 @@ def _whole_lines(file: Path) -> Iterator[bytes]:
             yield from (line for line in opened if line.endswith(b"\n"))
 
 
-def _lines(file: Path) -> Iterator[tuple[str, int, Answer]]:
+def _lines(file: Path) -> Iterator[tuple[str, int, Result]]:
     """Sample, place in the file and content of each line."""
     at = 0
     for line in _whole_lines(file):

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.io.jsonl import read_jsonl
+from lightning_modules.egobench.fields import PlacedRow
 from lightning_modules.egobench.judge import JudgeConfig, judge
 from lightning_modules.egobench.published import AVERAGED, MARKS, PAPER, Reported
-from lightning_modules.egobench.scores import Header, Placed, Score, score_placed
+from lightning_modules.egobench.scores import Header, Score
+from lightning_modules.egobench.scoring import score_rows, task_of
+from lightning_modules.egobench.tasks import TASKS
+from lightning_modules.egobench.tasks.open_ended import OpenEnded
 from lightning_modules.validation.report import markdown_table
 
 AVERAGE = ("average", "mean of the ten")
@@ -143,11 +147,12 @@ def _score_file(file: Path, config: JudgeConfig) -> list[Score]:
         raise ValueError(f"{file}: field 'benchmark' is {header.benchmark!r}, expected {name!r} as in the file's name")
     rows, texts = (file.with_name(f"{name}{ending}") for ending in (".jsonl", ".texts.jsonl"))
     if not rows.is_file():  # its evaluation has begun, but not ended
+        task_of(header, str(file))
         return [header.asked(0)]
-    scores = score_placed(header, read_jsonl(rows), list(read_jsonl(texts)) if texts.is_file() else [])
-    if header.task == "open" and config.kind != "none":
-        placed: list[Placed] = list(read_jsonl(rows))
-        scores += judge(header, placed, file.parent, config)
+    candidates: list[PlacedRow] = list(read_jsonl(texts)) if texts.is_file() else []
+    scores = score_rows(header, read_jsonl(rows), candidates, str(file))
+    if isinstance(TASKS[header.task], OpenEnded) and config.kind != "none":
+        scores += judge(header, list(read_jsonl(rows)), file.parent, config)
     return scores
 
 

@@ -24,7 +24,7 @@ from datamodules.clips.dataset import ClipConfig
 from datamodules.text import load_tokenizer
 from lightning_modules.callbacks.health import FiniteCheck
 from lightning_modules.egobench.evaluator import Evaluator
-from lightning_modules.egobench.rows import score_answers
+from lightning_modules.egobench.scoring import score_results
 from lightning_modules.losses import loss_by_source
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel, NetworkConfig
 from lightning_modules.model.language_model import transformers_config
@@ -435,7 +435,7 @@ class Stage(L.LightningModule, ABC):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         found: dict[str, Tensor] = {}
         for number, dataset in enumerate(datamodule.benchmarks, start=int(datamodule.held_out is not None)):
-            scores = score_answers(dataset.loaded, _of_all_ranks(self.answers[number]))
+            scores = score_results(dataset.loaded, _of_all_ranks(self.answers[number]))
             found |= {
                 f"val/{dataset.loaded.name}_{s.metric}": torch.tensor(s.value, device=self.device) for s in scores
             }

@@ -1,0 +1,34 @@
+"""Load the benchmarks of a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from datamodules.clips.datamodule import ClipDataModule
+from datamodules.egobench import load, select_entries
+from datamodules.egobench.config import EgoBenchConfig
+from datamodules.egobench.dataset import BenchmarkDataset
+from lightning_modules.egobench.tasks import TASKS
+
+
+def load_benchmarks(
+    config: EgoBenchConfig, names: Sequence[str] | None, data: ClipDataModule
+) -> list[BenchmarkDataset]:
+    """Read benchmarks and check that all their questions fit.
+
+    Args:
+        config: the key ``egobench``.
+        names: benchmarks to load; None for all of the configuration.
+        data: its clips, text encoder and time-out are used.
+
+    Raises:
+        ValueError: a name is unknown, or a file is missing or invalid.
+    """
+    datasets = []
+    for entry in select_entries(config.benchmarks, names):
+        loaded = load(entry)
+        task = TASKS[loaded.task]
+        datasets.append(BenchmarkDataset(loaded, task, config, data.clips, data.encoder, data.decode_timeout_s))
+    for dataset in datasets:
+        dataset.check()
+    return datasets

@@ -1,0 +1,138 @@
+"""Multiple choice: EgoSchema, QAEgo4D closed, EgoPlan, VLN-QA."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+
+from datamodules.batch import Request
+from datamodules.egobench.requests import RequestEncoder
+from datamodules.egobench.samples import Sample
+from datamodules.io.jsonl import require
+from lightning_modules.egobench.fields import PlacedRow, Row, read_answer, read_array, read_text, read_texts
+from lightning_modules.egobench.metrics import Estimate, binomial_error, normalise_answer, option_log_p
+from lightning_modules.egobench.scores import Header, Score
+from lightning_modules.egobench.tasks.base import Prediction, Result, Task, accuracies, requested
+
+CROSS_CHECK_TOKENS = 8
+
+
+class MultipleChoice(Task):
+    """Choose one of the sample's options.
+
+    Row: ``{"id", "groups": [...], "answer": 2 | null, "options": [K texts], "letters": [[K log-probabilities] for each
+    rotation], "likelihood": [K mean token log-likelihoods of the options' texts]}`` and, for the samples of the
+    cross-check, ``"said": "the generated answer"``. In rotation s, letter p shows option (p + s) mod K; there are 1 or
+    K rotations. ``options`` and ``likelihood`` may be absent.
+
+    Scores: ``accuracy`` of the letters, ``accuracy_likelihood`` of the texts, both also by group. Of the samples with
+    ``said``: ``parse_fail_rate``, and ``agreement`` with the letters of the first rotation; an answer that cannot be
+    parsed does not agree.
+    """
+
+    name: ClassVar[str] = "choice"
+    cross_checks: ClassVar[bool] = True
+
+    def requests(self, sample: Sample, encoder: RequestEncoder, cross_check: bool) -> dict[str, Request]:
+        """Ask for the letters, for the likelihood of each option's text, and for some samples for a short answer."""
+        requests: dict[str, Request] = {
+            "letters": encoder.letters(sample),
+            "likelihood": encoder.loglikelihood(encoder.prompts.open(sample), sample.options),
+        }
+        if cross_check:
+            requests["said"] = encoder.generate_until(encoder.prompts.choice(sample), CROSS_CHECK_TOKENS)
+        return requests
+
+    def row(self, sample: Sample, results: Sequence[Result]) -> dict[str, Any]:
+        """Return the row described above."""
+        known = {"id": sample.id, "groups": sample.groups, "answer": sample.answer, "options": sample.options}
+        return known | requested(results[0])
+
+    def parse(self, row: Row, where: str, candidates: Sequence[PlacedRow]) -> Prediction:
+        """Validate a row."""
+        letters = read_array(row, "letters", where, np.float64, dimensions=2)
+        try:
+            option_log_p(letters)
+        except ValueError as error:
+            raise ValueError(f"{where}: field 'letters' has {error}: evaluate the sample again") from None
+        count = letters.shape[1]
+        scores = {"letters": letters}
+        if "likelihood" in row:
+            likelihood = read_array(row, "likelihood", where, np.float64, count, "one for each option")
+            scores["likelihood"] = likelihood[None]
+        options = read_texts(row, "options", where) if "options" in row else []
+        if options and len(options) != count:
+            raise ValueError(
+                f"{where}: field 'options' has {len(options)} texts, expected {count}: evaluate the sample again"
+            )
+        texts = {"said": read_text(row, "said", where)} if "said" in row else {}
+        answer = require(dict(row), "answer", where)
+        if answer is not None:
+            answer = read_answer(row, where, count)
+        groups = read_texts(row, "groups", where)
+        return Prediction(read_text(row, "id", where), where, groups, answer, scores, texts, options)
+
+    def score(self, header: Header, predictions: Sequence[Prediction], candidates: Sequence[PlacedRow]) -> list[Score]:
+        """Compute the scores described above."""
+        scores = accuracies(header, "accuracy", predictions, "letters")
+        scores += accuracies(header, "accuracy_likelihood", predictions, "likelihood")
+        checked = [each for each in predictions if "said" in each.texts]
+        if checked:
+            scores += self._cross_check(header, checked)
+        return scores
+
+    @staticmethod
+    def _cross_check(header: Header, checked: Sequence[Prediction]) -> list[Score]:
+        failed = agreeing = 0
+        for each in checked:
+            choice = parse_choice(each.texts["said"], each.scores["letters"].shape[1], each.options)
+            failed += choice is None
+            agreeing += choice == int(each.scores["letters"][0].argmax())  # generation sees the first rotation
+        scores = []
+        for name, count in (("parse_fail_rate", failed), ("agreement", agreeing)):
+            rate = count / len(checked)
+            estimate = Estimate(rate, binomial_error(rate, len(checked)), None, len(checked))
+            scores.append(Score(header.benchmark, name, *estimate, total=None))
+        return scores
+
+    @staticmethod
+    def chosen_option(row: Row) -> int:
+        """Return the index of the option that the letters of a row choose."""
+        return int(option_log_p(np.array(row["letters"])).argmax())
+
+
+def parse_choice(answer: str, num_options: int, options: Sequence[str] = ()) -> int | None:
+    """Return the option that a generated answer names, parsed strictly; None if it names none or several.
+
+    The answer names an option by its letter in brackets (the opening one may be part of the prompt), by being that
+    letter alone, or by holding the words of exactly one option. Options whose words are part of another's do not count
+    if the longer one is there.
+
+    Args:
+        answer: the generated text.
+        num_options: K.
+        options: texts of the options, if known.
+    """
+    letters = "".join(chr(ord("A") + number) for number in range(num_options))
+    either_case = f"[{letters}{letters.lower()}]"
+    named = {letters.index(found.upper()) for found in re.findall(rf"(?:^\s*|\()({either_case})\)", answer)}
+    if named:
+        return named.pop() if len(named) == 1 else None
+    alone = re.fullmatch(rf"\W*({either_case})\W*", answer)
+    if alone:
+        return letters.index(alone[1].upper())
+    # Spaces around both keep "cup" from being found in "cupboard".
+    spaced_answer = f" {normalise_answer(answer)} "
+    inside: dict[int, str] = {}
+    for number, text in enumerate(options):
+        spaced = f" {normalise_answer(text)} "
+        if spaced.strip() and spaced in spaced_answer:
+            inside[number] = spaced
+    longest = []
+    for number, text in inside.items():
+        if not any(text != other and text in other for other in inside.values()):
+            longest.append(number)
+    return longest[0] if len(longest) == 1 else None
