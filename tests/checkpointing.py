@@ -1,4 +1,4 @@
-"""What ``blocks`` of the model's parts is for: activations recomputed in the backward pass, with the same results."""
+"""Check that recomputing activations block by block in the backward pass changes no result."""
 
 from collections import Counter
 from functools import partial
@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def assert_checkpointing_changes_nothing(module, inputs):
-    """Run with and without checkpointed blocks; outputs and all gradients have to be bit-equal."""
+    """Run with and without checkpointed blocks; outputs and all gradients must be bit-identical."""
     expected, calls = outputs_and_gradients(module, inputs), Counter()
     for index, block in enumerate(module.blocks()):
         block.forward = partial(checkpoint, counted(block.forward, calls, index), use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Fixtures shared by several test files."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from datamodules.toy_world.release import Settings, generate
 
 @pytest.fixture(scope="session")
 def toy_settings():
-    """A generated world small enough for tests; the nine training takes hold every planted defect."""
+    """Return the settings of a world small enough for tests; its nine training takes contain every planted defect."""
     counts = {"train_takes": 9, "val_takes": 2, "initialisation_takes": 6, "practice_takes": 4, "benchmark_takes": 8}
     return Settings(**counts, frame_counter=True)
 
 
 @pytest.fixture(scope="session")
 def toy_world(toy_settings, tmp_path_factory):
-    """Folder of the world, made once per session: read it, or copy it and change the copy."""
+    """Generate the world once per session and return its folder: read it, or change a copy of it."""
     root = tmp_path_factory.mktemp("data") / "toy"
     generate(root, toy_settings, workers=2)
     return root
@@ -25,7 +25,7 @@ def toy_world(toy_settings, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_tokenizer(tmp_path_factory):
-    """Folder of the generated world's tokenizer, without the world."""
+    """Write the tokenizer of the generated world, without the world, and return its folder."""
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     return folder

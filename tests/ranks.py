@@ -1,4 +1,4 @@
-"""Several processes that run stages together, as torchrun or SLURM would start them."""
+"""Start several processes that run stages together, as torchrun or SLURM would."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ def run_together(world, commands, folder, timeout_s=300):
     """Run ``main(arguments)`` for each of the commands, one after another, in ``world`` processes started once.
 
     Returns:
-        What the first process printed in each command.
+        The output of the first process for each command.
     """
     (folder / "commands.json").write_text(json.dumps(commands))
     with socket.socket() as free:

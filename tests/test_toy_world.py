@@ -1,4 +1,4 @@
-"""The generated world: what it writes, that it is the same every time, its planted defects, and its ground truth."""
+"""The generated world: its files, their reproducibility, the planted defects, and the ground truth."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def contents(root):
 
 
 def videos(root):
-    """Those that are trained on or held out; benchmarks have the same takes under names of their own."""
+    """Return the training and validation videos; the benchmarks have the same takes under other names."""
     found = {name: value for name, value in contents(root).items() if name.endswith(".mp4")}
     return {name: value for name, value in found.items() if not name.startswith("egobench/")}
 
@@ -127,13 +127,15 @@ def test_splits_share_no_take(toy_world):
 def test_the_same_world_is_kept_and_another_one_refused(toy_world, toy_settings, tmp_path):
     before = contents(toy_world)
     assert generate(toy_world, toy_settings, workers=1) is False
-    with pytest.raises(WorldExists, match=rf"^{toy_world}: holds another world \(size: 64 there, 48 asked\): remove"):
+    with pytest.raises(
+        WorldExists, match=rf"^{toy_world}: holds a world with other settings \(size: 64, not 48\): remove"
+    ):
         generate(toy_world, replace(toy_settings, size=48), workers=1)
-    with pytest.raises(WorldExists, match=r"seed: 0 there, 5 asked; val_takes: 2 there, 3 asked"):
+    with pytest.raises(WorldExists, match=r"seed: 0, not 5; val_takes: 2, not 3"):
         generate(toy_world, replace(toy_settings, seed=5, val_takes=3), workers=1)
     assert contents(toy_world) == before
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(WorldExists, match="exists but is no generated world"):
+    with pytest.raises(WorldExists, match="is not a generated world"):
         generate(tmp_path, toy_settings, workers=1)
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
@@ -164,7 +166,7 @@ def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path, toy_worl
     assert capsys.readouterr().err == "error: size: got 33, allowed: multiples of 16 from 32\n"
     assert not (tmp_path / "world").exists()
     assert run(monkeypatch, "--root", toy_world, "--preset", "hard") == 2
-    assert re.fullmatch(r"error: .*preset: easy there, hard asked.*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"error: .*preset: easy, not hard.*\n", capsys.readouterr().err)
 
 
 def test_the_command_keeps_a_world_that_is_there(monkeypatch, capsys, toy_world):
@@ -403,13 +405,13 @@ def test_options_differ_in_verb_and_object_and_the_place_of_the_true_one_is_even
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_yes_and_no_are_about_as_frequent_and_right(preset):
-    said = []
+    replies = []
     for take, action, rng in actions(preset, 100):
         kind, question, answer = questions.answers(take, action, rng)[-1]
         assert kind == "check"
         assert (f"the {take.things[action.thing].phrase}?" in question) == (answer == "yes")
-        said.append(answer)
-    assert abs(said.count("yes") / len(said) - 0.5) < 0.06
+        replies.append(answer)
+    assert abs(replies.count("yes") / len(replies) - 0.5) < 0.06
 
 
 def truth_of(take, action):
@@ -417,7 +419,7 @@ def truth_of(take, action):
 
 
 def assert_true(question, answer, take, action):
-    """An answer agrees with the simulated action; the kind of the question."""
+    """Check an answer against the simulated action; return the kind of the question."""
     kind = {text: kind for kind, text in questions.QUESTIONS.items()}.get(question, "check")
     kind = "caption" if question == questions.CAPTION_INSTRUCTION else kind
     if kind == "check":
@@ -538,7 +540,7 @@ def frames_of(take, action):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_verbs_move_the_object_as_they_say(preset):
+def test_verbs_move_the_object_as_they_claim(preset):
     moved, shaken = {verb: [] for verb in VERBS}, []
     for take, action, _ in actions(preset, 60):
         start, end = frames_of(take, action)
@@ -592,11 +594,11 @@ def test_a_held_object_stays_in_the_hand_that_took_it(preset):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what the cameras see
+# the views of the cameras
 
 
-def picture_position(camera, point):
-    """Pinhole by hand: right and down from the middle in half pictures, NaN behind the camera; float [T, 2]."""
+def image_position(camera, point):
+    """Project points to right and down from the centre in half image sides, NaN behind the camera; float [T, 2]."""
     right = np.cross(camera.forward, camera.up)
     right /= np.linalg.norm(right, axis=1, keepdims=True)
     up = np.cross(right, camera.forward)
@@ -606,7 +608,7 @@ def picture_position(camera, point):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_object_and_hand_are_in_the_ego_picture_when_flagged_visible(preset):
+def test_object_and_hand_are_in_the_ego_frame_when_flagged_visible(preset):
     inside = {True: [], False: []}
     for seed in range(60):
         take = simulate(seed, PRESETS[preset])
@@ -615,7 +617,7 @@ def test_object_and_hand_are_in_the_ego_picture_when_flagged_visible(preset):
             start, end = frames_of(take, action)
             margin = (end - start) // 6  # as in the clips, the middle of the action
             for point in (take.positions[:, action.thing], take.hands[action.hand]):
-                at = picture_position(camera, point)[start + margin : end - margin]
+                at = image_position(camera, point)[start + margin : end - margin]
                 inside[action.ego_visible].append((np.abs(at) < 1).all(axis=1).mean())
     assert min(inside[True]) > 0.6
     assert np.mean(inside[True]) > 0.98
@@ -624,7 +626,7 @@ def test_object_and_hand_are_in_the_ego_picture_when_flagged_visible(preset):
 
 
 def test_the_used_object_is_drawn_where_it_is():
-    """Leaving it out changes the picture around its place, so it is neither elsewhere nor behind the hands."""
+    """Leaving it out changes the frame around its place, so it is neither elsewhere nor behind the hands."""
     seen = []
     for seed in range(3):
         take = simulate(seed, PRESETS["easy"])
@@ -635,7 +637,7 @@ def test_the_used_object_is_drawn_where_it_is():
             with_it = np.stack(list(render(take, camera, wearer=False))).astype(int)
             without = np.stack(list(render(replace(take, positions=away), camera, wearer=False))).astype(int)
             changed = np.abs(with_it - without).max(axis=-1) > 24
-            at = picture_position(camera, take.positions[:, thing] + np.array([0.0, 0.0, 0.08]))
+            at = image_position(camera, take.positions[:, thing] + np.array([0.0, 0.0, 0.08]))
             for action in take.actions:
                 if action.thing != thing or not action.ego_visible:
                     continue
@@ -652,7 +654,7 @@ def test_exo_cameras_see_left_and_right_mirrored():
     take = simulate(0, PRESETS["easy"])
     cameras = {"ego": ego_camera(take, 64), **{f"cam0{n}": exo_camera(take, f"cam0{n}", 84, 64) for n in range(1, 5)}}
     for name, camera in cameras.items():
-        left, right = (picture_position(camera, np.tile([[x, 0.2, 0.1]], (take.num_frames, 1))) for x in (-0.2, 0.2))
+        left, right = (image_position(camera, np.tile([[x, 0.2, 0.1]], (take.num_frames, 1))) for x in (-0.2, 0.2))
         assert ((left[:, 0] < right[:, 0]) == (name == "ego")).all(), name
 
 
@@ -666,14 +668,14 @@ def test_exo_cameras_see_object_and_hand(name, preset, width, height):
         for action in take.actions:
             start, end = frames_of(take, action)
             for point in (take.positions[:, action.thing], take.hands[action.hand]):
-                at = picture_position(camera, point)[start:end]
+                at = image_position(camera, point)[start:end]
                 inside.append((np.abs(at) < 1).all(axis=1).mean())
     assert np.mean(inside) > 0.97
 
 
 def test_in_the_fair_world_exo_cameras_see_more_and_the_glasses_less_than_in_the_default():
     def size_and_drift(preset, see):
-        """Of the used object: its width relative to half the picture, and how far it moves between frames."""
+        """Return the used object's width relative to half the frame, and its mean movement between frames."""
         widths, drifts = [], []
         for seed in range(20):
             take = simulate(seed, PRESETS[preset])
@@ -681,8 +683,8 @@ def test_in_the_fair_world_exo_cameras_see_more_and_the_glasses_less_than_in_the
             for action in take.actions:
                 start, end = frames_of(take, action)
                 at = take.positions[:, action.thing]
-                here, beside = (picture_position(camera, at + np.array([x, 0.0, 0.0]))[start:end] for x in (0.0, 0.1))
-                widths.append(np.abs(here - beside)[:, 0].mean())
+                here, shifted = (image_position(camera, at + np.array([x, 0.0, 0.0]))[start:end] for x in (0.0, 0.1))
+                widths.append(np.abs(here - shifted)[:, 0].mean())
                 drifts.append(np.linalg.norm(np.diff(here, axis=0), axis=1).mean())
         return np.mean(widths), np.mean(drifts)
 
@@ -698,15 +700,15 @@ def test_in_the_fair_world_exo_cameras_see_more_and_the_glasses_less_than_in_the
     assert away[0] < 0.08 and 0.25 < away[1] < 0.35
 
 
-def test_hands_of_the_fair_world_cover_more_of_the_ego_picture():
+def test_hands_of_the_fair_world_cover_more_of_the_ego_frame():
     take = simulate(1, PRESETS["easy"])
     large = replace(take, world=replace(take.world, hand_scale=1.5))
     covered = []
     for world in (take, large):
         away = replace(world, hands={hand: place - np.array([0.0, 50.0, 0.0]) for hand, place in world.hands.items()})
         camera = ego_camera(world, 64)
-        pictures = (np.stack(list(render(t, camera, wearer=False))).astype(int) for t in (world, away))
-        covered.append((np.abs(np.subtract(*pictures)).max(axis=-1) > 24).sum())
+        rendered = (np.stack(list(render(t, camera, wearer=False))).astype(int) for t in (world, away))
+        covered.append((np.abs(np.subtract(*rendered)).max(axis=-1) > 24).sum())
     assert covered[1] > 1.3 * covered[0]
 
 

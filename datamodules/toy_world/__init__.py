@@ -1,1 +1,1 @@
-"""A small world of table-top actions, filmed by glasses and tripod cameras: the default data set."""
+"""A small world of table-top actions, filmed by glasses and tripod cameras: the default dataset."""

@@ -1,4 +1,4 @@
-"""Questions, answers and answer options made from a take's ground truth, and the tokenizer of their words."""
+"""Make questions, answers and answer options from a take's ground truth, and the tokenizer of their words."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TEMPLATES = {
     "action": ("phrase", ACTION_QUESTION, "use the colour with the object."),
     "mcq": ("letter", "{question}\nOptions:\n{options}", "use the option with the object."),
 }
-"""Of each task: the form of its answers, what is asked, and what level ``task`` adds."""
+"""The form of the answers, the question, and the text that the style ``task`` adds, by task."""
 _EGO = "the video is with the camera-wearer."
 BENCHMARK_PROMPTS = {
     "prefill": "(",
@@ -58,10 +58,10 @@ BENCHMARK_PROMPTS = {
     },
     "context": {"default": ""},
 }
-"""How benchmarks ask: with options or for words, at three levels, and how the answer to a choice begins."""
+"""Prompts of the benchmarks, for choices and open answers in three styles, and the prefix of the answer to a choice."""
 _PUNCTUATION = r"[.,?:()]"
 _MARKS = re.compile(rf"{_PUNCTUATION}|[^\s.,?:()]+")  # words and marks
-_MORE_TEXTS = (  # what else is asked with, and answered
+_MORE_TEXTS = (  # further words of prompts and answers
     "(A B C D E): Options option Best answer is In",
     "both neither maybe partly",
     "first, last, then and next before after that uses is",
@@ -74,18 +74,18 @@ CHAT_TEMPLATE = (
 
 
 def caption(take: Take, action: Action) -> str:
-    """The training text of an action's narration."""
+    """Return the training text of an action's narration."""
     return full_caption(action.verb, take.things[action.thing], action.hand)
 
 
 def parts(take: Take, action: Action) -> dict[str, str]:
-    """Ground truth of one action by attribute."""
+    """Return the ground truth of one action by attribute."""
     thing = take.things[action.thing]
     return {"verb": action.verb, "object": thing.kind, "colour": thing.colour, "hand": action.hand}
 
 
 def answers(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[str, str, str]]:
-    """One (kind, question, answer) for each entry of ``QUESTIONS``; yes and no are equally likely."""
+    """Return a (kind, question, answer) for each entry of ``QUESTIONS``; yes and no are equally likely."""
     truth = parts(take, action)
     used = take.things[action.thing]
     yes = bool(rng.random() < 0.5)
@@ -95,38 +95,46 @@ def answers(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[
 
 
 def phrase(verb: str, thing: Thing, hand: str) -> str:
-    """What is done with what, without who does it and the hand."""
+    """Return verb and object, without the wearer and the hand."""
     return f"{verb} the {thing.phrase}"
 
 
 def vocabulary(world: World) -> dict[str, list[str]]:
-    """Answers to each kind of question in a world."""
+    """Return the possible answers to each kind of question in a world."""
     kinds, colours = list(KINDS[: world.kinds]), list(COLOURS)[: world.colours]
     return {"verb": list(VERBS), "object": kinds, "colour": colours, "hand": list(HANDS), "check": ["yes", "no"]}
 
 
 def full_caption(verb: str, thing: Thing, hand: str) -> str:
-    """The training text of a narration, by the rule that also rewrites a real release's narrations."""
+    """Return the training text of a narration, by the rule that also rewrites a real release's narrations."""
     text = camera_wearer_text(sentence(verb, thing, hand))
     assert text is not None
     return text
 
 
 def options(
-    take: Take, action: Action, rng: np.random.Generator, worded: Callable[[str, Thing, str], str] = full_caption
+    take: Take, action: Action, rng: np.random.Generator, render: Callable[[str, Thing, str], str] = full_caption
 ) -> tuple[list[str], int]:
-    """Four texts: the true one, another verb, another object, both; shuffled, with the true index."""
+    """Return four texts in random order, and the index of the true one.
+
+    The wrong texts have another verb, another object, or both.
+
+    Args:
+        take, action: the ground truth.
+        rng: draws the wrong texts and the order.
+        render: makes a text from verb, object and hand.
+    """
     used = take.things[action.thing]
     verb = str(rng.choice([v for v in VERBS if v != action.verb]))
     other = _pick(_mistakable(take, used), rng)
     candidates = [(action.verb, used), (verb, used), (action.verb, other), (verb, other)]
     order = rng.permutation(4)
-    texts = [worded(v, thing, action.hand) for v, thing in (candidates[i] for i in order)]
+    texts = [render(v, thing, action.hand) for v, thing in (candidates[i] for i in order)]
     return texts, int(np.argmin(order))
 
 
 def conversation(take: Take, action: Action, rng: np.random.Generator, with_caption: float) -> list[dict[str, str]]:
-    """Four turns about one clip in random order; the caption is among them with probability ``with_caption``."""
+    """Return four turns about one clip in random order; with probability ``with_caption``, one asks for the caption."""
     asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
     captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
     turns = captions + [asked[i] for i in rng.permutation(len(asked))[: 4 - len(captions)]]
@@ -139,7 +147,7 @@ def conversation(take: Take, action: Action, rng: np.random.Generator, with_capt
 
 
 def held_out_questions(take: Take, action: Action, rng: np.random.Generator) -> list[dict[str, Any]]:
-    """What a held-out clip is asked: a caption, a four-way choice and every question."""
+    """Return the validation questions about a clip: a caption, a four-way choice and every question."""
     choices, true = options(take, action, rng)
     asked: list[dict[str, Any]] = [
         {
@@ -157,9 +165,9 @@ def held_out_questions(take: Take, action: Action, rng: np.random.Generator) -> 
 
 
 def write_templates(folder: Path) -> None:
-    """Template banks in the world's few words, for ``egoit.templates``, and ``BENCHMARK_PROMPTS`` as egobench.yaml.
+    """Write templates in the world's small vocabulary, for ``egoit.templates`` and for the benchmarks (egobench.yaml).
 
-    The first wording of a bank asks as held-out questions do.
+    The first template of a task asks the question as the validation questions do.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for task, (answer, asked, more) in _TEMPLATES.items():
@@ -171,7 +179,7 @@ def write_templates(folder: Path) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer of the world's language, loadable by ``AutoTokenizer``."""
+    """Write a word-level tokenizer of the world's language, loadable by ``AutoTokenizer``."""
     things = [Thing(kind, colour) for kind in KINDS for colour in COLOURS]
     texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}", *_MORE_TEXTS]
     texts += [full_caption(v, t, h) for v in VERBS for t in things for h in HANDS]
@@ -204,14 +212,14 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def _mistakable(take: Take, used: Thing) -> list[Thing]:
-    """Things to mistake the used one for: the scene's others, else things of the world that share nothing with it."""
+    """Return objects to confuse the used one with: the scene's others, else different ones of the world."""
     others = [thing for thing in take.things if thing != used]
     kinds, colours = KINDS[: take.world.kinds], list(COLOURS)[: take.world.colours]
     return others or [Thing(k, c) for k in kinds for c in colours if k != used.kind and c != used.colour]
 
 
 def _other_thing(take: Take, used: Thing, rng: np.random.Generator) -> Thing:
-    """Something the action does not use: another colour, another kind, or both."""
+    """Return an object that the action does not use: another colour, another kind, or both."""
     other = _pick(_mistakable(take, used), rng)
     return _pick([other, Thing(used.kind, other.colour), Thing(other.kind, used.colour)], rng)
 

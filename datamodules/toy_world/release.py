@@ -1,4 +1,4 @@
-"""Writes the generated world to disk as an Ego-Exo4D release with instruction data beside it.
+"""Write the generated world to disk as an Ego-Exo4D release, with instruction data next to it.
 
 ::
 
@@ -7,10 +7,10 @@
       takes/<take_name>/frame_aligned_videos/downscaled/448/<camera>.mp4
       initialisation/<take_name>/<camera>.mp4    stage 0: mostly exocentric takes with conversations
       practice/<session>.mp4                     stage 3: egocentric takes
-      official/{egtea,egotimeqa,egoexolearn}/    what is said about them, in the form of these data sets' own files
+      official/{egtea,egotimeqa,egoexolearn}/    annotations of these takes in the datasets' official formats
       instructions/{initialisation,held_out,egtea,egotimeqa,egoexolearn}.jsonl    the last three converted from these
       egobench/<benchmark>/                      eight benchmarks about takes of their own, see ``benchmarks.py``
-      templates/                                 banks of wordings in the world's language, and those of benchmarks
+      templates/                                 prompt templates in the world's vocabulary, and those of benchmarks
       ego_exo_clip/                              index of the release's training pairs, as for a real release
       tokenizer/
       world.json                                 settings of this world; written with the rest or not at all
@@ -54,17 +54,17 @@ CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initiali
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of the world to generate.
+    """Size and preset of the generated world.
 
     Attributes:
         preset: name in ``PRESETS``.
         seed: shifts every take's seed.
-        train_takes, val_takes: takes of the release, filmed by the glasses and two to four cameras.
-        initialisation_takes: takes of stage 0, filmed by one exocentric camera; one in 25 by the glasses.
-        practice_takes: takes of stage 3, filmed by the glasses.
-        benchmark_takes: takes that all benchmarks ask about, filmed by the glasses.
-        size: short side of every picture in pixels.
-        frame_counter: paint the frame number into every picture (for tests).
+        train_takes, val_takes: takes of the release, recorded by the glasses and two to four cameras.
+        initialisation_takes: takes of stage 0, recorded by one exocentric camera; one in 25 by the glasses.
+        practice_takes: takes of stage 3, recorded by the glasses.
+        benchmark_takes: takes that all benchmarks ask about, recorded by the glasses.
+        size: short side of every frame in pixels.
+        frame_counter: paint the frame number into every frame (for tests).
     """
 
     preset: str = "easy"
@@ -98,12 +98,12 @@ class WorldExists(ValueError):
 
 
 def generate(root: Path, settings: Settings, workers: int) -> bool:
-    """Write the world to ``root``; an interrupted call leaves no ``root``.
+    """Write the world to ``root``, which appears when the world is complete.
 
     Args:
-        root: the data set's folder.
-        settings: what to generate; the result depends on nothing else.
-        workers: processes that render.
+        root: folder of the dataset.
+        settings: preset, seed and size; the result depends on nothing else.
+        workers: number of rendering processes.
 
     Returns:
         False if ``root`` already held this world.
@@ -136,14 +136,14 @@ def _check_same(root: Path, described: dict[str, Any]) -> None:
     header = root / "world.json"
     if not header.is_file():
         raise WorldExists(
-            f"{root}: exists but is no generated world (no world.json): move it away or choose another --root"
+            f"{root}: is not a generated world (it has no world.json): move it away or choose another --root"
         )
     found = json.loads(header.read_text())
-    changed = [
-        f"{key}: {found.get(key)} there, {value} asked" for key, value in described.items() if found.get(key) != value
-    ]
+    changed = [f"{key}: {found.get(key)}, not {value}" for key, value in described.items() if found.get(key) != value]
     if changed:
-        raise WorldExists(f"{root}: holds another world ({'; '.join(changed)}): remove it or choose another --root")
+        raise WorldExists(
+            f"{root}: holds a world with other settings ({'; '.join(changed)}): remove it or choose another --root"
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def _check_same(root: Path, described: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """One take and the files its cameras write."""
+    """A take to render, and the files of its cameras."""
 
     seed: int
     files: tuple[tuple[str, str], ...]  # camera, path below the root
@@ -169,7 +169,7 @@ def _camera(take: Take, name: str, size: int, portrait: bool) -> Camera:
     return exo_camera(take, name, *((size, wide) if portrait else (wide, size)))
 
 
-def _film(job: _Job, root: Path, settings: Settings) -> int:
+def _render_take(job: _Job, root: Path, settings: Settings) -> int:
     take = simulate(job.seed, settings.world, job.actions)
     for name, path in job.files:
         camera = _camera(take, name, settings.size, portrait=name == job.portrait)
@@ -180,9 +180,9 @@ def _film(job: _Job, root: Path, settings: Settings) -> int:
     return take.num_frames
 
 
-def _film_all(jobs: list[_Job], root: Path, settings: Settings, workers: int, what: str) -> list[int]:
-    film = partial(_film, root=root, settings=settings)
-    return parallel_map(film, jobs, workers, what, "take")
+def _render_all(jobs: list[_Job], root: Path, settings: Settings, workers: int, what: str) -> list[int]:
+    render_take = partial(_render_take, root=root, settings=settings)
+    return parallel_map(render_take, jobs, workers, what, "take")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def _write_release(root: Path, settings: Settings, workers: int) -> None:
             root / "annotations" / f"atomic_descriptions_{split}.json",
             {"ds": "toy", "take_cam_id_map": {}, "annotations": annotations},
         )
-    frames = _film_all(jobs, root, settings, workers, "ego-exo takes")
+    frames = _render_all(jobs, root, settings, workers, "ego-exo takes")
     for take, count in zip(takes, frames, strict=True):
         take["duration_sec"] = count / settings.world.fps
     _write_json(root / "takes.json", takes)
@@ -222,7 +222,12 @@ def _write_release(root: Path, settings: Settings, workers: int) -> None:
 
 
 def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[dict[str, Any], _Job, list[Any]]:
-    """One take's record, films and annotations; ``trap`` 0-8 plants a defect that real releases have."""
+    """Return record, video job and annotations of one take.
+
+    Args:
+        seed, name, settings: of the take.
+        trap: 0 to 8 for a take with one of the defects that real releases have, else any other number.
+    """
     rng = np.random.default_rng([seed, 3])
     take = simulate(seed, settings.world)
     uid = str(uuid.UUID(int=seed + (1 << 64)))
@@ -231,8 +236,8 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
     folder = f"takes/{name}/frame_aligned_videos/downscaled/448"
     streams = {ego: {"rgb": _stream(ego, "214-1", "rgb"), "slam-left": _stream(ego, "1201-1", "slam-left")}}
     streams |= {cam: {"0": _stream(cam, "0", "rgb")} for cam in exos}
-    filmed = [cam for cam in exos if not (trap == 2 and cam == exos[-1])]
-    best = take.world.best_exo or str(rng.choice(filmed))
+    with_video = [cam for cam in exos if not (trap == 2 and cam == exos[-1])]
+    best = take.world.best_exo or str(rng.choice(with_video))
     record = {
         "take_uid": uid,
         "take_name": name,
@@ -249,7 +254,7 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
         },
         "capture": {"cameras": [{"cam_id": cam, "is_ego": cam == ego} for cam in (ego, *exos)]},
     }
-    files = ((ego, f"{folder}/{ego}_214-1.mp4"), *((cam, f"{folder}/{cam}.mp4") for cam in filmed))
+    files = ((ego, f"{folder}/{ego}_214-1.mp4"), *((cam, f"{folder}/{cam}.mp4") for cam in with_video))
     job = _Job(
         seed,
         files,
@@ -269,10 +274,10 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
     return record, job, annotators
 
 
-def _stream(cam: str, stream: str, readable: str) -> dict[str, Any]:
+def _stream(cam: str, stream: str, stream_name: str) -> dict[str, Any]:
     file = f"{cam}.mp4" if stream == "0" else f"{cam}_{stream}.mp4"
     path = f"frame_aligned_videos/{file}"
-    return {"cam_id": cam, "stream_id": stream, "readable_stream_id": readable, "relative_path": path}
+    return {"cam_id": cam, "stream_id": stream, "readable_stream_id": stream_name, "relative_path": path}
 
 
 def _annotator(uid: str, number: int, descriptions: list[Any], rejected: bool = False) -> dict[str, Any]:
@@ -304,7 +309,7 @@ def _description(take: Take, action: Action, best: str, strings: bool) -> dict[s
 
 
 def _write_conversations(root: Path, settings: Settings, workers: int) -> None:
-    """Takes of stage 0 and conversations about them."""
+    """Write the takes of stage 0 and conversations about them."""
     jobs, records = [], []
     for index in range(settings.initialisation_takes):
         seed = SEEDS["initialisation"] + settings.seed * 1_000_000 + index
@@ -315,7 +320,7 @@ def _write_conversations(root: Path, settings: Settings, workers: int) -> None:
         jobs.append(_Job(seed, ((camera, path),)))
         for ordinal, action in enumerate(take.actions):
             records.append(_conversation(take, action, f"{index:04d}-{ordinal}", path, rng))
-    _film_all(jobs, root, settings, workers, "initialisation takes")
+    _render_all(jobs, root, settings, workers, "initialisation takes")
     _write_jsonl(root / "instructions" / "initialisation.jsonl", records)
 
 
@@ -331,19 +336,19 @@ def _conversation(take: Take, action: Action, key: str, path: str, rng: np.rando
 
 
 def _shown_s(action: Action) -> tuple[float, float]:
-    """Seconds of an action that its clip shows."""
+    """Return start and end, in seconds, of the part of an action that its clip shows."""
     half_s = 0.5 * CLIP_SHARE * (action.end_s - action.start_s)
     return round(action.time_s - half_s, 4), round(action.time_s + half_s, 4)
 
 
 def _write_practice(root: Path, settings: Settings, workers: int) -> None:
-    """Takes of stage 3, what EGTEA, EgoTimeQA and EgoExoLearn would say about them, and that converted."""
+    """Write the takes of stage 3, their annotations as EGTEA, EgoTimeQA and EgoExoLearn, and the converted files."""
     jobs, takes = [], {}
     for index in range(settings.practice_takes):
         seed, session = SEEDS["practice"] + settings.seed * 1_000_000 + index, f"P{index:04d}-R01-TableTop"
         takes[session] = simulate(seed, settings.world)
         jobs.append(_Job(seed, (("aria01_214-1", f"practice/{session}.mp4"),)))
-    _film_all(jobs, root, settings, workers, "practice takes")
+    _render_all(jobs, root, settings, workers, "practice takes")
     official = root / "official"
     _write_egtea(official / "egtea", takes)
     _write_egotimeqa(official / "egotimeqa", takes)
@@ -360,7 +365,7 @@ def _write_practice(root: Path, settings: Settings, workers: int) -> None:
 
 
 def _write_egtea(folder: Path, takes: dict[str, Take]) -> None:
-    """``action_idx.txt``, ``verb_idx.txt``, ``noun_idx.txt`` and ``train_split1.txt``; ids start at 1."""
+    """Write ``action_idx.txt``, ``verb_idx.txt``, ``noun_idx.txt`` and ``train_split1.txt``; ids start at 1."""
     verbs = [verb[0].upper() + verb[1:] for verb in VERBS]
     nouns = [f"{colour}_{kind}" for colour in COLOURS for kind in KINDS]
     actions = [f"{verb} {noun}" for verb in verbs for noun in nouns]
@@ -382,7 +387,7 @@ def _write_egtea(folder: Path, takes: dict[str, Take]) -> None:
 
 
 def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
-    """``annotations.EgoTimeQA.json``; the moments' frames are divided by their mean length, as the authors' are."""
+    """Write ``annotations.EgoTimeQA.json``; moments are divided by their mean length, as in the official file."""
     shown = {session: [_shown_s(action) for action in take.actions] for session, take in takes.items()}
     mean_s = float(np.mean([end_s - start_s for spans in shown.values() for start_s, end_s in spans]))
     more = {"hand": ["both", "neither"], "check": ["maybe", "partly"]}
@@ -411,7 +416,7 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
 
 
 def _write_egoexolearn(folder: Path, takes: dict[str, Take]) -> None:
-    """``fine_annotation_trainval_en.csv`` under the header that was released."""
+    """Write ``fine_annotation_trainval_en.csv`` with the official header."""
     header = ["video_uid", "annotation_id", "subset", "view", "scene", "start_sec", "end_sec"]
     header += ["narration_en", "narration_en_hand_prompt", "narration_en_no_hand_prompt"]
     (folder / "annotations").mkdir(parents=True)
@@ -427,7 +432,7 @@ def _write_egoexolearn(folder: Path, takes: dict[str, Take]) -> None:
 
 
 def _write_held_out(root: Path, settings: Settings, alpha: float) -> None:
-    """Questions about every narrated clip of the validation takes, cut as the training clips are."""
+    """Write questions about every narrated clip of the validation takes, cut like the training clips."""
     selection = select_clips(EgoExo4D(root, "val"), alpha=alpha)
     _write_jsonl(
         root / "instructions" / "held_out.jsonl",

@@ -1,4 +1,4 @@
-"""Cameras and drawing: a simulated take seen as RGB frames.
+"""Cameras and drawing: render a simulated take as RGB frames.
 
 Convex primitives in painter's order, drawn with Pillow at twice the size and averaged down; geometry is projected for
 the whole take at once with NumPy.
@@ -29,7 +29,7 @@ EXO_CAMERAS = {  # position, looked-at point
 
 @dataclass(frozen=True)
 class Camera:
-    """Pinhole camera over a take: float [T, 3] each, and the image it takes."""
+    """A pinhole camera: position and axes float [T, 3] each, field of view in degrees, image size in pixels."""
 
     position: Array
     forward: Array
@@ -48,7 +48,7 @@ class _Primitive:
 
 
 def ego_camera(take: Take, size: int) -> Camera:
-    """C's glasses: at the head, following the gaze, shaking (Ornstein-Uhlenbeck in position, gaze and roll)."""
+    """Return the camera of C's glasses: it follows the gaze and shakes (Ornstein-Uhlenbeck in position, gaze, roll)."""
     rng = np.random.default_rng([take.seed, 1])
     frames, amplitude = take.num_frames, take.world.shake
     position = np.array([0.0, -0.20, 0.50]) + 0.012 * amplitude * _wander(rng, frames, 3)
@@ -59,7 +59,7 @@ def ego_camera(take: Take, size: int) -> Camera:
 
 
 def exo_camera(take: Take, name: str, width: int, height: int) -> Camera:
-    """A tripod camera of ``EXO_CAMERAS``, misplaced by a few centimetres per take."""
+    """Return a tripod camera of ``EXO_CAMERAS``, displaced by a few centimetres in each take."""
     rng = np.random.default_rng([take.seed, 2, int(name[-2:])])
     (position, target), fov = EXO_CAMERAS[name], take.world.exo_fov_deg
     at = np.array(position) + rng.uniform(-0.06, 0.06, 3)
@@ -70,21 +70,23 @@ def exo_camera(take: Take, name: str, width: int, height: int) -> Camera:
 
 
 def render(take: Take, camera: Camera, wearer: bool, counter: bool = False) -> Iterator[NDArray[np.uint8]]:
-    """Frames of one camera.
+    """Render the frames of one camera.
 
     Args:
-        take: what to look at.
-        camera: where from.
+        take: the simulated take.
+        camera: the camera.
         wearer: draw C's head and body (exocentric views).
         counter: paint the frame number as eight black or white blocks along the upper edge, lowest bit left.
 
     Yields:
         uint8 [height, width, 3], RGB.
     """
+    # Project every shape for the whole take at once.
     shapes = _scene(take, wearer)
     right = _unit(np.cross(camera.forward, camera.up))
     axes = np.stack([right, np.cross(right, camera.forward), camera.forward], axis=1)  # [T, 3, 3]
     drawn = [_project(shape, axes, camera) for shape in shapes]
+    # Painter's order: the farthest shape first.
     order = np.argsort([-distance for _, _, distance in drawn], axis=0, kind="stable").T.tolist()  # [T, shapes]
     background = _rgb(take.look["wall"], take.look["light"][0])
     for t in range(take.num_frames):
@@ -104,8 +106,13 @@ def render(take: Take, camera: Camera, wearer: bool, counter: bool = False) -> I
 
 
 def _project(shape: _Primitive, axes: Array, camera: Camera) -> tuple[list[Any], Any, Array]:
-    """Outlines [faces][T] as x, y, x, y, ...; which faces are in front and face the camera [T][faces]; distance [T]."""
-    focal = camera.width / np.tan(np.radians(camera.fov_deg) / 2)  # of the picture at twice the size
+    """Project one shape.
+
+    Returns:
+        Outlines [faces][T] as x, y, x, y, ...; a flag [T][faces] for faces that are in front of the camera and face it;
+        distance [T] in metres.
+    """
+    focal = camera.width / np.tan(np.radians(camera.fov_deg) / 2)  # in pixels, at twice the image size
     seen = np.einsum("tij,tvj->tvi", axes, shape.vertices - camera.position[:, None])
     depth = np.maximum(seen[..., 2], 1e-6)
     u, v = camera.width + focal * seen[..., 0] / depth, camera.height - focal * seen[..., 1] / depth
@@ -123,7 +130,7 @@ def _unit(vector: Array) -> Array:
 
 
 def _wander(rng: np.random.Generator, frames: int, dims: int) -> Array:
-    """Ornstein-Uhlenbeck paths of unit variance, float [frames, dims]."""
+    """Return Ornstein-Uhlenbeck paths of unit variance, float [frames, dims]."""
     noise = rng.standard_normal((frames, dims))
     path = noise.copy()
     for t in range(1, frames):
@@ -216,7 +223,7 @@ def _sphere(radius: float, sides: int = 7, rings: int = 4) -> tuple[Array, list[
 
 
 def _prism(start: Array, end: Array, thickness: float) -> tuple[Array, list[tuple[int, ...]]]:
-    """A square rod between two moving points, float [T, 8, 3]."""
+    """Return the vertices, float [T, 8, 3], and the faces of a square rod between two moving points."""
     along = _unit(end - start)
     side = _unit(np.cross(along, np.array([0.0, 0.0, 1.0]))) * thickness
     lift = np.cross(side, along)
@@ -226,7 +233,7 @@ def _prism(start: Array, end: Array, thickness: float) -> tuple[Array, list[tupl
 
 
 def _solid(kind: str, scale: float) -> list[tuple[Array, list[tuple[int, ...]]]]:
-    """Convex parts of an object standing on z = 0."""
+    """Return vertices and faces of the convex parts of an object standing on z = 0."""
     s = scale
     if kind == "ball":
         local, faces = _sphere(0.065 * s)

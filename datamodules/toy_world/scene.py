@@ -1,4 +1,4 @@
-"""The table-top world: who does what to which object, and where everything is at each frame.
+"""The simulated table-top world: actions on objects, and the position of everything at each frame.
 
 Metres; the camera wearer C sits at y < 0 and looks along +y at a table whose top is z = 0. A take is a function of its
 seed alone. Left and right are always C's own, so an exocentric camera in front of the table sees them mirrored.
@@ -35,10 +35,10 @@ REST = {"left": (-0.30, 0.02, 0.03), "right": (0.30, 0.02, 0.03)}
 
 @dataclass(frozen=True)
 class World:
-    """What a preset of the world fixes.
+    """A preset of the world.
 
     Attributes:
-        kinds, colours: how many of ``KINDS`` and ``COLOURS`` occur.
+        kinds, colours: number of ``KINDS`` and ``COLOURS`` that occur.
         objects: fewest and most objects on the table of one take, all of different kind and colour.
         actions: narrated actions of one take.
         action_s: shortest and longest mean duration of an action, drawn once per take.
@@ -72,7 +72,7 @@ class World:
 PRESETS = {
     "easy": World(),
     "hard": World(kinds=6, colours=6, objects=(3, 4), ego_fov_deg=58.0, shake=1.6, glance=0.25, object_scale=0.75),
-    # Exocentric cameras know more than C's glasses, so that there is something to learn from them.
+    # The exocentric cameras see more than C's glasses, so that there is something to learn from them.
     "fair": World(
         ego_fov_deg=55.0,
         shake=2.0,
@@ -94,7 +94,7 @@ class Thing:
 
     @property
     def phrase(self) -> str:
-        """Colour and kind, as narrations name it."""
+        """Colour and kind, as in the narrations."""
         return f"{self.colour} {self.kind}"
 
 
@@ -111,7 +111,7 @@ class Action:
 
     @property
     def time_s(self) -> float:
-        """Time stamp of the narration."""
+        """Timestamp of the narration in seconds."""
         return 0.5 * (self.start_s + self.end_s)
 
 
@@ -137,21 +137,21 @@ class Take:
 
     @property
     def num_frames(self) -> int:
-        """Frames of every camera of the take."""
+        """Number of frames of every camera of the take."""
         return len(self.gaze)
 
     def narration(self, action: Action) -> str:
-        """The sentence an annotator would write, with ``C`` for the wearer as in Ego-Exo4D."""
+        """Return the sentence an annotator would write, with ``C`` for the wearer as in Ego-Exo4D."""
         return sentence(action.verb, self.things[action.thing], action.hand)
 
 
 def sentence(verb: str, thing: Thing, hand: str) -> str:
-    """Narration of one action."""
+    """Return the narration of one action."""
     return f"C {verb} the {thing.phrase} with the {hand} hand."
 
 
 def smoothstep(u: Array | float) -> Array:
-    """Ease from 0 to 1 for u in [0, 1]; constant outside."""
+    """Return the cubic ease from 0 to 1 for u in [0, 1], constant outside."""
     u = np.clip(u, 0.0, 1.0)
     return np.asarray(u * u * (3.0 - 2.0 * u))
 
@@ -165,6 +165,7 @@ def simulate(seed: int, world: World, actions: int | None = None) -> Take:
         actions: overrides ``world.actions``.
     """
     rng = np.random.default_rng(seed)
+    # Objects of different kind and colour, spread over the table.
     objects = int(rng.integers(world.objects[0], world.objects[1] + 1))
     kinds, colours = rng.permutation(world.kinds)[:objects], rng.permutation(world.colours)[:objects]
     names = list(COLOURS)
@@ -172,6 +173,7 @@ def simulate(seed: int, world: World, actions: int | None = None) -> Take:
     slots = np.linspace(-0.13, 0.13, objects) * (objects - 1) + rng.uniform(-0.04, 0.04, objects)
     at = np.stack([slots, rng.uniform(NEAR_Y, FAR_Y, objects), np.zeros(objects)], axis=1)
 
+    # Everything rests in its place until an action moves it.
     count = world.actions if actions is None else actions
     slot_s = rng.uniform(*world.action_s)
     frames = round(count * slot_s * world.fps) + world.fps // 2
@@ -184,6 +186,7 @@ def simulate(seed: int, world: World, actions: int | None = None) -> Take:
     for _ in range(count):
         duration_s = slot_s * rng.uniform(0.9, 1.1)
         start, end = round(time_s * world.fps), min(round((time_s + duration_s) * world.fps), frames)
+        # A held object can only be put down or shaken.
         if held is not None:
             thing, hand = held
             verb = str(rng.choice(["puts down", "shakes"], p=[0.6, 0.4]))
@@ -193,6 +196,7 @@ def simulate(seed: int, world: World, actions: int | None = None) -> Take:
             verb = str(rng.choice(["picks up", "taps", slide], p=[0.38, 0.22, 0.40]))
         was_held = held is not None
         held = (thing, hand) if verb in ("picks up", "shakes") else None
+        # Move object and hand during the action, and leave them where they end.
         u = (np.arange(start, end) + 0.5 - start) / max(end - start, 1)
         path, hand_path = _motion(verb, u, at[thing], np.array(REST[hand]), was_held, held is not None)
         positions[start:end, thing] = path
@@ -203,6 +207,7 @@ def simulate(seed: int, world: World, actions: int | None = None) -> Take:
             hands[hand][end:] = at[thing]
         else:
             hands[hand][end:] = REST[hand]
+        # C looks at the object, or glances away and misses the action.
         glance = rng.random() < world.glance
         gaze_target[start:end] = (rng.choice([-0.9, 0.9]), 1.0, 0.35) if glance else path
         gaze_target[end:] = at.mean(axis=0)
@@ -225,7 +230,10 @@ def _end_position(verb: str, at: Array) -> Array:
 
 
 def _motion(verb: str, u: Array, at: Array, rest: Array, was_held: bool, stays_held: bool) -> tuple[Array, Array]:
-    """Object and palm over one action: reach until u = .2, act until .8, draw back unless the object stays held."""
+    """Return the paths of object and palm, float [T, 3] each, during one action.
+
+    The hand reaches until u = 0.2, acts until 0.8, and then draws back unless the object stays held.
+    """
     act = smoothstep((u - 0.2) / 0.6)[:, None]
     path = at + act * (_end_position(verb, at) - at)
     palm = path.copy()
@@ -246,7 +254,7 @@ def _motion(verb: str, u: Array, at: Array, rest: Array, was_held: bool, stays_h
 
 
 def _follow(target: Array, fps: int) -> Array:
-    """Gaze: the target through a first-order low pass of a quarter of a second."""
+    """Return the gaze: the target after a first-order low pass of a quarter of a second."""
     keep = np.exp(-1.0 / (0.25 * fps))
     gaze = target.copy()
     for t in range(1, len(gaze)):

@@ -1,4 +1,4 @@
-"""Pictures to files."""
+"""Write frames to H.264 files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,19 @@ from datamodules.toy_world.render import Camera
 
 
 def encode(path: Path, frames: Iterable[NDArray[np.uint8]], camera: Camera, fps: int, far_keys: bool = False) -> None:
-    """H.264 yuv420p, a key frame a second; ``far_keys``: every 250 frames with B-frames, as plain ffmpeg would."""
+    """Write RGB frames as H.264 in yuv420p.
+
+    Args:
+        path: file to write; its folder is created.
+        frames: uint8 [height, width, 3] each, RGB.
+        camera: gives width and height in pixels.
+        fps: frames per second.
+        far_keys: a key frame every 250 frames and B-frames, as ffmpeg writes by default, not one every second.
+    """
     options = {"preset": "ultrafast", "crf": "20", "g": str(fps), "bf": "0"}
     if far_keys:
         options = {"preset": "medium", "crf": "20", "g": "250", "sc_threshold": "0"}
-        options["x264-params"] = "no-mbtree=1"  # with AVX-512, x264's macroblock tree differs from one time to the next
+        options["x264-params"] = "no-mbtree=1"  # with AVX-512, x264's macroblock tree differs between runs
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fps, options=options)

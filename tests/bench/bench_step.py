@@ -1,4 +1,4 @@
-"""What the Trainer costs beside a bare loop doing the same work: ``make bench-step``.
+"""Measure the overhead of the Trainer over a bare loop that does the same work: ``make bench-step``.
 
 The Trainer has the callbacks that a run of one process has in every step, and writes its curves every ten steps.
 
@@ -29,7 +29,7 @@ from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
 
 
 def batch_of(clips: int) -> ClipBatch:
-    """One batch, read already, so that reading costs neither side anything."""
+    """Return one batch that is already read, so that reading costs neither side anything."""
     one = tiny.clip_batch()
     times = (clips + 1) // 2
     fields = (one.text.input_ids, one.text.attention_mask, one.text.labels)
@@ -38,14 +38,14 @@ def batch_of(clips: int) -> ClipBatch:
 
 
 class Turns(L.Callback):
-    """Clocks the Trainer's steps between the first and the last batch end of a turn."""
+    """Measure the time of the Trainer's steps between the first and the last batch end of a turn."""
 
     def __init__(self, turn: int) -> None:
         self.turn, self.taken = turn, []
         self.began = (0.0, 0.0)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        """Every ``turn`` steps a measurement; the loop takes its turn outside of the clocks."""
+        """Take a measurement every ``turn`` steps; the bare loop takes its turn outside of the measured time."""
         if trainer.global_step % self.turn == 0:
             now = time.process_time(), time.perf_counter()
             if self.began[1]:
@@ -54,7 +54,7 @@ class Turns(L.Callback):
             self.began = time.process_time(), time.perf_counter()
 
     def between(self) -> None:
-        """What happens between two turns."""
+        """Run between two turns."""
 
 
 class Bare:
@@ -69,7 +69,7 @@ class Bare:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
 
     def steps(self, count: int) -> list[float]:
-        """CPU and wall seconds of a step."""
+        """Make ``count`` steps and return CPU and wall seconds per step."""
         began = time.process_time(), time.perf_counter()
         for _ in range(count):
             torch.stack(list(self.stage.losses(self.batch).values())).sum().backward()
@@ -83,7 +83,7 @@ class Bare:
 
 
 def measure(tokenizer: Path, clips: int, turn: int, turns: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Seconds of a step of the bare loop and of the Trainer, CPU and wall, for each turn."""
+    """Return seconds per step of the bare loop and of the Trainer, CPU and wall, for each turn."""
     batch = batch_of(clips)
     bare = Bare(tiny.make_stage("stage2", tokenizer, learning_rate=1e-5), batch)
     loop: list[list[float]] = []
@@ -114,7 +114,7 @@ def measure(tokenizer: Path, clips: int, turn: int, turns: int) -> tuple[list[li
 
 
 def clips_for(tokenizer: Path, target_s: float) -> int:
-    """Clips of a batch whose step takes about so long."""
+    """Return the number of clips in a batch whose step takes about ``target_s`` seconds."""
     few, many = 2, 64
     bare = {clips: Bare(tiny.make_stage("stage2", tokenizer), batch_of(clips)) for clips in (few, many)}
     seconds = [min(bare[clips].steps(3)[0] for _ in range(3)) for clips in (few, many)]
@@ -123,8 +123,8 @@ def clips_for(tokenizer: Path, target_s: float) -> int:
 
 
 def run() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="cost of the Trainer beside a bare loop")
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description="overhead of the Trainer over a bare loop")
     parser.add_argument("--turns", type=int, default=15)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Measurements behind the numbers in README.md: ``make bench``.
+"""Measure memory of the loss, clip reading and training steps: ``make bench``, numbers in docs/benchmarks.md.
 
 CPU time, not wall time, methods interleaved in random order, medians: ratios survive a noisy machine.
 """
@@ -25,7 +25,7 @@ from lightning_modules.run import build
 
 
 def write_video(path: Path, size: int, seconds: int, gop: int) -> None:
-    """Moving noise at 30 fps, H.264 with B-frames."""
+    """Write moving noise at 30 fps as H.264 with B-frames."""
     rng = np.random.default_rng(0)
     texture = rng.integers(0, 255, (size // 4 + 64, size // 4 + 64, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1)
     options = {"preset": "medium", "crf": "23", "g": str(gop), "sc_threshold": "0"}
@@ -41,7 +41,7 @@ def write_video(path: Path, size: int, seconds: int, gop: int) -> None:
 
 
 def usual_seek(path: Path, times_s: np.ndarray, size: int) -> None:
-    """What most loaders do: reopen, seek, every frame of the span to RGB, resize in torch."""
+    """Read a clip as most loaders do: reopen, seek, convert every frame of the span to RGB, resize in torch."""
     frames = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -57,7 +57,7 @@ def usual_seek(path: Path, times_s: np.ndarray, size: int) -> None:
 
 
 def interleaved(methods: dict[str, Callable[[float], None]], rounds: int, latest_s: float) -> dict[str, float]:
-    """Median CPU milliseconds of each method on the same random spans."""
+    """Return the median CPU milliseconds of each method on the same random spans."""
     taken: dict[str, list[float]] = {name: [] for name in methods}
     draw = random.Random(0)
     for _ in range(rounds):
@@ -70,7 +70,7 @@ def interleaved(methods: dict[str, Callable[[float], None]], rounds: int, latest
 
 
 def bench_reader() -> None:
-    """Clip reader against usual seek code."""
+    """Compare the clip reader with usual seek code."""
     print("clip reading, 16 frames at 336 px out of a 448x448 file, CPU ms per clip (median of 40)")
     print("| key frame every | span | ours | usual seek code | ratio |\n|---|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def bench_reader() -> None:
 
 
 def bench_steps() -> None:
-    """Seconds of one optimiser step of each stage of the default experiment, and the share of waiting for data."""
+    """Measure an optimiser step of each stage of the default experiment, and the share of waiting for data."""
     print("\noptimiser steps of experiments/toy, 30 steps each, the first 10 left out")
     print("| stage | s per step | samples/s | waiting for data |\n|---|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def bench_steps() -> None:
 
 
 def bench_vtg_memory() -> None:
-    """Peak memory of loss and backward with logits at supervised positions only, against logits at all positions."""
+    """Compare peak memory of loss and backward pass with logits at supervised positions and at all positions."""
     print("\nvideo-text generation, vocabulary 32,000, 3,000 visual and 80 text tokens, 24 of them supervised, float32")
     print("| clips | logits where supervised | logits everywhere | ratio | largest difference of gradients |")
     print("|---:|---:|---:|---:|---:|")

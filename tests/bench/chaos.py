@@ -1,9 +1,9 @@
-"""Kill stages at random moments and let them go on, again and again: ``make chaos``.
+"""Kill stages at random moments, resume them, and compare the weights with undisturbed runs: ``make chaos``.
 
 Every stage of a tiny network is trained once without and once with interruptions, by one process or by several sharded
-ones of which a random one is hit; the weights handed on have to be equal to the bit. Processes are forked from one that
-has imported everything, so that a start takes two seconds instead of ten; each is hit at a moment drawn evenly over the
-time that an undisturbed one takes, starting and ending included.
+ones of which a random one is hit; the exported weights must be bit-identical. Processes are forked from one that has
+imported everything, so that a start takes two seconds instead of ten. Each is hit at a moment drawn uniformly from the
+duration of an undisturbed one, including its start and end.
 """
 
 import argparse
@@ -31,7 +31,7 @@ STEPS = 40
 
 
 def words(stage: str, world: Path, runs: Path, processes: int) -> list[str]:
-    """Command line of a stage."""
+    """Return the command line of a stage."""
     options = [f"data_root={world}", f"runs={runs}", f"trainer.max_steps={STEPS}", "checkpoint_every_n_steps=3"]
     options += ["trainer.val_check_interval=15", "data.init_args.num_workers=1", "data.init_args.global_batch_size=8"]
     if processes > 1:
@@ -40,7 +40,7 @@ def words(stage: str, world: Path, runs: Path, processes: int) -> list[str]:
 
 
 def start(arguments: list[str], processes: int, log: Path) -> list[int]:
-    """Fork the processes of a run."""
+    """Fork the processes of a run and return their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -63,7 +63,7 @@ def start(arguments: list[str], processes: int, log: Path) -> list[int]:
 
 
 def statuses(pids: list[int], at_most_s: float = 120.0) -> list[int]:
-    """Wait for processes; those that outlive the limit are an error."""
+    """Wait for processes and return their exit statuses; it is an error if one outlives the limit."""
     left, ended, deadline = set(pids), {}, time.monotonic() + at_most_s
     while left:
         for pid in list(left):
@@ -80,12 +80,12 @@ def statuses(pids: list[int], at_most_s: float = 120.0) -> list[int]:
 
 
 def digest(runs: Path, stage: str) -> str:
-    """Of the weights that a stage handed on."""
+    """Return the digest of the weights that a stage exported."""
     return str(read_manifest(runs / "toy" / stage / "handoff")["digest"])
 
 
 def hit(stage: str, arguments: list[str], folder: Path, hits: int, o: argparse.Namespace, draw: random.Random) -> dict:
-    """Train one stage with so many interruptions, from the beginning again where it ends before."""
+    """Train one stage with this many interruptions; start from scratch when it completes before they are used up."""
     number, log = signal.Signals[f"SIG{o.signal}"], folder / "log.txt"
     run = folder / "toy" / stage
     reference = o.reference[stage]
@@ -104,7 +104,7 @@ def hit(stage: str, arguments: list[str], folder: Path, hits: int, o: argparse.N
         if ended == [0] * o.processes:
             runs += 1
             if digest(folder, stage) != reference:
-                raise SystemExit(f"chaos: {stage} handed on other weights after {done} interruptions, see {log}")
+                raise SystemExit(f"chaos: {stage} exported other weights after {done} interruptions, see {log}")
         elif not disturbed or not {STOPPED, -number} & set(ended):  # it failed by itself
             raise SystemExit(f"chaos: {stage} ended with {ended}, see {log}")
         else:
@@ -117,7 +117,7 @@ def hit(stage: str, arguments: list[str], folder: Path, hits: int, o: argparse.N
 
 
 def chaos(o: argparse.Namespace, folder: Path) -> dict:
-    """All stages."""
+    """Run all stages, first undisturbed and then with interruptions."""
     world = folder / "world"
     print("  generating a world", file=sys.stderr)
     counts = {"train_takes": 9, "val_takes": 2, "initialisation_takes": 6, "practice_takes": 4, "benchmark_takes": 1}
@@ -138,13 +138,15 @@ def chaos(o: argparse.Namespace, folder: Path) -> dict:
 
 
 def run() -> None:
-    """Parse, interrupt, print."""
-    parser = argparse.ArgumentParser(description="interrupt stages at random moments and compare what they hand on")
-    parser.add_argument("--hits", type=int, default=100, help="interruptions, over all stages")
-    parser.add_argument("--processes", type=int, default=1, help="of each run; more than one are sharded")
+    """Parse the command line, interrupt stages, print the result."""
+    parser = argparse.ArgumentParser(
+        description="interrupt stages at random moments and compare the weights they export"
+    )
+    parser.add_argument("--hits", type=int, default=100, help="number of interruptions over all stages")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes a run; more than one are sharded")
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--json", type=Path, help="JSON file for the result")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     (folder / "hit").mkdir()
