@@ -120,23 +120,23 @@ RULES["what"] = "the noun itself: 'the output', not 'what it gives'"
 
 # Files that have not had their pass yet: uses left in each area, which may only become fewer.
 LEFT: dict[str, dict[str, int]] = {
-    "mend": {"datamodules": 44, "lightning_modules": 20, "tests": 15},
-    "anew": {"datamodules": 8, "experiments": 1, "lightning_modules": 18, "tests": 10, "top level": 1},
-    "go on": {"datamodules": 8, "experiments": 2, "lightning_modules": 22, "tests": 15, "top level": 1},
-    "beside": {"datamodules": 14, "experiments": 1, "lightning_modules": 14, "tests": 12, "top level": 1},
-    "picture": {"datamodules": 182, "experiments": 1, "lightning_modules": 4, "tests": 150},
-    "hand-off": {"experiments": 1, "lightning_modules": 28, "tests": 16, "top level": 1},
-    "data set": {"datamodules": 33, "tests": 3, "top level": 1},
+    "mend": {"datamodules": 33, "lightning_modules": 20, "tests": 13},
+    "anew": {"datamodules": 7, "experiments": 1, "lightning_modules": 17, "tests": 10, "top level": 1},
+    "go on": {"datamodules": 8, "experiments": 2, "lightning_modules": 22, "tests": 14, "top level": 1},
+    "beside": {"datamodules": 12, "experiments": 1, "lightning_modules": 14, "tests": 7, "top level": 1},
+    "picture": {"datamodules": 95, "experiments": 1, "lightning_modules": 4, "tests": 85},
+    "hand-off": {"experiments": 1, "lightning_modules": 28, "tests": 13, "top level": 1},
+    "data set": {"datamodules": 28, "tests": 3, "top level": 1},
     "exam": {"tests": 1},
     "funnel": {"datamodules": 72, "tests": 17},
     "words_loss": {"experiments": 1, "lightning_modules": 9, "tests": 2},
-    "wording": {"datamodules": 133, "experiments": 2, "lightning_modules": 4, "tests": 120},
+    "wording": {"datamodules": 129, "experiments": 2, "lightning_modules": 4, "tests": 120},
     "learner_reads": {"lightning_modules": 3, "tests": 2},
     "held-out outcome": {"lightning_modules": 8, "tests": 9},
     "how it runs": {"lightning_modules": 7},
-    "names": {"datamodules": 72, "lightning_modules": 59, "tests": 265},
-    "first line": {"datamodules": 68, "lightning_modules": 53, "tests": 34},
-    "what": {"datamodules": 95, "docs": 2, "experiments": 8, "lightning_modules": 53, "tests": 39, "top level": 2},
+    "names": {"datamodules": 67, "lightning_modules": 59, "tests": 259},
+    "first line": {"datamodules": 62, "lightning_modules": 53, "tests": 27},
+    "what": {"datamodules": 92, "docs": 2, "experiments": 8, "lightning_modules": 53, "tests": 38, "top level": 2},
 }
 
 
