@@ -106,7 +106,7 @@ def test_no_two_videos_of_a_world_are_equal(toy_world):
 
 def test_takes_of_all_parts_and_seeds_are_different(tmp_path, monkeypatch):
     jobs = []
-    monkeypatch.setattr(release, "_film_all", lambda some, *_: jobs.extend(some) or [60] * len(some))
+    monkeypatch.setattr(release, "_render_all", lambda some, *_: jobs.extend(some) or [60] * len(some))
     for seed in range(3):
         settings = Settings(seed=seed, train_takes=5, val_takes=5, initialisation_takes=5, practice_takes=5)
         release._write_release(tmp_path / str(seed), settings, workers=1)
