@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule
     from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
     from datamodules.ego_exo_clip.index import PairIndex, PairSource, SourceError
-    from datamodules.egoit.datamodule import ConversationFile
-    from datamodules.egoit.instruction import InstructionDataModule
+    from datamodules.egoit.datamodule import InstructionDataModule
     from datamodules.egoit.mix import MixConfig, MixSource
+    from datamodules.egoit.reader import ConversationFile
     from datamodules.text import TextEncoder
     from datamodules.video.errors import ClipDecodeError
     from datamodules.video.reader import ClipReader
@@ -59,10 +59,10 @@ _MODULES = {
     "video.sampling": ("read_views",),
     "clips.dataset": ("ClipConfig",),
     "clips.datamodule": ("ClipDataModule",),
-    "egoit.datamodule": ("ConversationFile",),
+    "egoit.reader": ("ConversationFile",),
     "ego_exo_clip.ego_exo4d": ("EgoExo4D",),
     "ego_exo_clip.datamodule": ("EgoExoClipDataModule",),
-    "egoit.instruction": ("InstructionDataModule",),
+    "egoit.datamodule": ("InstructionDataModule",),
     "egoit.mix": ("MixConfig", "MixSource"),
     "ego_exo_clip.index": ("PairIndex", "PairSource", "SourceError"),
     "text": ("TextEncoder",),

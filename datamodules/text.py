@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, TextBatch
-from datamodules.egoit.datamodule import VIDEO_TAG, Turn
+from datamodules.io.conversation import VIDEO_TAG, Turn
 
 
 def _template(question: str, answer: str) -> str:

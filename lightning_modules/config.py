@@ -50,10 +50,16 @@ def _visual_inputs(reads: str) -> list[str]:
     return ["ego", "mapped"] if reads == "both" else [reads]
 
 
+def _instruction_style(level: str) -> str:
+    """Convert ``prompt_level: as_written``; the other values keep their names."""
+    return "raw" if level == "as_written" else level
+
+
 RENAMED_KEYS: dict[str, Renamed] = {
     "data.init_args.max_skipped_share": Renamed("data.init_args.max_corrupt_fraction"),
     "network.learner_reads": Renamed("network.visual_inputs", _visual_inputs),
     "model.init_args.network.learner_reads": Renamed("model.init_args.network.visual_inputs", _visual_inputs),
+    "data.init_args.prompt_level": Renamed("data.init_args.instruction_style", _instruction_style),
 }
 """Dotted keys of earlier versions that are still accepted, with their new names.
 

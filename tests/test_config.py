@@ -168,6 +168,12 @@ def test_learner_reads_is_the_old_name_of_visual_inputs(reads, inputs):
     assert config["network"]["visual_inputs"] == config["model"]["init_args"]["network"]["visual_inputs"] == inputs
 
 
+@pytest.mark.parametrize(("level", "style"), [("base", "base"), ("as_written", "raw")])
+def test_prompt_level_is_the_old_name_of_instruction_style(level, style):
+    config = compose(tiny.EXPERIMENTS / "toy", "stage3", [f"data.init_args.prompt_level={level}"])
+    assert config["data"]["init_args"]["instruction_style"] == style
+
+
 @pytest.mark.parametrize("entry", RENAMED_KEYS.values(), ids=list(RENAMED_KEYS))
 def test_new_keys_are_not_old_ones(entry):
     """One pass must be enough."""

@@ -1,4 +1,4 @@
-"""Files of other stacks: what is read of them, what is said to be changed, and that no wrong row goes unnamed."""
+"""Instruction files of other stacks: conversions are counted, and every invalid row is named."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datamodules.egoit.datamodule import Conversation, ConversationFile, ConversationStore, Wording
-from datamodules.egoit.records import Record, row, write_rows
-from datamodules.egoit.templates import Templates
+from datamodules.egoit.reader import ConversationFile
+from datamodules.egoit.records import InstructionRecord, PromptFields, RecordStore, to_json, write_rows
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.data_check import main as check
 
 HUMAN = {"from": "human", "value": "<video>\nWhat is cut?"}
 GPT = {"from": "gpt", "value": "A tomato."}
 OURS = {"id": "a", "video": "a.mp4", "conversations": [HUMAN, GPT]}
-EXPECTED = Conversation("a", "a.mp4", None, None, (("What is cut?", "A tomato."),))
+PROMPT = {"id": "p", "video": "a.mp4", "prompt": {"task": "qa", "query": "What is cut?", "target": "a tomato"}}
+EXPECTED = InstructionRecord("a", "a.mp4", turns=(("What is cut?", "A tomato."),))
 
 
 def without(*names, **changes):
@@ -56,7 +56,7 @@ def messages(*contents):
         ),
         (
             without(conversations=[{"from": "system", "value": "Be brief."}, HUMAN, GPT]),
-            ["a system text left out: data.init_args.prompt.system gives one"],
+            ["a system text dropped: set it in data.init_args.prompt.system"],
         ),
         (
             without(
@@ -81,7 +81,7 @@ def messages(*contents):
 )
 def test_forms_of_other_stacks_are_read_alike_and_changes_are_counted(tmp_path, record, changes):
     file, found = read(tmp_path, [record, {**record, "id": "b"}])
-    assert found == [EXPECTED, replace(EXPECTED, name="b")]
+    assert found == [EXPECTED, replace(EXPECTED, id="b")]
     assert file.problems == []
     assert set(file.changes) == set(changes)
     report = file.report()
@@ -91,7 +91,7 @@ def test_forms_of_other_stacks_are_read_alike_and_changes_are_counted(tmp_path, 
 
 def test_a_json_array_is_read_like_lines(tmp_path):
     file, found = read(tmp_path, json.dumps([OURS, without(id="b", start=1, end=2.5)], indent=1))
-    assert [(record.name, record.start_s, record.end_s) for record in found] == [("a", None, None), ("b", 1.0, 2.5)]
+    assert [(record.id, record.window_s) for record in found] == [("a", None), ("b", (1.0, 2.5))]
     assert file.report() == f"{file.path}: a JSON array, read like JSON Lines (1x)"
 
 
@@ -114,7 +114,7 @@ def test_after_a_broken_entry_of_an_array_nothing_can_be_read_and_it_says_so(tmp
     assert "nothing after it was read" in problem
 
 
-MALFORMED = {
+INVALID = {
     "not JSON": "{",
     "cut off": json.dumps(OURS)[:-5],
     "a list": "[]",
@@ -158,11 +158,17 @@ MALFORMED = {
     "a time of too many digits": without(start=0.0, end=10**400),
     "an empty answer": without(conversations=[HUMAN, {"from": "gpt", "value": " "}]),
     "two fields for the video": without(videos=["b.mp4"]),
-    "a picture beside the video": without(image="a.png"),
+    "another image next to the video": without(image="a.png"),
     "two conversations": without(messages=messages("<video>What is cut?", "An onion.")),
     "a path in the contents of a second conversation": without(
         messages=messages([{"type": "video", "video": "b.mp4"}, {"type": "text", "text": "What is cut?"}], "A tomato.")
     ),
+    "prompt fields without an answer": PROMPT | {"prompt": {"task": "qa", "query": "What?"}},
+    "prompt fields without a task": PROMPT | {"prompt": {"query": "What?", "target": "that"}},
+    "a query that is a number": PROMPT | {"prompt": {"task": "qa", "query": 3, "target": "that"}},
+    "options that are a text": PROMPT | {"prompt": {"task": "mcq", "options": "a, b", "target": "a"}},
+    "a target that is no option": PROMPT | {"prompt": {"task": "mcq", "options": ["a", "b"], "target": "c"}},
+    "a prompt that is a text": PROMPT | {"prompt": "What?"},
     "a path in the contents that is another": without(
         conversations=[
             {"from": "human", "value": [{"type": "video", "video": "b.mp4"}, {"type": "text", "text": "What?"}]},
@@ -176,10 +182,10 @@ def as_bytes(line):
     return line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
 
 
-def test_two_hundred_malformed_rows_of_all_kinds_are_each_named(tmp_path, capsys):
+def test_two_hundred_invalid_rows_of_all_kinds_are_each_named(tmp_path, capsys):
     rng = random.Random(0)
-    kinds = [*MALFORMED, *rng.choices([*MALFORMED], k=200 - len(MALFORMED))]
-    lines = [MALFORMED[kind] for kind in kinds] + [OURS] * 50
+    kinds = [*INVALID, *rng.choices([*INVALID], k=200 - len(INVALID))]
+    lines = [INVALID[kind] for kind in kinds] + [OURS] * 50
     order = rng.sample(range(250), 250)
     file = tmp_path / "users.jsonl"
     file.write_bytes(b"".join(as_bytes(lines[place]) + b"\n" for place in order))
@@ -201,8 +207,8 @@ def test_two_hundred_malformed_rows_of_all_kinds_are_each_named(tmp_path, capsys
     assert capsys.readouterr().out.splitlines()[:200] == read.problems
 
 
-def test_every_kind_of_malformed_row_is_refused_by_itself(tmp_path):
-    for kind, line in MALFORMED.items():
+def test_every_kind_of_invalid_row_is_refused_by_itself(tmp_path):
+    for kind, line in INVALID.items():
         file = tmp_path / "one.jsonl"
         file.write_bytes(as_bytes(line))
         if kind != "a list":  # alone in a file, an empty array of records
@@ -210,12 +216,12 @@ def test_every_kind_of_malformed_row_is_refused_by_itself(tmp_path):
             assert (list(read), len(read.problems)) == ([], 1), kind
 
 
-@pytest.mark.parametrize("kind", MALFORMED)
-def test_a_malformed_row_in_front_is_named_and_the_others_are_read(tmp_path, kind):
+@pytest.mark.parametrize("kind", INVALID)
+def test_an_invalid_row_in_front_is_named_and_the_others_are_read(tmp_path, kind):
     file = tmp_path / "users.jsonl"
-    file.write_bytes(b"\n".join(map(as_bytes, [MALFORMED[kind], OURS, without(id="b")])))
+    file.write_bytes(b"\n".join(map(as_bytes, [INVALID[kind], OURS, without(id="b")])))
     read = ConversationFile(file)
-    assert [record.name for record in read] == ["a", "b"]
+    assert [record.id for record in read] == ["a", "b"]
     (problem,) = read.problems
     assert problem.startswith(f"{file} line 1: ")
 
@@ -233,24 +239,24 @@ def test_a_malformed_row_in_front_is_named_and_the_others_are_read(tmp_path, kin
         ("[\n{0},\n" + 100_000 * "[", ["a"], ["line 3 entry 2: malformed JSON (maximum recursion depth"]),
     ],
 )
-def test_nothing_beside_an_array_goes_unmentioned(tmp_path, text, names, problems):
+def test_text_around_an_array_is_reported(tmp_path, text, names, problems):
     rows = (json.dumps(OURS), json.dumps(without(id="b")))
     file, found = read(tmp_path, text.replace("{0}", rows[0]).replace("{1}", rows[1]))
-    assert [record.name for record in found] == names
+    assert [record.id for record in found] == names
     assert len(file.problems) == len(problems)
     assert all(f"{file.path} {wanted}" in problem for wanted, problem in zip(problems, file.problems, strict=True))
 
 
-def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     for text in (json.dumps(OURS), json.dumps([OURS]), json.dumps([OURS], indent=1)):
         file, found = read(tmp_path, "\ufeff" + text)
         assert (found, file.problems) == ([EXPECTED], [])
 
 
-def test_ids_that_are_given_again_become_their_own_and_it_says_so(tmp_path):
+def test_repeated_ids_are_made_unique_and_counted(tmp_path):
     file, found = read(tmp_path, [OURS, OURS, without("id"), without(id="b"), OURS])
-    assert [record.name for record in found] == ["a", "a (line 2)", f"{file.path} line 3", "b", "a (line 5)"]
-    assert file.report() == f"{file.path}: an id that a record before has, made one of its own by the line (2x)"
+    assert [record.id for record in found] == ["a", "a (line 2)", f"{file.path} line 3", "b", "a (line 5)"]
+    assert file.report() == f"{file.path}: a repeated id, made unique by its line (2x)"
 
 
 def test_one_video_or_conversation_may_stand_in_two_fields(tmp_path):
@@ -263,18 +269,51 @@ def test_one_video_or_conversation_may_stand_in_two_fields(tmp_path):
 # rows that are written
 
 
-RECORD = Record("7", "v.mp4", Wording("qa", "mine", "What?", (), "that"), "train", "session", (1.0, 2.0))
+RECORD = InstructionRecord(
+    "mine/7",
+    "v.mp4",
+    PromptFields("qa", "What?", "that"),
+    source="mine",
+    window_s=(1.0, 2.0),
+    split="train",
+    video_uid="session",
+)
 
 
-def test_a_row_is_read_back_as_it_was_written(tmp_path):
-    write_rows(tmp_path / "x.jsonl", [row(RECORD, Templates(), "task", seed=3)])
+@pytest.mark.parametrize(
+    "record",
+    [
+        RECORD,
+        replace(RECORD, prompt=PromptFields("mcq", "Which?", "b", ("a", "b")), duration_s=30.0),
+        replace(RECORD, prompt=PromptFields("action", "", "cut"), window_s=None, split=None, video_uid=None),
+    ],
+)
+def test_a_record_is_read_back_as_it_was_written(tmp_path, record):
+    write_rows(tmp_path / "x.jsonl", [to_json(record)])
     file = ConversationFile(tmp_path / "x.jsonl")
-    (found,) = file
-    assert file.changes == {}
-    assert (found.name, found.video, found.start_s, found.end_s) == ("mine/7", "v.mp4", 1.0, 2.0)
-    assert (found.wording, found.split, found.video_uid) == (RECORD.wording, "train", "session")
-    ((question, answer),) = found.turns
-    assert question.endswith("What?") and answer == "That."
+    assert list(file) == [record]
+    assert (file.problems, file.changes) == ([], {})
+
+
+def test_rows_of_earlier_versions_are_read_with_and_without_prompt_fields(tmp_path):
+    """They hold the rendered text, and next to it the fields that it was rendered from."""
+    turns = [{"from": "human", "value": "<video>\nAnswer briefly. Which?"}, {"from": "gpt", "value": "(B) b"}]
+    fields = {"task": "mcq", "prompt_level": "task", "template_id": 3, "query": "Which?", "target": "b"}
+    place = {"id": "mine/7", "video": "v.mp4", "start": 1.0, "end": 2.0, "source": "mine", "channel": "mine"}
+    rest = {"video_uid": "session", "duration": -1.0, "split": "train"}
+    whole = {**place, "conversations": turns, **fields, "options": "a\nb", **rest}
+    without_fields = {key: value for key, value in whole.items() if key != "template_id"}
+    of_a_person = {**whole, "template_id": -1}
+    file, found = read(tmp_path, [whole, without_fields | {"id": "8"}, of_a_person | {"id": "9"}])
+    assert (file.problems, file.changes) == ([], {})
+    text = (("Answer briefly. Which?", "(B) b"),)
+    first = replace(RECORD, prompt=PromptFields("mcq", "Which?", "b", ("a", "b")), turns=text)
+    assert found == [first, replace(first, id="8", prompt=None), replace(first, id="9", prompt=None)]
+
+
+def test_prompt_fields_may_be_written_by_hand(tmp_path):
+    (record,) = read(tmp_path, [PROMPT])[1]
+    assert record == InstructionRecord("p", "a.mp4", PromptFields("qa", "What is cut?", "a tomato"))
 
 
 @pytest.mark.parametrize(
@@ -300,34 +339,29 @@ def test_rows_that_some_reader_would_stumble_over_are_refused(tmp_path, rows, me
 # the store
 
 
-def test_the_store_gives_back_what_was_put_in():
-    fixed = Conversation("a", "x.mp4", None, None, (("q\n", "ä"), ("r", "s")))
-    made = Conversation("b", "y.mp4", 1.5, 2.0, (("?", "!"),), Wording("mcq", "mine", "which", ("a", "b"), "b"))
-    again = Conversation("c", "x.mp4", 0.0, 1.0, (("?", "!"),), Wording("qa", "mine", "what", (), "that"))
-    store = ConversationStore(worded=True)
-    for record in (fixed, made, again):
+def test_the_store_returns_the_records_that_were_appended():
+    text = (("?", "!"),)
+    fixed = InstructionRecord("a", "x.mp4", turns=(("q\n", "ä"), ("r", "s")))
+    made = InstructionRecord("b", "y.mp4", PromptFields("mcq", "which", "b", ("a", "b")), text, "mine", (1.5, 2.0))
+    other = InstructionRecord("c", "x.mp4", PromptFields("qa", "what", "that"), text, "mine", (0.0, 1.0))
+    store = RecordStore()
+    for record in (fixed, made, other):
         store.append(record)
     store.freeze()
-    assert [store.name(index) for index in range(len(store))] == ["a", "b", "c"]
-    assert [store.video(index) for index in range(3)] == [
-        ("x.mp4", None),
-        ("y.mp4", (1.5, 2.0)),
-        ("x.mp4", (0.0, 1.0)),
-    ]
-    assert [store.content(index) for index in range(3)] == [fixed.turns, made.wording, again.wording]
+    assert [store.id_of(index) for index in range(len(store))] == ["a", "b", "c"]
+    assert [store[index] for index in range(3)] == [fixed, replace(made, turns=()), replace(other, turns=())]
     assert store.video_numbers().tolist() == [0, 1, 0]
     np.testing.assert_array_equal(store.windows_s(), [[-1, -1], [1.5, 2.0], [0, 1]])
-    texts = ConversationStore(worded=False)
-    texts.append(made)
-    assert texts.content(0) == (("?", "!"),)
+    raw = RecordStore(raw=True)
+    raw.append(made)
+    assert raw[0] == replace(made, prompt=None)
 
 
-def test_the_rows_of_the_readme_are_read_alike(tmp_path):
-    readme = Path(__file__).parents[1] / "README.md"
-    block = readme.read_text(encoding="utf-8").partition("**Your own files**")[2].partition("```json\n")[2]
+def test_the_rows_of_the_documentation_are_read_alike(tmp_path):
+    page = Path(__file__).parents[1] / "docs" / "data.md"
+    block = page.read_text(encoding="utf-8").partition("### Your own files")[2].partition("```json\n")[2]
     file, found = read(tmp_path, block.partition("```")[0])
     assert file.problems == []
-    assert [record.turns for record in found] == [(("What do I hold?", "A ladle."),)] * 3
-    assert [record.video for record in found] == ["kitchen/0001.mp4", "kitchen/0002.mp4", "kitchen/frames_0003"]
-    assert [(record.start_s, record.end_s) for record in found] == [(3.0, 5.5), (None, None), (None, None)]
-    assert len(file.changes) == 6
+    assert [record.turns for record in found] == [(("What do I hold?", "A ladle."),)] * 2
+    assert [(record.video, record.window_s) for record in found] == [("kitchen/0001.mp4", (3.0, 5.5))] * 2
+    assert len(file.changes) == 4

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from datamodules.egoit.__main__ import main
-from datamodules.egoit.datamodule import ConversationFile
-from datamodules.egoit.records import Record
+from datamodules.egoit.reader import ConversationFile
+from datamodules.egoit.records import InstructionRecord
 from datamodules.egoit.sources import egotimeqa
-from datamodules.egoit.sources.base import convert, grown
+from datamodules.egoit.sources.base import convert, expand_window
 from datamodules.egoit.sources.egoexolearn import EgoExoLearn, read_fine
 from datamodules.egoit.sources.egotimeqa import EgoTimeQA, read_clips
 from datamodules.egoit.sources.egtea import Egtea, action_text, clip_parts, read_labels
@@ -44,7 +44,7 @@ def read(source):
     """Records and problems of a source, and what it counted."""
     counts, records, problems = Counts(), [], []
     for record in source.read(counts):
-        (records if isinstance(record, Record) else problems).append(record)
+        (records if isinstance(record, InstructionRecord) else problems).append(record)
     return records, [str(problem) for problem in problems], counts.totals
 
 
@@ -61,16 +61,17 @@ def write(file, content):
 def test_real_egtea():
     records, problems, counts = read(Egtea(sample("egtea"), ("train_split1", "test_split1")))
     assert problems == []
-    assert len({record.key for record in records}) == len(records) == counts["clips"] == 10_321
+    assert len({record.id for record in records}) == len(records) == counts["clips"] == 10_321
     assert Counter(record.split for record in records) == {"train_split1": 8_299, "test_split1": 2_022}
     actions = read_labels(sample("egtea") / "action_idx.txt")
     assert list(actions) == list(range(1, 107))
-    assert {record.wording.target for record in records} == {action_text(label) for label in actions.values()}
-    (one,) = [r for r in records if r.key == "P04-R06-GreekSalad-69970-77130-F001662-F001869"]
-    assert one.wording.target == "inspect/read recipe"
-    assert one.video == f"egtea/cropped_clips/P04-R06-GreekSalad/{one.key}.mp4"
+    assert {record.prompt.target for record in records} == {action_text(label) for label in actions.values()}
+    name = "P04-R06-GreekSalad-69970-77130-F001662-F001869"
+    (one,) = [record for record in records if record.id == f"egtea/{name}"]
+    assert one.prompt.target == "inspect/read recipe"
+    assert one.video == f"egtea/cropped_clips/P04-R06-GreekSalad/{name}.mp4"
     assert one.window_s is None
-    session, start_s, end_s = clip_parts(one.key)
+    session, start_s, end_s = clip_parts(name)
     assert (session, round(end_s - start_s, 6)) == ("P04-R06-GreekSalad", 7.16)
     with (sample("egtea") / "cls_label_index.csv").open() as lines:
         rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=";")][1:]
@@ -92,10 +93,10 @@ def test_real_ssv2():
     records, problems, counts = read(source)
     assert (len(records), problems, counts["classes"]) == (24_777, [], 174)
     classes, _, _ = read(SomethingSomething(sample("ssv2"), ("validation",), answer="template"))
-    assert len({record.wording.target for record in classes}) == 174
-    assert all("[" not in record.wording.target for record in classes)
-    assert {record.key: record.wording.target for record in records}[
-        "74225"
+    assert len({record.prompt.target for record in classes}) == 174
+    assert all("[" not in record.prompt.target for record in classes)
+    assert {record.id: record.prompt.target for record in records}[
+        "ssv2/74225"
     ] == "spinning cube that quickly stops spinning"
 
 
@@ -124,8 +125,8 @@ def test_real_egotimeqa(tmp_path):
     assert ((start_s + end_s) / 2, end_s - start_s) == pytest.approx((124.317, 3 * 8.538), abs=2e-3)
     assert (record.video_uid, record.duration_s) == ("v", 480.0)
     (closed,), _, _ = read(EgoTimeQA(tmp_path, form="closed"))
-    assert len(set(closed.wording.options)) == 4
-    assert closed.wording.target in closed.wording.options
+    assert len(set(closed.prompt.options)) == 4
+    assert closed.prompt.target in closed.prompt.options
 
 
 def test_real_openeqa():
@@ -157,7 +158,7 @@ def test_real_egoexolearn_narrations(tmp_path):
             table.writerow([*place, row["start_sec"], row["end_sec"], *(row[text] for text in texts)])
     records, problems, counts = read(EgoExoLearn(tmp_path, views=("exo",)))
     assert (len(records), problems, counts["exo rows of train"]) == (6_270, [], 6_270)
-    assert [record.wording.target for record in records] == [row[texts[2]].strip() for row in rows]
+    assert [record.prompt.target for record in records] == [row[texts[2]].strip() for row in rows]
     assert min(end - start for start, end in (record.window_s for record in records)) > 0.4999
     assert read(EgoExoLearn(tmp_path))[0] == []  # no ego row
 
@@ -169,7 +170,7 @@ def test_real_egoexolearn_segments_and_questions():
     asked, problems, counts = read(EgoExoLearn(sample("egoexolearn"), part="mcq"))
     assert (len(asked), problems, counts["videos"]) == (6_832, [], 707)
     assert counts["answers in words, given their option's letter"] == 2
-    letters = Counter("ABCDEF"[record.wording.options.index(record.wording.target)] for record in asked)
+    letters = Counter("ABCDEF"[record.prompt.options.index(record.prompt.target)] for record in asked)
     assert [round(100 * letters[letter] / len(asked)) for letter in "ABCD"] == [27, 34, 30, 8]
 
 
@@ -187,13 +188,13 @@ def test_real_egoexolearn_segments_and_questions():
 def test_real_files_are_written_and_read_back_without_a_warning(tmp_path, make):
     source = make()
     out = tmp_path / "out.jsonl"
-    done = convert(source, out, Templates(), "task_ego", 0)
+    done = convert(source, out)
     assert done.warnings == []
     file = ConversationFile(out)
     found = list(file)
     assert (len(found), file.problems, file.changes) == (done.records, [], {})
-    assert len({record.name for record in found}) == done.records > 1000
-    assert all(record.wording is not None and len(record.turns) == 1 for record in found)
+    assert len({record.id for record in found}) == done.records > 1000
+    assert all(record.prompt is not None and record.turns == () for record in found)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -214,9 +215,9 @@ def egtea(tmp_path):
 def test_egtea_ids_start_at_one_and_labels_have_spaces(egtea):
     records, problems, counts = read(Egtea(egtea, ("train_split1", "test_split1"), videos="here"))
     assert problems == []
-    assert [(record.key, record.wording.target, record.split) for record in records] == [
-        (CLIP, "cut bell pepper", "train_split1"),
-        (CLIP.replace("99", "98"), "inspect/read recipe", "train_split1"),
+    assert [(record.id, record.prompt.target, record.split) for record in records] == [
+        (f"egtea/{CLIP}", "cut bell pepper", "train_split1"),
+        (f"egtea/{CLIP.replace('99', '98')}", "inspect/read recipe", "train_split1"),
     ]
     assert counts["clips"] == 2  # the one of both splits once
     assert records[0].video == f"here/cropped_clips/P99-R01-PastaSalad/{CLIP}.mp4"
@@ -269,7 +270,7 @@ def test_egtea_labels_of_one_clip_that_differ_are_a_problem(egtea):
     assert len(records) == 2
     first = file.with_name("train_split1.txt")
     assert problem == (
-        f"{file} line 1: {CLIP} is 'turn on faucet', but 'cut bell pepper' in {first} line 1: correct one"
+        f"{file} line 1: egtea/{CLIP} is 'turn on faucet', but 'cut bell pepper' in {first} line 1: correct one"
     )
 
 
@@ -303,13 +304,13 @@ def ssv2(tmp_path):
 def test_ssv2_brackets_of_all_kinds_lead_to_the_class(ssv2):
     records, problems, _ = read(SomethingSomething(ssv2))
     assert problems == []
-    assert [record.wording.target for record in records] == [
+    assert [record.prompt.target for record in records] == [
         "moving red cup closer to plate",
         "pouring part of the milk",
     ]
     assert records[0].video == "ssv2/20bn-something-something-v2/7.webm"
     classes, _, _ = read(SomethingSomething(ssv2, answer="template"))
-    assert [record.wording.target for record in classes] == [
+    assert [record.prompt.target for record in classes] == [
         "moving something closer to something",
         "pouring part of something",
     ]
@@ -321,7 +322,7 @@ def test_ssv2_answers_of_the_test_split(ssv2):
         read(SomethingSomething(ssv2, ("test",)))
     # its classes carry no brackets, and so no fillings
     ((record,), problems, _) = read(SomethingSomething(ssv2, ("test",), answer="template"))
-    assert (record.key, record.wording.target, problems) == ("5", "pouring part of something", [])
+    assert (record.id, record.prompt.target, problems) == ("ssv2/5", "pouring part of something", [])
 
 
 @pytest.mark.parametrize(
@@ -391,7 +392,7 @@ def test_egotimeqa_windows(tmp_path, moment, options, window):
     assert records[0].window_s == pytest.approx(window)
 
 
-def test_egotimeqa_seconds_are_taken_as_they_are_and_grown_to_half_a_second(tmp_path):
+def test_egotimeqa_seconds_are_taken_as_they_are_and_expanded_to_half_a_second(tmp_path):
     rows = [asked(0, 1, start_sec=100.0, end_sec=101.5), asked(0, 1, start_sec=50.0, end_sec=50.1)]
     records, _, _ = egotimeqa_of(tmp_path, *rows)
     assert [record.window_s for record in records] == [pytest.approx((100.0, 101.5)), pytest.approx((49.8, 50.3))]
@@ -399,22 +400,22 @@ def test_egotimeqa_seconds_are_taken_as_they_are_and_grown_to_half_a_second(tmp_
 
 def test_egotimeqa_names_are_places_and_questions_say_i(tmp_path):
     records, _, counts = egotimeqa_of(tmp_path, asked(1, 2), asked(1, 2, answer="Person A has it"))
-    assert [record.key for record in records] == ["000000", "000001"]
-    assert records[0].wording.query == "Where did I put the knife?"
-    assert counts["rows naming a Person A, B, ... that the clip does not name"] == 1
-    assert counts["rows without an Ego4D video (--clips tells them)"] == 2
+    assert [record.id for record in records] == ["egotimeqa/000000", "egotimeqa/000001"]
+    assert records[0].prompt.query == "Where did I put the knife?"
+    assert counts["rows with a Person A, B, ... whom the clip does not name"] == 1
+    assert counts["rows without an Ego4D video (--clips names them)"] == 2
 
 
 def test_egotimeqa_choices_are_balanced_and_stay(tmp_path):
     rows = [asked(1, 2)] * 2000
     records, _, _ = egotimeqa_of(tmp_path, *rows, form="closed")
-    places = Counter(record.wording.options.index("in the drawer") for record in records)
-    assert {record.wording.task for record in records} == {"mcq"}
+    places = Counter(record.prompt.options.index("in the drawer") for record in records)
+    assert {record.prompt.task for record in records} == {"mcq"}
     assert all(abs(places[place] - 500) < 80 for place in range(4))  # four standard deviations
     again, _, _ = egotimeqa_of(tmp_path, *rows, form="closed")
     assert again == records
     mixed, _, _ = egotimeqa_of(tmp_path, *rows, form="mixed")
-    assert abs(sum(record.wording.task == "mcq" for record in mixed) - 1000) < 90
+    assert abs(sum(record.prompt.task == "mcq" for record in mixed) - 1000) < 90
 
 
 @pytest.mark.parametrize(
@@ -447,15 +448,15 @@ def test_egotimeqa_wrong_rows_are_named(tmp_path, change, options, message):
 def test_egotimeqa_ids_are_trimmed_and_texts_stand_on_one_line(tmp_path):
     (record,), problems, _ = egotimeqa_of(tmp_path, asked(1, 2, video_id=" c1 ", question="What did\n I  do?"))
     assert problems == []
-    assert (record.video, record.wording.query) == ("ego4d/clips/c1.mp4", "What did I do?")
+    assert (record.video, record.prompt.query) == ("ego4d/clips/c1.mp4", "What did I do?")
 
 
 def test_egotimeqa_spelling_does_not_give_the_answer_away(tmp_path):
     row = asked(1, 2, answer="where l\nput it", wrong_answers=["where l sat", "what l cut", "what l did"])
     (record,), problems, _ = egotimeqa_of(tmp_path, row, form="closed")
     assert problems == []
-    assert sorted(record.wording.options) == ["what I cut", "what I did", "where I put it", "where I sat"]
-    question, answer = Templates().turn(record.wording, "task_ego", 0)
+    assert sorted(record.prompt.options) == ["what I cut", "what I did", "where I put it", "where I sat"]
+    question, answer = Templates().render(record, "task_ego", 0)
     assert answer in question.split("\n")
 
 
@@ -502,7 +503,7 @@ def test_openeqa_shows_whole_episodes_and_knows_the_scene(tmp_path):
         [row, row | {"question_id": "q2", "extra_answers": None}, row | {"answer": 3}],
     )
     records, problems, counts = read(OpenEQA(tmp_path))
-    assert [record.key for record in records] == ["q1", "q2"]
+    assert [record.id for record in records] == ["openeqa/q1", "openeqa/q2"]
     assert (records[0].video, records[0].window_s) == (f"openeqa/frames/{row['episode_history']}", None)
     assert records[0].video_uid == "scene9999"
     assert counts["rows with extra answers"] == 1
@@ -553,19 +554,19 @@ def test_egoexolearn_both_headers_and_three_texts(tmp_path, key):
     write(tmp_path / "annotations/fine_annotation_trainval_en.csv", FINE.format(key) + ROWS)
     records, problems, counts = read(EgoExoLearn(tmp_path))
     assert problems == []
-    assert [(record.key, record.video, record.wording.target) for record in records] == [
-        ("a1", "egoexolearn/bee0.mp4", "Take the pan."),
-        ("a2", "egoexolearn/bee0.mp4", "Stir."),
+    assert [(record.id, record.video, record.prompt.target) for record in records] == [
+        ("egoexolearn/a1", "egoexolearn/bee0.mp4", "Take the pan."),
+        ("egoexolearn/a2", "egoexolearn/bee0.mp4", "Stir."),
     ]
     assert records[0].window_s == (12.4, 15.1)
-    assert records[1].window_s == pytest.approx((19.8, 20.3))  # grown to half a second, but not past what is annotated
+    assert records[1].window_s == pytest.approx((19.8, 20.3))  # half a second, not past the last annotation
     assert counts == {"ego rows of train": 2, "ego rows of val": 1, "exo rows of train": 1}
     for text, target in (("hand", "The right hand takes the pan."), ("raw", "Use your right hand.")):
         (first, _), _, _ = read(EgoExoLearn(tmp_path, text=text))
-        assert first.wording.target == target
-        assert "hand" in first.wording.query
+        assert first.prompt.target == target
+        assert "hand" in first.prompt.query
     everything, _, _ = read(EgoExoLearn(tmp_path, splits=("train", "val"), views=("ego", "exo")))
-    assert [record.key for record in everything] == ["a1", "a2", "a3", "a4"]
+    assert [record.id for record in everything] == [f"egoexolearn/a{n}" for n in (1, 2, 3, 4)]
 
 
 def test_egoexolearn_wrong_rows_are_named(tmp_path):
@@ -620,7 +621,7 @@ def test_egoexolearn_archives_that_are_none_are_named(tmp_path):
         file.write_bytes(content)
         with pytest.raises(SourceError, match=rf"^{file}: cannot be unpacked \(.*\): fetch the file again$"):
             read(EgoExoLearn(tmp_path, part="coarse"))
-    for content, message in ((b"null", "expected a JSON list, got NoneType"), (b"[" * 100_000, "malformed JSON")):
+    for content, message in ((b"null", "expected a JSON list, got NoneType"), (b"[" * 100_000, "invalid JSON")):
         archive_of(file, content)
         _, (problem,), _ = read(EgoExoLearn(tmp_path, part="coarse"))
         assert problem.startswith(f"{file} l1/bee0.json: {message}")
@@ -632,7 +633,7 @@ def test_egoexolearn_segments(tmp_path):
     content = json.dumps(segments).encode()
     archive_of(tmp_path / "coarse_annotations.tar.gz", content)
     (record,), (problem,), counts = read(EgoExoLearn(tmp_path, part="coarse"))
-    assert (record.window_s, record.duration_s, record.wording.target) == ((1.0, 7.0), 7.0, "1. Go.\n2. Stop.")
+    assert (record.window_s, record.duration_s, record.prompt.target) == ((1.0, 7.0), 7.0, "1. Go.\n2. Stop.")
     assert "l1/bee0.json entry 3: from 8.0 to 7.5 s of a video of 7.0 s" in problem
     assert counts["segments of no length, left out"] == 1
 
@@ -650,19 +651,19 @@ def test_egoexolearn_questions_with_letters_and_words(tmp_path):
     file = write(tmp_path / "Video_QA/x_mcq.jsonl", rows)
     records, problems, counts = read(EgoExoLearn(tmp_path, part="mcq"))
     for record in records:
-        assert (record.wording.query, record.wording.options, record.wording.target) == (
+        assert (record.prompt.query, record.prompt.options, record.prompt.target) == (
             "What now?",
             ("Go", "Stop"),
             "Stop",
         )
         assert (record.video, record.window_s) == ("egoexolearn/v.mp4", None)
-    assert [record.key for record in records] == ["mcq/v_0", "mcq/v_1"]
+    assert [record.id for record in records] == ["egoexolearn/mcq/v_0", "egoexolearn/mcq/v_1"]
     assert counts["answers in words, given their option's letter"] == 1
     assert [problem.partition(": ")[0] for problem in problems] == [f"{file} line {number}" for number in (3, 4, 5)]
     assert "answer 'C' is neither a letter nor an option" in problems[0]
     write(tmp_path / "Video_QA/x_qa.jsonl", mcq("He stops."))
     ((record,), _, _) = read(EgoExoLearn(tmp_path, part="qa"))
-    assert (record.wording.task, record.wording.query, record.wording.target) == ("qa", "What now?", "He stops.")
+    assert (record.prompt.task, record.prompt.query, record.prompt.target) == ("qa", "What now?", "He stops.")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -670,25 +671,25 @@ def test_egoexolearn_questions_with_letters_and_words(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("window", "grown_to"),
+    ("window", "expanded"),
     [((1.0, 2.0), (1.0, 2.0)), ((5.0, 5.1), (4.8, 5.3)), ((0.0, 0.1), (0.0, 0.5)), ((9.8, 9.9), (9.5, 10.0))],
 )
-def test_short_windows_grow_inside_the_file(window, grown_to):
-    assert grown(*window, least_s=0.5, last_s=10.0) == pytest.approx(grown_to)
+def test_short_windows_are_expanded_inside_the_file(window, expanded):
+    assert expand_window(*window, min_length_s=0.5, last_s=10.0) == pytest.approx(expanded)
 
 
 def test_wrong_rows_stop_a_conversion_and_are_all_named_or_left_out_with_a_warning(egtea, tmp_path):
     write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n{CLIP} 3 4 4\nx 3 4 4\n")
     out = tmp_path / "out.jsonl"
     with pytest.raises(InvalidRecords) as caught:
-        convert(Egtea(egtea), out, Templates(), "base", 0)
+        convert(Egtea(egtea), out)
     assert len(caught.value.problems) == 2
     write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n" * 6)
-    with pytest.raises(InvalidRecords, match=r"and 1 more: --skip-malformed \(which also writes the others\) names"):
-        convert(Egtea(egtea), out, Templates(), "base", 0)
+    with pytest.raises(InvalidRecords, match=r"and 1 more: --skip-invalid \(which also writes the others\) names"):
+        convert(Egtea(egtea), out)
     write(egtea / "action_annotation/train_split1.txt", f"{CLIP} 9 4 4\n{CLIP} 3 4 4\nx 3 4 4\n")
     assert not out.exists() and not list(tmp_path.glob("*.partial"))
-    done = convert(Egtea(egtea), out, Templates(), "base", 0, skip_malformed=True)
+    done = convert(Egtea(egtea), out, skip_invalid=True)
     assert (done.records, len(out.read_text().splitlines())) == (1, 1)
     assert [warning for warning in done.warnings if warning.startswith("left out: ")] == [
         f"left out: {problem}" for problem in caught.value.problems
@@ -699,11 +700,11 @@ def test_ids_that_are_given_twice_are_named_with_both_lines(tmp_path):
     row = "v,b1,train,ego,lab,1,3,x,x,Go.\n"
     file = write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + row * 3)
     with pytest.raises(InvalidRecords) as caught:
-        convert(EgoExoLearn(tmp_path), tmp_path / "out.jsonl", Templates(), "base", 0)
+        convert(EgoExoLearn(tmp_path), tmp_path / "out.jsonl")
     assert caught.value.problems == [
         f"{file} line {number}: 'egoexolearn/b1' is the id of {file} line 2 too: give each its own" for number in (3, 4)
     ]
-    done = convert(EgoExoLearn(tmp_path), tmp_path / "out.jsonl", Templates(), "base", 0, skip_malformed=True)
+    done = convert(EgoExoLearn(tmp_path), tmp_path / "out.jsonl", skip_invalid=True)
     assert done.records == 1
     assert sum(warning.startswith("left out: ") for warning in done.warnings) == 2
 
@@ -750,10 +751,9 @@ def test_the_command_prints_counts_and_what_is_missing(egtea, tmp_path, capsys):
     assert "warning: egtea: 8,297 of 8,299 rows of train_split1 are missing: fetch the file again\n" in printed.err
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert list(rows[0]) == [
-        *("id", "video", "conversations", "source", "channel", "task", "prompt_level", "template_id", "query"),
-        *("options", "target", "video_uid", "duration", "split"),
+        *("id", "video", "source", "prompt", "video_uid", "duration", "split"),
     ]
-    assert rows[0]["conversations"][1] == {"from": "gpt", "value": "cut bell pepper"}
+    assert rows[0]["prompt"] == {"task": "action", "query": "", "options": [], "target": "cut bell pepper"}
 
 
 @pytest.mark.parametrize(
@@ -767,7 +767,6 @@ def test_the_command_prints_counts_and_what_is_missing(egtea, tmp_path, capsys):
             "source: got 'datamodules.egoit.mix:MixConfig', expected a dataclass with a field",
         ),
         (["openeqa"], "holds none of open-eqa-v0.json, data/open-eqa-v0.json: put OpenEQA's questions there"),
-        (["egtea", "--templates", "{root}"], "holds no templates"),
     ],
 )
 def test_the_command_refuses_in_one_line(tmp_path, capsys, arguments, message):
@@ -794,8 +793,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from datamodules.egoit.datamodule import Wording
-from datamodules.egoit.records import Record
+from datamodules.egoit.records import InstructionRecord, PromptFields
 from datamodules.io.annotations import Official, option
 
 
@@ -811,7 +809,8 @@ class Mine:
     def read(self, counts):
         for number in range(self.times):
             counts.add("rows")
-            yield Record(str(number), "v.mp4", Wording("qa", self.name, "What?", (), "that"), "train", "v")
+            prompt = PromptFields("qa", query="What?", target="that")
+            yield InstructionRecord(f"mine/{number}", "v.mp4", prompt, source=self.name)
 """,
     )
     monkeypatch.syspath_prepend(tmp_path)

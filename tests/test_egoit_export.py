@@ -1,4 +1,4 @@
-"""Files for other stacks, clips cut for them, and which recordings a mix shares with the benchmarks."""
+"""Instruction files for other stacks, clips cut for them, and recordings that a mix shares with the benchmarks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from test_clip_stream import make_video
 
 from datamodules.egoit.__main__ import main
-from datamodules.egoit.datamodule import ConversationFile, Wording
-from datamodules.egoit.records import Record, row, write_rows
-from datamodules.egoit.templates import Templates
+from datamodules.egoit.reader import ConversationFile
+from datamodules.egoit.records import InstructionRecord, PromptFields, to_json, write_rows
+from datamodules.egoit.templates import Templates, draw
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.export import FORMATS, export
 from datamodules.tools.leaks import BENCHMARKS, benchmark_recordings, report
@@ -29,20 +29,25 @@ SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples"
 
 
 def write(file, records):
-    templates = Templates()
-    write_rows(file, [row(record, templates, "task_ego", seed=0) for record in records])
+    write_rows(file, [to_json(record) for record in records])
     return file
+
+
+def record_of(source, key, video, prompt, window_s=None, **fields):
+    return InstructionRecord(f"{source}/{key}", video, prompt, source=source, window_s=window_s, **fields)
 
 
 @pytest.fixture
 def windows(tmp_path):
     """Questions with and without options about windows of videos."""
-    choice = Wording("mcq", "egotimeqa", "Which?", ("a", "b", "c", "d"), "c")
-    said = Wording("description", "egoexolearn", "", (), 'Take the "pan", then — stop.')
+    asked = PromptFields("qa", "What?", "that")
+    choice = PromptFields("mcq", "Which?", "c", ("a", "b", "c", "d"))
+    narration = PromptFields("description", "", 'Take the "pan", then — stop.')
+    known = {"split": "train", "video_uid": "uid", "duration_s": 30.0}
     records = [
-        Record("0", "v/one.mp4", Wording("qa", "egotimeqa", "What?", (), "that"), "train", "uid", (1.0, 2.5), 30.0),
-        Record("1", "v/one.mp4", choice, "train", "", (0.0, 0.5)),
-        Record("2", "two.mp4", said, "val", "two", (3.25, 3.75)),
+        record_of("egotimeqa", "0", "v/one.mp4", asked, (1.0, 2.5), **known),
+        record_of("egotimeqa", "1", "v/one.mp4", choice, (0.0, 0.5), split="train"),
+        record_of("egoexolearn", "2", "two.mp4", narration, (3.25, 3.75), split="val", video_uid="two"),
     ]
     return write(tmp_path / "mine.jsonl", records)
 
@@ -58,9 +63,12 @@ def read(file):
 def test_every_form_is_read_back_unchanged(windows, tmp_path, to):
     lines = export([windows], to, tmp_path / "out")
     (file,) = [path for path in (tmp_path / "out").glob("mine.*")]
-    expected, changes = read(windows)
+    expected, _ = read(windows)
     found, changes = read(file)
-    assert found == expected and len(found) == 3
+    assert [replace(record, turns=()) for record in found] == expected and len(found) == 3
+    templates = Templates()
+    rendered = [templates.render(record, "task_ego", draw(0, 0, record.id)) for record in expected]
+    assert [record.turns for record in found] == [(turn,) for turn in rendered]
     assert bool(changes) == (to not in ("llamafactory", "swift"))  # what each form does to ours is undone, and said
     assert f"3 records written to {file}" in lines
     assert any("has windows, which readers of this form ignore: add --trim ROOT" in line for line in lines)
@@ -75,7 +83,7 @@ def test_forms_are_those_of_their_readers(windows, tmp_path):
     assert [type(entry["video"]) for entry in array] == [str] * 3
     lines = [json.loads(line) for line in written("videollama3", "mine.jsonl").splitlines()]
     assert [entry["video"] for entry in lines] == [["v/one.mp4"], ["v/one.mp4"], ["two.mp4"]]
-    assert written("swift", "mine.jsonl") == windows.read_text()
+    assert [json.loads(line) for line in written("swift", "mine.jsonl").splitlines()] == array
     first = json.loads(written("openai", "mine.jsonl").splitlines()[0])
     assert "conversations" not in first and "video" not in first
     asked, answered = first["messages"]
@@ -85,7 +93,11 @@ def test_forms_are_those_of_their_readers(windows, tmp_path):
     }
     assert asked["content"][0] == {"type": "video_url", "video_url": {"url": "v/one.mp4"}}
     assert asked["content"][1]["type"] == "text" and "<video>" not in asked["content"][1]["text"]
-    assert written("llamafactory", "mine.jsonl") == windows.read_text()
+    assert written("llamafactory", "mine.jsonl") == written("swift", "mine.jsonl")
+    assert list(array[0]) == [
+        *("id", "video", "start", "end", "conversations", "source", "channel", "task", "instruction_style"),
+        *("template_id", "query", "options", "target", "video_uid", "duration", "split"),
+    ]
     (tmp_path / "llamafactory" / "dataset_info.json").write_text('{"other": {"file_name": "other.json"}}')
     info = json.loads(written("llamafactory", "dataset_info.json"))
     assert info == {
@@ -111,8 +123,7 @@ def test_users_files_are_exported_with_what_all_records_have(tmp_path):
     )
     lines = export([file], "swift", tmp_path / "out")
     assert any(
-        "left out, since not every record has them or readers know them otherwise: label, note" in line
-        for line in lines
+        "left out, since some records lack them or other readers reserve them: label, note" in line for line in lines
     )
     assert any("a JSON array, read like JSON Lines" in line for line in lines)
     rows = [json.loads(line) for line in (tmp_path / "out" / "users.jsonl").read_text().splitlines()]
@@ -191,7 +202,7 @@ def test_real_files_load_with_the_datasets_library(tmp_path, load, words):
     for to in FORMATS:
         export([file], to, tmp_path / to)
         (exported,) = (tmp_path / to).glob("out.*")
-        assert read(exported)[0] == before
+        assert [replace(record, turns=()) for record in read(exported)[0]] == before
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -264,8 +275,8 @@ def test_trimming_takes_the_windows_out(windows, tmp_path, capsys):
     after, _ = read(out / "mine.json")
     reader = ClipReader()
     for old, new in zip(before, after, strict=True):
-        assert replace(new, video=old.video, start_s=old.start_s, end_s=old.end_s) == old
-        wanted = reader.read(root / old.video, [old.start_s + 0.01], 32)
+        assert replace(new, video=old.video, window_s=old.window_s, duration_s=old.duration_s, turns=()) == old
+        wanted = reader.read(root / old.video, [old.window_s[0] + 0.01], 32)
         found = reader.read(out / new.video, [0.01], 32)
         assert (wanted.frames.int() - found.frames.int()).abs().float().mean() < 4
     stamps = {file: file.stat().st_mtime_ns for file in out.rglob("*.mp4")}
@@ -279,9 +290,7 @@ def test_whole_videos_are_linked_beside_cut_ones_and_failures_stop_the_export(wi
     with pytest.raises(InvalidRecords, match=r"two\.mp4 \[3\.250, 3\.750\) s: No such file .*one\.mp4"):
         export([windows], "llava", out, root)
     assert not (out / "mine.json").exists()
-    whole = write(
-        tmp_path / "whole.jsonl", [Record("0", "scan/room", Wording("qa", "openeqa", "?", (), "x"), "v0", "s")]
-    )
+    whole = write(tmp_path / "whole.jsonl", [record_of("openeqa", "0", "scan/room", PromptFields("qa", "?", "x"))])
     (root / "scan" / "room").mkdir(parents=True)
     (root / "scan" / "room" / "0-rgb.png").write_bytes(b"x")
     export([whole], "swift", out, root)
@@ -289,7 +298,7 @@ def test_whole_videos_are_linked_beside_cut_ones_and_failures_stop_the_export(wi
 
 
 def cut_record(key, video, window=(0.0, 1.0)):
-    return Record(key, video, Wording("qa", "mine", "?", (), "x"), "train", "s", window)
+    return record_of("mine", key, video, PromptFields("qa", "?", "x"), window)
 
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), None])
@@ -331,9 +340,9 @@ def test_a_folder_of_pictures_is_not_cut_and_it_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", r"malformed JSON \(.*\): mend or remove it"), ("[]", "expected a JSON object, got list")],
+    [("{", r"invalid JSON \(.*\): fix or remove this file"), ("[]", "expected a JSON object, got list")],
 )
-def test_a_list_of_data_sets_that_is_none_is_left_alone(windows, tmp_path, content, message):
+def test_an_invalid_list_of_datasets_is_left_alone(windows, tmp_path, content, message):
     out = tmp_path / "out"
     out.mkdir()
     (out / "dataset_info.json").write_text(content)
@@ -394,15 +403,16 @@ def test_recordings_of_every_benchmark(tmp_path):
     assert found["qaego4d"] == {("ego4d", "e9")}
     file = root / "annotations.QaEgo4D_test.json"
     assert notes == [f"qaego4d: 1 of 2 rows of {file} name no recording and were not compared; for Ego4D, add --clips"]
-    question = write(tmp_path / "x.jsonl", [Record("0", "a.mp4", Wording("qa", "ssv2", "?", (), "x"), "train", "7")])
+    record = record_of("ssv2", "0", "a.mp4", PromptFields("qa", "?", "x"), video_uid="7")
+    question = write(tmp_path / "x.jsonl", [record])
     assert notes[0] in report([question], root)
 
 
 def test_names_of_another_collection_are_not_compared(tmp_path):
     root = official_files(tmp_path / "b")
     for source, shared in (("ssv2", "0"), ("egotimeqa", "0"), ("mine", "1 (1 records)")):
-        wording = Wording("action", source, "", (), "x")
-        file = write(tmp_path / f"{source}.jsonl", [Record("0", "a.webm", wording, "train", "4504")])
+        record = record_of(source, "0", "a.webm", PromptFields("action", "", "x"), video_uid="4504")
+        file = write(tmp_path / f"{source}.jsonl", [record])
         header, _, counts, *_ = report([file], root).splitlines()
         cells = dict(zip(header.strip("| ").split(" | "), counts.strip("| ").split(" | "), strict=True))
         assert cells["vlnqa"] == shared
@@ -430,11 +440,11 @@ def test_files_that_are_read_are_never_written_over(mixed, tmp_path, capsys, com
 
 @pytest.fixture
 def mixed(tmp_path):
-    question = Wording("qa", "egotimeqa", "?", (), "x")
+    question = PromptFields("qa", "?", "x")
     uids = ["e1", "e1", "e5", "e6", "", ""]
     clips = ["c0", "c0", "c0", "c0", "c1", "c8"]
     records = [
-        Record(str(n), f"ego4d/clips/{c}.mp4", question, "train", u, (0, 1))
+        record_of("egotimeqa", str(n), f"ego4d/clips/{c}.mp4", question, (0, 1), video_uid=u or None)
         for n, (u, c) in enumerate(zip(uids, clips, strict=True))
     ]
     return write(tmp_path / "egotimeqa.jsonl", records)
@@ -463,10 +473,10 @@ def test_shared_recordings_are_counted_and_left_out(mixed, tmp_path, capsys):
     assert any(note.startswith("vlnqa: not compared, no vlnqa.json below") for note in notes)
     assert any("1 records name no recording and were not compared" in note for note in notes)
     kept, _ = read(clean / "egotimeqa.jsonl")
-    assert [record.name for record in kept] == ["egotimeqa/3", "egotimeqa/5"]
+    assert [record.id for record in kept] == ["egotimeqa/3", "egotimeqa/5"]
     report([mixed], root, (), clean, ["egoschema"])
     kept, _ = read(clean / "egotimeqa.jsonl")
-    assert [record.name for record in kept] == [f"egotimeqa/{n}" for n in (2, 3, 4, 5)]
+    assert [record.id for record in kept] == [f"egotimeqa/{n}" for n in (2, 3, 4, 5)]
 
 
 def test_leaks_refuses_what_it_does_not_know(mixed, tmp_path, capsys):
@@ -476,7 +486,7 @@ def test_leaks_refuses_what_it_does_not_know(mixed, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"--only: got nothing, found below .*: egoschema, qaego4d"):
         report([mixed], root, (), tmp_path / "clean", ["nothing"])
     (root / "egomcq.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"egomcq\.json: is no file of egomcq \(.*\): remove it or fetch it again"):
+    with pytest.raises(ValueError, match=r"egomcq\.json: not a file of egomcq \(.*\): remove it or fetch it again"):
         report([mixed], root)
 
 

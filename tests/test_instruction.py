@@ -1,9 +1,10 @@
-"""Conversations about clips: what is read of a line, which seconds are shown, and which lines are refused."""
+"""Instruction tuning data: records become text, windows select seconds, and invalid lines are refused."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +14,11 @@ from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.clips.dataset import ClipConfig
 from datamodules.clips.loader import ResumableLoader
 from datamodules.clips.sampler import GlobalBatchSampler
-from datamodules.egoit.datamodule import Wording
-from datamodules.egoit.instruction import InstructionDataModule
+from datamodules.egoit.datamodule import InstructionDataModule
 from datamodules.egoit.mix import MixConfig, MixSource
-from datamodules.egoit.records import Record, row, write_rows
-from datamodules.egoit.templates import Templates
+from datamodules.egoit.records import InstructionRecord, PromptFields, to_json, write_rows
 from datamodules.io.jsonl import InvalidRecords
+from datamodules.tools.export import export
 from datamodules.toy_world.questions import write_templates
 from datamodules.video.errors import FileMissing, SpanOutsideFile
 from datamodules.video.probe import probe
@@ -146,7 +146,7 @@ def test_a_wrong_line_is_named(read, tmp_path, record, message):
 
 
 def test_a_missing_source_is_named(toy_tokenizer, tmp_path):
-    expected = rf"^data\.sources: no file {tmp_path / 'none.jsonl'}: run `make data` if .*, `make egoit` if .*, or set"
+    expected = rf"^data\.sources: no file {tmp_path / 'none.jsonl'}: run `make data` for .*, `make egoit` for .*"
     with pytest.raises(ValueError, match=expected):
         module(toy_tokenizer, tmp_path, [tmp_path / "none.jsonl"])
 
@@ -261,7 +261,7 @@ def take(source, count):
     return batches
 
 
-def test_a_mix_goes_on_where_it_was_stopped(toy_tokenizer, tmp_path):
+def test_a_mix_resumes_where_it_was_stopped(toy_tokenizer, tmp_path):
     sources = [MixSource(write(tmp_path, "a", 7), samples=9), write(tmp_path, "b", 3)]
 
     def start():
@@ -299,7 +299,7 @@ def test_what_was_changed_is_printed_once_for_each_file(toy_tokenizer, tmp_path,
     [
         ({"sources": []}, r"data\.sources: got none, allowed: one file or more, of own names"),
         ({"sources": ["one.jsonl", "x/one.jsonl"]}, r"data\.sources: got one, one, allowed"),
-        ({"prompt_level": "ego"}, r"data\.prompt_level: got 'ego', allowed: base, task, task_ego, as_written"),
+        ({"instruction_style": "ego"}, r"data\.instruction_style: got 'ego', allowed: base, task, task_ego, raw"),
         (
             {"sources": [{"file": "one.jsonl", "wait": 1}]},
             r"\[0\]\.wait: no such key in data\.sources\[0\], allow",
@@ -329,37 +329,49 @@ def test_impossible_mixes_are_refused(toy_tokenizer, tmp_path, monkeypatch, opti
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# wording
+# rendering
 
 
 @pytest.fixture
 def official(tmp_path):
-    """A hundred questions, as a converter would write them with seed 0."""
-    templates, file = Templates(), tmp_path / "egotimeqa.jsonl"
+    """A hundred questions, as a converter writes them."""
     records = [
-        Record(f"{n}", f"{n // 3}.mp4", Wording("qa", "egotimeqa", f"What {n}?", (), "left"), "train", "", (0.0, 1.0))
+        InstructionRecord(
+            id=f"egotimeqa/{n}",
+            video=f"{n // 3}.mp4",
+            prompt=PromptFields("qa", query=f"What {n}?", target="left"),
+            source="egotimeqa",
+            window_s=(0.0, 1.0),
+            split="train",
+        )
         for n in range(100)
     ]
-    write_rows(file, [row(record, templates, "task_ego", seed=0) for record in records])
-    return str(file)
+    write_rows(tmp_path / "egotimeqa.jsonl", [to_json(record) for record in records])
+    return str(tmp_path / "egotimeqa.jsonl")
 
 
-def test_epoch_0_says_what_the_file_says_and_later_ones_word_it_anew(toy_tokenizer, tmp_path, official):
+def test_epoch_0_is_the_exported_text_and_later_epochs_draw_again(toy_tokenizer, tmp_path, official):
     samples = mixed(toy_tokenizer, tmp_path, [official]).read()
-    as_written = mixed(toy_tokenizer, tmp_path, [official], prompt_level="as_written").read()
-    assert [samples.turns(n, 0) for n in range(100)] == [as_written.turns(n, 0) for n in range(100)]
-    assert [as_written.turns(n, 1) for n in range(100)] == [as_written.turns(n, 0) for n in range(100)]
+    export([Path(official)], "swift", tmp_path / "out")
+    exported = str(tmp_path / "out" / "egotimeqa.jsonl")
+    raw = mixed(toy_tokenizer, tmp_path, [exported], instruction_style="raw").read()
+    assert [samples.turns(n, 0) for n in range(100)] == [raw.turns(n, 0) for n in range(100)]
+    assert [raw.turns(n, 1) for n in range(100)] == [raw.turns(n, 0) for n in range(100)]
+    # Rows with both a finished text and prompt fields are rendered, as those of earlier versions were.
+    again = mixed(toy_tokenizer, tmp_path, [exported]).read()
+    for epoch in (0, 1):
+        assert [again.turns(n, epoch) for n in range(100)] == [samples.turns(n, epoch) for n in range(100)]
     changed = sum(samples.turns(n, 1) != samples.turns(n, 0) for n in range(100))
     assert 80 <= changed < 100  # nine of ten, but for chance
     assert all(samples.turns(n, 1)[0][0].endswith(f"What {n}?") for n in range(100))
     assert all(samples.turns(n, 1)[0][1] == "Left." for n in range(100))
 
 
-def test_levels_and_banks_are_keys(toy_tokenizer, tmp_path, official):
-    base = mixed(toy_tokenizer, tmp_path, [official], prompt_level="base").read()
+def test_styles_and_banks_are_keys(toy_tokenizer, tmp_path, official):
+    base = mixed(toy_tokenizer, tmp_path, [official], instruction_style="base").read()
     assert max(len(base.turns(n, 0)[0][0]) for n in range(100)) < 60
     write_templates(tmp_path / "mine")
-    own = mixed(toy_tokenizer, tmp_path, [official], prompt_level="base", templates=str(tmp_path / "mine")).read()
+    own = mixed(toy_tokenizer, tmp_path, [official], instruction_style="base", templates=str(tmp_path / "mine")).read()
     asked = {own.turns(n, 0)[0][0].replace(f"What {n}?", "*") for n in range(100)}
     assert asked == {frame.format("*") for frame in ("{}", "What? {}", "{} yes?")} | asked
     assert len(asked) == 10
@@ -380,7 +392,7 @@ def test_seed_epoch_and_id_decide_the_prompt_on_any_rank_and_after_a_resume(toy_
     checked = 0
     for rank in range(world):
         state, step = None, 0
-        for until in (5, 21, 37, 48):  # crashes within epochs of 16 steps: another process goes on
+        for until in (5, 21, 37, 48):  # crashes within epochs of 16 steps: another process resumes
             source = loader(mixed(toy_tokenizer, tmp_path, [official], seed=7).read(), rank, world, 6, seed=7)
             if state is not None:
                 source.load_state_dict(json.loads(state))
@@ -413,15 +425,20 @@ def test_questions_about_one_clip_are_joined(toy_tokenizer, tmp_path, official):
     assert samples.groups()[:3].tolist() == [0, 0, 1]  # for shuffling by video
 
 
-def test_records_that_no_template_words_are_named(toy_tokenizer, tmp_path):
+def test_records_without_a_template_are_named(toy_tokenizer, tmp_path):
     made = {"task": "riddle", "source": "x", "query": "?", "target": "y", "template_id": 3, "conversations": TURNS[:2]}
     file = write(tmp_path, "riddles", 2, **made)
     with pytest.raises(InvalidRecords, match=r"record riddles/0: .*no templates for task 'riddle'.*riddles/1"):
         mixed(toy_tokenizer, tmp_path, [file]).read()
-    assert len(mixed(toy_tokenizer, tmp_path, [file], prompt_level="as_written").read()) == 2
+    assert len(mixed(toy_tokenizer, tmp_path, [file], instruction_style="raw").read()) == 2
 
 
-def test_a_folder_of_pictures_is_shown(toy_tokenizer, tmp_path):
+def test_raw_needs_finished_conversations(toy_tokenizer, tmp_path, official):
+    with pytest.raises(InvalidRecords, match=r"egotimeqa/0: has prompt fields only: set instruction_style to"):
+        mixed(toy_tokenizer, tmp_path, [official], instruction_style="raw").read()
+
+
+def test_a_folder_of_frames_is_shown(toy_tokenizer, tmp_path):
     folder = tmp_path / "scan"
     folder.mkdir()
     for number in range(4):
@@ -429,4 +446,4 @@ def test_a_folder_of_pictures_is_shown(toy_tokenizer, tmp_path):
         Image.new("L", (8, 8), 255).save(folder / f"{number:03d}-depth.png")
     samples = mixed(toy_tokenizer, tmp_path, [write(tmp_path, "scans", 1, video="scan")]).read()
     frames = samples.videos(samples.span(0, 0))["ego"]
-    assert frames[:, 32, 32].tolist() == [[60, 0, 0], [180, 0, 0]]  # the middles of both halves of four pictures
+    assert frames[:, 32, 32].tolist() == [[60, 0, 0], [180, 0, 0]]  # the middles of both halves of four frames

@@ -45,6 +45,8 @@ WHAT = r"(?-i:\bwhat (is|are|the|a|it|they|of|was|has)\b)"
 
 # Uses that are right where they are: (file, rule) to their number.
 EXCEPTIONS: dict[tuple[str, str], int] = {
+    ("lightning_modules/config.py", "wording"): 4,  # the old name of a key
+    ("tests/test_config.py", "wording"): 3,  # the same
     ("lightning_modules/config.py", "skipped"): 1,  # the old name of a key
 }
 

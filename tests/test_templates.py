@@ -1,16 +1,19 @@
-"""Banks of wordings: ten different ones for each task and level, filled, joined and drawn as they should be."""
+"""Template banks: ten different prompts for each task and style, filled, joined and drawn as documented."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import yaml
 
-from datamodules.egoit.datamodule import VIDEO_TAG, Wording
-from datamodules.egoit.records import Record, row
-from datamodules.egoit.templates import BANK_SIZE, FOLDER, LEVELS, TASKS, Templates, draw
+from datamodules.egoit.records import InstructionRecord, PromptFields, to_json, write_rows
+from datamodules.egoit.templates import BANK_SIZE, FOLDER, STYLES, TASKS, Templates, draw
+from datamodules.io.conversation import VIDEO_TAG
+from datamodules.tools.export import Rendering, export
 
 SOURCES = ("egtea", "ssv2", "egotimeqa", "openeqa", "egoexolearn", "somebody_elses")
 OPTIONS = ("on the table", "in the sink", "in the drawer", "on the shelf")
@@ -20,10 +23,14 @@ VIEWPOINT = re.compile(
 )
 
 
-def wording(task, source):
+def record_of(task, source, query, target, options=()):
+    return InstructionRecord("id", "v.mp4", PromptFields(task, query, target, options), source=source)
+
+
+def sample(task, source):
     question = {"qa": "Where did I put the knife?", "mcq": "Where did I put the knife?", "description": "Name hands."}
     options = OPTIONS if task == "mcq" else ()
-    return Wording(task, source, question.get(task, ""), options, "in the drawer")
+    return record_of(task, source, question.get(task, ""), "in the drawer", options)
 
 
 @pytest.fixture(scope="module")
@@ -31,45 +38,46 @@ def templates():
     return Templates()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("task", TASKS)
-def test_ten_wordings_differ_and_are_filled(templates, task, source, level):
-    made = wording(task, source)
-    questions = [templates.turn(made, level, number)[0] for number in range(BANK_SIZE)]
+def test_ten_prompts_differ_and_are_filled(templates, task, source, style):
+    record = sample(task, source)
+    query = record.prompt.query
+    questions = [templates.render(record, style, number)[0] for number in range(BANK_SIZE)]
     assert len(set(questions)) == 10
     for question in questions:
         assert not re.search(r"[{}]|  | \n|\n\n", question) and question == question.strip() != ""
         assert VIDEO_TAG not in question
         if task == "qa":
-            assert question.endswith(made.query)
+            assert question.endswith(query)
         if task == "mcq":
-            assert question.count(made.query) == 1
+            assert question.count(query) == 1
             assert "\n(A) on the table\n(B) in the sink\n(C) in the drawer\n(D) on the shelf" in question
         if task == "description":
-            assert (made.query in question) == (level != "base")
-        if level == "base":
-            assert not VIEWPOINT.search(question.replace(made.query, ""))
-    if level == "task_ego":
-        assert sum(bool(VIEWPOINT.search(question.replace(made.query, ""))) for question in questions) >= 8
+            assert (query in question) == (style != "base")
+        if style == "base":
+            assert not VIEWPOINT.search(question.replace(query, ""))
+    if style == "task_ego":
+        assert sum(bool(VIEWPOINT.search(question.replace(query, ""))) for question in questions) >= 8
 
 
-def test_levels_add_to_each_other(templates):
+def test_styles_add_to_each_other(templates):
     for task in TASKS:
         for number in range(BANK_SIZE):
-            base, more, ego = (templates.turn(wording(task, "egtea"), level, number)[0] for level in LEVELS)
+            base, more, ego = (templates.render(sample(task, "egtea"), style, number)[0] for style in STYLES)
             assert set(base.split()) <= set(more.split()) <= set(ego.split())
             assert len(base) < len(more) < len(ego)
 
 
 def test_sources_have_their_own_banks(templates):
-    kitchen, motion, other = (templates.turn(wording("action", s), "task_ego", 0)[0] for s in ("egtea", "ssv2", "x"))
+    kitchen, motion, other = (templates.render(sample("action", s), "task_ego", 0)[0] for s in ("egtea", "ssv2", "x"))
     assert "kitchen" in kitchen and "direction and outcome" in motion
     assert len({kitchen, motion, other}) == 3
-    rooms = [templates.turn(wording("qa", "openeqa"), "task_ego", n)[0] for n in range(BANK_SIZE)]
+    rooms = [templates.render(sample("qa", "openeqa"), "task_ego", n)[0] for n in range(BANK_SIZE)]
     assert not any(re.search(r"\bhands?\b", room) for room in rooms)  # a scan of rooms shows none
     for number in range(BANK_SIZE):
-        text, _ = templates.turn(wording("action", "ssv2"), "task", number)
+        text, _ = templates.render(sample("action", "ssv2"), "task", number)
         assert re.search(r"direction|where|way they end|leads", text), text
 
 
@@ -84,22 +92,23 @@ def test_sources_have_their_own_banks(templates):
     ],
 )
 def test_answers_have_the_form_of_their_task(templates, task, target, answer):
-    made = Wording(task, "x", "?", OPTIONS if task == "mcq" else (), target)
-    assert {templates.turn(made, level, n)[1] for level in LEVELS for n in range(BANK_SIZE)} == {answer}
+    record = record_of(task, "x", "?", target, OPTIONS if task == "mcq" else ())
+    assert {templates.render(record, style, n)[1] for style in STYLES for n in range(BANK_SIZE)} == {answer}
 
 
-def test_a_row_holds_the_clip_once_and_what_it_was_made_from(templates):
-    made = wording("mcq", "egotimeqa")
-    written = row(Record("9", "v.mp4", made, "train", "", (0, 1)), templates, "task", seed=4)
-    assert written["conversations"][0]["value"].count(VIDEO_TAG) == 1
-    assert written["conversations"][0]["value"].startswith(f"{VIDEO_TAG}\n")
-    assert written["template_id"] == draw(4, 0, "egotimeqa/9")
-    assert (
-        written["conversations"][0]["value"]
-        == f"{VIDEO_TAG}\n" + templates.turn(made, "task", draw(4, 0, "egotimeqa/9"))[0]
-    )
-    assert (written["start"], written["end"]) == (0.0, 1.0)
-    assert all(type(written[key]) is float for key in ("start", "end", "duration"))
+def test_an_exported_row_holds_the_clip_once_and_its_prompt_fields(templates, tmp_path):
+    record = replace(sample("mcq", "egotimeqa"), id="egotimeqa/9", window_s=(0, 1))
+    write_rows(tmp_path / "mine.jsonl", [to_json(record)])
+    export([tmp_path / "mine.jsonl"], "swift", tmp_path / "out", rendering=Rendering(templates, "task", seed=4))
+    row = json.loads((tmp_path / "out" / "mine.jsonl").read_text())
+    text = row["conversations"][0]["value"]
+    assert text.count(VIDEO_TAG) == 1
+    assert text.startswith(f"{VIDEO_TAG}\n")
+    assert row["template_id"] == draw(4, 0, "egotimeqa/9")
+    assert text == f"{VIDEO_TAG}\n" + templates.render(record, "task", draw(4, 0, "egotimeqa/9"))[0]
+    assert (row["task"], row["query"], row["options"].split("\n")) == ("mcq", record.prompt.query, [*OPTIONS])
+    assert (row["start"], row["end"]) == (0.0, 1.0)
+    assert all(type(row[key]) is float for key in ("start", "end", "duration"))
 
 
 def test_draws_depend_on_seed_epoch_and_name_only():
@@ -119,7 +128,7 @@ def entries(**changes):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a: [", r"qa\.yaml: no YAML"),
+        ("a: [", r"qa\.yaml: invalid YAML"),
         ("[]", r"qa\.yaml: expected keys and values"),
         ({"default": entries()}, r"answer is None, allowed: phrase, sentence, letter"),
         ({"answer": "phrase"}, "there are 0 banks"),
@@ -131,10 +140,10 @@ def entries(**changes):
         ({"answer": "phrase", "order": 5, "default": entries()}, r"default\[0\]: expected texts .* and an order"),
         ({"answer": "phrase", "default": 5}, r"default: got 5, expected a list of 10 entries"),
         ({"answer": "phrase", "default": entries(base="What?")}, r"default\[3\]: base lacks question in braces"),
-        ({"answer": "phrase", "default": entries(base="b1 {question}")}, r"default\[3\]: base is that of \[1\]"),
+        ({"answer": "phrase", "default": entries(base="b1 {question}")}, r"default\[3\]: base equals that of \[1\]"),
     ],
 )
-def test_banks_that_cannot_be_used_are_refused(tmp_path, content, message):
+def test_invalid_banks_are_refused(tmp_path, content, message):
     (tmp_path / "qa.yaml").write_text(content if isinstance(content, str) else yaml.safe_dump(content))
     with pytest.raises(ValueError, match=message):
         Templates(tmp_path)
@@ -149,9 +158,9 @@ def test_a_bank_of_choices_must_show_them(tmp_path):
 @pytest.mark.parametrize("count", [2, 5])
 def test_prompts_of_choices_do_not_count_them(templates, count):
     options = tuple("abcde"[:count])
-    made = Wording("mcq", "mine", "Which?", options, "b")
-    said = " ".join(templates.turn(made, "task_ego", number)[0] for number in range(BANK_SIZE))
-    assert not re.search(r"\b(two|three|four|five) of\b", said)
+    record = record_of("mcq", "mine", "Which?", "b", options)
+    prompts = " ".join(templates.render(record, "task_ego", number)[0] for number in range(BANK_SIZE))
+    assert not re.search(r"\b(two|three|four|five) of\b", prompts)
 
 
 def test_missing_banks_and_impossible_choices_are_named(tmp_path):
@@ -159,14 +168,16 @@ def test_missing_banks_and_impossible_choices_are_named(tmp_path):
         Templates(tmp_path)
     (tmp_path / "qa.yaml").write_text(yaml.safe_dump({"answer": "phrase", "mine": entries()}))
     own = Templates(tmp_path)
-    assert own.turn(wording("qa", "mine"), "task_ego", 3) == (f"e b3 {wording('qa', 'mine').query} t", "in the drawer")
+    record = sample("qa", "mine")
+    assert own.render(record, "task_ego", 3) == (f"e b3 {record.prompt.query} t", "in the drawer")
     with pytest.raises(ValueError, match=r"no templates for task 'action', there are: qa"):
-        own.turn(wording("action", "mine"), "base", 0)
+        own.render(sample("action", "mine"), "base", 0)
     with pytest.raises(ValueError, match=r"no templates for task 'qa'"):
-        own.turn(wording("qa", "other"), "base", 0)
-    wrong = Wording("mcq", "x", "?", OPTIONS, "elsewhere")
+        own.render(sample("qa", "other"), "base", 0)
     with pytest.raises(ValueError, match="target 'elsewhere' is none of the options"):
-        Templates().turn(wrong, "base", 0)
+        PromptFields("mcq", "?", "elsewhere", OPTIONS)
+    with pytest.raises(ValueError, match=r"target 'x' is none of the options \[\]"):
+        Templates().render(record_of("mcq", "x", "?", "x"), "base", 0)
 
 
 def test_the_banks_come_with_the_package():

@@ -21,10 +21,10 @@ import pytest
 from datamodules.ego_exo_clip.build import build_index, select_clips
 from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
 from datamodules.ego_exo_clip.index import PairIndex
-from datamodules.egoit.datamodule import ConversationFile, Wording
-from datamodules.egoit.records import Record
+from datamodules.egoit.reader import ConversationFile
+from datamodules.egoit.records import InstructionRecord, PromptFields
 from datamodules.egoit.sources.egotimeqa import EgoTimeQA
-from datamodules.egoit.templates import LEVELS, Templates
+from datamodules.egoit.templates import STYLES, Templates
 from datamodules.io.annotations import Counts
 from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions, release
@@ -451,7 +451,7 @@ def practice(toy_world):
     def action_of(record):
         index = int(re.fullmatch(r"practice/P(\d{4})-R01-TableTop\.mp4", record.video)[1])
         take = simulate(SEEDS["practice"] + index, PRESETS["easy"])
-        (action,) = [a for a in take.actions if a.start_s <= record.start_s < record.end_s <= a.end_s]
+        (action,) = [a for a in take.actions if a.start_s <= record.window_s[0] < record.window_s[1] <= a.end_s]
         return take, action
 
     files = {name: ConversationFile(toy_world / "instructions" / f"{name}.jsonl") for name in PRACTICE}
@@ -471,17 +471,17 @@ def test_practice_goes_through_the_converters_and_stays_true(practice):
     }
     for record, take, action in practice["egtea"]:
         thing = take.things[action.thing]
-        assert record.wording.target == f"{action.verb} {thing.colour} {thing.kind}"
+        assert record.prompt.target == f"{action.verb} {thing.colour} {thing.kind}"
     for record, take, action in practice["egoexolearn"]:
-        assert record.wording.target == questions.caption(take, action)
-    kinds = [assert_true(r.wording.query, r.wording.target, take, action) for r, take, action in practice["egotimeqa"]]
+        assert record.prompt.target == questions.caption(take, action)
+    kinds = [assert_true(r.prompt.query, r.prompt.target, take, action) for r, take, action in practice["egotimeqa"]]
     assert Counter(kinds) == dict.fromkeys(questions.QUESTIONS, 24)
 
 
 def test_practice_clips_of_the_sources_show_the_same_seconds(practice):
     def windows(name):
         return sorted(
-            {(record.video, round(record.start_s, 2), round(record.end_s, 2)) for record, *_ in practice[name]}
+            {(record.video, *(round(time_s, 2) for time_s in record.window_s)) for record, *_ in practice[name]}
         )
 
     assert windows("egotimeqa") == windows("egoexolearn")
@@ -497,7 +497,7 @@ def test_the_official_files_have_the_oddities_of_the_real_ones(toy_world):
     assert np.mean(lengths) == pytest.approx(1.0)  # in means, not in seconds
     assert all(len({row["answer"], *row["wrong_answers"]}) == 4 for row in rows)
     closed = list(EgoTimeQA(official / "egotimeqa", form="closed").read(Counts()))
-    assert all(isinstance(record, Record) and record.wording.task == "mcq" for record in closed)
+    assert all(isinstance(record, InstructionRecord) and record.prompt.task == "mcq" for record in closed)
     header = (official / "egoexolearn/annotations/fine_annotation_trainval_en.csv").read_text().splitlines()[0]
     assert header.startswith("video_uid,annotation_id,subset,view,scene,start_sec,end_sec,narration_en,")
 
@@ -509,11 +509,13 @@ def test_the_worlds_templates_are_in_its_words_and_the_first_asks_as_held_out_cl
     lettered = f"{question}\nOptions:\n(A) right\n(B) left\n(C) both\n(D) neither"
     banks = {"qa": question, "description": questions.CAPTION_INSTRUCTION, "action": None, "mcq": lettered}
     for task, base in banks.items():
-        made = Wording(task, "x", question if task in ("qa", "mcq") else "", choices if task == "mcq" else (), "left")
-        assert task != "mcq" or templates.turn(made, "base", 0)[1] == "(B) left"
-        assert base is None or templates.turn(made, "base", 0)[0] == base
-        for level in LEVELS:
-            texts = [templates.turn(made, level, number)[0] for number in range(10)]
+        query = question if task in ("qa", "mcq") else ""
+        prompt = PromptFields(task, query, "left", choices if task == "mcq" else ())
+        record = InstructionRecord("x/0", "v.mp4", prompt, source="x")
+        assert task != "mcq" or templates.render(record, "base", 0)[1] == "(B) left"
+        assert base is None or templates.render(record, "base", 0)[0] == base
+        for style in STYLES:
+            texts = [templates.render(record, style, number)[0] for number in range(10)]
             assert len(set(texts)) == 10
             ids = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
             assert tokenizer.unk_token_id not in ids

@@ -1,5 +1,5 @@
-"""EgoIT: official annotation files to one instruction mix, ``python -m datamodules.egoit convert|export|leaks``.
+"""EgoIT: instruction tuning from official annotation files, ``python -m datamodules.egoit convert|export|leaks``.
 
-A file for each source in ``sources``; a source of your own is one more such file, see
-``sources.base.InstructionSource``. Nothing here needs torch, a network or, but for trimming, a video.
+Each source has a file in ``sources``; a source of your own is one file of yours, see
+``sources.base.InstructionSource``. The commands need neither torch nor a network, and videos only for trimming.
 """

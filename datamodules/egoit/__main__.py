@@ -1,4 +1,4 @@
-"""``python -m datamodules.egoit convert|export|leaks``: rebuild the instruction mix, and hand it on."""
+"""``python -m datamodules.egoit convert|export|leaks``: rebuild the instruction mix, export it, check it for leaks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from datamodules.egoit.sources.base import InstructionSource, convert
-from datamodules.egoit.templates import FOLDER, LEVELS, Templates
-from datamodules.tools.export import FORMATS, export
+from datamodules.egoit.templates import FOLDER, STYLES, Templates
+from datamodules.tools.export import FORMATS, Rendering, export
 from datamodules.tools.leaks import report
 
 SOURCES = {
@@ -25,7 +25,11 @@ SOURCES = {
 
 
 def _source_class(name: str) -> Any:
-    """The class of a source by its name, or by ``module:Class``."""
+    """Return the class of a source by its name, or by ``module:Class``.
+
+    Raises:
+        ValueError: there is no such source, or the class is not one.
+    """
     module, _, attribute = SOURCES.get(name, name).partition(":")
     if not attribute:
         raise ValueError(f"source: got {name!r}, allowed: {', '.join(SOURCES)}, or module:Class of your own")
@@ -40,7 +44,7 @@ def _source_class(name: str) -> Any:
 
 
 def _add_option(parser: argparse.ArgumentParser, item: Field[Any], kind: Any) -> None:
-    """A field of a source as an option; its type says how it is read."""
+    """Add a field of a source as an option, parsed by its type."""
     name, several = f"--{item.name.replace('_', '-')}", str(kind).startswith("tuple")
     help_text = item.metadata.get("help", "folder of the official annotation files")
     if kind is bool:
@@ -67,23 +71,18 @@ def _convert(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m datamodules.egoit convert",
         description=f"Official annotation files to JSON Lines. Sources: {', '.join(SOURCES)}, or module:Class of your "
-        "own; a source has options of its own, see `convert SOURCE --help`.",
+        "own. Each source has options of its own, see `convert SOURCE --help`.",
     )
-    parser.add_argument("source", help="which one")
+    parser.add_argument("source", help="name of a source, or module:Class of your own")
     if name is not None:
         kind = _source_class(name)
         hints = get_type_hints(kind)
         for item in fields(kind):
             _add_option(parser, item, hints[item.name])
     parser.add_argument("--out", type=Path, help="file to write (default: data/egoit/<source>[_<part>].jsonl)")
-    parser.add_argument("--templates", type=Path, default=FOLDER, help="folder of template banks (default: ours)")
-    parser.add_argument("--level", choices=LEVELS, default="task_ego", help="level of prompts (default: task_ego)")
-    parser.add_argument("--seed", type=int, default=0, help="of templates: epoch 0 of a run with it draws the same")
-    parser.add_argument("--skip-malformed", action="store_true", help="name wrong rows and go on without them")
+    parser.add_argument("--skip-invalid", action="store_true", help="warn of invalid rows and leave them out")
     given = vars(parser.parse_args(words))
-    out, templates, level, seed, skip = (
-        given.pop(key) for key in ("out", "templates", "level", "seed", "skip_malformed")
-    )
+    out, skip_invalid = given.pop("out"), given.pop("skip_invalid")
     del given["source"]
     if not given["root"].is_dir():
         raise ValueError(f"--root: no folder {given['root']}: give the one that holds the official annotation files")
@@ -92,7 +91,7 @@ def _convert(words: Sequence[str]) -> int:
     )
     part = given.get("part", "fine")
     out = out or Path("data/egoit") / f"{source.name}{'' if part == 'fine' else f'_{part}'}.jsonl"
-    done = convert(source, out, Templates(templates), level, seed, skip)
+    done = convert(source, out, skip_invalid)
     print(done.table)
     print(f"{done.records:,} records written to {out}")
     for warning in done.warnings:
@@ -105,18 +104,22 @@ def _export(words: Sequence[str]) -> int:
         prog="python -m datamodules.egoit export", description="Write instruction files for other training stacks."
     )
     parser.add_argument("files", nargs="+", type=Path, help="instruction files")
-    parser.add_argument("--to", choices=FORMATS, required=True, help="whose form")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="form to write")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument(
         "--trim",
         type=Path,
         metavar="ROOT",
-        help="cut clips out of the videos below this data root, for readers that "
-        "know no windows; videos of the result are below --out",
+        help="cut clips out of the videos below this data root, for readers without "
+        "windows; videos of the result are below --out",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that cut")
+    parser.add_argument("--templates", type=Path, default=FOLDER, help="folder of template banks (default: EgoIT's)")
+    parser.add_argument("--style", choices=STYLES, default="task_ego", help="style of prompts (default: task_ego)")
+    parser.add_argument("--seed", type=int, default=0, help="draw templates as epoch 0 of a run with this seed")
     given = parser.parse_args(words)
-    for line in export(given.files, given.to, given.out, given.trim, given.workers):
+    rendering = Rendering(Templates(given.templates), given.style, given.seed)
+    for line in export(given.files, given.to, given.out, given.trim, given.workers, rendering):
         print(line)
     return 0
 
@@ -128,7 +131,7 @@ def _leaks(words: Sequence[str]) -> int:
     )
     parser.add_argument("files", nargs="+", type=Path, help="instruction files")
     parser.add_argument("--benchmarks", type=Path, required=True, help="folder of the benchmarks' official files")
-    parser.add_argument("--clips", type=Path, nargs="+", default=[], help="files that tell the Ego4D video of a clip")
+    parser.add_argument("--clips", type=Path, nargs="+", default=[], help="files that name the Ego4D video of a clip")
     parser.add_argument("--clean", type=Path, metavar="FOLDER", help="write the files without shared recordings here")
     parser.add_argument(
         "--only", nargs="+", metavar="BENCHMARK", help="with --clean, leave out what these share (default: any)"
@@ -139,10 +142,10 @@ def _leaks(words: Sequence[str]) -> int:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a command; exit status 2 with one line when something does not fit."""
+    """Run a command; return exit status 2 after one line on stderr if it cannot be done."""
     commands = {"convert": _convert, "export": _export, "leaks": _leaks}
     parser = argparse.ArgumentParser(
-        prog="python -m datamodules.egoit", description="Rebuild the instruction mix, and hand it on."
+        prog="python -m datamodules.egoit", description="Rebuild the instruction mix, export it, check it for leaks."
     )
     parser.add_argument("command", choices=commands)
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="see `<command> --help`")

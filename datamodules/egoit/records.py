@@ -1,146 +1,242 @@
-r"""The record of instruction data, and how a file of them is written so that every reader takes it.
+"""The instruction record: one form from a source's annotations to the prompt, with its JSON form and a compact store.
 
-One JSON object a line::
+A source makes an ``InstructionRecord`` of each annotation. It holds the prompt fields (task, question, options, answer)
+and no finished text: a template renders them when a sample is drawn, see ``templates.Templates.render``. Records of
+other files hold a finished conversation instead.
 
-    id             str            <source>/<unique key>
-    video          str            below the data root; a file or a folder of pictures
-    start, end     float          seconds in that file; a file of trimmed clips has them on no row
-    conversations  [{from, value}]  human and gpt in turn, "<video>\n" first
-    source         str            whose bank of templates is used; channel repeats it, ms-swift logs a loss for each
-    task           str            action, qa, mcq, description
-    prompt_level   str            base, task, task_ego
-    template_id    int            0 to 9
-    query          str            the question as annotated; "" for a task that asks none
-    options        str            candidates of an mcq, one a line; "" else
-    target         str            the answer as annotated
-    video_uid      str            the recording that the video was cut out of, for splits and leaks; "" if unknown
-    duration       float          seconds of the file, -1.0 if unknown
-    split          str            official name
+In a file, a record is one JSON object a line::
 
-Readers that infer a type for each column from the first rows fail on later ones that differ. So every row has the same
-keys, of the same types, none is null, and no key is one that a reader gives a meaning to.
+    {"id": "egotimeqa/000017", "video": "ego4d/clips/0a1b.mp4", "start": 28.0, "end": 34.5, "source": "egotimeqa",
+     "prompt": {"task": "qa", "query": "Where did I put the knife?", "options": [], "target": "in the drawer"},
+     "video_uid": "77ff", "duration": 480.0, "split": "train"}
+
+    id          str    <source>/<unique key>
+    video       str    path below the data root, of a file or a folder of frames
+    start, end  float  seconds in that file; a file of trimmed clips has them on no row
+    source      str    source whose templates are used
+    prompt      dict   prompt fields, see ``PromptFields``
+    video_uid   str    recording that the video was cut out of, for splits and leak checks; "" if unknown
+    duration    float  length of the file in seconds, -1.0 if unknown
+    split       str    official name of the split
+
+``reader.ConversationFile`` also reads records with ``conversations``, and so every file that earlier versions wrote.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datamodules.egoit.datamodule import VIDEO_TAG, Wording
-from datamodules.egoit.templates import Templates, draw
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.ego_exo_clip.index import Strings
+from datamodules.io.conversation import VIDEO_TAG, Turn
 
 RESERVED = frozenset({"label", "rejected_response", "tools", "objects", "images", "audios", "margin"})
-"""Keys that ms-swift gives a meaning to."""
+"""Keys to which ms-swift gives a meaning of its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One question about one clip.
+class PromptFields:
+    """The parts from which a template renders a question and its answer.
 
     Attributes:
-        key: unique in its source and the same in every run.
-        video: path below the data root.
-        wording: what the conversation is made from.
-        split: official name.
-        video_uid: the recording that the video was cut out of; "" if unknown.
-        window_s: start and end in seconds; None for the whole file.
-        duration_s: of the file, in seconds; -1 if unknown.
-        where: file and line, or entry, that it was read from, for messages.
+        task: ``action``, ``qa``, ``mcq`` or ``description``; a task of your own needs templates of your own.
+        query: question as annotated; for a task that asks no question, an additional request or "".
+        target: answer as annotated.
+        options: candidate answers of an ``mcq``, in the order of their letters; the target is one of them.
+
+    Raises:
+        ValueError: there are options, but the target is not among them.
     """
 
-    key: str
+    task: str
+    query: str
+    target: str
+    options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the target against the options."""
+        if self.options and self.target.strip() not in self.options:
+            raise ValueError(f"target {self.target!r} is none of the options {list(self.options)}: make them agree")
+
+
+@dataclass(frozen=True, slots=True)
+class InstructionRecord:
+    """One instruction about one clip: prompt fields, or a finished conversation.
+
+    Attributes:
+        id: unique and the same in every run, ``<source>/<key>`` in files that a source writes.
+        video: path below the data root, of a file or a folder of frames.
+        prompt: fields that a template renders; None if the text is not to be rendered.
+        turns: questions and answers as the file has them, without the clip's tag; empty if it has only prompt fields.
+        source: source whose templates are preferred; "" for the default ones.
+        window_s: start and end in seconds; None for the whole file.
+        split: official name of the split; None if unknown.
+        video_uid: recording that the video was cut out of; None if unknown.
+        duration_s: length of the file in seconds; None if unknown.
+        where: file and line, or entry, that the record was read from, for messages.
+    """
+
+    id: str
     video: str
-    wording: Wording
-    split: str
-    video_uid: str
+    prompt: PromptFields | None = None
+    turns: tuple[Turn, ...] = ()
+    source: str = ""
     window_s: tuple[float, float] | None = None
-    duration_s: float = -1.0
+    split: str | None = None
+    video_uid: str | None = None
+    duration_s: float | None = None
     where: str = field(default="a record without a place", compare=False)
 
-    @property
-    def name(self) -> str:
-        """The record's id."""
-        return f"{self.wording.source}/{self.key}"
+
+def window_of(record: InstructionRecord) -> dict[str, float]:
+    """Return the fields ``start`` and ``end`` of a record's JSON form; empty for the whole file."""
+    if record.window_s is None:
+        return {}
+    start_s, end_s = record.window_s
+    return {"start": float(start_s), "end": float(end_s)}
 
 
-def row(record: Record, templates: Templates, level: str, seed: int) -> dict[str, Any]:
-    """A record as a JSON object, worded by the template that epoch 0 of a run with the same seed draws."""
-    template = draw(seed, 0, record.name)
-    question, answer = templates.turn(record.wording, level, template)
-    window = {} if record.window_s is None else dict(zip(("start", "end"), map(float, record.window_s), strict=True))
+def to_json(record: InstructionRecord) -> dict[str, Any]:
+    """Return the JSON form of a record with prompt fields.
+
+    Every row of a file has the same keys and types, since some readers infer a type for each column from the first
+    rows.
+    """
+    assert record.prompt is not None, "a source gives prompt fields"
+    prompt = record.prompt
     return {
-        "id": record.name,
+        "id": record.id,
         "video": record.video,
-        **window,
-        "conversations": [
-            {"from": "human", "value": f"{VIDEO_TAG}\n{question}"},
-            {"from": "gpt", "value": answer},
-        ],
-        "source": record.wording.source,
-        "channel": record.wording.source,
-        "task": record.wording.task,
-        "prompt_level": level,
-        "template_id": template,
-        "query": record.wording.query,
-        "options": "\n".join(record.wording.options),
-        "target": record.wording.target,
-        "video_uid": record.video_uid,
-        "duration": float(record.duration_s),
-        "split": record.split,
+        **window_of(record),
+        "source": record.source,
+        "prompt": {
+            "task": prompt.task,
+            "query": prompt.query,
+            "options": list(prompt.options),
+            "target": prompt.target,
+        },
+        "video_uid": record.video_uid or "",
+        "duration": -1.0 if record.duration_s is None else float(record.duration_s),
+        "split": record.split or "",
     }
 
 
-def targets(files: Sequence[Path], folder: Path, suffix: str) -> list[Path]:
-    """Where the counterparts of some files go: their names in a folder, with a suffix.
+def from_json(row: Mapping[str, Any], where: str) -> InstructionRecord:
+    """Return the record of a row that ``reader.ConversationFile.rows`` yields.
 
     Raises:
-        ValueError: two files have one name, or a file would be written over one that is read.
+        ValueError: its prompt fields are invalid; names the place.
+    """
+    values = [entry["value"] for entry in row.get("conversations", [])]
+    if values:
+        values[0] = values[0].removeprefix(f"{VIDEO_TAG}\n")
+    duration_s = row.get("duration")
+    known = isinstance(duration_s, int | float) and not isinstance(duration_s, bool) and duration_s > 0
+    return InstructionRecord(
+        id=str(row.get("id", where)),
+        video=row["video"],
+        prompt=prompt_of(row, where),
+        turns=tuple(zip(values[::2], values[1::2], strict=True)),
+        source=row["source"] if isinstance(row.get("source"), str) else "",
+        window_s=(float(row["start"]), float(row["end"])) if "start" in row else None,
+        split=str(row["split"]) if row.get("split") else None,
+        video_uid=str(row["video_uid"]) if row.get("video_uid") else None,
+        duration_s=float(duration_s) if known else None,  # type: ignore[arg-type]
+        where=where,
+    )
+
+
+def prompt_of(row: Mapping[str, Any], where: str) -> PromptFields | None:
+    """Return the prompt fields of a row; None if its text is not from a template.
+
+    Raises:
+        ValueError: a field is missing, has the wrong type, or contradicts another; names the place.
+    """
+    given = row.get("prompt")
+    if isinstance(given, dict):
+        task, query, target = given.get("task"), given.get("query") or "", given.get("target")
+        options = given.get("options") or []
+    elif _is_templated(row):
+        # Exported rows, and rows of earlier versions: the same fields side by side, options one a line.
+        task, query, target = row["task"], row["query"], row["target"]
+        options = row["options"].split("\n") if row.get("options") else []
+    else:
+        return None
+    for key, value in (("task", task), ("query", query), ("target", target)):
+        if not isinstance(value, str) or (key != "query" and not value.strip()):
+            raise ValueError(f"{where}: field 'prompt.{key}' is {value!r}, expected a text: correct it")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError(f"{where}: field 'prompt.options' is {options!r}, expected a list of texts: correct it")
+    try:
+        return PromptFields(task, query, target, tuple(options))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{where}: field 'prompt': {error}") from None
+
+
+def _is_templated(row: Mapping[str, Any]) -> bool:
+    """Return True if a row names the template of its text, with all fields, and holds a single question."""
+    template = row.get("template_id")
+    texts = [row.get(key) for key in ("task", "source", "query", "target")]
+    single = len(row.get("conversations", [])) == 2
+    complete = all(isinstance(text, str) for text in (*texts, row.get("options", "")))
+    return isinstance(template, int) and template >= 0 and single and complete
+
+
+def output_files(files: Sequence[Path], folder: Path, suffix: str) -> list[Path]:
+    """Return the paths in a folder to which the counterparts of some files are written.
+
+    Raises:
+        ValueError: two files have one name, or an input would be overwritten.
     """
     if len({file.stem for file in files}) < len(files):
         raise ValueError(f"{', '.join(map(str, files))}: two have one name: rename one")
-    found = [folder / f"{file.stem}{suffix}" for file in files]
-    read = {file.resolve() for file in files}
-    for target in found:
-        if target.resolve() in read:
-            raise ValueError(f"{target}: is read from and would be overwritten: give another folder")
-    return found
+    outputs = [folder / f"{file.stem}{suffix}" for file in files]
+    inputs = {file.resolve() for file in files}
+    for output in outputs:
+        if output.resolve() in inputs:
+            raise ValueError(f"{output}: is read from and would be overwritten: give another folder")
+    return outputs
 
 
 def write_rows(file: Path, rows: Iterable[Mapping[str, Any]], array: bool = False) -> int:
-    """Write rows that every reader takes; the file appears whole or not at all.
+    """Write rows that every reader accepts; the file appears whole or not at all.
 
     Args:
-        file: made with its folder, replaced if it is there.
+        file: made with its folder, replaced if it exists.
         rows: JSON objects.
-        array: write one JSON array, an entry a line, rather than JSON Lines.
+        array: write one JSON array, an entry a line, instead of JSON Lines.
 
     Returns:
         The number of rows.
 
     Raises:
-        ValueError: two rows have one id; or a row has other keys or types than the first, a null, a time that is no
-            finite number, or a key in ``RESERVED``.
+        ValueError: two rows have one id; or a row has other keys or types than the first, a null, a time that is not
+            finite, or a key in ``RESERVED``.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.partial")
-    kinds: dict[str, type] = {}
-    names: set[str] = set()
+    types: dict[str, type] = {}
+    ids: set[str] = set()
     count = 0
     try:
         with unfinished.open("w", encoding="utf-8") as out:
             out.write("[\n" if array else "")
-            for item in rows:
-                kinds = kinds or _kinds(item, file)
-                _check(item, kinds, file)
-                if "id" in item:
-                    if item["id"] in names:
-                        raise ValueError(f"{file}: id {item['id']!r} is given twice: each record needs its own")
-                    names.add(item["id"])
-                out.write((",\n" if array and count else "") + json.dumps(item) + ("" if array else "\n"))
+            for row in rows:
+                types = types or _types_of(row, file)
+                _check_row(row, types, file)
+                if "id" in row:
+                    if row["id"] in ids:
+                        raise ValueError(f"{file}: id {row['id']!r} is given twice: each record needs its own")
+                    ids.add(row["id"])
+                out.write((",\n" if array and count else "") + json.dumps(row) + ("" if array else "\n"))
                 count += 1
             out.write("\n]\n" if array else "")
         unfinished.replace(file)
@@ -149,22 +245,98 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]], array: bool = Fals
     return count
 
 
-def _kinds(first: Mapping[str, Any], file: Path) -> dict[str, type]:
+def _types_of(first: Mapping[str, Any], file: Path) -> dict[str, type]:
     if reserved := sorted(RESERVED & first.keys()):
         raise ValueError(f"{file}: field {', '.join(reserved)}: other readers give it a meaning of theirs: rename it")
     return {key: type(value) for key, value in first.items()}
 
 
-def _check(item: Mapping[str, Any], kinds: Mapping[str, type], file: Path) -> None:
-    name = f"{file}: record {item.get('id', '?')}"
-    if item.keys() != kinds.keys():
-        differing = ", ".join(sorted(item.keys() ^ kinds.keys()))
+def _check_row(row: Mapping[str, Any], types: Mapping[str, type], file: Path) -> None:
+    name = f"{file}: record {row.get('id', '?')}"
+    if row.keys() != types.keys():
+        differing = ", ".join(sorted(row.keys() ^ types.keys()))
         raise ValueError(f"{name}: has other fields than the first record ({differing}): make them agree")
-    for key, value in item.items():
-        if type(value) is not kinds[key] or value is None:
+    for key, value in row.items():
+        if type(value) is not types[key] or value is None:
             raise ValueError(
-                f"{name}: field {key!r} is {type(value).__name__}, {kinds[key].__name__} in the first record: "
+                f"{name}: field {key!r} is {type(value).__name__}, {types[key].__name__} in the first record: "
                 "make them agree, without null"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name}: field {key!r} is {value}: give a finite number")
+
+
+class RecordStore:
+    """Many records in a few arrays, without an object for each, so that forked processes share their memory.
+
+    Fields that are needed only while files are read (``split``, ``video_uid``, ``duration_s``, ``where``) are dropped.
+    Of a record with prompt fields only these are kept, unless ``raw`` is set.
+
+    Args:
+        raw: keep finished conversations and drop prompt fields.
+    """
+
+    def __init__(self, raw: bool = False) -> None:
+        self.raw = raw
+        self._ids, self._videos, self._texts = Strings(), Strings(), Strings()
+        self._windows, self._video_of, self._kind_of = array("d"), array("i"), array("i")
+        self._video_numbers: dict[str, int] = {}
+        self._kind_numbers: dict[tuple[str | None, str], int] = {}
+        self._kinds: list[tuple[str | None, str]] = []  # task (None for a finished conversation) and source
+
+    def append(self, record: InstructionRecord) -> None:
+        """Add a record at the end."""
+        if record.video not in self._video_numbers:
+            self._video_numbers[record.video] = len(self._videos)
+            self._videos.append(record.video)
+        prompt = None if self.raw else record.prompt
+        kind = (None if prompt is None else prompt.task, record.source)
+        if prompt is None:
+            content: list[Any] = [list(turn) for turn in record.turns]
+        else:
+            content = [prompt.query, prompt.target, *prompt.options]
+        self._ids.append(record.id)
+        self._texts.append(json.dumps(content, ensure_ascii=False))
+        self._windows.extend(record.window_s or (-1.0, -1.0))
+        self._video_of.append(self._video_numbers[record.video])
+        if kind not in self._kind_numbers:
+            self._kind_numbers[kind] = len(self._kinds)
+            self._kinds.append(kind)
+        self._kind_of.append(self._kind_numbers[kind])
+
+    def freeze(self) -> RecordStore:
+        """Release the memory that only ``append`` needs, and return the store."""
+        self._video_numbers = {}
+        return self
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self._ids)
+
+    def id_of(self, index: int) -> str:
+        """Return the id of a record by its number from 0."""
+        return self._ids[index]
+
+    def __getitem__(self, index: int) -> InstructionRecord:
+        """Return a record by its number from 0."""
+        task, source = self._kinds[self._kind_of[index]]
+        content = json.loads(self._texts[index])
+        prompt: PromptFields | None = None
+        turns: tuple[Turn, ...] = ()
+        if task is None:
+            turns = tuple((question, answer) for question, answer in content)
+        else:
+            query, target, *options = content
+            prompt = PromptFields(task, query, target, tuple(options))
+        start_s, end_s = self._windows[2 * index], self._windows[2 * index + 1]
+        window_s = None if start_s < 0 else (start_s, end_s)
+        video = self._videos[self._video_of[index]]
+        return InstructionRecord(self._ids[index], video, prompt, turns, source, window_s)
+
+    def video_numbers(self) -> NDArray[np.int32]:
+        """Return for each record the number of its video, equal for equal paths, int32 [len]."""
+        return np.frombuffer(self._video_of, dtype=np.int32)
+
+    def windows_s(self) -> NDArray[np.float64]:
+        """Return for each record start and end in seconds, -1 for the whole file, float64 [len, 2]."""
+        return np.frombuffer(self._windows, dtype=np.float64).reshape(-1, 2)

@@ -1,18 +1,18 @@
-"""Instruction templates: banks of ten wordings for each task, in three levels, and how one is drawn.
+"""Prompt templates: ten per task in three styles, and the draw that picks one.
 
 A bank is a list of ten entries in a YAML file named after its task::
 
     answer: phrase         # phrase: as annotated; sentence: with a capital and a full stop; letter: of the right option
-    order: [ego, base, task]          # how pieces are joined; an entry may have its own
+    order: [ego, base, task]          # order in which pieces are joined; an entry may have its own
     join: " "
     default:
       - {id: 0, base: What is done here?, task: Answer with a verb and an object., ego: You wear the camera.}
-      ...                             # ten of them
-    ssv2: [...]                       # ten others for records of one source
+      ...                             # ten entries
+    ssv2: [...]                       # ten other entries for records of one source
 
-Level ``base`` says the base piece only, ``task`` adds what is asked for, and ``task_ego`` (the paper's best) also from
-whose eyes the video is seen. ``{question}`` and ``{options}`` in a piece are filled from the record; every base piece
-of ``qa`` holds the first and of ``mcq`` both, since it is all that is said at the lowest level.
+Style ``base`` uses the base piece only, ``task`` adds the expected form of the answer, and ``task_ego`` (the paper's
+best) adds the first-person viewpoint. ``{question}`` and ``{options}`` in a piece are replaced by the record's. Every
+base piece of ``qa`` holds the first and every one of ``mcq`` holds both, since style ``base`` has no other piece.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from typing import Any
 
 import yaml
 
-from datamodules.egoit.datamodule import Turn, Wording
+from datamodules.egoit.records import InstructionRecord, PromptFields
+from datamodules.io.conversation import Turn
 
 TASKS = ("action", "qa", "mcq", "description")
-LEVELS = {"base": ("base",), "task": ("base", "task"), "task_ego": ("base", "task", "ego")}
+STYLES = {"base": ("base",), "task": ("base", "task"), "task_ego": ("base", "task", "ego")}
 BANK_SIZE = 10
 FOLDER = Path(__file__).with_name("templates")
-"""The banks that come with this repository."""
+"""The banks of this repository."""
 _PIECES = ("ego", "base", "task")
 _ANSWERS = ("phrase", "sentence", "letter")
 _REQUIRED = {"qa": {"question"}, "mcq": {"question", "options"}}
@@ -40,9 +41,14 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def draw(seed: int, epoch: int, name: str) -> int:
-    """The template of a record in an epoch, by nothing else, so that neither ranks nor a resumed run change a prompt.
+    """Return the number of the template of a record in an epoch.
 
-    Training draws; whoever asks held-out questions in templates uses number 0.
+    It depends on the arguments only, so neither the number of ranks nor a resumed run changes a prompt.
+
+    Args:
+        seed: seed of the run.
+        epoch: from 0.
+        name: id of the record.
     """
     digest = hashlib.sha256(f"{seed}/{epoch}/{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % BANK_SIZE
@@ -50,7 +56,7 @@ def draw(seed: int, epoch: int, name: str) -> int:
 
 @dataclass(frozen=True)
 class _Bank:
-    """Entries of one list of a file: pieces by name, and the order in which they are joined."""
+    """The ten templates of one list of a file: pieces by name, and the order in which they are joined."""
 
     entries: tuple[tuple[Mapping[str, str], tuple[str, ...]], ...]
     join: str
@@ -58,13 +64,13 @@ class _Bank:
 
 
 class Templates:
-    """The banks of a folder.
+    """The template banks of a folder.
 
     Args:
         folder: holds ``<task>.yaml`` for every task that records have.
 
     Raises:
-        ValueError: the folder or a file cannot be used; names file, bank, entry and what is allowed.
+        ValueError: the folder or a file is invalid; names file, bank, entry and the allowed values.
     """
 
     def __init__(self, folder: Path = FOLDER) -> None:
@@ -73,28 +79,33 @@ class Templates:
         if not files:
             names = ", ".join(f"{task}.yaml" for task in TASKS)
             raise ValueError(f"{folder}: holds no templates: give a folder with any of {names}")
-        self._banks = {(file.stem, name): bank for file in files for name, bank in _read(file).items()}
+        self._banks: dict[tuple[str, str], _Bank] = {}
+        for file in files:
+            for name, bank in _read(file).items():
+                self._banks[file.stem, name] = bank
 
-    def turn(self, wording: Wording, level: str, template: int) -> Turn:
-        """A question and its answer.
+    def render(self, record: InstructionRecord, style: str, template: int) -> Turn:
+        """Render the question and the answer of a record with prompt fields.
 
         Args:
-            wording: what they are made from.
-            level: in ``LEVELS``.
-            template: from 0 to 9.
+            record: gives the prompt fields, and the source whose bank is preferred.
+            style: key of ``STYLES``.
+            template: number from 0 to 9, see ``draw``.
 
         Raises:
-            ValueError: there is no bank for the task, or a choice's answer is none of its options.
+            ValueError: there is no bank for the task, or the answer to a choice is none of its options.
         """
-        bank = self._banks.get((wording.task, wording.source)) or self._banks.get((wording.task, "default"))
+        prompt = record.prompt
+        assert prompt is not None, "a record without prompt fields has nothing to render"
+        bank = self._banks.get((prompt.task, record.source)) or self._banks.get((prompt.task, "default"))
         if bank is None:
             known = ", ".join(sorted({task for task, _ in self._banks}))
-            raise ValueError(f"{self.folder}: no templates for task {wording.task!r}, there are: {known}")
+            raise ValueError(f"{self.folder}: no templates for task {prompt.task!r}, there are: {known}")
         pieces, order = bank.entries[template]
-        slots = {"question": wording.query, "options": _lettered(wording.options)}
-        said = [_SLOT.sub(lambda slot: slots[slot[1]], pieces[name]) for name in order if name in LEVELS[level]]
-        question = bank.join.join(text.strip() for text in said if text.strip())
-        return question, _answer(wording, bank.answer)
+        slots = {"question": prompt.query, "options": _lettered(prompt.options)}
+        texts = [_SLOT.sub(lambda slot: slots[slot[1]], pieces[name]) for name in order if name in STYLES[style]]
+        question = bank.join.join(text.strip() for text in texts if text.strip())
+        return question, _answer(prompt, bank.answer)
 
 
 def _lettered(options: Sequence[str]) -> str:
@@ -102,16 +113,17 @@ def _lettered(options: Sequence[str]) -> str:
 
 
 def letter(index: int) -> str:
-    """Letter of an option by its number from 0."""
+    """Return the letter of an option by its number from 0."""
     return chr(ord("A") + index)
 
 
-def _answer(wording: Wording, form: str) -> str:
-    text = wording.target.strip()
+def _answer(prompt: PromptFields, form: str) -> str:
+    """Return the target in the form that the task's bank asks for."""
+    text = prompt.target.strip()
     if form == "letter":
-        if text not in wording.options:
-            raise ValueError(f"target {text!r} is none of the options {list(wording.options)}: make them agree")
-        return f"({letter(wording.options.index(text))}) {text}"
+        if text not in prompt.options:
+            raise ValueError(f"target {text!r} is none of the options {list(prompt.options)}: make them agree")
+        return f"({letter(prompt.options.index(text))}) {text}"
     if form == "sentence":
         return text[:1].upper() + text[1:] + ("" if text[-1:] in ".!?" else ".")
     return text
@@ -121,7 +133,7 @@ def _read(file: Path) -> dict[str, _Bank]:
     try:
         loaded = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: no YAML ({' '.join(str(error).split())}): mend it") from None
+        raise ValueError(f"{file}: invalid YAML ({' '.join(str(error).split())}): fix this file") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{file}: expected keys and values at the top level")
     answer, order, join = loaded.pop("answer", None), loaded.pop("order", list(_PIECES)), loaded.pop("join", " ")
@@ -155,9 +167,9 @@ def _entries(entries: Any, order: Any, required: set[str], where: str) -> list[t
         if unknown:
             raise ValueError(f"{where}[{entry['id']}]: slot {', '.join(unknown)}: allowed: question, options")
         if missing := sorted(required - set(_SLOT.findall(texts["base"]))):
-            raise ValueError(f"{where}[{entry['id']}]: base lacks {', '.join(missing)} in braces, and would not ask it")
+            raise ValueError(f"{where}[{entry['id']}]: base lacks {', '.join(missing)} in braces: add it")
         first = numbers.setdefault(texts["base"].strip(), entry["id"])
         if first != entry["id"]:
-            raise ValueError(f"{where}[{entry['id']}]: base is that of [{first}]: write {BANK_SIZE} different ones")
+            raise ValueError(f"{where}[{entry['id']}]: base equals that of [{first}]: write {BANK_SIZE} different ones")
         checked.append((texts, tuple(own)))
     return checked

@@ -32,7 +32,7 @@ from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from datamodules.ego_exo_clip.index import PairIndex
-from datamodules.egoit.datamodule import ConversationFile
+from datamodules.egoit.reader import ConversationFile
 from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records, seconds
 from datamodules.video.decode import is_torn
 from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, NotAVideo, SpanOutsideFile

@@ -1,8 +1,11 @@
-"""Instruction files in the forms of other training stacks.
+"""Write instruction files in the forms of other training stacks.
+
+Other stacks need finished conversations, so prompt fields are rendered here, with the templates that epoch 0 of a run
+with the same seed draws. The fields stay in the rows, and ``reader.ConversationFile`` reads every form back.
 
 ``llava``: a JSON array. ``videollama3``: ``video`` as a list of one. ``llamafactory``: JSON Lines and an entry in
-``dataset_info.json``. ``swift``: JSON Lines as they are (``--dataset file.jsonl#5000`` takes a sample). ``openai``:
-``messages`` of content items. ``conversations.ConversationFile`` reads all of them back.
+``dataset_info.json``. ``swift``: JSON Lines (``--dataset file.jsonl#5000`` takes a sample). ``openai``: ``messages`` of
+content items.
 
 None of these readers cuts windows out of videos, so records with ``start`` and ``end`` need their clips cut: with a
 data root given, each window becomes a file of its own below the output folder and the record loses its window.
@@ -18,11 +21,73 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from datamodules.ego_exo_clip.build import parallel_map
-from datamodules.egoit.datamodule import VIDEO_TAG, ConversationFile
-from datamodules.egoit.records import RESERVED, targets, write_rows
+from datamodules.egoit.reader import ConversationFile
+from datamodules.egoit.records import RESERVED, from_json, output_files, window_of, write_rows
+from datamodules.egoit.templates import Templates, draw
+from datamodules.io.conversation import VIDEO_TAG
 from datamodules.io.jsonl import InvalidRecords
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """The prompts of exported rows.
+
+    Attributes:
+        templates: template banks.
+        style: key of ``templates.STYLES``.
+        seed: templates are drawn as in epoch 0 of a run with this seed.
+    """
+
+    templates: Templates
+    style: str = "task_ego"
+    seed: int = 0
+
+    def rows(self, file: ConversationFile) -> Iterator[tuple[str, Row]]:
+        """Yield the place of every valid row, and the row with a finished conversation.
+
+        Invalid rows, and rows that no template fits, become problems of the file.
+        """
+        for where, row in file.rows():
+            if not isinstance(row.get("prompt"), dict):
+                yield where, row
+                continue
+            try:
+                rendered = self._rendered(row, where)
+            except ValueError as error:
+                file.problems.append(f"{where}: {error}")
+                continue
+            yield where, rendered
+
+    def _rendered(self, row: Row, where: str) -> Row:
+        """Return a row with prompt fields as a conversation, the fields side by side as texts.
+
+        A column of lists that begins with empty ones, or a nested one, would stop some readers.
+        """
+        record = from_json(row, where)
+        prompt = record.prompt
+        assert prompt is not None, "the row has prompt fields"
+        template = draw(self.seed, 0, record.id)
+        question, answer = self.templates.render(record, self.style, template)
+        ours = {
+            "id": record.id,
+            "video": record.video,
+            **window_of(record),
+            "conversations": [
+                {"from": "human", "value": f"{VIDEO_TAG}\n{question}"},
+                {"from": "gpt", "value": answer},
+            ],
+            "source": record.source,
+            "channel": record.source,  # ms-swift logs a loss for each
+            "task": prompt.task,
+            "instruction_style": self.style,
+            "template_id": template,
+            "query": prompt.query,
+            "options": "\n".join(prompt.options),
+            "target": prompt.target,
+        }
+        return {**ours, **{key: value for key, value in row.items() if key not in ours and key != "prompt"}}
 
 
 def _as_is(row: Row) -> Row:
@@ -60,16 +125,29 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class _Survey:
-    """What a file holds: fields that all records have, those that only some have, and its windows."""
+    """The contents of a file: fields that all records have, fields that are left out, and videos.
+
+    Attributes:
+        fields: fields that every record has and no reader reserves.
+        left_out: other fields.
+        windows: path of the clip by video, start and end.
+        whole: videos without a window.
+    """
 
     fields: frozenset[str]
     left_out: tuple[str, ...]
-    records: int
-    windows: dict[tuple[str, float, float], str]  # video, start, end to the file of the clip
+    windows: dict[tuple[str, float, float], str]
     whole: frozenset[str]
 
 
-def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = None, workers: int = 1) -> list[str]:
+def export(
+    files: Sequence[Path],
+    to: str,
+    out: Path,
+    trim_root: Path | None = None,
+    workers: int = 1,
+    rendering: Rendering | None = None,
+) -> list[str]:
     """Write files in another form.
 
     Args:
@@ -78,20 +156,22 @@ def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = N
         out: folder, made if missing.
         trim_root: data root of the videos, to cut their windows out; the folder of videos is then ``out``.
         workers: processes that cut.
+        rendering: prompts of records with prompt fields; this repository's templates by default.
 
     Returns:
-        Lines to print: what was written, what was changed or left out, and what to take care of.
+        Lines to print: files written, fields converted or left out, and advice.
 
     Raises:
-        InvalidRecords: records that cannot be read, of all files, or clips that cannot be cut; no file is written.
+        InvalidRecords: records of any file are invalid, or clips cannot be cut; no file is written.
         ValueError: two files have one name or would be overwritten, some records of a file have windows and others
-            not, or ``dataset_info.json`` is none.
+            not, or ``dataset_info.json`` is invalid.
     """
-    written_to = targets(files, out, ".json" if FORMATS[to].array else ".jsonl")
+    rendering = rendering or Rendering(Templates())
+    written_to = output_files(files, out, ".json" if FORMATS[to].array else ".jsonl")
     info = out / "dataset_info.json"
     registered = _registered(info) if to == "llamafactory" else {}
     read = [ConversationFile(file) for file in files]
-    surveys = [_survey(file, trim_root is not None) for file in read]
+    surveys = [_survey(file, rendering, trim_root is not None) for file in read]
     if problems := [problem for file in read for problem in file.problems]:
         raise InvalidRecords(problems)
     if trim_root is not None:
@@ -101,14 +181,14 @@ def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = N
         lines += [file.report()] if file.report() else []
         if survey.left_out:
             lines.append(
-                f"{file.path}: left out, since not every record has them or readers know them otherwise: "
+                f"{file.path}: left out, since some records lack them or other readers reserve them: "
                 f"{', '.join(survey.left_out)}"
             )
         if survey.windows and trim_root is None:
             lines.append(
                 f"{file.path}: has windows, which readers of this form ignore: add --trim ROOT to cut them out"
             )
-        rows = _rows(ConversationFile(file.path), survey, trim_root is not None)
+        rows = _rows(ConversationFile(file.path), rendering, survey, trim_root is not None)
         written = write_rows(target, map(FORMATS[to].form, rows), FORMATS[to].array)
         lines.append(f"{written:,} records written to {target}")
         if to == "llamafactory":
@@ -121,13 +201,12 @@ def export(files: Sequence[Path], to: str, out: Path, trim_root: Path | None = N
     return lines
 
 
-def _survey(file: ConversationFile, trimmed: bool) -> _Survey:
+def _survey(file: ConversationFile, rendering: Rendering, trimmed: bool) -> _Survey:
     every: set[str] | None = None
     some: set[str] = set()
     windows: dict[tuple[str, float, float], str] = {}
     whole: set[str] = set()
-    records = 0
-    for where, row in file.records():
+    for where, row in rendering.rows(file):
         if trimmed and (PurePosixPath(row["video"]).is_absolute() or ".." in PurePosixPath(row["video"]).parts):
             file.problems.append(
                 f"{where}: field 'video' is {row['video']!r}, but clips are cut below the data root only: give a path "
@@ -136,7 +215,6 @@ def _survey(file: ConversationFile, trimmed: bool) -> _Survey:
             continue
         every = set(row) if every is None else every & row.keys()
         some |= row.keys()
-        records += 1
         if "start" in row:
             window = (row["video"], float(row["start"]), float(row["end"]))
             windows[window] = windows.get(window) or _clip_path(*window)
@@ -147,7 +225,7 @@ def _survey(file: ConversationFile, trimmed: bool) -> _Survey:
         raise ValueError(
             f"{file.path}: some records have 'start' and 'end' and others not: give them to all or to none"
         )
-    return _Survey(kept, tuple(sorted(some - kept)), records, windows, frozenset(whole))
+    return _Survey(kept, tuple(sorted(some - kept)), windows, frozenset(whole))
 
 
 def _clip_path(video: str, start_s: float, end_s: float) -> str:
@@ -155,8 +233,8 @@ def _clip_path(video: str, start_s: float, end_s: float) -> str:
     return str(PurePosixPath("clips") / path.parent / f"{path.name}_{start_s:.6f}_{end_s:.6f}.mp4")
 
 
-def _rows(file: ConversationFile, survey: _Survey, trimmed: bool) -> Iterator[Row]:
-    for _, row in file.records():
+def _rows(file: ConversationFile, rendering: Rendering, survey: _Survey, trimmed: bool) -> Iterator[Row]:
+    for _, row in rendering.rows(file):
         kept = {key: value for key, value in row.items() if key in survey.fields}
         if "start" in kept:
             start_s, end_s = float(kept["start"]), float(kept["end"])
@@ -183,18 +261,18 @@ def _trim(surveys: Sequence[_Survey], root: Path, out: Path, workers: int) -> No
 
 
 def _registered(info: Path) -> dict[str, Any]:
-    """LLaMA-Factory's list of data sets, empty if it is not there."""
+    """Return LLaMA-Factory's list of datasets, empty if the file does not exist."""
     try:
         known = json.loads(info.read_bytes()) if info.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{info}: malformed JSON ({error}): mend or remove it") from None
+        raise ValueError(f"{info}: invalid JSON ({error}): fix or remove this file") from None
     if not isinstance(known, dict):
-        raise ValueError(f"{info}: expected a JSON object, got {type(known).__name__}: mend or remove it")
+        raise ValueError(f"{info}: expected a JSON object, got {type(known).__name__}: fix or remove this file")
     return known
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    """A file in that list; the default tags fit."""
+    """Return the entry of a file in that list; the default tags fit."""
     return {
         "file_name": file.name,
         "formatting": "sharegpt",

@@ -1,9 +1,10 @@
-"""Which recordings an instruction mix shares with the benchmarks that a model is scored on.
+"""Find recordings that an instruction mix shares with the evaluation benchmarks.
 
-Clips differ where recordings agree: EgoTimeQA, QAEgo4D, EgoMCQ, EgoSchema and EgoPlan are all cut out of Ego4D, and two
-questions about one home are about one home. So recordings are compared: ``video_uid`` of the records with that of a
-benchmark's official annotation file, an Ego4D clip being led back to its video. Only names of one collection are
-compared, such as Ego4D's or those of the scanned rooms; those of a source that is not ours with every one.
+Different clips may come from one recording: EgoTimeQA, QAEgo4D, EgoMCQ, EgoSchema and EgoPlan are all cut out of Ego4D,
+and OpenEQA asks several questions about one home. So recordings are compared and not clips: ``video_uid`` of the
+records with that of a benchmark's official annotation file, where an Ego4D clip stands for its video. Names are
+compared within a collection, such as Ego4D or the scanned rooms; names of an unknown source are compared with all
+collections.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.egoit.datamodule import ConversationFile
-from datamodules.egoit.records import targets, write_rows
+from datamodules.egoit.reader import ConversationFile
+from datamodules.egoit.records import output_files, write_rows
 from datamodules.egoit.sources.egotimeqa import read_clips
 from datamodules.egoit.sources.openeqa import scene_of
 from datamodules.io.annotations import read_csv, read_json
@@ -23,20 +24,20 @@ from datamodules.io.jsonl import InvalidRecords
 
 Clips = Mapping[str, tuple[str, float]]
 Recording = tuple[str, str]
-"""A collection and a name in it: names are numbers in some, which say nothing across them."""
+"""A collection and a name in it; some collections name recordings by number, so a name alone is ambiguous."""
 EGO4D = "ego4d"
 _COLLECTIONS = {"egotimeqa": EGO4D, "openeqa": "scans", **{name: name for name in ("egtea", "ssv2", "egoexolearn")}}
-"""Of our sources; that of another one is unknown, "", and its names are compared with all."""
+"""Collection by source. Another source has the unknown collection "", and its names are compared with all."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark's recordings are named.
+    """The official files of a benchmark, and the recordings they name.
 
     Attributes:
-        files: names of its official files, any of which may be there.
-        recordings: names them, "" for one that is not named, given what a file holds (rows of a table as mappings) and
-            the videos of Ego4D's clips.
+        files: names of the official files, any of which may exist.
+        recordings: returns the recordings, "" for a row that names none, of a file's content (rows of a table as
+            mappings) and the Ego4D videos by clip.
     """
 
     files: tuple[str, ...]
@@ -61,7 +62,7 @@ def _egomcq(asked: Any, _: Clips) -> Iterator[Recording]:
 
 
 def _episode(video: str) -> str:
-    """In both forms of VLN-QA, ``left/4504_frame52.mp4`` shows the way of episode 4504."""
+    """Return the episode of a video of VLN-QA: ``left/4504_frame52.mp4`` is of episode 4504."""
     return PurePosixPath(video).stem.partition("_")[0]
 
 
@@ -96,13 +97,13 @@ BENCHMARKS = {
 
 
 def benchmark_recordings(root: Path, clips: Clips) -> tuple[dict[str, frozenset[Recording]], list[str]]:
-    """Recordings of every benchmark whose official file lies anywhere below a folder.
+    """Return the recordings of every benchmark that has an official file anywhere below a folder.
 
     Returns:
         Recordings by benchmark, and a line for each file with rows that name none.
 
     Raises:
-        ValueError: a file has not the form it should have.
+        ValueError: a file has an unexpected form.
     """
     found: dict[str, frozenset[Recording]] = {}
     notes: list[str] = []
@@ -114,7 +115,7 @@ def benchmark_recordings(root: Path, clips: Clips) -> tuple[dict[str, frozenset[
                 named = list(benchmark.recordings(_load(file), clips))
                 recordings |= {recording for recording in named if recording[1]}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file}: is no file of {name} ({error!r}): remove it or fetch it again") from None
+                raise ValueError(f"{file}: not a file of {name} ({error!r}): remove it or fetch it again") from None
             if unnamed := sum(not uid for _, uid in named):
                 notes.append(
                     f"{name}: {unnamed:,} of {len(named):,} rows of {file} name no recording and were not compared; "
@@ -139,7 +140,7 @@ def report(
     clean: Path | None = None,
     only: Sequence[str] | None = None,
 ) -> str:
-    """Count shared recordings, and leave them out if asked.
+    """Count shared recordings, and write files without them if ``clean`` is given.
 
     Args:
         files: instruction files.
@@ -149,12 +150,11 @@ def report(
         only: benchmarks whose recordings are left out; all that were found if None.
 
     Returns:
-        A table, and what was not compared or was left out, as text.
+        A table and notes on records that were not compared or were left out, as text.
 
     Raises:
-        InvalidRecords: records that cannot be read.
-        ValueError: there is no such folder or benchmark, a file is not what it should be, or a copy would go over one
-            that is read.
+        InvalidRecords: records are invalid.
+        ValueError: a folder, benchmark or file is missing or invalid, or a copy would overwrite an input.
     """
     if not root.is_dir():
         raise ValueError(f"--benchmarks: no folder {root}: give the one that holds the official annotation files")
@@ -162,7 +162,7 @@ def report(
     found, notes = benchmark_recordings(root, clips)
     # a recording of an unknown collection may be that of any
     benchmarks = {name: recordings | {("", uid) for _, uid in recordings} for name, recordings in found.items()}
-    copies = [None] * len(files) if clean is None else targets(files, clean, ".jsonl")
+    copies = [None] * len(files) if clean is None else output_files(files, clean, ".jsonl")
     if unknown := sorted(set(only or ()) - benchmarks.keys()):
         raise ValueError(f"--only: got {', '.join(unknown)}, found below {root}: {', '.join(benchmarks) or 'none'}")
     refused = frozenset[Recording]().union(*(benchmarks[name] for name in (benchmarks if only is None else only)))
@@ -170,7 +170,7 @@ def report(
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for path, target in zip(files, copies, strict=True):
         file = ConversationFile(path)
-        records = Counter(_recording(row, clips) for _, row in file.records())
+        records = Counter(_recording(row, clips) for _, row in file.rows())
         if file.problems:
             raise InvalidRecords(file.problems)
         named = {recording for recording in records if recording[1]}
@@ -182,7 +182,7 @@ def report(
         lines.append(f"| {' | '.join(cells)} |")
         if target is not None:
             again = ConversationFile(path)
-            kept = (row for _, row in again.records() if _recording(row, clips) not in refused)
+            kept = (row for _, row in again.rows() if _recording(row, clips) not in refused)
             left_out = records.total() - write_rows(target, kept)
             notes.append(f"{target}: {left_out:,} records of shared recordings left out")
         if unnamed:

@@ -40,7 +40,6 @@ from datamodules.egoit.sources.egoexolearn import EgoExoLearn
 from datamodules.egoit.sources.egotimeqa import FPS as QUESTION_FPS
 from datamodules.egoit.sources.egotimeqa import EgoTimeQA
 from datamodules.egoit.sources.egtea import Egtea
-from datamodules.egoit.templates import Templates
 from datamodules.toy_world import questions
 from datamodules.toy_world.benchmarks import write_benchmarks
 from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
@@ -354,14 +353,13 @@ def _write_practice(root: Path, settings: Settings, workers: int) -> None:
     _write_egotimeqa(official / "egotimeqa", takes)
     _write_egoexolearn(official / "egoexolearn", takes)
     questions.write_templates(root / "templates")
-    templates = Templates(root / "templates")
     sources: list[InstructionSource] = [
         Egtea(official / "egtea", videos="practice", untrimmed=True),
         EgoTimeQA(official / "egotimeqa", videos="practice"),
         EgoExoLearn(official / "egoexolearn", text="hand", videos="practice"),
     ]
     for source in sources:
-        convert(source, root / "instructions" / f"{source.name}.jsonl", templates, "base", settings.seed)
+        convert(source, root / "instructions" / f"{source.name}.jsonl")
 
 
 def _write_egtea(folder: Path, takes: dict[str, Take]) -> None:

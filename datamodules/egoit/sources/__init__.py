@@ -1,1 +1,1 @@
-"""The sources of EgoIT, one file each."""
+"""Instruction sources of EgoIT, one file each."""

@@ -1,17 +1,17 @@
-"""What a data set must say to become instruction data, and how it is converted.
+"""The interface of an instruction source, and its conversion to a file.
 
-A source of your own is one class like those beside this file::
+A source of your own is one class in a file of your own::
 
     @dataclass(frozen=True)
     class MyVideos:
         root: Path
-        splits: tuple[str, ...] = option(("train",), "splits to take")
+        splits: tuple[str, ...] = option(("train",), "splits to read")
         name: ClassVar[str] = "my_videos"
 
         def official(self) -> dict[str, Official]: ...
-        def read(self, counts: Counts) -> Iterator[Record | SourceError]: ...
+        def read(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]: ...
 
-and ``python -m datamodules.egoit convert my_module:MyVideos --root ...`` converts it; every field is an option.
+``make egoit SOURCE=my_module:MyVideos ROOT=folder`` converts it; every field is an option of that command.
 """
 
 from __future__ import annotations
@@ -21,26 +21,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from datamodules.egoit.records import Record, row, write_rows
-from datamodules.egoit.templates import Templates
+from datamodules.egoit.records import InstructionRecord, to_json, write_rows
 from datamodules.io.annotations import Counts, Official, SourceError, differences
 from datamodules.io.jsonl import InvalidRecords
 
 MIN_WINDOW_S = 0.5
-"""Shortest window; shorter ones grow around their middle."""
+"""Shortest window in seconds; shorter ones are expanded around their middle."""
 
 
 class InstructionSource(Protocol):
-    """A data set that becomes records; its class is a dataclass whose fields are options of the command line."""
+    """A dataset that is converted to instruction records.
+
+    Its class is a dataclass whose fields are options of the command line; ``root`` is the folder of its annotations.
+    """
 
     name: ClassVar[str]
-    """Of the source, as records carry it."""
+    """Name of the source: the file's name, the ``source`` of its records, and the first part of their ids."""
 
     def official(self) -> Mapping[str, Official]:
-        """Known numbers of what ``read`` counts, for the splits that are taken."""
+        """Return the official numbers of the things that ``read`` counts, by name; empty if none are known."""
 
-    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
-        """Every record; a row that is wrong is given as its error, so that all of them can be named.
+    def read(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
+        """Yield a record with prompt fields for every annotation, or the error of an invalid one.
+
+        Errors are yielded, not raised, so that all of them can be reported at once.
+
+        Args:
+            counts: receives the numbers that are compared with ``official``.
 
         Raises:
             SourceError: a file is missing or none of its rows can be read.
@@ -49,11 +56,11 @@ class InstructionSource(Protocol):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion came to.
+    """The result of a conversion.
 
     Attributes:
-        records: how many were written.
-        table: counts beside the official ones, as text.
+        records: number of records written.
+        table: numbers found next to the official ones, as text.
         warnings: a line for each number that differs, and for each row that was left out.
     """
 
@@ -62,22 +69,17 @@ class Conversion:
     warnings: list[str]
 
 
-def convert(
-    source: InstructionSource, out: Path, templates: Templates, level: str, seed: int, skip_malformed: bool = False
-) -> Conversion:
-    """Write a source as JSON Lines.
+def convert(source: InstructionSource, out: Path, skip_invalid: bool = False) -> Conversion:
+    """Write the records of a source as JSON Lines.
 
     Args:
-        source: what to read.
-        out: the file.
-        templates: wordings.
-        level: of prompts, see ``templates.LEVELS``.
-        seed: templates are drawn as epoch 0 of a run with this seed draws them.
-        skip_malformed: leave wrong rows out, with a warning each, rather than stop.
+        source: source to read.
+        out: file to write.
+        skip_invalid: leave invalid rows out, with a warning for each, instead of stopping.
 
     Raises:
         SourceError: a file is missing.
-        InvalidRecords: rows are wrong; nothing is written.
+        InvalidRecords: rows are invalid; nothing is written.
     """
     counts = Counts()
     problems: list[str] = []
@@ -87,15 +89,16 @@ def convert(
         for record in source.read(counts):
             if isinstance(record, SourceError):
                 problems.append(str(record))
-            elif record.name in places:
-                before = places[record.name]
-                problems.append(f"{record.where}: {record.name!r} is the id of {before} too: give each its own")
+            elif record.id in places:
+                first = places[record.id]
+                problems.append(f"{record.where}: {record.id!r} is the id of {first} too: give each its own")
             else:
-                places[record.name] = record.where
-                if skip_malformed or not problems:
-                    yield row(record, templates, level, seed)
-        if problems and not skip_malformed:
-            raise InvalidRecords(problems, "--skip-malformed (which also writes the others)")
+                places[record.id] = record.where
+                if skip_invalid or not problems:
+                    yield to_json(record)
+        # Raised from within the writer, which then leaves no file.
+        if problems and not skip_invalid:
+            raise InvalidRecords(problems, "--skip-invalid (which also writes the others)")
 
     records = write_rows(out, rows())
     official = source.official()
@@ -114,14 +117,15 @@ def _table(counts: Counts, official: Mapping[str, Official]) -> str:
     return "\n".join(lines)
 
 
-def grown(start_s: float, end_s: float, least_s: float, last_s: float) -> tuple[float, float]:
-    """A window of at least some seconds around the same middle, moved as far as 0 and ``last_s`` make it necessary.
+def expand_window(start_s: float, end_s: float, min_length_s: float, last_s: float) -> tuple[float, float]:
+    """Return a window of at least a length around the same middle, shifted where it would leave [0, ``last_s``].
 
     Args:
-        start_s, end_s: the window.
-        least_s: its least length.
-        last_s: a time that the file is known to reach.
+        start_s: start of the window in seconds.
+        end_s: end of the window in seconds.
+        min_length_s: shortest length in seconds.
+        last_s: time that the file is known to reach, in seconds.
     """
-    last_s, length_s = max(last_s, end_s), max(least_s, end_s - start_s)
+    last_s, length_s = max(last_s, end_s), max(min_length_s, end_s - start_s)
     begin_s = max(0.0, min((start_s + end_s - length_s) / 2, last_s - length_s))
     return round(begin_s, 6), round(min(last_s, begin_s + length_s), 6)

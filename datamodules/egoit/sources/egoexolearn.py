@@ -1,7 +1,7 @@
-"""EgoExoLearn: what the wearer does, in kitchens and laboratories, described for seconds of long videos.
+"""EgoExoLearn: descriptions of the camera wearer's work in kitchens and laboratories, for seconds of long videos.
 
-Read below the root, or in its ``annotations``. A part of the data set becomes a file of its own, since windows and
-whole videos do not go into one:
+Read below the root, or in its ``annotations``. Each part of the dataset becomes a file of its own, since one file
+cannot hold windows and whole videos:
 
 ``fine``: ``fine_annotation_trainval_en.csv`` or ``fine_annotation_trainvaltest_en.csv``, a sentence for a few seconds,
 in three texts; ``annotation_id`` in the released header is the ``annotation_uid`` of its README, both are read.
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egoit.datamodule import VIDEO_TAG, Wording
-from datamodules.egoit.records import Record
-from datamodules.egoit.sources.base import MIN_WINDOW_S, grown
+from datamodules.egoit.records import InstructionRecord, PromptFields
+from datamodules.egoit.sources.base import MIN_WINDOW_S, expand_window
 from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_csv, text_of, try_parse
+from datamodules.io.conversation import VIDEO_TAG
 from datamodules.io.jsonl import read_records
 
 TEXTS = {
@@ -32,7 +32,7 @@ TEXTS = {
     "hand": ("narration_en_hand_prompt", "Say which hand does what."),
     "raw": ("narration_en", "Write it as an instruction to somebody who is to do the same, and name the hand to use."),
 }
-"""Columns, and what has to be asked for so that a text of that kind can be foreseen."""
+"""Column of each text, and the request that makes its form predictable."""
 _STEPS = "If there are several steps, number them and give each a line."
 _SUBSETS, _VIEWS = ("train", "val", "test"), ("ego", "exo")
 _COLUMNS = ("video_uid", "subset", "view", "start_sec", "end_sec")
@@ -43,10 +43,10 @@ _REQUEST = re.compile(r"^Answer with the option's letter.*$")
 
 @dataclass(frozen=True)
 class EgoExoLearn:
-    """Descriptions or questions; a video's rows are spread over the splits, so its splits share videos."""
+    """EgoExoLearn: descriptions or questions. Splits share videos, since the rows of a video are spread over them."""
 
     root: Path
-    part: str = option("fine", "part of the data set", ("fine", "coarse", "mcq", "qa"))
+    part: str = option("fine", "part of the dataset", ("fine", "coarse", "mcq", "qa"))
     splits: tuple[str, ...] = option(
         ("train",), "splits of the fine part; the authors ask not to train on test", _SUBSETS
     )
@@ -57,15 +57,15 @@ class EgoExoLearn:
     name: ClassVar[str] = "egoexolearn"
 
     def official(self) -> dict[str, Official]:
-        """Numbers of the part; rows of train and val at least those that carry verbs and nouns."""
+        """Return the numbers of the part; for train and val, at least the rows that have verbs and nouns."""
         if self.part == "fine":
             return {f"ego rows of {split}": _EGO_ROWS[split] for split in self.splits if split in _EGO_ROWS}
         if self.part == "coarse":
             return {"videos": Official(316), "segments": Official(6691)}
         return {"rows": Official(6832), "videos": Official(707)} if self.part == "mcq" else {}
 
-    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
-        """A record for each row of the part."""
+    def read(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
+        """Yield a record for each row of the part."""
         return {"fine": self._fine, "coarse": self._coarse, "mcq": self._asked, "qa": self._asked}[self.part](counts)
 
     def _find(self, *names: str) -> Path:
@@ -79,17 +79,27 @@ class EgoExoLearn:
         self,
         key: str,
         video: str,
-        wording: Wording,
+        prompt: PromptFields,
         split: str,
         where: str,
-        window: tuple[float, float] | None = None,
-        duration_s: float = -1.0,
-    ) -> Record:
-        return Record(key, f"{self.videos}/{video}.mp4", wording, split, video, window, duration_s, where)
+        window_s: tuple[float, float] | None = None,
+        duration_s: float | None = None,
+    ) -> InstructionRecord:
+        return InstructionRecord(
+            id=f"{self.name}/{key}",
+            video=f"{self.videos}/{video}.mp4",
+            prompt=prompt,
+            source=self.name,
+            window_s=window_s,
+            split=split,
+            video_uid=video,
+            duration_s=duration_s,
+            where=where,
+        )
 
     # ------------------------------------------------------------------------------------------------------- fine
 
-    def _fine(self, counts: Counts) -> Iterator[Record | SourceError]:
+    def _fine(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
         names = [f"fine_annotation_{which}_en.csv" for which in ("trainval", "trainvaltest")]
         file = self._find(*reversed(names) if "test" in self.splits else names)
         column, _ = TEXTS[self.text]
@@ -107,19 +117,19 @@ class EgoExoLearn:
             if fine["subset"] in self.splits and fine["view"] in self.views:
                 yield try_parse(self._narrated, fine, ends_s, where)
 
-    def _narrated(self, fine: Mapping[str, str], ends_s: Mapping[str, float], where: str) -> Record:
+    def _narrated(self, fine: Mapping[str, str], ends_s: Mapping[str, float], where: str) -> InstructionRecord:
         column, request = TEXTS[self.text]
         start_s, end_s = number_of(fine, "start_sec", where), number_of(fine, "end_sec", where)
         if not 0 <= start_s < end_s:
             raise SourceError(f"{where}: 'start_sec' and 'end_sec' are {start_s} and {end_s}: correct them")
         video = text_of(fine, "video_uid", where)
-        window = grown(start_s, end_s, MIN_WINDOW_S, ends_s[video])
-        wording = Wording("description", self.name, request, (), text_of(fine, column, where))
-        return self._record(text_of(fine, "annotation_uid", where), video, wording, fine["subset"], where, window)
+        window = expand_window(start_s, end_s, MIN_WINDOW_S, ends_s[video])
+        prompt = PromptFields("description", query=request, target=text_of(fine, column, where))
+        return self._record(text_of(fine, "annotation_uid", where), video, prompt, fine["subset"], where, window)
 
     # ----------------------------------------------------------------------------------------------------- coarse
 
-    def _coarse(self, counts: Counts) -> Iterator[Record | SourceError]:
+    def _coarse(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
         file = self._find("coarse_annotations.tar.gz")
         for name, content in _unpacked(file):
             video, where = Path(name).stem, f"{file} {name}"
@@ -135,30 +145,30 @@ class EgoExoLearn:
                     continue
                 yield try_parse(self._segment, segment, video, f"{where} entry {number}")
 
-    def _segment(self, segment: Any, video: str, where: str) -> Record:
+    def _segment(self, segment: Any, video: str, where: str) -> InstructionRecord:
         start_s, end_s = number_of(segment, "start", where), number_of(segment, "end", where)
         duration_s = number_of(segment, "duration", where)
         if not 0 <= start_s < min(end_s, duration_s):
             raise SourceError(f"{where}: from {start_s} to {end_s} s of a video of {duration_s} s: correct it")
-        window = grown(start_s, min(end_s, duration_s), MIN_WINDOW_S, duration_s)
-        wording = Wording("description", self.name, _STEPS, (), _text(segment, where))
+        window = expand_window(start_s, min(end_s, duration_s), MIN_WINDOW_S, duration_s)
+        prompt = PromptFields("description", query=_STEPS, target=_text(segment, where))
         key = f"{video}/{text_of(segment, 'id', where)}"
-        return self._record(key, video, wording, "coarse", where, window, duration_s)
+        return self._record(key, video, prompt, "coarse", where, window, duration_s)
 
     # -------------------------------------------------------------------------------------------------- questions
 
-    def _asked(self, counts: Counts) -> Iterator[Record | SourceError]:
+    def _asked(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
         for where, entry in read_records(self._find(f"*_{self.part}.jsonl")):
             counts.add("rows")
             if isinstance(entry, ValueError):
                 yield SourceError(str(entry))
                 continue
             record = try_parse(self._question, entry, counts, where)
-            if isinstance(record, Record):
-                counts.add_distinct("videos", record.video_uid)
+            if isinstance(record, InstructionRecord):
+                counts.add_distinct("videos", record.video)
             yield record
 
-    def _question(self, entry: dict[str, Any], counts: Counts, where: str) -> Record:
+    def _question(self, entry: dict[str, Any], counts: Counts, where: str) -> InstructionRecord:
         try:
             asked, answered = (turn["value"] for turn in entry["conversations"])
             video = Path(entry["image"]["video"]).stem
@@ -171,7 +181,7 @@ class EgoExoLearn:
         if self.part == "mcq":
             if [found[1] for found in lettered] != [chr(ord("A") + n) for n in range(len(options))] or len(options) < 2:
                 raise SourceError(
-                    f"{where}: options {[found[0] for found in lettered]} are not lettered in order: mend"
+                    f"{where}: options {[found[0] for found in lettered]} are not lettered in order: fix them"
                 )
             letters = {found[1]: text for found, text in zip(lettered, options, strict=True)}
             counts.add("answers in words, given their option's letter", target in options and target not in letters)
@@ -183,8 +193,8 @@ class EgoExoLearn:
         if not query or not target:
             raise SourceError(f"{where}: question or answer is empty: correct it")
         task = "mcq" if self.part == "mcq" else "qa"
-        wording = Wording(task, self.name, query, options if task == "mcq" else (), target)
-        return self._record(f"{self.part}/{text_of(entry, 'id', where)}", video, wording, self.part, where)
+        prompt = PromptFields(task, query, target, options if task == "mcq" else ())
+        return self._record(f"{self.part}/{text_of(entry, 'id', where)}", video, prompt, self.part, where)
 
 
 def read_fine(file: Path, text: str) -> Iterator[tuple[str, dict[str, str] | SourceError]]:
@@ -220,7 +230,7 @@ def read_fine(file: Path, text: str) -> Iterator[tuple[str, dict[str, str] | Sou
 
 
 def _unpacked(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the JSON files in an archive.
+    """Yield names and contents of the JSON files in an archive.
 
     Raises:
         SourceError: it cannot be unpacked.
@@ -240,12 +250,12 @@ def _segments(content: bytes, where: str) -> list[Any]:
     try:
         segments = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}: malformed JSON ({error}): fetch the file again") from None
+        raise SourceError(f"{where}: invalid JSON ({error}): fetch the file again") from None
     if not isinstance(segments, list):
         raise SourceError(f"{where}: expected a JSON list, got {type(segments).__name__}: fetch the file again")
     return segments
 
 
 def _text(segment: Any, where: str) -> str:
-    """Text of a segment with its lines trimmed."""
+    """Return the text of a segment with its lines trimmed."""
     return "\n".join(line.strip() for line in text_of(segment, "textAttribute_en", where).splitlines() if line.strip())

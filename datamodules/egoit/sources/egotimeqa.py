@@ -3,9 +3,9 @@
 Read below the root, or in its ``data/unified``: ``annotations.EgoTimeQA.json``, a list of ``video_id`` (an Ego4D clip,
 not a video), ``question``, ``answer``, ``wrong_answers`` (three), ``moment_start_frame`` and ``moment_end_frame``.
 
-The frames are of 30 a second whatever the file has, and only their middle can be trusted: windows were divided by the
-mean length of all of them, so their length is in means and not in seconds. It is stretched by a factor, to 4 to 30 s,
-and cut where the clip begins and ends. Where a row has ``start_sec`` and ``end_sec``, these are taken as they are.
+Frames count 30 a second whatever the rate of the file. Only the middle of a window is reliable: the authors divided the
+lengths of windows by their mean, so a length is in units of that mean and not in seconds. It is multiplied by a factor,
+limited to 4 to 30 s, and cut at the ends of the clip. ``start_sec`` and ``end_sec`` are used as they are, if present.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egoit.datamodule import Wording
-from datamodules.egoit.records import Record
-from datamodules.egoit.sources.base import MIN_WINDOW_S, grown
+from datamodules.egoit.records import InstructionRecord, PromptFields
+from datamodules.egoit.sources.base import MIN_WINDOW_S, expand_window
 from datamodules.egoit.templates import draw
 from datamodules.io.annotations import (
     Counts,
@@ -41,33 +40,33 @@ _LONE_L = re.compile(r"\bl\b")
 
 @dataclass(frozen=True)
 class EgoTimeQA:
-    """Questions, answered in words or by a choice of four.
+    """EgoTimeQA: questions, answered in words or by a choice of four.
 
-    A window stays inside the clip. Without ``clips``, the clip is known to last as long as the latest moment that is
-    asked about, and a record does not know its Ego4D video.
+    A window stays inside the clip. Without ``clips``, a clip is assumed to end at the latest moment that is asked
+    about, and records have no Ego4D video.
     """
 
     root: Path
     form: str = option(
-        "open", "answer in words, choose of four, or each of them for half of the rows", ("open", "closed", "mixed")
+        "open", "answer in words, choose one of four, or each of them for half of the rows", ("open", "closed", "mixed")
     )
     stretch: float = option(3.0, "factor on the length of windows that are not in seconds")
-    clips: tuple[Path, ...] = option((), "files that tell the Ego4D video of a clip: ego4d.json, nlq_train.json, ...")
+    clips: tuple[Path, ...] = option((), "files that name the Ego4D video of a clip: ego4d.json, nlq_train.json, ...")
     videos: str = option("ego4d/clips", "folder below the data root that holds <clip>.mp4")
 
     def __post_init__(self) -> None:
-        """Refuse an impossible factor."""
+        """Check the factor."""
         if not 0 < self.stretch < float("inf"):
             raise SourceError(f"--stretch: got {self.stretch}, allowed: above 0")
 
     name: ClassVar[str] = "egotimeqa"
 
     def official(self) -> dict[str, Official]:
-        """Rows, by a count that VideoMind's code mentions."""
+        """Return the number of rows that VideoMind's code mentions."""
         return {"rows": Official(302_500, exact=False)}
 
-    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
-        """A record for each row, named by its place in the file, since the file's own ids are not unique."""
+    def read(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
+        """Yield a record for each row, numbered by its place in the file, since the file's own ids are not unique."""
         names = [f"{folder}annotations.EgoTimeQA.json" for folder in ("", "data/unified/")]
         file = find_file(self.root, names, "GroundVQA's file of EgoTimeQA")
         entries = read_json(file, list)
@@ -81,17 +80,17 @@ class EgoTimeQA:
             where = f"{file} entry {number + 1}"
             counts.add("rows")
             record = try_parse(self._record, entry, f"{number:06d}", known, ends_s, where)
-            if isinstance(record, Record):
+            if isinstance(record, InstructionRecord):
                 counts.add_distinct("clips", record.video)
                 if not record.video_uid:
-                    counts.add("rows without an Ego4D video (--clips tells them)")
-                if "Person" in record.wording.query + record.wording.target:
-                    counts.add("rows naming a Person A, B, ... that the clip does not name")
+                    counts.add("rows without an Ego4D video (--clips names them)")
+                if record.prompt and "Person" in record.prompt.query + record.prompt.target:
+                    counts.add("rows with a Person A, B, ... whom the clip does not name")
             yield record
 
     def _record(
         self, entry: Any, key: str, known: Mapping[str, tuple[str, float]], ends_s: Mapping[str, float], where: str
-    ) -> Record:
+    ) -> InstructionRecord:
         clip = text_of(entry, "video_id", where)
         question, answer = (_spelled(text_of(entry, field, where)) for field in ("question", "answer"))
         moment = moment_s(entry, where, self.stretch)
@@ -101,7 +100,7 @@ class EgoTimeQA:
             raise SourceError(
                 f"{where}: begins at {moment.annotated_s[0]:.3f} s of a clip of {last_s:.3f} s: correct it"
             )
-        window = grown(max(0.0, moment.window_s[0]), min(last_s, moment.window_s[1]), MIN_WINDOW_S, last_s)
+        start_s, end_s = max(0.0, moment.window_s[0]), min(last_s, moment.window_s[1])
         closed = self.form == "closed" or (self.form == "mixed" and draw(0, 0, f"form of {key}") % 2 == 1)
         options: tuple[str, ...] = ()
         if closed:
@@ -112,28 +111,37 @@ class EgoTimeQA:
             if len({answer, *others}) != 4 or len(others) != 3:
                 raise SourceError(f"{where}: {[answer, *others]} are not four different answers: correct them")
             options = shuffled(f"{self.name}/{key}", [answer, *others])
-        wording = Wording("mcq" if closed else "qa", self.name, question, options, answer)
-        return Record(key, f"{self.videos}/{clip}.mp4", wording, "train", video_uid, window, duration_s, where)
+        return InstructionRecord(
+            id=f"{self.name}/{key}",
+            video=f"{self.videos}/{clip}.mp4",
+            prompt=PromptFields("mcq" if closed else "qa", query=question, target=answer, options=options),
+            source=self.name,
+            window_s=expand_window(start_s, end_s, MIN_WINDOW_S, last_s),
+            split="train",
+            video_uid=video_uid or None,
+            duration_s=duration_s if duration_s > 0 else None,
+            where=where,
+        )
 
 
 def _spelled(text: str) -> str:
-    """A text on one line, with its lone l made the I that it stands for; alike for right and wrong answers."""
+    """Return a text on one line with a lone l replaced by I, for right and wrong answers alike."""
     return _LONE_L.sub("I", " ".join(text.split()))
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When something happens: start and end as annotated and as they are shown, in seconds of the clip."""
+    """Start and end of a moment in seconds of the clip: as annotated, and as its clip shows it."""
 
     annotated_s: tuple[float, float]
     window_s: tuple[float, float]
 
 
 def moment_s(entry: Any, where: str, stretch: float) -> Moment:
-    """The moment of a row; its window is not yet held against the clip's length.
+    """Return the moment of a row; its window is not yet limited by the clip's length.
 
     Raises:
-        SourceError: its times are missing or no numbers, or the end is not after the start.
+        SourceError: its times are missing or not numbers, or the end is not after the start.
     """
     is_seconds = isinstance(entry, Mapping) and entry.get("start_sec") is not None and entry.get("end_sec") is not None
     keys, scale = (("start_sec", "end_sec"), 1.0) if is_seconds else (("moment_start_frame", "moment_end_frame"), FPS)
@@ -147,14 +155,14 @@ def moment_s(entry: Any, where: str, stretch: float) -> Moment:
 
 
 def read_clips(files: tuple[Path, ...]) -> dict[str, tuple[str, float]]:
-    """Ego4D video and length in seconds (-1 if unknown) of clips, from Ego4D's own files.
+    """Return Ego4D video and length in seconds (-1 if unknown) by clip, from Ego4D's own files.
 
     Args:
         files: the metadata ``ego4d.json`` (``clips`` with ``clip_uid``, ``video_uid`` and their seconds), or
             annotations such as ``nlq_train.json`` (``videos`` with ``clips``).
 
     Raises:
-        SourceError: one holds no clips.
+        SourceError: a file holds no clips.
     """
     found: dict[str, tuple[str, float]] = {}
     for file in files:

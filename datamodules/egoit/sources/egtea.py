@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from datamodules.egoit.datamodule import Wording
-from datamodules.egoit.records import Record
+from datamodules.egoit.records import InstructionRecord, PromptFields
 from datamodules.io.annotations import Counts, Official, SourceError, find_file, option, read_text, try_parse
 
 _CLIP = re.compile(r"(?P<session>\w+-R\d+-\w+)-(?P<start>\d{1,9})-(?P<end>\d{1,9})-F\d+-F\d+")
@@ -26,28 +25,28 @@ _CLIPS, _ACTIONS = 10_321, 106  # clips of a train and a test split together
 
 @dataclass(frozen=True)
 class Egtea:
-    """Clips of some splits; one that is in several is taken once, for the first."""
+    """EGTEA Gaze+: trimmed clips of some splits. A clip that is in several splits is taken once, for the first."""
 
     root: Path
-    splits: tuple[str, ...] = option(("train_split1",), "splits to take", tuple(_ROWS))
+    splits: tuple[str, ...] = option(("train_split1",), "splits to read", tuple(_ROWS))
     videos: str = option("egtea", "folder below the data root that holds cropped_clips, or the whole sessions")
     untrimmed: bool = option(False, "videos are whole sessions, <session>.mp4, shown from start to end of the clip")
 
     name: ClassVar[str] = "egtea"
 
     def official(self) -> dict[str, Official]:
-        """Rows of the splits and classes; clips where train and test of one split are taken."""
+        """Return rows of the splits and classes, and clips where train and test of one split are taken."""
         known = {f"rows of {split}": Official(_ROWS[split]) for split in self.splits if split in _ROWS}
         if any({f"train_split{n}", f"test_split{n}"} <= set(self.splits) for n in (1, 2, 3)):
             known["clips"] = Official(_CLIPS)
         return {**known, "actions": Official(_ACTIONS)}
 
-    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
-        """A record for each clip."""
+    def read(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
+        """Yield a record for each clip."""
         what = "EGTEA's action annotations"
         actions = read_labels(find_file(self.root, _places("action_idx"), what))
         counts.add("actions", len(actions))
-        known: dict[str, Record] = {}
+        known: dict[str, InstructionRecord] = {}
         for split in self.splits:
             file = find_file(self.root, _places(split), what)
             for number, line in enumerate(read_text(file).splitlines(), 1):
@@ -55,24 +54,24 @@ class Egtea:
                     continue
                 counts.add(f"rows of {split}")
                 record = try_parse(self._record, line, split, actions, f"{file} line {number}")
-                if isinstance(record, Record):
-                    first = known.setdefault(record.key, record)
-                    if first.wording != record.wording:
+                if isinstance(record, InstructionRecord):
+                    first = known.setdefault(record.id, record)
+                    if first.prompt != record.prompt:
                         yield SourceError(
-                            f"{record.where}: {record.key} is {record.wording.target!r}, but {first.wording.target!r} "
-                            f"in {first.where}: correct one"
+                            f"{record.where}: {record.id} is {_target(record)!r}, but {_target(first)!r} in "
+                            f"{first.where}: correct one"
                         )
-                    if not counts.add_distinct("clips", record.key):
+                    if not counts.add_distinct("clips", record.id):
                         continue
                 yield record
 
-    def _record(self, line: str, split: str, actions: dict[int, str], where: str) -> Record:
+    def _record(self, line: str, split: str, actions: dict[int, str], where: str) -> InstructionRecord:
         clip, *ids = line.split()
         parts = clip_parts(clip)
         if parts is None:
-            raise SourceError(f"{where}: clip {clip!r} is not <session>-<start ms>-<end ms>-F<first>-F<last>: mend it")
+            raise SourceError(f"{where}: clip {clip!r} is not <session>-<start ms>-<end ms>-F<first>-F<last>: fix it")
         if len(ids) < 3 or not all(map(_ID.fullmatch, ids)):
-            raise SourceError(f"{where}: ids are {ids}, expected those of an action, a verb and nouns: mend it")
+            raise SourceError(f"{where}: ids are {ids}, expected those of an action, a verb and nouns: fix them")
         if int(ids[0]) not in actions:
             raise SourceError(
                 f"{where}: action id {ids[0]} is not in action_idx.txt, whose ids go from {min(actions)} to "
@@ -82,15 +81,21 @@ class Egtea:
         video = (
             f"{self.videos}/{session}.mp4" if self.untrimmed else f"{self.videos}/cropped_clips/{session}/{clip}.mp4"
         )
-        return Record(
-            clip,
-            video,
-            Wording("action", self.name, "", (), action_text(actions[int(ids[0])])),
-            split,
-            session,
-            (start_s, end_s) if self.untrimmed else None,
+        return InstructionRecord(
+            id=f"{self.name}/{clip}",
+            video=video,
+            prompt=PromptFields("action", query="", target=action_text(actions[int(ids[0])])),
+            source=self.name,
+            window_s=(start_s, end_s) if self.untrimmed else None,
+            split=split,
+            video_uid=session,
             where=where,
         )
+
+
+def _target(record: InstructionRecord) -> str:
+    assert record.prompt is not None, "made above"
+    return record.prompt.target
 
 
 def _places(stem: str) -> list[str]:
@@ -98,7 +103,7 @@ def _places(stem: str) -> list[str]:
 
 
 def clip_parts(clip: str) -> tuple[str, float, float] | None:
-    """Session, start and end in seconds of a clip's name; None if it is none."""
+    """Return session, start and end in seconds from a clip's name; None if the name has another form."""
     found = _CLIP.fullmatch(clip)
     if found is None or int(found["start"]) >= int(found["end"]):
         return None
@@ -106,7 +111,7 @@ def clip_parts(clip: str) -> tuple[str, float, float] | None:
 
 
 def read_labels(file: Path) -> dict[int, str]:
-    """Labels by id, of lines ``<label> <id>``; labels contain spaces.
+    """Return labels by id from lines ``<label> <id>``; labels contain spaces.
 
     Raises:
         SourceError: a line does not end in an id, one is given twice, or they do not start at 1.
@@ -125,7 +130,7 @@ def read_labels(file: Path) -> dict[int, str]:
 
 
 def action_text(label: str) -> str:
-    """A class as it is answered: ``Mix mixture,eating_utensil`` becomes "mix mixture and eating utensil"."""
+    """Return the answer text of a class: ``Mix mixture,eating_utensil`` becomes "mix mixture and eating utensil"."""
     verb, _, nouns = label.rpartition(" ")
     *others, last = nouns.replace("_", " ").split(",")
     return f"{verb} {', '.join(others)}{' and ' if others else ''}{last}".lower()

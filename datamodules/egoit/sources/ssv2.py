@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datamodules.egoit.datamodule import Wording
-from datamodules.egoit.records import Record
+from datamodules.egoit.records import InstructionRecord, PromptFields
 from datamodules.io.annotations import (
     Counts,
     Official,
@@ -34,22 +33,22 @@ _BRACKETS = re.compile(r"\[[^\[\]]*\]")
 
 @dataclass(frozen=True)
 class SomethingSomething:
-    """Clips of some splits."""
+    """Something-Something-V2: clips of some splits."""
 
     root: Path
-    splits: tuple[str, ...] = option(("train",), "splits to take; test has classes only", tuple(_ROWS))
-    answer: str = option("label", "what is answered: the crowd's label, or the class it fills", ("label", "template"))
+    splits: tuple[str, ...] = option(("train",), "splits to read; test has classes only", tuple(_ROWS))
+    answer: str = option("label", "text of the answer: the crowd's label, or the class template", ("label", "template"))
     videos: str = option("ssv2/20bn-something-something-v2", "folder below the data root that holds <id>.webm")
 
     name: ClassVar[str] = "ssv2"
 
     def official(self) -> dict[str, Official]:
-        """Rows of the splits, and classes."""
+        """Return rows of the splits, and classes."""
         known = {f"rows of {split}": Official(_ROWS[split]) for split in self.splits if split in _ROWS}
         return {**known, "classes": Official(_CLASSES)}
 
-    def read(self, counts: Counts) -> Iterator[Record | SourceError]:
-        """A record for each row."""
+    def read(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
+        """Yield a record for each row."""
         classes = read_json(self._file("labels.json"), dict)
         counts.add("classes", len(classes))
         for split in self.splits:
@@ -76,7 +75,7 @@ class SomethingSomething:
             else:
                 yield where, {}
 
-    def _record(self, entry: Any, split: str, classes: Mapping[str, Any], where: str) -> Record:
+    def _record(self, entry: Any, split: str, classes: Mapping[str, Any], where: str) -> InstructionRecord:
         identifier, template = text_of(entry, "id", where), text_of(entry, "template", where)
         name = re.sub(r"[\[\]]", "", template)
         if name not in classes:
@@ -84,8 +83,15 @@ class SomethingSomething:
         brackets, fillings = _BRACKETS.findall(template), entry.get("placeholders")
         if not isinstance(fillings, list) or len(fillings) != len(brackets):
             raise SourceError(
-                f"{where}: field 'placeholders' is {fillings!r}, but {template!r} has {len(brackets)} brackets: mend it"
+                f"{where}: field 'placeholders' is {fillings!r}, but {template!r} has {len(brackets)} brackets: fix it"
             )
         target = text_of(entry, "label", where) if self.answer == "label" else name[:1].lower() + name[1:]
-        wording = Wording("action", self.name, "", (), target)
-        return Record(identifier, f"{self.videos}/{identifier}.webm", wording, split, identifier, where=where)
+        return InstructionRecord(
+            id=f"{self.name}/{identifier}",
+            video=f"{self.videos}/{identifier}.webm",
+            prompt=PromptFields("action", query="", target=target),
+            source=self.name,
+            split=split,
+            video_uid=identifier,
+            where=where,
+        )
