@@ -261,7 +261,7 @@ def test_unknown_override_is_named():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LanguageModelConfig("lama"), r"language_model.architecture: lama is no model of transformers"),
+        (LanguageModelConfig("lama"), r"language_model.architecture: lama is no model type of transformers"),
         (LanguageModelConfig(pretrained="./nowhere"), r"language_model.pretrained: ./nowhere cannot be read"),
     ],
 )

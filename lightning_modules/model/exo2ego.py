@@ -1,6 +1,6 @@
-"""The one model that all stages share: two encoders, one projector, two mappings, one language model.
+"""The model that all stages share: two encoders, one projector, two mappings, one language model.
 
-Letters: ``B`` clips, ``T`` frames, ``S`` picture side, ``h`` and ``w`` patch rows and columns, ``C`` encoder width,
+Letters: ``B`` clips, ``T`` frames, ``S`` frame side, ``h`` and ``w`` patch rows and columns, ``C`` encoder width,
 ``N`` visual tokens of one visual input, ``D`` language model width.
 """
 
@@ -99,8 +99,8 @@ class NetworkConfig:
 class Exo2EgoModel(nn.Module):
     """The parts of Exo2Ego (arXiv 2503.09143) that one stage uses.
 
-    Encoders give patch features; F and G act on these, before the projector; what the language model reads is the
-    concatenation of the projected visual inputs. Where F acts and how x and F(x) join is not stated in the paper.
+    Encoders compute patch features; F and G map these, before the projector; the language model reads the projected
+    visual inputs, concatenated. The paper does not state where F acts and how x and F(x) are joined.
 
     Args:
         network: shapes.
@@ -115,9 +115,9 @@ class Exo2EgoModel(nn.Module):
     exo_to_ego: FeatureMapping
     projector: STCConnector
     exo_projector: STCConnector
-    """Reads y alone, where a stage keeps a projector apart for it, see `DemonstratorLearnerGuidance`."""
+    """Projector for y alone, where a stage keeps a separate one, see `DemonstratorLearnerGuidance`."""
     word_head: nn.Linear
-    """Of stage 0 alone, see `Initialisation`; belongs to no part and is not handed on."""
+    """Head of stage 0 alone, see `Initialisation`; belongs to no part and is not exported."""
 
     def __init__(
         self, network: NetworkConfig, vocab_size: int, parts: Collection[str], empty: Collection[str] = ()
@@ -179,9 +179,9 @@ class Exo2EgoModel(nn.Module):
         return work(*args)
 
     def units(self) -> Iterator[nn.Module]:
-        """What is read, and sharded, at a time: the blocks of every part, the parts around them, then all that is left.
+        """Yield the modules to load and shard one by one: blocks of each part, the parts around them, then the model.
 
-        The language model is entered by several methods, so what it holds beside its layers goes with the last unit.
+        Several methods enter the language model, so its parameters outside the layers belong to the last unit.
         """
         for part, blocks in self.blocks().items():
             yield from blocks
@@ -190,7 +190,7 @@ class Exo2EgoModel(nn.Module):
         yield self
 
     def blocks(self) -> dict[str, list[nn.Module]]:
-        """The repeated units of each part, of which the activations of one at a time need to be held."""
+        """Return the repeated units of each part, for activation checkpointing and sharding."""
         modules = [part for part in self.parts if part != "lora"]
         return {part: self.get_submodule(part).blocks() for part in modules}  # type: ignore[operator]
 
@@ -216,17 +216,18 @@ class Exo2EgoModel(nn.Module):
         return torch.cat([self.projector(feature) for feature in features], dim=1)
 
     def project_exo(self, exo: Tensor) -> Tensor:
-        """Visual tokens of y, float [B, T, h, w, C] to [B, N, D], through the projector kept for it if there is one."""
+        """Project y, float [B, T, h, w, C] to [B, N, D], with its own projector if there is one."""
         return self.exo_projector(exo) if "exo_projector" in self.parts else self.project(exo)
 
     def demonstrator_tokens(self, video: Tensor) -> Tensor:
-        """What the language model reads of the demonstrator: uint8 [B, T, S, S, 3] to float [B, N, D]."""
+        """Return visual tokens of the demonstrator: uint8 [B, T, S, S, 3] to float [B, N, D]."""
         return self.project(self.exo_encoder(video))
 
     def learner_tokens(self, video: Tensor) -> Tensor:
-        """What the language model reads of the learner: uint8 [B, T, S, S, 3] to float [B, N or 2 * N, D]."""
+        """Return visual tokens of the learner: uint8 [B, T, S, S, 3] to float [B, N or 2 * N, D]."""
         ego = self.ego_encoder(video)
-        return self.learner_view(ego, self.ego_to_exo(ego) if "mapped" in self.visual_inputs else ego)
+        ego_as_exo = self.ego_to_exo(ego) if "mapped" in self.visual_inputs else ego
+        return self.learner_view(ego, ego_as_exo)
 
     def learner_view(self, ego: Tensor, ego_as_exo: Tensor) -> Tensor:
         """Project those of x and F(x) that are visual inputs."""
@@ -234,7 +235,7 @@ class Exo2EgoModel(nn.Module):
         return self.project(*(features[name] for name in self.visual_inputs))
 
     def part(self, name: str) -> dict[str, nn.Parameter]:
-        """Parameters of one part by their names inside it; tied ones once.
+        """Return the parameters of one part by their names inside it; tied ones once.
 
         ``lora`` holds the adapters, named as inside the transformers model, and ``language_model`` the rest.
         """

@@ -44,11 +44,11 @@ class LanguageModelConfig:
         if self.pretrained is not None and self.overrides:
             problems.append(f"overrides ({', '.join(self.overrides)}) go with architecture, not with pretrained")
         if problems:
-            raise ValueError("language_model: " + "; ".join(problems))
+            raise ValueError("network.language_model: " + "; ".join(problems))
 
 
 def transformers_config(config: LanguageModelConfig, vocab_size: int) -> Any:
-    """The transformers configuration of a language model, without its weights.
+    """Return the transformers configuration of a language model, without its weights.
 
     Raises:
         ValueError: the architecture is unknown to transformers, one of its overrides to the architecture, or a model
@@ -60,15 +60,21 @@ def transformers_config(config: LanguageModelConfig, vocab_size: int) -> Any:
             return AutoConfig.from_pretrained(config.pretrained, local_files_only=local)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"language_model.pretrained: {config.pretrained} cannot be read ({reason})") from None
+            raise ValueError(
+                f"network.language_model.pretrained: {config.pretrained} cannot be read ({reason}): "
+                "give a folder or hub name of a causal language model"
+            ) from None
     assert config.architecture is not None
     try:
         known = {*AutoConfig.for_model(config.architecture).to_dict(), "rope_theta"}
     except ValueError:
-        raise ValueError(f"language_model.architecture: {config.architecture} is no model of transformers") from None
+        raise ValueError(
+            f"network.language_model.architecture: {config.architecture} is no model type of transformers: give one, "
+            "such as mistral"
+        ) from None
     if unknown := sorted(config.overrides.keys() - known):
         raise ValueError(
-            f"language_model.overrides: {', '.join(unknown)} unknown to {config.architecture}, "
+            f"network.language_model.overrides: {', '.join(unknown)} unknown to {config.architecture}, "
             f"which has {', '.join(sorted(known))}"
         )
     return AutoConfig.for_model(config.architecture, **{"vocab_size": vocab_size, **config.overrides})
@@ -112,14 +118,14 @@ class LanguageModel(nn.Module):
         self.causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
 
     def restore_buffers(self) -> None:
-        """Compute again what no checkpoint holds, after the model was built on the meta device."""
+        """Compute the buffers, which no checkpoint holds, after the model was built on the meta device."""
         for module in self.causal_lm.modules():
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 for name, buffer in type(module)(module.config).named_buffers(recurse=False):
                     setattr(module, name, buffer)
 
     def blocks(self) -> list[nn.Module]:
-        """Decoder layers, the units of activation checkpointing."""
+        """Return the decoder layers, the units of activation checkpointing and sharding."""
         return list(self.causal_lm.get_decoder().layers)
 
     @property
@@ -128,7 +134,7 @@ class LanguageModel(nn.Module):
         return int(self.causal_lm.config.hidden_size)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Input embeddings: int64 [B, L] to float [B, L, D]."""
+        """Embed tokens: int64 [B, L] to float [B, L, D]."""
         embeds: Tensor = self.causal_lm.get_input_embeddings()(input_ids)
         return embeds
 
@@ -185,7 +191,7 @@ class LanguageModel(nn.Module):
         )
 
     def supervised_logits(self, spliced: Spliced) -> tuple[Tensor, Tensor]:
-        """Next-token logits where there is a label; the head is not applied elsewhere.
+        """Return next-token logits where there is a label; the head is not applied elsewhere.
 
         Args:
             spliced: from `splice`, of rows padded on the right.
@@ -207,7 +213,7 @@ class LanguageModel(nn.Module):
         return logits.float(), targets[supervised]
 
     def answer_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
-        """Next-token logits at every token of answers to one prompt.
+        """Return next-token logits at every token of answers to one prompt.
 
         Args:
             prompt: int64 [L], with a `VIDEO_TOKEN_ID`.
@@ -215,7 +221,7 @@ class LanguageModel(nn.Module):
             answers: int64 [B, M].
 
         Returns:
-            float32 [B, M, V], what was to be said in the place of each token.
+            float32 [B, M, V], which predict each token of the answers.
         """
         ids = torch.cat([prompt.expand(len(answers), -1), answers], dim=1)
         spliced = self.splice(ids, torch.ones_like(ids, dtype=torch.bool), None, visual)

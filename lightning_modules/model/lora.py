@@ -1,5 +1,8 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on linear layers, under the layers' own parameter names.
 
+`peft.inject_adapter_in_model` would rename the layers' own weights (`base_layer`) in checkpoints and draw more random
+numbers.
+
 Letters: `r` rank, `I` and `O` input and output width of a linear layer.
 """
 
@@ -34,7 +37,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"lora: got rank={self.rank}, dropout={self.dropout}; rank must be at least 1, dropout in [0, 1)"
+                f"network.lora: got rank={self.rank}, dropout={self.dropout}; "
+                "rank must be at least 1, dropout in [0, 1)"
             )
 
 
@@ -50,13 +54,13 @@ class LoRALinear(nn.Linear):
     lora: LoRAConfig
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [..., I] to float [..., O]."""
+        """Map float [..., I] to float [..., O]."""
         update = F.linear(F.linear(F.dropout(x, self.lora.dropout, self.training), self.lora_A), self.lora_B)
         return super().forward(x) + update * self.scale
 
     @property
     def scale(self) -> float:
-        """Factor alpha / r of the update."""
+        """Return the factor alpha / r of the update."""
         return self.lora.alpha / self.lora.rank
 
 
@@ -77,7 +81,7 @@ def add_lora(module: nn.Module, config: LoRAConfig) -> list[str]:
         ValueError: there are adapters already, or nothing to adapt.
     """
     if _adapted(module):
-        raise ValueError("the module has LoRA adapters already")
+        raise ValueError("the module has LoRA adapters already: merge_lora removes them")
     names = []
     for name, layer in module.named_modules():
         if type(layer) is not nn.Linear or name.rpartition(".")[2] == "lm_head":
@@ -135,7 +139,7 @@ def save_peft_adapter(adapters: Mapping[str, Tensor], config: LoRAConfig, folder
 
 
 def from_peft_name(name: str) -> str:
-    """Name of an adapter matrix inside the transformers model, from its name in PEFT's file."""
+    """Return the name of an adapter matrix inside the transformers model from its name in PEFT's file."""
     return name.removeprefix(_PEFT_PREFIX).removesuffix(_PEFT_SUFFIX)
 
 
@@ -146,5 +150,5 @@ def _adapted(module: nn.Module) -> dict[str, LoRALinear]:
 def _require_adapted(module: nn.Module) -> dict[str, LoRALinear]:
     layers = _adapted(module)
     if not layers:
-        raise ValueError("the module has no LoRA adapters")
+        raise ValueError("the module has no LoRA adapters: add_lora adds them")
     return layers

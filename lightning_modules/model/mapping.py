@@ -54,7 +54,7 @@ class MapperConfig:
         if self.kind == "attention" and self.width % self.num_heads:
             problems.append(f"width is {self.width}, not divisible by its {self.num_heads} heads: use a multiple of 64")
         if problems:
-            raise ValueError("mapper: " + "; ".join(problems))
+            raise ValueError("network.mapper: " + "; ".join(problems))
 
     @property
     def num_heads(self) -> int:
@@ -103,7 +103,7 @@ class FeatureMapping(nn.Module):
                 nn.init.zeros_(parameter)
 
     def blocks(self) -> list[nn.Module]:
-        """Residual blocks or transformer layers, the repeated units for activation checkpointing and sharding."""
+        """Return residual blocks or transformer layers, the units of activation checkpointing and sharding."""
         return [module for module in self.modules() if isinstance(module, ResidualBlock | nn.TransformerEncoderLayer)]
 
     def forward(self, features: Tensor) -> Tensor:
@@ -122,8 +122,9 @@ class FeatureMapping(nn.Module):
         rows, columns = features.shape[2:4]
         if min(rows, columns) < self.min_size:
             raise ValueError(
-                f"mapper: the patch grid is {rows}x{columns}; {self.num_downsamplings} down-samplings need at least "
-                f"{self.min_size}x{self.min_size}: lower mapper.num_downsamplings or raise the encoder's image_size"
+                f"network.mapper: the patch grid is {rows}x{columns}; {self.num_downsamplings} down-samplings need at "
+                f"least {self.min_size}x{self.min_size}: lower network.mapper.num_downsamplings or "
+                "raise clips.image_size"
             )
         x = features.flatten(0, 1).permute(0, 3, 1, 2)  # [B * T, C, H, W]
         padding = (0, -columns % self.stride, 0, -rows % self.stride)
@@ -145,7 +146,7 @@ class ResidualBlock(nn.Module):
         self.conv_block = nn.Sequential(*layers[:-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Float [B, C, H, W] to the same shape."""
+        """Map float [B, C, H, W] to the same shape."""
         out: Tensor = x + self.conv_block(x)
         return out
 
@@ -181,7 +182,7 @@ class _PatchTransformer(nn.Module):
 def _generator(
     dim: int, mapper: MapperConfig, kernel_size: int, norm: Callable[[int], nn.Module], bias: bool
 ) -> tuple[list[nn.Module], nn.Conv2d]:
-    """Layers of the CycleGAN generator (junyanz/pytorch-CycleGAN-and-pix2pix), and apart from them its last conv."""
+    """Build the layers of CycleGAN's generator (junyanz/pytorch-CycleGAN-and-pix2pix), and separately its last one."""
     pad: list[nn.Module] = [nn.ReflectionPad2d(kernel_size // 2)] if kernel_size > 1 else []
     stem = nn.Conv2d(dim, mapper.width, kernel_size, bias=bias)
     layers: list[nn.Module] = [*pad, stem, norm(mapper.width), nn.ReLU()]

@@ -1,4 +1,4 @@
-"""Many continuations of one text with video, each as if it stood there alone: the video is read once.
+"""Score and continue many texts after one prefix with video, whose keys and values are computed once.
 
 Letters: ``P`` positions of the prefix, ``R`` rows, ``L`` tokens of one pass, ``D`` width, ``V`` vocabulary.
 """
@@ -24,7 +24,7 @@ TOKENS_A_PASS = 1024
 
 @dataclass(frozen=True)
 class _Pass:
-    """Rows of tokens as one tree, in which a common beginning is there once.
+    """Rows of tokens as one tree, which holds a common beginning once.
 
     A row has a state before each of its tokens and one after the last; 0 is that of the prefix, n + 1 of the tree's
     token n.
@@ -35,7 +35,9 @@ class _Pass:
         visible: bool [L, L], which tokens of the tree each one attends to: those of its own row, up to itself.
         rows: int64 [M], numbers of the rows.
         ends: int64 [M], state after the last token of each of them.
-        scored_rows, scored_states, scored_tokens: int64 [S], of each of their tokens: row, state before it, itself.
+        scored_rows: int64 [S], row of each token of the rows.
+        scored_states: int64 [S], state before that token.
+        scored_tokens: int64 [S], the token.
     """
 
     tokens: Tensor
@@ -50,61 +52,78 @@ class _Pass:
 
 @lru_cache(maxsize=4)
 def _passes(rows: tuple[Row, ...], scored: bool, tokens_a_pass: int) -> tuple[_Pass, ...]:
-    """Trees of at most so many tokens, unless a single row is longer; neighbours in the alphabet share most.
+    """Distribute rows over trees of at most so many tokens, unless a single row is longer.
 
     Args:
-        rows: to be laid out.
+        rows: rows of tokens.
         scored: leave each row's last token out of the tree, since nothing follows it.
         tokens_a_pass: limit of a tree.
     """
-    made: list[_Pass] = []
-    nodes: dict[Row, int] = {(): -1}
+    passes: list[_Pass] = []
+    nodes: dict[Row, int] = {(): -1}  # beginnings of rows to their tokens' places in the tree
     members: list[int] = []
-
-    def close() -> None:
-        beginnings = [beginning for beginning in nodes if beginning]
-        visible = torch.zeros(len(beginnings), len(beginnings), dtype=torch.bool)
-        for number, beginning in enumerate(beginnings):
-            if len(beginning) > 1:
-                visible[number] = visible[nodes[beginning[:-1]]]
-            visible[number, number] = True
-        steps = [(m, nodes[rows[m][:n]] + 1, rows[m][n]) for m in members for n in range(len(rows[m]) if scored else 0)]
-        ends = [nodes[rows[m][:-1] if scored else rows[m]] + 1 for m in members]
-        made.append(
-            _Pass(
-                torch.tensor([beginning[-1] for beginning in beginnings], dtype=torch.int64),
-                torch.tensor([len(beginning) - 1 for beginning in beginnings], dtype=torch.int64),
-                visible,
-                torch.tensor(members),
-                torch.tensor(ends),
-                *torch.tensor(steps, dtype=torch.int64).view(-1, 3).unbind(1),
-            )
-        )
-        nodes.clear()
-        nodes[()] = -1
-        members.clear()
-
+    # Rows in alphabetical order, since neighbours there have most in common.
     for member in sorted(range(len(rows)), key=rows.__getitem__):
         row = rows[member][:-1] if scored else rows[member]
         beginnings = [row[: n + 1] for n in range(len(row))]
-        if members and len(nodes) - 1 + sum(beginning not in nodes for beginning in beginnings) > tokens_a_pass:
-            close()
+        added = sum(beginning not in nodes for beginning in beginnings)
+        if members and len(nodes) - 1 + added > tokens_a_pass:
+            passes.append(_build_pass(rows, members, nodes, scored))
+            nodes, members = {(): -1}, []
         for beginning in beginnings:
             nodes.setdefault(beginning, len(nodes) - 1)
         members.append(member)
     if members:
-        close()
-    return tuple(made)
+        passes.append(_build_pass(rows, members, nodes, scored))
+    return tuple(passes)
+
+
+def _build_pass(rows: tuple[Row, ...], members: list[int], nodes: dict[Row, int], scored: bool) -> _Pass:
+    """Build the tensors of a tree.
+
+    Args:
+        rows: all rows.
+        members: numbers of the rows in the tree.
+        nodes: their beginnings, in the order of the tree; the empty one is the prefix.
+        scored: the last token of each row is not in the tree.
+    """
+    # A token attends to what its parent attends to, and to itself.
+    beginnings = [beginning for beginning in nodes if beginning]
+    visible = torch.zeros(len(beginnings), len(beginnings), dtype=torch.bool)
+    for number, beginning in enumerate(beginnings):
+        if len(beginning) > 1:
+            visible[number] = visible[nodes[beginning[:-1]]]
+        visible[number, number] = True
+
+    # For every token to score: its row, the state that predicts it, and itself.
+    steps: list[tuple[int, int, int]] = []
+    ends: list[int] = []
+    for member in members:
+        row = rows[member]
+        ends.append(nodes[row[:-1] if scored else row] + 1)
+        if scored:
+            steps += [(member, nodes[row[:n]] + 1, token) for n, token in enumerate(row)]
+    scored_rows, scored_states, scored_tokens = torch.tensor(steps, dtype=torch.int64).view(-1, 3).unbind(1)
+    return _Pass(
+        tokens=torch.tensor([beginning[-1] for beginning in beginnings], dtype=torch.int64),
+        depth=torch.tensor([len(beginning) - 1 for beginning in beginnings], dtype=torch.int64),
+        visible=visible,
+        rows=torch.tensor(members),
+        ends=torch.tensor(ends),
+        scored_rows=scored_rows,
+        scored_states=scored_states,
+        scored_tokens=scored_tokens,
+    )
 
 
 class SharedPrefix:
-    """Keys and values of what the continuations have in common.
+    """Keys and values of a text with video that many continuations share.
 
     Continuations are exact: each one sees the prefix and itself only, at the positions it would have alone. Several go
     through the model at once, in one row, by a mask over a tree of their tokens.
 
     Args:
-        language_model: reads; without sliding window, or with one that nothing here reaches.
+        language_model: computes them; without sliding window, or with one that nothing here reaches.
         embeds: float [P, D], P >= 1, see ``LanguageModel.embed``.
         tokens_a_pass: of continuations that are computed at once.
 
@@ -114,7 +133,7 @@ class SharedPrefix:
 
     def __init__(self, language_model: LanguageModel, embeds: Tensor, tokens_a_pass: int = TOKENS_A_PASS) -> None:
         if language_model.causal_lm.config._attn_implementation == "eager":
-            raise ValueError("language_model: attention is eager, which would add the tree's mask to scores: use sdpa")
+            raise ValueError("network.language_model: attention is eager, which would add the mask to scores: use sdpa")
         self.language_model, self.tokens_a_pass = language_model, tokens_a_pass
         self.cache: Any = DynamicCache(config=language_model.causal_lm.config)
         self.length = 0
@@ -123,7 +142,7 @@ class SharedPrefix:
 
     @contextmanager
     def extended(self, ids: Sequence[int]) -> Iterator[SharedPrefix]:
-        """The prefix with more tokens behind it, for as long as the context lasts."""
+        """Append tokens to the prefix for as long as the context lasts."""
         before = self.last
         if ids:
             self._append(self._embed(ids))
@@ -134,7 +153,7 @@ class SharedPrefix:
             self.last = before
 
     def log_likelihoods(self, rows: Sequence[Row]) -> Tensor:
-        """Log p of each row of tokens, none of them empty, as the continuation: float32 [R], summed over its tokens."""
+        """Return log p of each row of tokens, none of them empty, as a continuation: float32 [R], sums over tokens."""
         log_p = torch.zeros(len(rows), dtype=torch.float64, device=self.last.device)  # GPUs add in any order
         for part in _passes(tuple(rows), True, self.tokens_a_pass):
             log_p_next = self._logits(self._states(part)).log_softmax(-1)
@@ -143,7 +162,7 @@ class SharedPrefix:
         return log_p.float()
 
     def next_logits(self, rows: Sequence[Row]) -> Tensor:
-        """What would follow each row of tokens, any of which may be empty: float32 [R, V].
+        """Return next-token logits after each row of tokens, any of which may be empty: float32 [R, V].
 
         The head computes in float32 whatever the precision: logits of bfloat16 have eight bits, and up to a tenth of
         all choices would be ties, which the first letter wins.
@@ -157,7 +176,7 @@ class SharedPrefix:
             return F.linear(found.float(), head.weight.float(), bias)
 
     def greedy(self, max_new_tokens: int, end: int) -> list[int]:
-        """The most likely token again and again, until ``end``, which is left out, or ``max_new_tokens``."""
+        """Continue with the most likely tokens until ``end``, which is left out, or ``max_new_tokens``."""
         tokens: list[int] = []
         before = self.last
         while len(tokens) < max_new_tokens:
@@ -178,7 +197,7 @@ class SharedPrefix:
         self.length += len(embeds)
 
     def _states(self, part: _Pass) -> Tensor:
-        """The prefix's state and that after each token of a tree: float [1 + L, D]; the cache is as before."""
+        """Return the states of the prefix and after each token of a tree: float [1 + L, D]; the cache stays equal."""
         count, device = len(part.tokens), self.last.device
         if not count:
             return self.last[None]
@@ -196,8 +215,8 @@ class SharedPrefix:
         window = getattr(self.language_model.causal_lm.config, "sliding_window", None)
         if window is not None and self.length + len(embeds) >= window:
             raise ValueError(
-                f"language_model: {self.length + len(embeds)} positions reach its sliding window of {window}, beyond "
-                "which nothing is exact here: lower clips.num_frames"
+                f"network.language_model: {self.length + len(embeds)} positions reach its sliding window of {window}, "
+                "beyond which nothing is exact here: lower clips.num_frames"
             )
         outputs = self.language_model.causal_lm.get_decoder()(
             inputs_embeds=embeds[None], past_key_values=self.cache, use_cache=True, **how

@@ -28,7 +28,7 @@ class STCConnector(nn.Module):
         super().__init__()
         if depth < 1 or mlp_depth < 1 or padding not in (0, 1):
             raise ValueError(
-                f"projector: got depth={depth}, mlp_depth={mlp_depth}, padding={padding}; "
+                f"network.projector: got depth={depth}, mlp_depth={mlp_depth}, padding={padding}; "
                 "depth and mlp_depth must be at least 1, padding 0 or 1"
             )
         self.padding = padding
@@ -42,11 +42,11 @@ class STCConnector(nn.Module):
             self.readout.extend([nn.GELU(), nn.Linear(out_dim, out_dim)])
 
     def num_tokens(self, num_frames: int, rows: int, columns: int) -> int:
-        """N for a clip, see `stc_tokens`."""
+        """Return N for a clip, see `stc_tokens`."""
         return stc_tokens(self.padding, num_frames, rows, columns)
 
     def blocks(self) -> list[nn.Module]:
-        """RegNet blocks of both stages, the repeated units for activation checkpointing and sharding."""
+        """Return the RegNet blocks of both stages, the units of activation checkpointing and sharding."""
         return [*self.s1.children(), *self.s2.children()]
 
     def forward(self, features: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class STCConnector(nn.Module):
 
 
 def stc_tokens(padding: int, num_frames: int, rows: int, columns: int) -> int:
-    """N of an `STCConnector` for a clip of `num_frames` frames of `rows` x `columns` patches.
+    """Return N of an `STCConnector` for a clip of `num_frames` frames of `rows` x `columns` patches.
 
     Raises:
         ValueError: an axis is too short, so no token would be left.
@@ -79,7 +79,10 @@ def stc_tokens(padding: int, num_frames: int, rows: int, columns: int) -> int:
     count = 1
     for name, size in (("frames", num_frames), ("patch rows", rows), ("patch columns", columns)):
         if size + 2 * padding < 2:
-            raise ValueError(f"projector: {size} {name} with padding {padding}; at least 2 are needed")
+            raise ValueError(
+                f"network.projector: {size} {name} with padding {padding}; at least 2 are needed: raise "
+                "clips.num_frames or clips.image_size, or set network.projector.padding to 1"
+            )
         count *= (size + 2 * padding) // 2
     return count
 

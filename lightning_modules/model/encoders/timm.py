@@ -28,14 +28,14 @@ class TimmEncoder(VisionTransformerEncoder):
         self.tower.prune_intermediate_layers([config.layers - 2], prune_norm=True, prune_head=True)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Features of the last block: float [N, 3, H, W] to [N, h * w, D]."""
+        """Compute the features of the last block: float [N, 3, H, W] to [N, h * w, D]."""
         last = len(self.blocks()) - 1
         outputs = self.tower.forward_intermediates(pixels, indices=[last], intermediates_only=True, output_fmt="NLC")
         features: Tensor = outputs[0]
         return features
 
     def blocks(self) -> list[nn.Module]:
-        """Transformer blocks, the repeated units for activation checkpointing and sharding."""
+        """Return the transformer blocks, the units of activation checkpointing and sharding."""
         return list(self.tower.blocks)
 
     @property
