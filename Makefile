@@ -54,7 +54,7 @@ ego-exoclip: $(VENV)/installed ## index of the Ego-Exo4D release in EGOEXO4D=fol
 	@test -n "$(EGOEXO4D)" || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
 	$(PYTHON) -m datamodules.ego_exo_clip.build ego-exo4d $(EGOEXO4D) $(ARGS)
 
-egoit: $(VENV)/installed ## instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn from its files in ROOT=folder
+egoit: $(VENV)/installed ## instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn|module:Class from its files in ROOT=folder
 	@test -n "$(SOURCE)" && test -n "$(ROOT)" || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }
 	$(PYTHON) -m datamodules.egoit convert $(SOURCE) --root "$(ROOT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
