@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datamodules.egobench.base import Benchmark
 from datamodules.egobench.loading import BENCHMARKS, LoadedBenchmark, benchmark_class, load, select_entries
-from datamodules.egobench.samples import Candidate, Clip, Sample
+from datamodules.egobench.samples import Candidate, Clip, Sample, TaskName
 
 __all__ = [
     "BENCHMARKS",
@@ -17,6 +17,7 @@ __all__ = [
     "Clip",
     "LoadedBenchmark",
     "Sample",
+    "TaskName",
     "benchmark_class",
     "load",
     "select_entries",
