@@ -1,4 +1,4 @@
-"""Invented release folders of Ego-Exo4D with the oddities of the real one, for several test files."""
+"""Write invented release folders of Ego-Exo4D with the oddities of the real one, for several test files."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def by(*descriptions: Any, rejected: Any = False, annotator: Any = "9") -> dict[
 def write_release(
     root: Path, takes: Any, annotations: Any, *, split: str = "train", splits: Any = None, missing: tuple[str, ...] = ()
 ) -> Path:
-    """A release with a file of one byte for every listed video, except the ``missing`` file names."""
+    """Write a release with a file of one byte for every listed video, except the ``missing`` file names."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     (root / "takes.json").write_text(json.dumps(takes))
     described = json.dumps({"ds": "240301", "annotations": annotations})
@@ -76,5 +76,5 @@ def lengths(clips: list[NarratedClip]) -> list[float]:
 
 
 def counts(selection: Selection) -> dict[tuple[str, str], tuple[int, int]]:
-    """(before, after) each filter, by what it filters and its criterion."""
+    """Return (before, after) of each filter, by the kind that it filters and its criterion."""
     return {(row["of"], row["filter"]): (row["in"], row["out"]) for row in selection.funnel.rows()}

@@ -1,4 +1,4 @@
-"""How the shared model wires its parts."""
+"""Test the wiring of the shared model's parts."""
 
 import pytest
 import tiny
@@ -19,7 +19,7 @@ def build(parts=PARTS, seed=0, **changes):
 
 
 @pytest.mark.parametrize("stage", tiny.STAGES.values(), ids=tiny.STAGES)
-def test_only_what_a_stage_uses_is_built(stage):
+def test_only_the_parts_of_a_stage_are_built(stage):
     model = build(stage.uses)
     assert set(model.parts) == set(stage.uses)
     assert {name for name in MODULES if hasattr(model, name)} == set(stage.uses) & set(MODULES)

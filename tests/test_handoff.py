@@ -1,4 +1,4 @@
-"""What stages leave for each other: exact, complete or absent, and clear about what does not fit."""
+"""Test stage weights: exact, complete or absent, with errors that name each tensor that does not fit."""
 
 import copy
 import json
@@ -27,14 +27,14 @@ def build(seed=0, width=tiny.WIDTH, parts=PARTS):
 
 
 def write(folder, model, parts, manifest):
-    """As a stage does."""
+    """Write parts of a model as a stage does."""
     write_stage_weights(
         folder, ((part, full_tensors(model.part(part))) for part in parts), tiny.network().lora, manifest
     )
 
 
 def load_part(model, folder, part, source=None):
-    """As a stage does."""
+    """Load a part of a model as a stage does."""
     found = find_weights([f"{folder}:{source or part}"], part, tiny.network())
     require_fit(found, model.part(part))
     load_weights(model, {part: found}, PARTS, torch.float32, torch.device("cpu"))
@@ -51,7 +51,7 @@ def model():
 
 @pytest.fixture
 def folder(model, tmp_path):
-    """A hand-off of every part."""
+    """Write stage weights of every part."""
     folder = tmp_path / "toy" / "stage1" / "handoff"
     write(folder, model, PARTS, {"stage": "stage1", "step": 7})
     return folder
@@ -106,7 +106,7 @@ def test_adapter_opens_with_peft(model, folder):
 
 
 @pytest.mark.parametrize("stage", ["stage0", "stage1", "stage2"])
-def test_missing_handoff_names_the_command_that_writes_it(tmp_path, stage):
+def test_missing_weights_name_the_command_that_writes_it(tmp_path, stage):
     with pytest.raises(WeightsError, match=rf"^No {stage} weights in .*/{stage}/handoff. Run `make {stage}` first.$"):
         read_manifest(tmp_path / stage / "handoff")
 
@@ -188,7 +188,7 @@ def test_removed_file_is_reported(folder):
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def test_failed_write_keeps_the_previous_handoff(folder, monkeypatch):
+def test_failed_write_keeps_the_previous_weights(folder, monkeypatch):
     before = files(folder)
     calls = []
 
@@ -205,7 +205,7 @@ def test_failed_write_keeps_the_previous_handoff(folder, monkeypatch):
     assert files(folder) == before
 
 
-def test_first_write_that_fails_leaves_no_handoff(model, tmp_path, monkeypatch):
+def test_first_write_that_fails_leaves_no_weights(model, tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
@@ -217,7 +217,7 @@ def test_first_write_that_fails_leaves_no_handoff(model, tmp_path, monkeypatch):
         read_manifest(folder)
 
 
-def test_new_handoff_replaces_the_previous_one_whole(folder):
+def test_new_weights_replace_all_of_the_previous_ones(folder):
     write(folder, build(seed=2), ["projector"], {"stage": "stage1"})
     assert set(map(str, files(folder))) == {"manifest.json", "projector.safetensors"}
     other = build(seed=5)

@@ -1,4 +1,4 @@
-"""Splicing, supervised logits, scoring and decoding against slow or independent references."""
+"""Compare splicing, supervised logits, scoring and decoding with slow or independent references."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def pad(rows: list[list[int]], value: int, side: str) -> Tensor:
 
 
 def as_batch(rows: list[list[int]], side: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, mask, and labels that supervise the last two tokens of each row."""
+    """Return ids, mask, and labels that supervise the last two tokens of each row."""
     labels = [[-100] * (len(row) - 2) + row[-2:] for row in rows]
     mask = pad([[1] * len(row) for row in rows], 0, side).bool()
     return pad(rows, PAD, side), mask, pad(labels, -100, side)
@@ -55,7 +55,7 @@ ROWS = [[1, V, 5, 6, 7, EOS], [1, 8, 9, V, 10, 11, 12, EOS], [1, PAD, 13, 14], [
 
 
 def spliced_row(model: LanguageModel, ids: list[int], visual: Tensor) -> Tensor:
-    """One row without padding, put together piece by piece."""
+    """Embed one row without padding, piece by piece."""
     pieces = [visual if token == V else model.embed(torch.tensor([token])) for token in ids]
     return torch.cat(pieces)
 
@@ -188,7 +188,7 @@ def test_log_likelihood_equals_row_by_row_sums(model):
 
 
 def greedy(model: LanguageModel, ids: list[int], visual: Tensor, steps: int, eos: int) -> list[int]:
-    """One row, the whole sequence again at every step."""
+    """Decode one row, with the whole sequence again at every step."""
     embeds, answer = spliced_row(model, ids, visual), []
     for _ in range(steps):
         token = int(model.causal_lm(inputs_embeds=embeds[None]).logits[0, -1].argmax())
@@ -247,7 +247,7 @@ def test_vocabulary_is_that_of_the_tokenizer_unless_given():
         ({"pretrained": "x", "overrides": {"hidden_size": 8}}, r"overrides \(hidden_size\) go with architecture"),
     ],
 )
-def test_config_names_what_is_wrong(settings, message):
+def test_config_errors_name_the_problem(settings, message):
     with pytest.raises(ValueError, match=message):
         LanguageModelConfig(**settings)
 

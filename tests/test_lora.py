@@ -1,4 +1,4 @@
-"""Low-rank adapters against PEFT's."""
+"""Compare low-rank adapters with PEFT's."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The mappings F and G: CycleGAN's generator exactly, and the form made for features."""
+"""Test the mappings F and G: CycleGAN's generator exactly, and the forms made for features."""
 
 from pathlib import Path
 
@@ -30,12 +30,12 @@ def build_cyclegan(golden: dict[str, Tensor]) -> FeatureMapping:
 
 
 def as_features(images: Tensor) -> Tensor:
-    """[T, C, H, W] to [1, T, H, W, C]."""
+    """Reorder [T, C, H, W] to [1, T, H, W, C]."""
     return images.permute(0, 2, 3, 1)[None]
 
 
 def randomised(mapping: FeatureMapping) -> FeatureMapping:
-    """With every parameter random, so that the mapping is not the identity."""
+    """Randomise every parameter, so that the mapping is not the identity."""
     for parameter in mapping.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return mapping

@@ -1,4 +1,4 @@
-"""The STC connector against VideoLLaMA2's."""
+"""Compare the STC connector with VideoLLaMA2's."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ def test_tokens_at_full_size(num_frames, side, padding, expected):
 
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (3, 2, 2), (4, 5, 6)])
-def test_num_tokens_is_what_forward_returns(padding, shape):
+def test_num_tokens_equals_the_output_of_forward(padding, shape):
     projector = STCConnector(4, 6, depth=1, padding=padding)
     assert projector(torch.randn(2, *shape, 4)).shape == (2, projector.num_tokens(*shape), 6)
 

@@ -1,4 +1,4 @@
-"""Weights that others released, against the models they come from."""
+"""Compare models filled with released weights with the models that these come from."""
 
 import json
 import weakref
@@ -44,7 +44,7 @@ def network(padding=1, encoder=None, **changes):
 
 
 class STC(nn.Module):
-    """VideoLLaMA2's connector, written from its description once more."""
+    """VideoLLaMA2's connector, implemented independently from its description."""
 
     def __init__(self):
         super().__init__()
@@ -72,7 +72,7 @@ def randomised(module, seed):
 
 @pytest.fixture(scope="module")
 def reference():
-    """Tower, connector and language model of a tiny VideoLLaMA2."""
+    """Return tower, connector and language model of a tiny VideoLLaMA2."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -122,7 +122,7 @@ def write_sharded(folder, tensors, config):
 
 @pytest.fixture
 def released(reference, tmp_path):
-    """A tiny VideoLLaMA2 checkpoint in the layout of the released ones."""
+    """Write a tiny VideoLLaMA2 checkpoint in the layout of the released ones."""
     folder = tmp_path / "weights" / "DAMO-NLP-SG" / "VideoLLaMA2-7B-16F"
     return write_sharded(folder, tensors_of(reference), settings())
 
@@ -204,7 +204,7 @@ def test_buffers_that_no_checkpoint_holds_are_right(released):
     assert all(torch.equal(expected[name], ours[name]) for name in ours)
 
 
-def test_a_base_folder_without_tower_falls_back_and_says_so(reference, tmp_path):
+def test_a_base_folder_without_tower_falls_back_and_is_reported(reference, tmp_path):
     vision, connector, _ = reference
     base, clip = tmp_path / "VideoLLaMA2-7B-16F-Base", tmp_path / "clip"
     base.mkdir()
@@ -223,7 +223,7 @@ def test_a_base_folder_without_tower_falls_back_and_says_so(reference, tmp_path)
 
 
 @pytest.mark.parametrize(("kind", "padding", "tokens"), [("stc_connector", 1, 27), ("stc_connector_v35", 0, 8)])
-def test_the_wrong_projector_is_told_by_its_tokens(reference, tmp_path, kind, padding, tokens):
+def test_the_wrong_projector_is_recognised_by_its_tokens(reference, tmp_path, kind, padding, tokens):
     folder = write_sharded(tmp_path / "x", tensors_of(reference), settings(mm_projector_type=kind))
     find_weights([str(folder)], "projector", network(padding=padding))
     with pytest.raises(WeightsError, match=rf"network.projector.padding: .* {kind} of .* gives {tokens}. Set it to"):
@@ -260,7 +260,7 @@ def test_a_truncated_file_names_itself(released):
         find_weights([str(released)], "projector", network())
 
 
-def test_an_incomplete_checkpoint_names_what_is_missing(reference, tmp_path):
+def test_missing_tensors_of_a_checkpoint_are_named(reference, tmp_path):
     tensors = tensors_of(reference)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     folder = write_sharded(tmp_path / "x", tensors, settings())
@@ -279,6 +279,7 @@ def test_an_incomplete_checkpoint_names_what_is_missing(reference, tmp_path):
             {"timm": "vit_so400m_patch14_siglip_378"},
             r"network.encoder.timm: got .vit_so400m.* has null. Set it",
         ),
+        ({"type": "encoder.Own"}, r"network.encoder.type: got encoder.Own, but .* Set it to null, or start.encoder to"),
     ],
 )
 def test_another_tower_is_refused(released, changes, message):
@@ -357,12 +358,12 @@ def test_a_local_folder_never_touches_the_network(released, monkeypatch):
     load([str(released)])
 
 
-def test_unknown_open_clip_names_list_what_there_is():
+def test_unknown_open_clip_names_list_the_known_ones():
     with pytest.raises(WeightsError, match=r"open_clip knows .*openai.*. Write open_clip:<model>/<tag>"):
         find_weights(["open_clip:ViT-L-14-336-quickgelu/opena"], "exo_encoder", network())
 
 
-def test_hub_names_without_a_network_say_what_to_do(monkeypatch):
+def test_hub_names_without_a_network_name_the_download_command(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(

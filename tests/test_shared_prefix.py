@@ -1,4 +1,4 @@
-"""Continuations that share a prefix, against each of them alone."""
+"""Compare continuations that share a prefix with each of them alone."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def embeds(model, ids=PROMPT):
 
 
 def alone(model, row):
-    """Log p of a row by a forward pass of its own, without any cache."""
+    """Return log p of a row by a forward pass of its own, without any cache."""
     prompt = embeds(model)
     logits = model.causal_lm(inputs_embeds=torch.cat([prompt, model.embed(torch.tensor(row))])[None]).logits[0]
     log_p = logits.log_softmax(-1)

@@ -1,4 +1,4 @@
-"""The towers against open_clip's own and Hugging Face's."""
+"""Compare the built-in encoders with the towers of open_clip, timm and Hugging Face."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def load(encoder: VisionEncoder, tower: dict[str, Tensor]) -> VisionEncoder:
 
 
 def open_clip_timm_tower(config: EncoderConfig) -> TimmModel:
-    """open_clip's wrapper around a tower of the size that the encoder has, with the pooling head."""
+    """Build open_clip's wrapper around a tower of the size that the encoder has, with the pooling head."""
     with torch.device("meta"):
         tower = TimmModel(config.timm, embed_dim=1152, pool="map", proj="none")
     sizes = {"embed_dim": config.width, "depth": config.layers, "num_heads": config.heads}

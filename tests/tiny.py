@@ -1,4 +1,4 @@
-"""A network of a few thousand parameters, and what else several test files build from."""
+"""Build a network of a few thousand parameters, batches and stages for several test files."""
 
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def video(clips, seed):
 
 
 def clip_batch(seed=0):
-    """Two clips; five supervised tokens."""
+    """Return two clips with five supervised tokens."""
     ids = torch.tensor([[1, VIDEO_TOKEN_ID, 5, 6, 7, 2], [1, VIDEO_TOKEN_ID, 8, 9, 2, 0]])
     labels = torch.tensor([[IGNORE_INDEX] * 3 + [6, 7, 2], [IGNORE_INDEX] * 3 + [9, 2, IGNORE_INDEX]])
     mask = torch.arange(6)[None] < torch.tensor([[6], [5]])
