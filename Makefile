@@ -13,7 +13,7 @@ VENV ?= .venv
 PYTHON := $(VENV)/bin/python
 FIT = $(PYTHON) -m lightning_modules fit experiments/$(EXPERIMENT)
 OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
-# Experiments on a generated world make it first.
+# Experiments on a generated world generate it first.
 FAIR := data/fair/ego_exo_clip/index.json
 TOY := data/toy/ego_exo_clip/index.json
 WORLD := $(if $(filter toy_fair ablations/%,$(EXPERIMENT)),$(FAIR),$(if $(filter toy%,$(EXPERIMENT)),$(TOY)))
@@ -39,7 +39,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-data: $(TOY) ## generate the default data set
+data: $(TOY) ## generate the default dataset
 
 $(TOY): | $(VENV)/installed
 	$(PYTHON) -m datamodules.toy_world --root data/toy
@@ -50,27 +50,27 @@ $(FAIR): | $(VENV)/installed
 data/fair_quick/ego_exo_clip/index.json: | $(VENV)/installed
 	$(PYTHON) -m datamodules.toy_world --root data/fair_quick --preset fair --train-takes 9 --val-takes 2 --initialisation-takes 6 --practice-takes 4
 
-ego-exoclip: $(VENV)/installed ## index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..."
+ego-exoclip: $(VENV)/installed ## build the index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..."
 	@test -n "$(EGOEXO4D)" || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
 	$(PYTHON) -m datamodules.ego_exo_clip.build ego-exo4d $(EGOEXO4D) $(ARGS)
 
-egoit: $(VENV)/installed ## instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn|module:Class from its files in ROOT=folder
+egoit: $(VENV)/installed ## build the instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn|module:Class from its files in ROOT=folder
 	@test -n "$(SOURCE)" && test -n "$(ROOT)" || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }
 	$(PYTHON) -m datamodules.egoit convert $(SOURCE) --root "$(ROOT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-egoit-export: $(VENV)/installed ## instruction FILES=... for other stacks, TO=llava|videollama3|llamafactory|swift|openai OUT=folder
+egoit-export: $(VENV)/installed ## export instruction FILES=... for other training stacks, TO=llava|videollama3|llamafactory|swift|openai OUT=folder
 	@test -n "$(FILES)" && test -n "$(TO)" && test -n "$(OUT)" || { echo "error: name all: make egoit-export FILES=data/egoit/egtea.jsonl TO=llava OUT=export"; exit 2; }
 	$(PYTHON) -m datamodules.egoit export $(FILES) --to $(TO) --out "$(OUT)" $(ARGS)
 
-egoit-leaks: $(VENV)/installed ## recordings that instruction FILES=... share with the official files in BENCHMARKS=folder
+egoit-leaks: $(VENV)/installed ## count recordings that instruction FILES=... share with the benchmarks in BENCHMARKS=folder
 	@test -n "$(FILES)" && test -n "$(BENCHMARKS)" || { echo "error: name both: make egoit-leaks FILES=data/egoit/egtea.jsonl BENCHMARKS=/data/benchmarks"; exit 2; }
 	$(PYTHON) -m datamodules.egoit leaks $(FILES) --benchmarks "$(BENCHMARKS)" $(ARGS)
 
-data-check: $(VENV)/installed ## read the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."
+data-check: $(VENV)/installed ## check the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."
 	@test -n "$(ROOT)" || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }
 	$(PYTHON) -m datamodules.tools.data_check $(INDEX) --root $(ROOT) $(ARGS)
 
-reencode: $(VENV)/installed ## write the videos of INDEX below ROOT=folder anew to OUT=folder, cheap to read clips from
+reencode: $(VENV)/installed ## re-encode the videos of INDEX below ROOT=folder to OUT=folder, so that clips are cheap to read
 	@test -n "$(ROOT)" && test -n "$(OUT)" || { echo "error: name both folders: make reencode ROOT=/data/egoexo4d OUT=/data/egoexo4d_336"; exit 2; }
 	$(PYTHON) -m datamodules.tools.reencode --root $(ROOT) --index $(INDEX) --out $(OUT) $(ARGS)
 
@@ -87,20 +87,20 @@ stage2: $(VENV)/installed $(WORLD) ## Demonstrator-Learner Guidance, needs stage
 stage3: $(VENV)/installed $(WORLD) ## Learner Self-Practice, needs stage2
 	$(FIT) stage3 $(OPTIONS)
 
-ablations: $(VENV)/installed $(FAIR) ## run experiments/ablations/plan.yaml over SEEDS=3 or go on with it, tables and figures to RESULTS=folder
+ablations: $(VENV)/installed $(FAIR) ## run experiments/ablations/plan.yaml over SEEDS=3 or resume it; tables and figures go to RESULTS=folder
 	$(ABLATE) experiments/ablations/plan.yaml $(ARGS) --seeds $(SEEDS) --out $(RUNS)/ablations --results $(RESULTS)
 
-ablations-quick: $(VENV)/installed data/fair_quick/ego_exo_clip/index.json ## the same machinery in minutes, to see that it works
+ablations-quick: $(VENV)/installed data/fair_quick/ego_exo_clip/index.json ## the same in minutes, to check that it works
 	$(ABLATE) experiments/ablations/quick.yaml data_root=data/fair_quick $(ARGS) --seeds 2 --out $(RUNS)/ablations_quick --results $(RUNS)/ablations_quick/results
 
-plan: $(VENV)/installed $(WORLD) ## what EXPERIMENT costs: parameters, memory, operations, hours; allocates nothing
+plan: $(VENV)/installed $(WORLD) ## print parameters, memory, operations and hours of EXPERIMENT; allocates nothing
 	@$(PYTHON) -m lightning_modules plan experiments/$(EXPERIMENT) $(ARGS)
 
-consolidate: $(VENV)/installed ## make a hand-off of the last checkpoint of STAGE=stage2, for a stage that is not finished
+consolidate: $(VENV)/installed ## export stage weights from the last checkpoint of an unfinished STAGE=stage2
 	@test -n "$(STAGE)" || { echo "error: name the stage: make consolidate STAGE=stage2"; exit 2; }
 	$(PYTHON) -m lightning_modules consolidate experiments/$(EXPERIMENT) $(STAGE) runs=$(RUNS) $(ARGS)
 
-evaluate: $(VENV)/installed $(WORLD) ## ask finished STAGES="stage3 ..." the held-out questions, or BENCHMARKS=all|name,name; print the tables
+evaluate: $(VENV)/installed $(WORLD) ## validation QA of finished STAGES="stage3 ...", or BENCHMARKS=all|name,name; print the tables
 	@for stage in $(STAGES); do \
 	  if [ -f $(RUNS)/$(EXPERIMENT)/$$stage/handoff/manifest.json ]; then \
 	    $(PYTHON) -m lightning_modules evaluate experiments/$(EXPERIMENT) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS)) || exit; fi; done
@@ -109,7 +109,7 @@ evaluate: $(VENV)/installed $(WORLD) ## ask finished STAGES="stage3 ..." the hel
 score: $(VENV)/installed ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..."
 	@$(PYTHON) -m lightning_modules score $(RUNS)/$(EXPERIMENT) $(ARGS)
 
-tensorboard: $(VENV)/installed ## serve the curves of all runs on PORT
+tensorboard: $(VENV)/installed ## serve TensorBoard for all runs on PORT
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --port $(PORT)
 
 test: $(VENV)/installed ## tests, under 10 minutes on 2 cores
@@ -118,7 +118,7 @@ test: $(VENV)/installed ## tests, under 10 minutes on 2 cores
 test-all: $(VENV)/installed ## all tests, with the long end-to-end runs
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
 
-chaos: $(VENV)/installed ## kill stages at random moments and compare what they hand on, ARGS="--hits 100 --processes 2 --signal TERM"
+chaos: $(VENV)/installed ## kill stages at random moments and compare the exported weights, ARGS="--hits 100 --processes 2 --signal TERM"
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench/chaos.py $(ARGS)
 
 lint: $(VENV)/installed ## ruff and mypy
@@ -126,7 +126,7 @@ lint: $(VENV)/installed ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/installed ## let ruff rewrite
+format: $(VENV)/installed ## format with ruff
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
@@ -139,10 +139,10 @@ bench-gpu: $(VENV)/installed ## measure each stage's full-size training step on 
 bench-clips: $(VENV)/installed ## measure clip reading against other readers, pip install '.[bench]' for all of them
 	$(PYTHON) tests/bench/bench_clips.py $(ARGS)
 
-bench-step: $(VENV)/installed ## measure what the Trainer costs beside a bare loop
+bench-step: $(VENV)/installed ## measure the overhead of the Trainer over a bare loop
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench/bench_step.py $(ARGS)
 
-bench-egobench: $(VENV)/installed ## measure scoring many captions of a clip behind one reading of it
+bench-egobench: $(VENV)/installed ## measure scoring many captions of a clip that is read once
 	$(PYTHON) tests/bench/bench_egobench.py $(ARGS)
 
 bench-index: $(VENV)/installed ## measure building and holding an index of 1.1 million pairs
