@@ -9,9 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_modules.stages.base import OptimConfig, Stage
+    from lightning_modules.stages.base import Stage
     from lightning_modules.stages.guidance import DemonstratorLearnerGuidance
     from lightning_modules.stages.initialisation import Initialisation
+    from lightning_modules.stages.optim import OptimConfig
     from lightning_modules.stages.self_practice import LearnerSelfPractice
     from lightning_modules.stages.self_preparation import DemonstratorSelfPreparation
 
@@ -29,7 +30,7 @@ _MODULES = {
     "DemonstratorSelfPreparation": "stages.self_preparation",
     "Initialisation": "stages.initialisation",
     "LearnerSelfPractice": "stages.self_practice",
-    "OptimConfig": "stages.base",
+    "OptimConfig": "stages.optim",
     "Stage": "stages.base",
 }
 

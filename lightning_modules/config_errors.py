@@ -12,7 +12,8 @@ from typing import Any, get_type_hints
 import lightning as L
 
 from datamodules.egobench.config import EgoBenchConfig
-from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
+from lightning_modules.callbacks.sample_panel import SamplePanel
+from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.egobench.judge import JudgeConfig
 from lightning_modules.plan import PlanConfig
 

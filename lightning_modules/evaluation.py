@@ -24,7 +24,7 @@ def evaluate(config: dict[str, Any], handoff: Path | None = None) -> None:
         handoff: folder of stage weights to use instead of the stage's own.
 
     Raises:
-        HandoffError: the stage has no weights.
+        WeightsError: the stage has no weights.
     """
     run, _ = _trained(config, handoff)
     answer_validation(run)
@@ -39,7 +39,7 @@ def evaluate_benchmarks(config: dict[str, Any], names: Sequence[str] | None = No
         force: discard predictions that exist.
 
     Raises:
-        HandoffError: the stage has no weights.
+        WeightsError: the stage has no weights.
         ValueError: a file of a benchmark is missing or invalid, or predictions were made in another way.
     """
     run, manifest = _trained(config)
@@ -91,10 +91,10 @@ def answer_validation(run: Run) -> None:
     if run.datamodule.held_out is None:
         return
     run.trainer.test(run.stage, datamodule=run.datamodule, verbose=False)
-    metrics, outcomes = run.stage.held_out_metrics, run.stage.all_outcomes()
+    metrics, predictions = run.stage.results.means(), run.stage.results.all_predictions()
     if run.trainer.is_global_zero:
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_predictions(run.folder / "predictions.jsonl", outcomes)
+        write_predictions(run.folder / "predictions.jsonl", predictions)
         held_out = run.datamodule.held_out_set()
         write_metrics(run.folder, run.name, len(held_out), metrics, chance_levels(held_out.all_questions()))
         print(write_report(run.folder.parent))

@@ -12,9 +12,9 @@ from datetime import timedelta
 from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
-from lightning_modules.callbacks.health import Diverged
+from lightning_modules.callbacks.finite_check import Diverged
+from lightning_modules.compat import default_store
 from lightning_modules.training import Interrupted
 
 STOPPED = 75
@@ -53,7 +53,7 @@ def _end_all_ranks(message: str, status: int) -> int:
     if not dist.is_initialized():
         print(message, file=sys.stderr)
         return status
-    store, rank = distributed_c10d._get_default_store(), dist.get_rank()
+    store, rank = default_store(), dist.get_rank()
     if rank:
         store.set(f"left/{rank}", "")
         _end(0)

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import ClipBatch, TextBatch
+from lightning_modules.compat import flash_attention, flash_attention_backward, storage_id, tree_leaves
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.stages.base import Stage
 from lightning_modules.stages.guidance import DemonstratorLearnerGuidance
@@ -318,7 +318,7 @@ def _attention_backward_flop(
 Shape = Sequence[int]
 _FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.convolution_backward: _convolution_backward_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_backward: _attention_backward_flop,
+    flash_attention_backward(): _attention_backward_flop,
 }
 
 
@@ -357,7 +357,9 @@ class _Probe:
 
     def saved_bytes(self) -> tuple[int, int, int]:
         """Bytes that autograd holds after forward; with checkpointed blocks; and of the largest block inside."""
-        seen: set[int] = {storage(p) for p in self.stage.parameters()} | {storage(b) for b in self.stage.buffers()}
+        seen: set[int] = {storage_id(p) for p in self.stage.parameters()} | {
+            storage_id(b) for b in self.stage.buffers()
+        }
         outside = inputs = 0
         inside: list[int] = []  # a block's call each
         running = False
@@ -366,8 +368,8 @@ class _Probe:
 
         def pack(tensor: Tensor) -> Tensor:
             nonlocal outside
-            if storage(tensor) not in seen:
-                seen.add(storage(tensor))
+            if storage_id(tensor) not in seen:
+                seen.add(storage_id(tensor))
                 kept.append(tensor)
                 size = tensor.untyped_storage().nbytes()
                 if running:
@@ -389,8 +391,8 @@ class _Probe:
             running = False
             if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
                 for tensor in entered:
-                    if storage(tensor) not in counted:
-                        counted.add(storage(tensor))
+                    if storage_id(tensor) not in counted:
+                        counted.add(storage_id(tensor))
                         kept.append(tensor)
                         inputs += tensor.untyped_storage().nbytes()
 
@@ -432,11 +434,6 @@ class _Probe:
         return logits.float()
 
 
-def storage(tensor: Tensor) -> int:
-    """What two views of the same memory share; the meta device has no addresses."""
-    return int(tensor.untyped_storage()._cdata)
-
-
 @contextmanager
 def _hooks(model: Any, enter: Callable[..., None], leave: Callable[..., None]) -> Iterator[None]:
     handles = []
@@ -459,8 +456,7 @@ def _flash_attention() -> Iterator[None]:
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if repeats := query.shape[1] // key.shape[1] - 1:
             key, value = (tensor.repeat_interleave(1 + repeats, dim=1) for tensor in (key, value))
-        attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-        return attended
+        return flash_attention(query, key, value)
 
     nn.functional.scaled_dot_product_attention = fused  # type: ignore[assignment]
     try:

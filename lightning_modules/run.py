@@ -20,17 +20,19 @@ from lightning.pytorch.strategies import DDPStrategy
 from datamodules.clips.datamodule import ClipDataModule
 from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench.config import EgoBenchConfig
-from lightning_modules.callbacks.checkpoint import CheckpointFolders, Checkpoints
-from lightning_modules.callbacks.health import StallWatch
-from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
+from lightning_modules.callbacks.checkpoint import CheckpointFolders
+from lightning_modules.callbacks.defaults import default_callbacks
+from lightning_modules.callbacks.sample_panel import SamplePanel
+from lightning_modules.callbacks.throughput import TrainingMonitor
+from lightning_modules.compat import set_process_group_timeout
 from lightning_modules.config import ConfigError, config_hash
 from lightning_modules.config_errors import explain
 from lightning_modules.egobench.judge import JudgeConfig
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.plan import PlanConfig
 from lightning_modules.stages.base import Stage
+from lightning_modules.stages.checks import check_stage
 from lightning_modules.strategy import FSDP2, POLICIES
-from lightning_modules.weights.handoff import StageHandoff
 
 
 class ExperimentCLI(LightningCLI):
@@ -80,12 +82,13 @@ class ExperimentCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer with the callbacks and plugins that every run has."""
         parsed = self.config_init
-        run_dir = Path(parsed["run_dir"])
-        callbacks: list[L.Callback] = [
-            StallWatch(parsed["stall_timeout_s"]),
-            Checkpoints(run_dir / "checkpoints", parsed["checkpoint_every_n_steps"]),
-            StageHandoff(str(run_dir / "handoff"), parsed["stage"], config_hash(self.resolved)),
-        ]
+        callbacks = default_callbacks(
+            Path(parsed["run_dir"]),
+            parsed["stage"],
+            config_hash(self.resolved),
+            parsed["checkpoint_every_n_steps"],
+            parsed["stall_timeout_s"],
+        )
         if parsed["trainer"]["enable_progress_bar"] is not False:
             callbacks.append(TQDMProgressBar(refresh_rate=5))
         self.trainer_defaults["callbacks"] = callbacks
@@ -148,7 +151,7 @@ def build(config: dict[str, Any]) -> Run:
     trainer, stage, datamodule = cli.trainer, cli.model, cli.datamodule
     if isinstance(trainer.strategy, DDPStrategy | FSDP2):
         # Ends hangs that StallWatch does not see, such as the rendezvous; later than StallWatch, which can name ranks.
-        trainer.strategy._timeout = timedelta(seconds=parsed["stall_timeout_s"] + 30)
+        set_process_group_timeout(trainer.strategy, timedelta(seconds=parsed["stall_timeout_s"] + 30))
     if parsed["threads"]:
         torch.set_num_threads(parsed["threads"])
     if stage.frozen_dtype != torch.float32 and trainer.precision != "bf16-mixed":
@@ -158,7 +161,7 @@ def build(config: dict[str, Any]) -> Run:
         )
     if isinstance(trainer.strategy, FSDP2) and trainer.precision not in POLICIES:
         raise ConfigError(f"trainer.precision: got {trainer.precision}, allowed with fsdp2: {', '.join(POLICIES)}")
-    stage.check(datamodule.clips, datamodule.encoder.max_text_tokens)
+    check_stage(stage, datamodule.clips, datamodule.encoder.max_text_tokens)
     if datamodule.micro_batch_size is not None:
         if trainer.accumulate_grad_batches != 1:
             raise ConfigError(

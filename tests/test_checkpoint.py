@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, tell what is wrong with them, and a save that fails costs nothing but the save."""
+"""Checkpoints are complete or absent, damage is named, and a save that fails costs nothing but the save."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from lightning_modules.callbacks.checkpoint import (
     newest,
     read_state,
 )
-from lightning_modules.callbacks.health import Diverged
+from lightning_modules.callbacks.finite_check import Diverged, FiniteCheck
 
 STEPS = 4
 
@@ -45,7 +45,7 @@ def trainer(steps, callbacks, **options):
 
 def fit(tokenizer, folder, steps=STEPS, every=1, callbacks=()):
     stage = tiny.make_stage("stage3", tokenizer)
-    run = trainer(steps, [Checkpoints(folder, every), *callbacks])
+    run = trainer(steps, [*callbacks, FiniteCheck(), Checkpoints(folder, every)])
     run.fit(stage, DataLoader([tiny.clip_batch(seed) for seed in range(steps)], batch_size=None))
     return stage, run
 
@@ -70,7 +70,7 @@ def test_the_last_two_stay(written):
 
 
 def test_what_is_written_is_of_the_moment_of_the_call(toy_tokenizer, tmp_path):
-    """Training goes on in place while the writer writes."""
+    """Training continues in place while the writer writes."""
     stage, run = fit(toy_tokenizer, tmp_path, every=0)
     folders = run.strategy.checkpoint_io
     release = []
@@ -100,7 +100,7 @@ FILES = [".metadata", "state.pt", "__0_0.distcp"]
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "flipped"])
-def test_damage_is_named_with_its_mend(copied, file, damage):
+def test_damage_is_named_with_its_fix(copied, file, damage):
     path = newest(copied) / file
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -109,13 +109,13 @@ def test_damage_is_named_with_its_mend(copied, file, damage):
     with pytest.raises(CheckpointError) as error:
         check_files(newest(copied))
     assert str(error.value).startswith(f"checkpoint {copied}/0000004: damaged, {file}")
-    assert str(error.value).endswith("delete the folder to go on from 0000003")
+    assert str(error.value).endswith("delete the folder to resume from 0000003")
     check_files(copied / "0000003")
 
 
 def test_a_damaged_manifest_is_named(copied):
     (copied / "0000004" / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"0000004: damaged, its manifest.json .*go on from 0000003"):
+    with pytest.raises(CheckpointError, match=r"0000004: damaged, its manifest.json .*resume from 0000003"):
         check_files(copied / "0000004")
 
 
@@ -141,7 +141,7 @@ def small_disk(folder, size):
         pytest.skip("mounting a small disk is not allowed here")
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(written, toy_tokenizer, tmp_path, capfd):
+def test_a_full_disk_keeps_the_previous_checkpoint_and_training_continues(written, toy_tokenizer, tmp_path, capfd):
     """The disk has room for the first checkpoint only."""
     small_disk(tmp_path / "disk", 3 * sum(file.stat().st_size for file in newest(written).iterdir()) // 2)
     try:
@@ -154,13 +154,13 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(written, t
         failed = [line for line in shown if "could not be written" in line]
         assert len(failed) == STEPS - 1
         assert failed[0].startswith(f"checkpoint {folder}/0000002 could not be written: ")
-        assert "No space left on device" in failed[0] and f"{folder}/0000001 stays, training goes on" in failed[0]
+        assert "No space left on device" in failed[0] and f"{folder}/0000001 is kept, training continues" in failed[0]
     finally:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
 @pytest.mark.parametrize("file", ["checkpoints", "checkpoints/.."])
-def test_a_folder_that_cannot_be_written_is_said(toy_tokenizer, tmp_path, capfd, file):
+def test_a_folder_that_cannot_be_written_is_reported(toy_tokenizer, tmp_path, capfd, file):
     """There is a file where the folder should be, or its parent."""
     blocked = tmp_path / "run"
     folder = blocked / "checkpoints"
@@ -169,8 +169,8 @@ def test_a_folder_that_cannot_be_written_is_said(toy_tokenizer, tmp_path, capfd,
     blocked.write_text("in the way")
     _, run = fit(toy_tokenizer, folder)
     assert run.global_step == STEPS
-    said = [line for line in capfd.readouterr().err.splitlines() if "could not be written" in line]
-    assert len(said) == STEPS and "there is none before it, training goes on" in said[0]
+    reports = [line for line in capfd.readouterr().err.splitlines() if "could not be written" in line]
+    assert len(reports) == STEPS and "there is none before it, training continues" in reports[0]
 
 
 class Signal(L.Callback):
@@ -186,8 +186,8 @@ class Signal(L.Callback):
 
 @pytest.mark.parametrize("number", checkpoint.STOPPING)
 def test_a_signal_saves_and_stops_after_the_step(toy_tokenizer, tmp_path, number):
-    _, run = fit(toy_tokenizer, tmp_path / "told", every=0, callbacks=[Signal(number, 1)])
-    assert run.global_step == 2 and newest(tmp_path / "told").name == "0000002"
+    _, run = fit(toy_tokenizer, tmp_path / "stopped", every=0, callbacks=[Signal(number, 1)])
+    assert run.global_step == 2 and newest(tmp_path / "stopped").name == "0000002"
 
 
 def test_a_signal_leaves_no_time_for_a_validation(toy_tokenizer, tmp_path, monkeypatch):

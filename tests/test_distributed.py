@@ -264,10 +264,10 @@ def test_a_process_that_hangs_is_named_and_ends_all(alone, toy_world, tmp_path, 
     run = Launched("stage1", toy_world, tmp_path, alone, "trainer.strategy=fsdp2", "stall_timeout_s=5")
     os.kill(run.process.pid if stalled == "first" else run.other, signal.SIGSTOP)
     if stalled == "first":  # it cannot be waited for while it sleeps: the other one has to notice
-        run.until(lambda: "error: nothing was done for 5 s" in run.errors.read_text(), 60)
+        run.until(lambda: "error: no progress for 5 s" in run.errors.read_text(), 60)
         os.kill(run.process.pid, signal.SIGCONT)
     assert run.ended(60) != 0
     shown = run.errors.read_text()
-    assert "error: nothing was done for 5 s (stall_timeout_s)" in shown
+    assert "error: no progress for 5 s (stall_timeout_s)" in shown
     named = re.search(r"rank (\d) \d+ s ago in step \d+, (?:computing|waiting for the batch after) \S+", shown)
     assert named or "nothing is known of rank 0" in shown

@@ -301,7 +301,7 @@ def test_ranking_equals_scoring_each_text_in_a_batch_of_its_own(toy_world):
     visual = stage(batch.video, "ego")
     for text, score in zip(dataset.loaded.candidates, row["scores"], strict=True):
         batch = dataset.encoder.batch([dataset.encoder.conversation([("Describe the video.", text.text)])])
-        (one,) = stage.score(batch, visual)
+        (one,) = stage.evaluator.score(batch, visual)
         assert score == pytest.approx(one[0] / one[1], abs=1e-5)
 
 

@@ -1,19 +1,17 @@
-"""Scores of held-out answers by hand."""
+"""Scores of validation answers by hand."""
 
 import json
 
 import pytest
-import torch
 
 from datamodules.batch import Question
 from lightning_modules.validation.report import write_metrics, write_report
 from lightning_modules.validation.scores import (
-    HeldOutMeans,
+    QAResults,
     chance_levels,
-    judge_choice,
-    judge_text,
     normalise,
-    score_names,
+    score_choice,
+    score_text,
 )
 
 CAPTION = Question(
@@ -43,7 +41,7 @@ def test_normalise():
     ],
 )
 def test_caption_by_hand(prediction, scores):
-    outcome = judge_text(CAPTION, prediction, **WHERE)
+    outcome = score_text(CAPTION, prediction, **WHERE)
     names = ("caption", "caption_verb", "caption_object", "caption_colour")
     assert outcome.scores == dict(zip(names, map(float, scores), strict=True))
     record = outcome.record()
@@ -53,15 +51,15 @@ def test_caption_by_hand(prediction, scores):
 
 
 def test_questions_count_once_more_together():
-    assert judge_text(Question(0, "qa_hand", "?", "left"), "Left.", **WHERE).scores == {"qa_hand": 1.0, "qa": 1.0}
+    assert score_text(Question(0, "qa_hand", "?", "left"), "Left.", **WHERE).scores == {"qa_hand": 1.0, "qa": 1.0}
 
 
 def test_choice_is_by_mean_log_likelihood():
     log_p = [(-4.0, 2), (-3.0, 1), (-4.5, 3), (-9.0, 4)]  # -2, -3, -1.5, -2.25 a token
-    right = judge_choice(CHOICE, log_p, **WHERE)
+    right = score_choice(CHOICE, log_p, **WHERE)
     assert (right.prediction, right.scores) == ("c", {"choice": 1.0, "loss": 1.5})
     log_p[0] = (-2.0, 2)
-    wrong = judge_choice(CHOICE, log_p, **WHERE)
+    wrong = score_choice(CHOICE, log_p, **WHERE)
     assert (wrong.prediction, wrong.scores) == ("a", {"choice": 0.0, "loss": 1.5})
 
 
@@ -88,32 +86,25 @@ def test_chance_is_the_most_frequent_answer():
     )
 
 
-def test_score_names_cover_what_judging_gives():
-    names = score_names([CAPTION, CHOICE, Question(0, "qa_hand", "?", "left")], ("exo", "ego"))
-    scores = ["caption", "caption_verb", "caption_object", "caption_colour", "choice", "loss", "qa_hand", "qa"]
-    assert names == [f"{view}_{score}" for view in ("exo", "ego") for score in scores]
-
-
 def test_means_by_hand():
-    means = HeldOutMeans(score_names([CHOICE, Question(0, "qa_hand", "?", "left")], ("ego", "exo")))
-    means.add(judge_choice(CHOICE, [(-2.0, 1), (-1.0, 1), (-1.5, 1), (-9.0, 1)], **WHERE))
-    means.add(judge_choice(CHOICE, [(-2.0, 1), (-1.0, 1), (-0.5, 1), (-9.0, 1)], **WHERE))
+    results = QAResults()
+    results.predictions.append(score_choice(CHOICE, [(-2.0, 1), (-1.0, 1), (-1.5, 1), (-9.0, 1)], **WHERE))
+    results.predictions.append(score_choice(CHOICE, [(-2.0, 1), (-1.0, 1), (-0.5, 1), (-9.0, 1)], **WHERE))
     for answer in ("left", "right", "right", "right"):
-        means.add(judge_text(Question(0, "qa_hand", "?", "left"), answer, **(WHERE | {"view": "exo"})))
-    expected = {"ego_choice": 0.5, "ego_loss": 1.0, "exo_qa_hand": 0.25, "exo_qa": 0.25}
-    assert {name: float(value) for name, value in means.compute().items()} == expected  # nothing that did not occur
+        exo = WHERE | {"view": "exo"}
+        results.predictions.append(score_text(Question(0, "qa_hand", "?", "left"), answer, **exo))
+    # Nothing that did not occur.
+    assert results.means() == {"ego_choice": 0.5, "ego_loss": 1.0, "exo_qa_hand": 0.25, "exo_qa": 0.25}
 
 
-def test_means_over_ranks_weigh_clips_not_ranks():
-    states = []
-    for scores in ([1.0, 1.0, 1.0], [0.0]):
-        means = HeldOutMeans(["ego_qa"])
-        means.update([("ego_qa", score) for score in scores])
-        states.append((means.total, means.count))
-    together = HeldOutMeans(["ego_qa"])
-    together.total, together.count = (torch.stack(state).sum(0) for state in zip(*states, strict=True))
-    assert float(together.compute()["ego_qa"]) == 0.75
-    assert HeldOutMeans(["ego_qa"])._reductions["total"] is together._reductions["count"]  # both sum over ranks
+def test_means_over_ranks_weigh_clips_not_ranks(monkeypatch):
+    ranks = []
+    for answers in (["left"] * 3, ["right"]):
+        results = QAResults()
+        results.predictions += [score_text(Question(0, "qa_hand", "?", "left"), answer, **WHERE) for answer in answers]
+        ranks.append(results)
+    monkeypatch.setattr("lightning_modules.validation.scores.gather_objects", lambda _: [r._sums() for r in ranks])
+    assert ranks[0].means()["ego_qa"] == 0.75
 
 
 def test_report_table(tmp_path):

@@ -13,7 +13,11 @@ import lightning_modules.model.language_model as language_model
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lightning_modules", "datamodules")
-STAGES = [f for f in sorted((ROOT / "lightning_modules/stages").glob("[a-z]*.py")) if f.stem != "base"]
+STAGES = [
+    f
+    for f in sorted((ROOT / "lightning_modules/stages").glob("[a-z]*.py"))
+    if f.stem not in ("base", "checks", "optim")
+]
 
 
 def imports(file):

@@ -22,11 +22,17 @@ from lightning_modules.callbacks.checkpoint import (
     newest,
     stored_tensors,
 )
+from lightning_modules.callbacks.dropout_seed import DropoutSeed
+from lightning_modules.callbacks.finite_check import FiniteCheck
+from lightning_modules.callbacks.handoff import StageHandoff
+from lightning_modules.callbacks.parts_table import PartsTable
 from lightning_modules.losses import contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
+from lightning_modules.stages.checks import check_stage
 from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig, KLConfig
-from lightning_modules.weights.handoff import StageHandoff, full_tensors, open_stage_weights, write_stage_weights
+from lightning_modules.validation.evaluator import QAEvaluator
+from lightning_modules.weights.handoff import full_tensors, open_stage_weights, write_stage_weights
 from lightning_modules.weights.resolve import FoundWeights
 from lightning_modules.weights.tensors import WeightsError
 
@@ -136,19 +142,19 @@ def test_adapters_change_nothing_before_training(toy_tokenizer):
     visual = stage(batch.ego_video, "ego")
     assert torch.equal(visual, plain.learner_tokens(batch.ego_video))
     logits, _ = stage.read_text(visual, batch)
-    answers = stage.generate(batch.text, visual)
-    scores = stage.score(batch.text, visual)
+    adapted = stage.evaluator
     stage.model = plain
     assert torch.equal(stage.read_text(visual, batch)[0], logits)
-    assert stage.generate(batch.text, visual) == answers
-    assert stage.score(batch.text, visual) == scores
+    bare = QAEvaluator(plain, stage.tokenizer, stage.views)
+    assert bare.generate(batch.text, visual) == adapted.generate(batch.text, visual)
+    assert bare.score(batch.text, visual) == adapted.score(batch.text, visual)
 
 
 def test_parameters_without_gradient_are_reported_once(toy_tokenizer):
     stage = tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(weight=0.0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(stage, steps=2)
+        fit(stage, steps=2, callbacks=[PartsTable()])
     messages = [str(warning.message) for warning in caught if "no gradient" in str(warning.message)]
     count = len(stage.model.part("exo_to_ego"))
     assert len(messages) == 1
@@ -159,13 +165,13 @@ def test_a_checkpoint_that_began_from_another_handoff_is_refused(toy_tokenizer, 
     batches = DataLoader([tiny.clip_batch()], batch_size=None)
     stage = tiny.make_stage("stage1", toy_tokenizer)
     monkeypatch.setattr(stage, "started_from", lambda: {"exo_encoder": "then"})
-    save(fit(stage), tmp_path / "0000001")
+    save(fit(stage, callbacks=[Checkpoints(tmp_path, 0)]), tmp_path / "0000001")
     stage = tiny.make_stage("stage1", toy_tokenizer)
     stage.sources = {}
     stage.configure_model()
     stage.sources = {"exo_encoder": FoundWeights("exo_encoder", "runs/x/stage0/handoff", {}, "now")}
-    with pytest.raises(ValueError, match=r"another exo_encoder than runs/x/stage0/handoff holds: .*FORCE=1"):
-        trainer(2).fit(stage, batches, ckpt_path=tmp_path / "0000001")
+    with pytest.raises(CheckpointError, match=r"different exo_encoder than runs/x/stage0/handoff contains: .*FORCE=1"):
+        trainer(2, [Checkpoints(tmp_path, 0)]).fit(stage, batches, ckpt_path=tmp_path / "0000001")
 
 
 # --------------------------------------------------------------------------------------------------- losses of stages
@@ -498,8 +504,10 @@ def test_gradients_are_clipped_by_their_common_norm(toy_tokenizer):
     for _, _, parameter in stage.trainable():
         parameter.grad = torch.ones_like(parameter)
     count = sum(parameter.numel() for _, _, parameter in stage.trainable())
-    stage.configure_gradient_clipping(stage.configure_optimizers()["optimizer"], gradient_clip_val=1.0)
+    optimizer = stage.configure_optimizers()["optimizer"]
+    FiniteCheck().on_before_optimizer_step(stage.trainer, stage, optimizer)
     torch.testing.assert_close(stage.step_log["optim/grad_norm"], torch.tensor(math.sqrt(count)))
+    stage.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
     clipped = torch.cat([parameter.grad.flatten() for _, _, parameter in stage.trainable()])
     torch.testing.assert_close(clipped.norm(), torch.tensor(1.0), atol=1e-4, rtol=0)
 
@@ -517,7 +525,7 @@ def save(run, folder):
 )
 def test_checkpoints_hold_trained_tensors_their_moments_and_the_stages_own(toy_tokenizer, tmp_path, name, own):
     stage = tiny.make_stage(name, toy_tokenizer)
-    save(fit(stage), tmp_path / "0000001")
+    save(fit(stage, callbacks=[Checkpoints(tmp_path, 0)]), tmp_path / "0000001")
     held = set(stored_tensors(tmp_path / "0000001"))
     trained = {key for key, parameter in stage.named_parameters() if parameter.requires_grad}
     kinds = ("exp_avg", "exp_avg_sq", "step")
@@ -526,7 +534,8 @@ def test_checkpoints_hold_trained_tensors_their_moments_and_the_stages_own(toy_t
 
 
 def test_checkpoint_of_another_choice_of_parts_is_refused(toy_tokenizer, tmp_path):
-    save(fit(tiny.make_stage("stage1", toy_tokenizer, train=["exo_encoder"])), tmp_path / "0000001")
+    stage = tiny.make_stage("stage1", toy_tokenizer, train=["exo_encoder"])
+    save(fit(stage, callbacks=[Checkpoints(tmp_path, 0)]), tmp_path / "0000001")
     batches = DataLoader([tiny.clip_batch()], batch_size=None)
     with pytest.raises(CheckpointError, match=r"\d+ trained tensors are missing, e.g. model.projector"):
         resume = trainer(2, [Checkpoints(tmp_path, 0)])
@@ -561,7 +570,13 @@ def practise(world, folder, watch, workers, checkpoint=None, dropout=0.1, accumu
     )
     data.setup("fit")
     assert data.steps_per_epoch() == 3
-    callbacks = [watch, Checkpoints(folder, 1), StageHandoff(str(folder / "handoff"), "stage3", "0")]
+    callbacks = [
+        watch,
+        DropoutSeed(),
+        FiniteCheck(),
+        Checkpoints(folder, 1),
+        StageHandoff(str(folder / "handoff"), "stage3", "0"),
+    ]
     options = {"use_distributed_sampler": False, "num_sanity_val_steps": 0, "accumulate_grad_batches": accumulate}
     limits = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 1}
     run = trainer(6, callbacks, **options, **limits)
@@ -716,19 +731,19 @@ def test_data_that_does_not_suit_the_model_is_refused_before_anything_is_read(to
     stage = tiny.make_stage("stage2", toy_tokenizer)
     longest = 4096 * 32  # positions of transformers' Mistral
     with pytest.raises(ValueError, match=r"clips.image_size: got 32, but network.encoder.image_size is 16"):
-        stage.check(ClipConfig(num_frames=tiny.FRAMES, image_size=32), 100)
+        check_stage(stage, ClipConfig(num_frames=tiny.FRAMES, image_size=32), 100)
     with pytest.raises(ValueError, match=r"2 visual tokens exceed the 131072 positions .* to at most 131070"):
-        stage.check(CLIPS, longest)
-    stage.check(CLIPS, longest - 2)
+        check_stage(stage, CLIPS, longest)
+    check_stage(stage, CLIPS, longest - 2)
     stage.network.language_model.overrides["vocab_size"] = 3
     with pytest.raises(ValueError, match=r"has \d+ tokens, but network.language_model.overrides.vocab_size is 3"):
-        stage.check(CLIPS, 100)
+        check_stage(stage, CLIPS, 100)
 
 
 def test_sources_are_looked_at_before_anything_is_read(toy_tokenizer, tmp_path):
     stage = tiny.make_stage("stage1", toy_tokenizer, init={"projector": str(tmp_path / "stage0" / "handoff")})
     with pytest.raises(WeightsError, match=r"No stage0 weights in .*stage0/handoff. Run `make stage0` first"):
-        stage.check(CLIPS, 100)
+        check_stage(stage, CLIPS, 100)
 
 
 def test_what_trains_is_printed_and_kept(toy_tokenizer, tmp_path, capsys):
@@ -737,6 +752,7 @@ def test_what_trains_is_printed_and_kept(toy_tokenizer, tmp_path, capsys):
     run = L.Trainer(
         accelerator="cpu",
         max_steps=1,
+        callbacks=[PartsTable()],
         logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,

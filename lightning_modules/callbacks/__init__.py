@@ -1,1 +1,1 @@
-"""Callbacks: checkpoints, exported stage weights, throughput, and health of a run."""
+"""Callbacks of our runs: checkpoints, exported stage weights, curves, benchmark scores and checks of a run's health."""

@@ -1,4 +1,4 @@
-"""What an interrupted stage goes on from: a folder of sharded tensors, complete or absent.
+"""Checkpoints that an interrupted stage resumes from: folders of sharded tensors, complete or absent.
 
 ::
 
@@ -7,9 +7,8 @@
       state.pt                      loops, schedule, position in the data, counts; no tensors
       .metadata, *.distcp           trained weights and optimiser, by name (torch.distributed.checkpoint)
 
-Tensors have names and are cut as they were, so that any strategy with any number of processes goes on from what another
-one wrote. Written into a folder of another name first, that gets its own when all of it lies on the disk; the last two
-stay.
+Tensors are stored by name and shard, so that any strategy with any number of processes resumes from what another one
+wrote. A folder is written under another name first and renamed when all of it is on the disk; the last two are kept.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,6 +38,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from lightning_modules.compat import ignore_signals, recount_micro_batches
+from lightning_modules.distributed import gather_objects
 from lightning_modules.weights.tensors import file_digest, sync
 
 if TYPE_CHECKING:
@@ -49,21 +49,21 @@ FORMAT = 1
 KEPT = 2
 _FULL_BYTES = 2**20
 TENSORS = ("state_dict", "optimizer")
-"""What of a checkpoint holds tensors: by name, and by name and kind of state."""
+"""Keys of a checkpoint that hold tensors: by name, and by name and kind of state."""
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, or was written by something else; the message names file and mend."""
+    """A checkpoint is damaged or does not belong to this run; the message names the file and how to fix it."""
 
 
 def newest(folder: Path) -> Path | None:
-    """The last whole checkpoint of a run."""
+    """Return the last complete checkpoint of a run, or None."""
     return max((manifest.parent for manifest in folder.glob("[0-9]*/manifest.json")), default=None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """All of a checkpoint but its tensors.
+    """Read everything of a checkpoint except its tensors.
 
     Raises:
         CheckpointError: it is damaged, or of another format.
@@ -96,7 +96,7 @@ def check_files(folder: Path) -> None:
 
 
 def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors by their names, those of the optimiser as ``optimizer.<name>.<kind>``.
+    """Return the shapes of all tensors by name, those of the optimiser as ``optimizer.<name>.<kind>``.
 
     Raises:
         CheckpointError: the list is damaged.
@@ -109,12 +109,12 @@ def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(folder: Path, into: dict[str, Any], alone: bool = False) -> None:
-    """Fill tensors, sharded or not, whoever wrote them.
+    """Fill tensors, sharded or not, from a checkpoint of any number of processes.
 
     Args:
         folder: of the checkpoint.
-        into: nested as they were saved.
-        alone: this process reads for itself, also where there are others.
+        into: tensors, nested as they were saved.
+        alone: this process reads by itself, even if there are others.
 
     Raises:
         CheckpointError: they cannot be read.
@@ -128,12 +128,12 @@ def read_tensors(folder: Path, into: dict[str, Any], alone: bool = False) -> Non
 
 
 class CheckpointFolders(CheckpointIO):
-    """Writes checkpoints while training goes on, from copies; all processes of a sharded run together.
+    """Write checkpoints in the background from copies; all processes of a sharded run write together.
 
-    A save that fails is reported, leaves what there was, and does not stop the run.
+    A save that fails is reported, keeps earlier checkpoints, and does not stop the run.
 
     Attributes:
-        last: the newest whole checkpoint that this process knows of.
+        last: the newest complete checkpoint that this process knows of.
     """
 
     def __init__(self) -> None:
@@ -142,11 +142,11 @@ class CheckpointFolders(CheckpointIO):
         self._pending: Future[None] | None = None
         self._group: Any = None
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:
-        """Copy the tensors, and write them in the background once the save before is done."""
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Copy the tensors, and write them in the background once the previous save is done."""
         self.wait()
         sharded = checkpoint.pop("sharded")
-        if sharded and self._group is None:  # the writers must not disturb what training says on its own channel
+        if sharded and self._group is None:  # writers must not disturb the collectives of training
             self._group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         tensors = {key: checkpoint.pop(key) for key in TENSORS}
         copies: Any = DefaultStager(StagingOptions(False, False, False, False)).stage(tensors)
@@ -156,10 +156,10 @@ class CheckpointFolders(CheckpointIO):
         self._pending = self._writer.submit(self._write, Path(path), copies, checkpoint, sharded)
 
     def wait(self, at_most_s: float | None = None) -> None:
-        """Let the save that is under way come to its end.
+        """Wait for the save that is in progress.
 
         Raises:
-            TimeoutError: it does not.
+            TimeoutError: it takes longer than ``at_most_s``.
             RuntimeError: another process is gone.
         """
         if self._pending is not None:
@@ -167,14 +167,14 @@ class CheckpointFolders(CheckpointIO):
             pending.result(at_most_s)
 
     def load_checkpoint(
-        self, path: _PATH, map_location: Any = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """All but the tensors, which are read when the model has its final form, see ``Checkpoints``."""
+        """Read everything except the tensors, which ``Checkpoints`` reads when the model is in its final form."""
         self.last = Path(path)
         return read_state(self.last) | {"state_dict": {}, "optimizer_states": []}
 
-    def remove_checkpoint(self, path: _PATH) -> None:
-        """Delete."""
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete the folder."""
         shutil.rmtree(path, ignore_errors=True)
 
     def _write(self, path: Path, tensors: dict[str, Any], state: dict[str, Any], sharded: bool) -> None:
@@ -209,20 +209,17 @@ class CheckpointFolders(CheckpointIO):
         failure = self._together(begin if rank == 0 else None, path.parent, sharded)
         failure = failure or self._together(write, path.parent, sharded)
         if failure is None:
-            everywhere = [digests]
-            if sharded:
-                everywhere = [{}] * dist.get_world_size()
-                dist.all_gather_object(everywhere, digests, self._group)
+            everywhere = gather_objects(digests, self._group) if sharded else [digests]
             failure = self._together(finish if rank == 0 else None, path.parent, sharded)
         if failure is None:
             self.last = path
         elif rank == 0:
             shutil.rmtree(new, ignore_errors=True)
-            stays = f"{self.last} stays" if self.last else "there is none before it"
-            print(f"checkpoint {path} could not be written: {failure}; {stays}, training goes on", file=sys.stderr)
+            kept = f"{self.last} is kept" if self.last else "there is none before it"
+            print(f"checkpoint {path} could not be written: {failure}; {kept}, training continues", file=sys.stderr)
 
     def _together(self, work: Callable[[], None] | None, folder: Path, sharded: bool) -> str | None:
-        """Do this process's share, if any; why it failed here or elsewhere."""
+        """Do this process's share, if any; return why it failed here or elsewhere, or None."""
         failure = None
         try:
             if work is not None:
@@ -230,27 +227,27 @@ class CheckpointFolders(CheckpointIO):
         except (Exception, CheckpointException) as error:
             failure = _reason(error)
             with suppress(OSError):
-                if shutil.disk_usage(folder).free < _FULL_BYTES:  # libraries tell it in words of their own
+                if shutil.disk_usage(folder).free < _FULL_BYTES:  # libraries have messages of their own
                     failure = f"No space left on device ({failure})"
-        failures = [failure]
-        if sharded:
-            failures = [None] * dist.get_world_size()
-            dist.all_gather_object(failures, failure, self._group)
+        failures = gather_objects(failure, self._group) if sharded else [failure]
         return next(filter(None, failures), None)
 
 
 class Checkpoints(L.Callback):
-    """Saves every so many optimiser steps and when the process is told to stop; reads what training goes on from.
+    """Save every so many optimiser steps and when the process is asked to stop; restore what a resumed run needs.
 
-    SIGTERM, SIGUSR1 (as SLURM sends ahead of a time limit or a preemption) and SIGINT stop all processes after the same
-    optimiser step; once one was heard, a second kills as usual. What each process heard reaches the others one step
-    later, so that none waits for that message.
+    A checkpoint holds the trained parameters, the stage's own buffers and the optimiser's state, all by name. It is
+    written through the plugin ``CheckpointFolders``.
 
-    The last step is saved, too, so that nothing is lost where the hand-off cannot be written.
+    SIGTERM, SIGUSR1 (as SLURM sends it ahead of a time limit or a preemption) and SIGINT stop all processes after the
+    same optimiser step; a second signal has its usual effect. A request to stop reaches the other processes one step
+    later, so that no step waits for this message.
+
+    The last step is saved too, so that nothing is lost where the stage weights cannot be written.
 
     Args:
-        folder: gets a folder for each checkpoint.
-        every_n_steps: optimiser steps between two checkpoints; 0 for none but the one on a signal.
+        folder: folder of all checkpoints.
+        every_n_steps: optimiser steps between two checkpoints; 0 saves only when asked to stop.
 
     Raises:
         ValueError: ``every_n_steps`` is negative.
@@ -260,93 +257,123 @@ class Checkpoints(L.Callback):
         if every_n_steps < 0:
             raise ValueError(f"checkpoint_every_n_steps: got {every_n_steps}, allowed: 0 or more")
         self.folder, self.every_n_steps = folder, every_n_steps
-        self._told = False
+        self._signalled = False
         self._group: Any = None
-        self._voices: tuple[Tensor, Any] | None = None
-        self._usual: dict[signal.Signals, Any] = {}
+        self._pending_all_reduce: tuple[Tensor, Any] | None = None
+        self._usual_handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep Lightning from minding signals: it talks to other processes in the handler, and waits at every batch."""
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        """Take signals over from Lightning; allow checkpoints without frozen parameters."""
+        ignore_signals(trainer)
+        pl_module.strict_loading = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read weights and optimiser, listen to signals."""
+        """Restore weights and optimiser, and install the signal handlers."""
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
-        self._same_step(trainer)
+        self._require_same_step(trainer)
         if trainer.ckpt_path:
             _restore(Path(trainer.ckpt_path), pl_module, trainer.optimizers[0])
-        self._usual = {number: signal.signal(number, self._tell) for number in STOPPING}
+        self._usual_handlers = {number: signal.signal(number, self.on_signal) for number in STOPPING}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save where it is due."""
+        """Save after an optimiser step if it is due, and stop if asked to."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        told = self._anyone_told()
+        stop = self.stop_requested()
         step, every = trainer.global_step, self.every_n_steps
         stage: Stage = pl_module  # type: ignore[assignment]
-        if told or (every and (step % every == 0 or step == stage.total_steps())):
+        if stop or (every and (step % every == 0 or step == stage.total_steps())):
             trainer.save_checkpoint(self.folder / f"{step:07d}", weights_only=False)
-        if told:
+        if stop:
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # Lightning would validate once more, which may take longer than is left
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep trained parameters and the stage's own buffers, and name the optimiser's state by parameters."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        names = {id(parameter): name for name, parameter in stage.named_parameters()}
+        kept = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
+        kept |= {name for name, _ in stage.named_buffers() if not name.startswith("model.")}
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in kept}
+        optimizer = trainer.optimizers[0]
+        checkpoint["optimizer"] = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
+        checkpoint["learning_rates"] = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        del checkpoint["optimizer_states"]
+        checkpoint["started_from"] = stage.started_from()
+        checkpoint["accumulate"] = trainer.accumulate_grad_batches
+        checkpoint["sharded"] = stage.device_mesh is not None
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Count micro-batches as this run accumulates them.
+
+        Raises:
+            CheckpointError: the run started from other weights than those that are there now.
+        """
+        stage: Stage = pl_module  # type: ignore[assignment]
+        before, now = checkpoint["started_from"], stage.started_from()
+        if changed := sorted(part for part in now if before.get(part) != now[part]):
+            raise CheckpointError(
+                f"checkpoint: it started from a different {', '.join(changed)} than "
+                f"{stage.sources[changed[0]].where} contains: train from scratch with FORCE=1"
+            )
+        recount_micro_batches(checkpoint, checkpoint["accumulate"], trainer.accumulate_grad_batches)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Wait for the last save."""
         self._close(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Wait for the last save, unless it needs a process that is gone; what went wrong is said by the exception."""
+        """Wait for the last save, unless it needs a process that is gone; the exception itself is the message."""
         with suppress(Exception):
             self._close(trainer, at_most_s=20)
 
+    def on_signal(self, number: int, frame: Any) -> None:
+        """Request a stop after the current step; the next signal has its usual effect."""
+        self._signalled = True
+        signal.signal(number, self._usual_handlers[signal.Signals(number)])
+
+    def stop_requested(self) -> bool:
+        """Return whether this process, or any of several up to the previous step, was asked to stop."""
+        if self._group is None:
+            return self._signalled
+        requested = False
+        if self._pending_all_reduce is not None:
+            flag, work = self._pending_all_reduce
+            work.wait()
+            requested = bool(flag)
+        flag = torch.tensor(int(self._signalled))
+        self._pending_all_reduce = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True)
+        return requested
+
     def _close(self, trainer: L.Trainer, at_most_s: float | None = None) -> None:
-        for number, handler in self._usual.items():
+        for number, handler in self._usual_handlers.items():
             signal.signal(number, handler)
-        self._usual = {}
+        self._usual_handlers = {}
         folders: Any = trainer.strategy.checkpoint_io
         folders.wait(at_most_s)
 
-    def _tell(self, number: int, frame: Any) -> None:
-        self._told = True
-        signal.signal(number, self._usual[signal.Signals(number)])
-
-    def _anyone_told(self) -> bool:
-        """What this process heard, or what any one of several heard until the last step."""
-        if self._group is None:
-            return self._told
-        heard = False
-        if self._voices is not None:
-            voice, sent = self._voices
-            sent.wait()
-            heard = bool(voice)
-        voice = torch.tensor(int(self._told))
-        self._voices = voice, dist.all_reduce(voice, dist.ReduceOp.MAX, self._group, async_op=True)
-        return heard
-
-    def _same_step(self, trainer: L.Trainer) -> None:
+    def _require_same_step(self, trainer: L.Trainer) -> None:
         if self._group is None:
             return
-        steps = [0] * trainer.world_size
-        dist.all_gather_object(steps, trainer.global_step, self._group)
-        if len(set(steps)) > 1:
+        steps = sorted(set(gather_objects(trainer.global_step, self._group)))
+        if len(steps) > 1:
             raise CheckpointError(
-                f"checkpoints {self.folder}: the processes go on from different steps ({sorted(set(steps))}): every "
-                "node has to see the same files; wait until they do, and start again"
+                f"checkpoints {self.folder}: the processes resume from different steps ({steps}): every node must see "
+                "the same files; wait until they do, and start again"
             )
 
 
 def _restore(folder: Path, stage: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-    """Fill what trains, the stage's own tensors and the optimiser, in place."""
+    """Fill trained parameters, the stage's own buffers and the optimiser's state in place."""
     stored = stored_tensors(folder)
     parameters = {name: parameter for name, parameter in stage.named_parameters() if parameter.requires_grad}
     if missing := sorted(name for name in parameters if f"state_dict.{name}" not in stored):
         raise CheckpointError(
             f"checkpoint {folder}: {len(missing)} trained tensors are missing, e.g. {missing[0]}: it was written by "
-            "another configuration; train anew with FORCE=1"
+            "another configuration; train from scratch with FORCE=1"
         )
     tensors = {name: tensor for name, tensor in stage.state_dict().items() if f"state_dict.{name}" in stored}
     states: dict[str, dict[str, Tensor]] = {}
@@ -368,7 +395,7 @@ def _use(device: int) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause in a line."""
+    """Return the first cause as one line."""
     if isinstance(error, CheckpointException) and error.failures:
         wrapped = next(iter(error.failures.values()))
         error = wrapped[0] if isinstance(wrapped, tuple) else wrapped
@@ -377,7 +404,7 @@ def _reason(error: BaseException) -> str:
 
 def _damaged(folder: Path, what: str) -> str:
     others = sorted(other.parent for other in folder.parent.glob("[0-9]*/manifest.json") if other.parent != folder)
-    then = f"to go on from {others[-1].name}" if others else "to begin the stage anew"
+    then = f"to resume from {others[-1].name}" if others else "to train the stage from scratch"
     return f"checkpoint {folder}: damaged, {what} cannot be used: delete the folder {then}"
 
 

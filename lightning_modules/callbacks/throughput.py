@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.tensorboard.writer import SummaryWriter
 
-from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, BenchmarkBatch, ClipBatch, QuestionBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
 
 if TYPE_CHECKING:
     from lightning_modules.stages.base import Stage
@@ -176,47 +175,6 @@ class TrainingMonitor(L.Callback):
         """Go on with the clocks."""
         self.window_began += time.perf_counter() - self.validation_began
         self.batch_ended = time.perf_counter()
-
-
-class SamplePanel(L.Callback):
-    """The first held-out clips as pictures, egocentric left and exocentric right, with true and generated text.
-
-    Args:
-        clips: how many.
-    """
-
-    def __init__(self, clips: int = 4) -> None:
-        self.clips = clips
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: QuestionBatch | list[BenchmarkBatch],
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Write the first batch's first clips."""
-        if batch_idx or isinstance(batch, list) or not trainer.is_global_zero or not trainer.loggers:
-            return
-        writer: Any = getattr(trainer.loggers[0], "experiment", None)
-        if not isinstance(writer, SummaryWriter):
-            return
-        stage: Stage = pl_module  # type: ignore[assignment]
-        views = [video[: self.clips] for video in (batch.ego_video, batch.exo_video) if video is not None]
-        rows = torch.cat(
-            [view.permute(0, 2, 1, 3, 4).flatten(2, 3) for view in views], dim=2
-        )  # [clips, S, views*T*S, 3]
-        writer.add_image("held_out/clips", rows.flatten(0, 1).cpu(), trainer.global_step, dataformats="HWC")
-        shown = set(batch.ids[: self.clips])
-        lines = ["| clip | view | task | question | true | answer |", "|---|---|---|---|---|---|"]
-        lines += [
-            f"| {batch.ids.index(o.clip)} | {o.view} | {o.task} | {o.question} | {o.answer} | {o.prediction} |"
-            for o in stage.outcomes
-            if o.clip in shown
-        ]
-        writer.add_text("held_out/answers", "\n".join(lines), trainer.global_step)
 
 
 def _host_gib() -> float:

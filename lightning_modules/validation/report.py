@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_modules.validation.scores import Outcome
+from lightning_modules.validation.scores import Prediction
 
 SCORES = {
     "caption": "caption, exact match",
@@ -27,9 +27,9 @@ def write_metrics(folder: Path, stage: str, clips: int, metrics: dict[str, float
     (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_predictions(file: Path, outcomes: Iterable[Outcome]) -> None:
+def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
     """Write every answer as a line of JSON."""
-    file.write_text("".join(json.dumps(outcome.record()) + "\n" for outcome in outcomes), encoding="utf-8")
+    file.write_text("".join(json.dumps(prediction.record()) + "\n" for prediction in predictions), encoding="utf-8")
 
 
 def write_report(runs: Path) -> str:

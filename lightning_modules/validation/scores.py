@@ -1,4 +1,4 @@
-"""Held-out questions: what counts as right, what guessing would score, and the mean over clips."""
+"""Scores of validation questions: correct or not, the level of guessing, and means over clips and ranks."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
-from torchmetrics import Metric
 
 from datamodules.batch import Question
+from lightning_modules.distributed import gather_objects
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How one question about one clip in one view was answered.
+class Prediction:
+    """The answer to one question about one clip in one view.
 
     Attributes:
+        clip: name of the clip.
+        view: ``ego`` or ``exo``.
+        ego_visible: whether the egocentric camera sees the action.
+        task: ``caption``, ``choice`` or ``qa_<kind>``.
+        question, answer: the question and its correct answer.
+        prediction: the model's answer.
         scores: metric name (without the view) to 0 or 1; ``loss`` is in nats per token.
     """
 
@@ -33,50 +38,62 @@ class Outcome:
     scores: dict[str, float] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """Return all fields as a JSON object."""
         return asdict(self)
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation but hyphens, single spaces."""
+    """Convert to lower case without punctuation except hyphens, with single spaces."""
     return " ".join(re.findall(r"[\w-]+", text.lower()))
 
 
-def judge_text(question: Question, prediction: str, **where: Any) -> Outcome:
-    """Exact match after ``normalise``, and for each named part whether its words occur in the answer."""
-    said = normalise(prediction)
-    scores = {question.task: float(said == normalise(question.answer))}
+def score_text(question: Question, prediction: str, **clip: Any) -> Prediction:
+    """Score a free answer: exact match after ``normalise``, and for each named part whether its words occur.
+
+    Args:
+        question: with the correct answer.
+        prediction: the model's answer.
+        **clip: fields of ``Prediction`` about the clip.
+    """
+    given = normalise(prediction)
+    scores = {question.task: float(given == normalise(question.answer))}
     for name, words in question.parts.items():
-        scores[f"{question.task}_{name}"] = float(f" {normalise(words)} " in f" {said} ")
+        scores[f"{question.task}_{name}"] = float(f" {normalise(words)} " in f" {given} ")
     if question.task.startswith("qa_"):
         scores["qa"] = scores[question.task]
-    return Outcome(
+    return Prediction(
         task=question.task,
         question=question.question,
         answer=question.answer,
         prediction=prediction,
         scores=scores,
-        **where,
+        **clip,
     )
 
 
-def judge_choice(question: Question, log_p: list[tuple[float, int]], **where: Any) -> Outcome:
-    """The option with the highest mean log-likelihood per token is the answer; ``loss`` is that of the true one."""
+def score_choice(question: Question, log_p: list[tuple[float, int]], **clip: Any) -> Prediction:
+    """Choose the option with the highest mean log-likelihood per token; ``loss`` is that of the correct option.
+
+    Args:
+        question: with options.
+        log_p: log-likelihood in nats and number of tokens of each option.
+        **clip: fields of ``Prediction`` about the clip.
+    """
     means = [total / max(count, 1) for total, count in log_p]
     best = max(range(len(means)), key=means.__getitem__)
-    true = question.options.index(question.answer)
-    return Outcome(
+    correct = question.options.index(question.answer)
+    return Prediction(
         task=question.task,
         question=question.question,
         answer=question.answer,
         prediction=question.options[best],
-        scores={question.task: float(best == true), "loss": -means[true]},
-        **where,
+        scores={question.task: float(best == correct), "loss": -means[correct]},
+        **clip,
     )
 
 
 def chance_levels(questions: Iterable[Question]) -> dict[str, float]:
-    """What the best answer that ignores the clip scores: the most frequent one, or one of n options."""
+    """Return the score of the best answer that ignores the clip: the most frequent one, or one of n options."""
     given: dict[str, list[str]] = defaultdict(list)
     choices: dict[str, list[float]] = defaultdict(list)
     for question in questions:
@@ -94,47 +111,34 @@ def chance_levels(questions: Iterable[Question]) -> dict[str, float]:
     return levels
 
 
-def score_names(questions: Iterable[Question], views: Iterable[str]) -> list[str]:
-    """``<view>_<score>`` of every score that the questions can get."""
-    names: dict[str, None] = {}
-    for question in questions:
-        outcome = (
-            judge_choice(question, [(0.0, 1)] * len(question.options), clip="", ego_visible=True, view="")
-            if question.options
-            else judge_text(question, "", clip="", ego_visible=True, view="")
-        )
-        names |= dict.fromkeys(outcome.scores)
-    return [f"{view}_{name}" for view in views for name in names]
+class QAResults:
+    """Predictions of one evaluation on this rank, with means and lists over all ranks."""
 
+    def __init__(self) -> None:
+        self.predictions: list[Prediction] = []
 
-class HeldOutMeans(Metric):
-    """Means of named scores, exact over ranks that saw different clips.
+    def means(self) -> dict[str, float]:
+        """Return the mean of every score as ``<view>_<score>``, weighted by clips; all ranks have to call this."""
+        sums: dict[str, tuple[float, int]] = {}
+        for of_rank in gather_objects(self._sums()):
+            for name, (total, count) in of_rank.items():
+                before, number = sums.get(name, (0.0, 0))
+                sums[name] = before + total, number + count
+        # Rounded to float32, as all metrics of a Trainer are.
+        return {name: float(torch.tensor(total / count)) for name, (total, count) in sums.items()}
 
-    Args:
-        names: ``<view>_<score>`` of everything that can occur.
-    """
+    def all_predictions(self) -> list[Prediction]:
+        """Return the predictions of all ranks, sorted by clip and view; all ranks have to call this."""
+        gathered: list[Prediction] = []
+        for of_rank in gather_objects(self.predictions):
+            gathered += of_rank
+        return sorted(gathered, key=lambda prediction: (prediction.clip, prediction.view))
 
-    total: Tensor
-    count: Tensor
-    full_state_update = False
-
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__()
-        self.index = {name: position for position, name in enumerate(names)}
-        self.add_state("total", torch.zeros(len(self.index), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(len(self.index), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def add(self, outcome: Outcome) -> None:
-        """Count one outcome."""
-        self.update([(f"{outcome.view}_{name}", score) for name, score in outcome.scores.items()])
-
-    def update(self, scores: list[tuple[str, float]]) -> None:
-        """Count scores by name."""
-        for name, score in scores:
-            self.total[self.index[name]] += score
-            self.count[self.index[name]] += 1
-
-    def compute(self) -> dict[str, Tensor]:
-        """Means of the names that occurred."""
-        pairs = zip(self.index, self.total, self.count, strict=True)
-        return {name: (total / count).float() for name, total, count in pairs if count > 0}
+    def _sums(self) -> dict[str, tuple[float, int]]:
+        """Return sum and number of every score of this rank."""
+        sums: dict[str, tuple[float, int]] = {}
+        for prediction in self.predictions:
+            for name, score in prediction.scores.items():
+                total, count = sums.get(f"{prediction.view}_{name}", (0.0, 0))
+                sums[f"{prediction.view}_{name}"] = total + score, count + 1
+        return sums

@@ -16,24 +16,18 @@ import os
 import shutil
 import subprocess
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import lightning as L
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.model.lora import LoRAConfig, from_peft_name, save_peft_adapter
 from lightning_modules.weights.tensors import FoundWeights, WeightsError, file_digest, open_tensors, sync
-
-if TYPE_CHECKING:
-    from lightning_modules.stages.base import Stage
 
 FORMAT = 1
 ADAPTER = "adapter"
@@ -179,45 +173,3 @@ def code_version() -> str:
             return version("exo2ego")
         except PackageNotFoundError:
             return "unknown"
-
-
-class StageHandoff(L.Callback):
-    """Writes a stage's trained parts when its training is complete.
-
-    Args:
-        folder: ``<run>/handoff``.
-        stage: name of the stage, as ``make`` knows it.
-        config_hash: of the resolved configuration.
-    """
-
-    def __init__(self, folder: str, stage: str, config_hash: str) -> None:
-        self.folder, self.stage, self.config_hash = Path(folder), stage, config_hash
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write after the last step, the first process what all of them hold; an interrupted run writes nothing."""
-        stage: Stage = pl_module  # type: ignore[assignment]
-        if trainer.interrupted or trainer.global_step < stage.total_steps():
-            return
-        stage.finite.settle()
-        trained = [part for part in stage.model.parts if part in stage.trained]
-        parts = ((part, full_tensors(stage.model.part(part), trainer.is_global_zero)) for part in trained)
-        if trainer.is_global_zero:
-            manifest = {
-                "stage": self.stage,
-                "step": trainer.global_step,
-                "config_hash": self.config_hash,
-                "data_fingerprint": trainer.datamodule.fingerprint(),  # type: ignore[attr-defined]
-                "code_version": code_version(),
-                "started_from": stage.started_from(),
-                "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
-            }
-            try:
-                write_stage_weights(self.folder, parts, stage.network.lora, manifest)
-            except (OSError, SafetensorError) as error:
-                raise WeightsError(
-                    f"hand-off {self.folder}: could not be written ({error}): mend that and call the stage again, it "
-                    "goes on from its last checkpoint"
-                ) from None
-        else:
-            deque(parts, maxlen=0)
-        trainer.strategy.barrier()

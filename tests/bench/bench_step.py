@@ -24,7 +24,7 @@ from datamodules.batch import ClipBatch, TextBatch
 from datamodules.toy_world.questions import write_tokenizer
 from lightning_modules import DemonstratorLearnerGuidance
 from lightning_modules.callbacks.checkpoint import CheckpointFolders, Checkpoints
-from lightning_modules.callbacks.health import StallWatch
+from lightning_modules.callbacks.stall_watch import StallWatch
 from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
 
 
