@@ -467,19 +467,21 @@ def test_every_public_name_is_where_it_is_said_to_be():
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
-    program = f"""
+    (tmp_path / "program.py").write_text(f"""
 import os, pathlib, time
-from datamodules.ego_exo_clip.build import parallel_map
+from datamodules.io.parallel import parallel_map
 def wait(number):
-    pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()
+    pathlib.Path({str(tmp_path)!r}, f"{{os.getpid()}}.pid").touch()
     time.sleep(60)
-parallel_map(wait, range(2), 2, "waiting", "item")
-"""
-    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+if __name__ == "__main__":
+    parallel_map(wait, range(2), 2, "waiting", "item")
+""")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "program.py"], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
-    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    workers = [int(file.name) for file in tmp_path.iterdir()]
+    workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
     assert len(workers) == 2
     parent.kill()
     parent.wait()

@@ -18,14 +18,13 @@ import pytest
 from PIL import Image
 from test_clip_stream import KINDS, make_video
 
+from datamodules.io.parallel import Failure, run_tasks
 from datamodules.tools.data_check import (
-    Problem,
     VideoFile,
     check_file,
     decode_whole,
     main,
     read_annotations,
-    run_bounded,
     sampled,
 )
 
@@ -285,7 +284,7 @@ def behave(item: str, beat) -> str:
     if item == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if item == "fail":
-        raise KeyError("what a decoder never said before")
+        raise KeyError("an unknown problem")
     if item == "slow":
         for _ in range(60):
             time.sleep(0.05)
@@ -295,12 +294,12 @@ def behave(item: str, beat) -> str:
 
 def test_a_hanging_or_crashing_task_costs_its_item_only() -> None:
     items = ["hang", "first", "crash", "fail", "slow", "last"]
-    outcomes = dict(run_bounded(behave, items, workers=2, patience_s=2.0))
+    outcomes = dict(run_tasks(behave, items, workers=2, patience_s=2.0))
     assert outcomes == {
-        "hang": Problem("TimedOut", "no progress for 2 s"),
+        "hang": Failure("TimedOut", "no progress for 2 s"),
         "first": "first done",
-        "crash": Problem("Crashed", "the process died with exit status -11"),
-        "fail": Problem("KeyError", "'what a decoder never said before'"),
+        "crash": Failure("Crashed", "the process died with exit status -11"),
+        "fail": Failure("KeyError", "'an unknown problem'"),
         "slow": "slow done",  # 3 s, but with signs of life
         "last": "last done",
     }

@@ -21,16 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
@@ -48,13 +45,12 @@ from datamodules.ego_exo_clip.index import (
     read_header,
     write_index,
 )
+from datamodules.io.parallel import parallel_map
 from datamodules.video.errors import ClipDecodeError
 
 FrameOffsets = Mapping[str, Mapping[str, int]]
 """Frames by which a camera's file lags, by group_id and camera."""
 _SHOWN_UNREADABLE = 20
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -311,28 +307,6 @@ def funnel_table(header: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parallel_map(
-    function: Callable[[_Item], _Result], items: Sequence[_Item], workers: int, what: str, unit: str
-) -> list[_Result]:
-    """Results in order, with a progress bar; worker processes end when this process does, even if it is killed."""
-    bar: dict[str, Any] = {"total": len(items), "desc": what, "unit": unit, "mininterval": 1}
-    if workers <= 1:
-        return [function(item) for item in tqdm(items, **bar)]
-    with ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool:
-        chunk = max(1, min(16, len(items) // (4 * workers)))
-        return list(tqdm(pool.map(function, items, chunksize=chunk), **bar))
-
-
-def _end_with_parent() -> None:
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None, "a worker has one"
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # filters
 
@@ -462,7 +436,6 @@ def _look(paths: list[Path], probe_workers: int) -> dict[Path, _Footage]:
     present = [path for path, size in zip(paths, sizes, strict=True) if size]
     if not probe_workers:
         return dict.fromkeys(present, _Footage())
-    import_module("datamodules.video.probe")  # once, before the workers are forked
     opened = dict(zip(present, parallel_map(_open, present, probe_workers, "opening", "file"), strict=True))
     unreadable = [found for found in opened.values() if isinstance(found, str)]
     for message in unreadable[:_SHOWN_UNREADABLE]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -31,6 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.io.atomic import atomic_path
 from datamodules.io.jsonl import read_jsonl, require, seconds
 
 SCHEMA_VERSION = 1
@@ -464,14 +464,14 @@ def _clip_record(clip: NarratedClip, group_id: str) -> dict[str, Any]:
 
 
 class _Output:
-    """A file that takes its name once it is complete and on disk, and knows its SHA-256."""
+    """File that takes its name once it is complete and on disk, and computes its SHA-256."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.digest = path, hashlib.sha256()
-        self._partial = path.with_name(f"{path.name}.partial")
 
     def __enter__(self) -> _Output:
-        self._file = self._partial.open("wb")
+        self._atomic = atomic_path(self.path)
+        self._file = self._atomic.__enter__().open("wb")
         return self
 
     def write_line(self, record: Mapping[str, Any]) -> None:
@@ -482,11 +482,6 @@ class _Output:
         self.digest.update(data)
         self._file.write(data)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if kind is None:
-            os.replace(self._partial, self.path)
-        else:
-            self._partial.unlink()
+    def __exit__(self, *error: Any) -> None:
+        self._file.close()
+        self._atomic.__exit__(*error)

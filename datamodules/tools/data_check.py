@@ -10,21 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import cast
 
 import av
 from av.video.frame import VideoFrame
@@ -33,20 +26,16 @@ from tqdm import tqdm
 
 from datamodules.ego_exo_clip.index import PairIndex
 from datamodules.egoit.reader import ConversationFile
+from datamodules.io.atomic import atomic_path
 from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records, seconds
+from datamodules.io.parallel import Beat, Failure, run_tasks
 from datamodules.video.decode import is_torn
 from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, NotAVideo, SpanOutsideFile
 from datamodules.video.probe import nal_length_bytes, probe
 from datamodules.video.sampling import segment_midpoints
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-Beat = Callable[[], None]
-
 RATE_TOLERANCE = 0.01  # passes 29.97 for 30 frames per second, not 25 for 24
 FRAMES_PER_CLIP = 16
-_BEAT_S = 0.2  # between two signs of life
-_START_S = 120.0  # for a worker process to start
 
 
 @dataclass(frozen=True)
@@ -278,131 +267,6 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# worker processes
-
-
-def run_bounded(
-    task: Callable[..., Result], items: Iterable[Item], workers: int, patience_s: float
-) -> Iterator[tuple[Item, Result | Problem]]:
-    """Run a task on every item in processes that are killed and replaced when they hang.
-
-    Args:
-        task: called as ``task(item, beat=beat)``; calls ``beat()`` whenever it has got on. It is pickled, as are items
-            and results.
-        items: what to do.
-        workers: number of processes.
-        patience_s: seconds without a sign of life after which a process is killed.
-
-    Yields:
-        Every item and its result, in the order they are done; a problem if the task raised an error, hung or crashed.
-    """
-    queue = deque(items)
-    pool = [_Worker[Item, Result](task, patience_s) for _ in range(min(workers, len(queue)))]
-    try:
-        for worker in pool:
-            worker.assign(queue.popleft())
-        while pool:
-            wait([worker.pipe for worker in pool], max(0.0, min(w.deadline for w in pool) - time.monotonic()))
-            for worker in list(pool):
-                outcome = worker.poll()
-                if outcome is None:
-                    continue
-                yield worker.item, outcome[0]
-                if queue:
-                    worker.assign(queue.popleft())
-                else:
-                    pool.remove(worker)
-                    worker.stop()
-    finally:
-        for worker in pool:
-            worker.stop()
-
-
-class _Worker(Generic[Item, Result]):
-    """One item at a time in another process, which is started anew if need be."""
-
-    item: Item
-    pipe: Connection
-    deadline: float
-
-    def __init__(self, task: Callable[..., Result], patience_s: float) -> None:
-        self._task, self._patience_s = task, patience_s
-        self._process: BaseProcess | None = None
-
-    def assign(self, item: Item) -> None:
-        """Hand over the next item."""
-        self.deadline = time.monotonic() + self._patience_s
-        if self._process is None:
-            context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that threads hold
-            context.set_forkserver_preload(["datamodules.video.reader"])
-            self.pipe, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(self._task, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._process = process
-            self.deadline = time.monotonic() + max(self._patience_s, _START_S)
-        self.item = item
-        with suppress(OSError):  # if it has died since, poll says so
-            self.pipe.send(item)
-
-    def poll(self) -> tuple[Result | Problem] | None:
-        """The result if it is there, None if the process is still at it."""
-        while self.pipe.poll():
-            try:
-                outcome = self.pipe.recv()
-            except (EOFError, OSError):
-                return (Problem("Crashed", f"the process died with exit status {self.stop()}"),)
-            self.deadline = time.monotonic() + self._patience_s
-            if outcome is not None:
-                return cast(tuple[Result | Problem], outcome)
-        if time.monotonic() < self.deadline:
-            return None
-        self.stop()
-        return (Problem("TimedOut", f"no progress for {self._patience_s:g} s"),)
-
-    def stop(self) -> int | None:
-        """End the process, whatever it is doing; its exit status, negative for a signal."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        self.pipe.close()
-        process.join(0.5)  # an idle or dead one ends by itself
-        process.kill()
-        process.join(5.0)
-        return process.exitcode
-
-
-def _serve(task: Callable[..., Any], pipe: Connection) -> None:
-    """Run in a worker process: answer items until the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    silent_since = -math.inf
-
-    def beat() -> None:
-        nonlocal silent_since
-        if time.monotonic() > silent_since + _BEAT_S:
-            pipe.send(None)
-            silent_since = time.monotonic()
-
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            beat()
-            item = pipe.recv()
-            try:
-                outcome = task(item, beat=beat)
-            except Exception as error:
-                outcome = Problem(type(error).__name__, " ".join(str(error).split()))
-            pipe.send((outcome,))
-
-
-def _end_with_parent(parent: int) -> None:
-    """Do not outlive a main process that was killed."""
-    while os.getppid() == parent:
-        time.sleep(_BEAT_S)
-    os._exit(1)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # command line
 
 
@@ -423,9 +287,11 @@ def check_files(
     """
     task = partial(check_file, root=root, decode_all=decode_all)
     problems: dict[str, Problem] = {}
-    outcomes = run_bounded(task, files, workers, patience_s)
+    outcomes = run_tasks(task, files, workers, patience_s, preload=["datamodules.video.reader"])
     for file, outcome in tqdm(outcomes, "check", total=len(files), unit="file", mininterval=1):
-        if outcome is not None:
+        if isinstance(outcome, Failure):
+            problems[file.path] = Problem(outcome.kind, outcome.reason)
+        elif outcome is not None:
             problems[file.path] = outcome
     return {file.path: problems[file.path] for file in files if file.path in problems}
 
@@ -440,10 +306,8 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
-    partial_path = path.with_name(f"{path.name}.partial")
-    with partial_path.open("wb") as out:
+    with atomic_path(path) as partial_path, partial_path.open("wb") as out:
         out.writelines(lines)
-    partial_path.replace(path)
 
 
 def _parser() -> argparse.ArgumentParser:

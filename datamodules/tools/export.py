@@ -20,12 +20,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.ego_exo_clip.build import parallel_map
 from datamodules.egoit.reader import ConversationFile
 from datamodules.egoit.records import RESERVED, from_json, output_files, window_of, write_rows
 from datamodules.egoit.templates import Templates, draw
 from datamodules.io.conversation import VIDEO_TAG
 from datamodules.io.jsonl import InvalidRecords
+from datamodules.io.parallel import parallel_map
 
 Row = dict[str, Any]
 

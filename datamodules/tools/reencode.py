@@ -13,14 +13,12 @@ continued by running it again. Sources are never touched.
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import random
 import statistics
 import sys
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -40,8 +38,10 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from datamodules.io.atomic import atomic_path
 from datamodules.io.jsonl import InvalidRecords
-from datamodules.tools.data_check import Beat, Problem, decode_whole, read_annotations, run_bounded
+from datamodules.io.parallel import Beat, Failure, run_tasks
+from datamodules.tools.data_check import decode_whole, read_annotations
 from datamodules.video.errors import ClipDecodeError, FileMissing
 from datamodules.video.probe import probe
 from datamodules.video.sampling import segment_midpoints
@@ -146,17 +146,9 @@ def reencode(source: Path, output: Path, encoding: Encoding, beat: Beat = lambda
     if _is_done(output, mark):
         return False
     output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
-        leftover.unlink(missing_ok=True)
-    unfinished = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        pictures = _encode(source, unfinished, encoding, mark, beat)
-        _verify(source, unfinished, pictures, encoding, beat)
-        _flush(unfinished)
-        unfinished.replace(output)
-        _flush(output.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_path(output) as unfinished:
+        frames = _encode(source, unfinished, encoding, mark, beat)
+        _verify(source, unfinished, frames, encoding, beat)
     return True
 
 
@@ -179,14 +171,6 @@ def _is_done(output: Path, mark: str) -> bool:
     except ClipDecodeError:
         return False
     return found == mark
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -517,11 +501,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     number, count = options.shard
     manifest = _Manifest(options.out / ("reencode.jsonl" if count == 1 else f"reencode.{number}-of-{count}.jsonl"))
     task = partial(_reencode_below, root=options.root, out=options.out, encoding=encoding)
-    outcomes = run_bounded(task, paths, options.workers, options.timeout)
+    outcomes = run_tasks(task, paths, options.workers, options.timeout, preload=["datamodules.video.reader"])
     done: list[Reencoded] = []
     failed = 0
     for path, outcome in tqdm(outcomes, "re-encode", total=len(paths), unit="file", mininterval=1):
-        if isinstance(outcome, Problem):
+        if isinstance(outcome, Failure):
             failed += 1
             tqdm.write(f"{path}: {outcome.kind}: {outcome.reason}")
             continue

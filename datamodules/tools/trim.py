@@ -20,6 +20,7 @@ from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
+from datamodules.io.atomic import atomic_path
 from datamodules.tools.reencode import Encoding, header, upright
 from datamodules.video.errors import ClipDecodeError, Damaged
 from datamodules.video.probe import probe
@@ -46,21 +47,19 @@ def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
     if source.is_dir():
         return f"{source} [{start_s:.3f}, {end_s:.3f}) s: a folder of pictures is not cut: encode it as a video first"
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.partial")
     reader = ClipReader(max_open=2)
     try:
         if target.is_file() and _origin_of(target) == _origin(source):
             return ""
         end_s = reader.usable_end_s(source, start_s, end_s)
-        times_s = _write(source, start_s, end_s, unfinished)
-        _verify(reader, source, unfinished, np.array(times_s))
-        unfinished.replace(target)
+        with atomic_path(target) as unfinished:
+            times_s = _write(source, start_s, end_s, unfinished)
+            _verify(reader, source, unfinished, np.array(times_s))
     except (ClipDecodeError, av.error.FFmpegError, OSError) as error:
         words = " ".join(str(error).split())
         return words if isinstance(error, ClipDecodeError) else f"{source} [{start_s:.3f}, {end_s:.3f}) s: {words}"
     finally:
         reader.close()
-        unfinished.unlink(missing_ok=True)
     return ""
 
 

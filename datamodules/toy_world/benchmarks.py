@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.ego_exo_clip.build import parallel_map
+from datamodules.io.parallel import parallel_map
 from datamodules.toy_world import questions
 from datamodules.toy_world.questions import phrase
 from datamodules.toy_world.render import ego_camera, render

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datamodules.ego_exo_clip.build import build_index, parallel_map, select_clips
+from datamodules.ego_exo_clip.build import build_index, select_clips
 from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
 from datamodules.ego_exo_clip.index import Take as NarratedTake
 from datamodules.egoit.sources.base import InstructionSource, convert
@@ -40,6 +40,7 @@ from datamodules.egoit.sources.egoexolearn import EgoExoLearn
 from datamodules.egoit.sources.egotimeqa import FPS as QUESTION_FPS
 from datamodules.egoit.sources.egotimeqa import EgoTimeQA
 from datamodules.egoit.sources.egtea import Egtea
+from datamodules.io.parallel import parallel_map
 from datamodules.toy_world import questions
 from datamodules.toy_world.benchmarks import write_benchmarks
 from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
