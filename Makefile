@@ -60,11 +60,11 @@ egoit: $(VENV)/installed ## build the instruction file of SOURCE=egtea|ssv2|egot
 
 egoit-export: $(VENV)/installed ## export instruction FILES=... for other training stacks, TO=llava|videollama3|llamafactory|swift|openai OUT=folder
 	@test -n "$(FILES)" && test -n "$(TO)" && test -n "$(OUT)" || { echo "error: name all: make egoit-export FILES=data/egoit/egtea.jsonl TO=llava OUT=export"; exit 2; }
-	$(PYTHON) -m datamodules.egoit export $(FILES) --to $(TO) --out "$(OUT)" $(ARGS)
+	$(PYTHON) -m datamodules.tools.export $(FILES) --to $(TO) --out "$(OUT)" $(ARGS)
 
 egoit-leaks: $(VENV)/installed ## count recordings that instruction FILES=... share with the benchmarks in BENCHMARKS=folder
 	@test -n "$(FILES)" && test -n "$(BENCHMARKS)" || { echo "error: name both: make egoit-leaks FILES=data/egoit/egtea.jsonl BENCHMARKS=/data/benchmarks"; exit 2; }
-	$(PYTHON) -m datamodules.egoit leaks $(FILES) --benchmarks "$(BENCHMARKS)" $(ARGS)
+	$(PYTHON) -m datamodules.tools.leaks $(FILES) --benchmarks "$(BENCHMARKS)" $(ARGS)
 
 data-check: $(VENV)/installed ## check the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."
 	@test -n "$(ROOT)" || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }

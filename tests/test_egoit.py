@@ -761,10 +761,10 @@ def test_the_command_prints_counts_and_what_is_missing(egtea, tmp_path, capsys):
     [
         (["nothing"], "source: got 'nothing', allowed: egtea, ssv2, egotimeqa, openeqa, egoexolearn, or module:Class"),
         (["no_such:Thing"], "source: got 'no_such:Thing', which cannot be imported"),
-        (["os:path"], "source: got 'os:path', expected a dataclass with a field root, a name, official() and read()"),
+        (["os:path"], "source: 'os:path' lacks the dataclass field root, name, official, read: add it to the class"),
         (
             ["datamodules.egoit.mix:MixConfig"],
-            "source: got 'datamodules.egoit.mix:MixConfig', expected a dataclass with a field",
+            "source: 'datamodules.egoit.mix:MixConfig' lacks the dataclass field root",
         ),
         (["openeqa"], "holds none of open-eqa-v0.json, data/open-eqa-v0.json: put OpenEQA's questions there"),
     ],

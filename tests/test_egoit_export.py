@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from test_clip_stream import make_video
 
-from datamodules.egoit.__main__ import main
+from datamodules.egoit.__main__ import main as convert_main
 from datamodules.egoit.reader import ConversationFile
 from datamodules.egoit.records import InstructionRecord, PromptFields, to_json, write_rows
 from datamodules.egoit.templates import Templates, draw
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.export import FORMATS, export
+from datamodules.tools.export import main as export_main
 from datamodules.tools.leaks import BENCHMARKS, benchmark_recordings, report
+from datamodules.tools.leaks import main as leaks_main
 from datamodules.tools.trim import cut
 from datamodules.video.probe import probe
 from datamodules.video.reader import ClipReader
@@ -140,7 +142,7 @@ def test_what_cannot_be_exported_is_named(windows, tmp_path, capsys):
     without = {key: value for key, value in json.loads(first).items() if key not in ("start", "end")}
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join([json.dumps(without), *rest]))
-    assert main(["export", str(mixed), "--to", "llava", "--out", str(tmp_path / "out")]) == 2
+    assert export_main([str(mixed), "--to", "llava", "--out", str(tmp_path / "out")]) == 2
     assert "mixed.jsonl: some records have 'start' and 'end' and others not" in capsys.readouterr().err
 
 
@@ -195,7 +197,7 @@ def test_real_files_load_with_the_datasets_library(tmp_path, load, words):
     if not root.is_dir():
         pytest.skip(f"needs the official files in {root}, which are not part of the repository")
     file = tmp_path / "out.jsonl"
-    assert main(["convert", *words, "--root", str(root), "--out", str(file)]) == 0
+    assert convert_main(["convert", *words, "--root", str(root), "--out", str(file)]) == 0
     expected = [json.loads(line) for line in file.read_text().splitlines()]
     assert load(file) == expected and len(expected) > 1000
     before, _ = read(file)
@@ -266,7 +268,7 @@ def test_trimming_takes_the_windows_out(windows, tmp_path, capsys):
     make_video(root / "v" / "one.mp4", 40)
     make_video(root / "two.mp4", 40)
     out = tmp_path / "out"
-    assert main(["export", str(windows), "--to", "llava", "--out", str(out), "--trim", str(root)]) == 0
+    assert export_main([str(windows), "--to", "llava", "--out", str(out), "--trim", str(root)]) == 0
     assert "has windows" not in capsys.readouterr().out
     rows = json.loads((out / "mine.json").read_text())
     assert not any(key in entry for entry in rows for key in ("start", "end"))
@@ -418,10 +420,13 @@ def test_names_of_another_collection_are_not_compared(tmp_path):
         assert cells["vlnqa"] == shared
 
 
-@pytest.mark.parametrize("command", [["leaks", "--benchmarks", "{b}", "--clean"], ["export", "--to", "swift", "--out"]])
-def test_files_that_are_read_are_never_written_over(mixed, tmp_path, capsys, command):
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [(leaks_main, ["--benchmarks", "{b}", "--clean"]), (export_main, ["--to", "swift", "--out"])],
+)
+def test_files_that_are_read_are_never_written_over(mixed, tmp_path, capsys, command, options):
     root = official_files(tmp_path / "b")
-    name, *options = [word.format(b=root) for word in command]
+    options = [word.format(b=root) for word in options]
     other = tmp_path / "other" / mixed.name
     other.parent.mkdir()
     other.write_bytes(mixed.read_bytes())
@@ -431,7 +436,7 @@ def test_files_that_are_read_are_never_written_over(mixed, tmp_path, capsys, com
         ([mixed], tmp_path / "link", "is read from and would be overwritten"),
         ([mixed, other], tmp_path / "new", "two have one name: rename one"),
     ):
-        assert main([name, *map(str, files), *options, str(folder)]) == 2
+        assert command([*map(str, files), *options, str(folder)]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert mixed.read_bytes() == other.read_bytes() != b""
@@ -456,8 +461,8 @@ def test_shared_recordings_are_counted_and_left_out(mixed, tmp_path, capsys):
     clips = tmp_path / "ego4d.json"
     clips.write_text(json.dumps({"clips": [{"clip_uid": "c1", "video_uid": "e7"}]}))
     clean = tmp_path / "clean"
-    words = ["leaks", str(mixed), "--benchmarks", str(root), "--clips", str(clips), "--clean", str(clean)]
-    assert main(words) == 0
+    words = [str(mixed), "--benchmarks", str(root), "--clips", str(clips), "--clean", str(clean)]
+    assert leaks_main(words) == 0
     header, _, counts, _, *notes = capsys.readouterr().out.splitlines()
     cells = dict(zip(header.strip("| ").split(" | "), counts.strip("| ").split(" | "), strict=True))
     assert cells == {
@@ -480,7 +485,7 @@ def test_shared_recordings_are_counted_and_left_out(mixed, tmp_path, capsys):
 
 
 def test_leaks_refuses_what_it_does_not_know(mixed, tmp_path, capsys):
-    assert main(["leaks", str(mixed), "--benchmarks", str(tmp_path / "none")]) == 2
+    assert leaks_main([str(mixed), "--benchmarks", str(tmp_path / "none")]) == 2
     assert "--benchmarks: no folder" in capsys.readouterr().err
     root = official_files(tmp_path / "b")
     with pytest.raises(ValueError, match=r"--only: got nothing, found below .*: egoschema, qaego4d"):
@@ -513,8 +518,8 @@ def test_exporting_needs_no_torch_unless_it_cuts(windows, tmp_path):
     import subprocess
 
     code = (
-        "import sys; from datamodules.egoit.__main__ import main; "
-        f"main(['export', {str(windows)!r}, '--to', 'llava', '--out', {str(tmp_path / 'o')!r}]); "
+        "import sys; from datamodules.tools.export import main; "
+        f"main([{str(windows)!r}, '--to', 'llava', '--out', {str(tmp_path / 'o')!r}]); "
         "print('torch' in sys.modules)"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

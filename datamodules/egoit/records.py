@@ -36,6 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.ego_exo_clip.index import Strings
+from datamodules.io.atomic import atomic_path
 from datamodules.io.conversation import VIDEO_TAG, Turn
 
 RESERVED = frozenset({"label", "rejected_response", "tools", "objects", "images", "audios", "margin"})
@@ -222,26 +223,21 @@ def write_rows(file: Path, rows: Iterable[Mapping[str, Any]], array: bool = Fals
             finite, or a key in ``RESERVED``.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.partial")
     types: dict[str, type] = {}
     ids: set[str] = set()
     count = 0
-    try:
-        with unfinished.open("w", encoding="utf-8") as out:
-            out.write("[\n" if array else "")
-            for row in rows:
-                types = types or _types_of(row, file)
-                _check_row(row, types, file)
-                if "id" in row:
-                    if row["id"] in ids:
-                        raise ValueError(f"{file}: id {row['id']!r} is given twice: each record needs its own")
-                    ids.add(row["id"])
-                out.write((",\n" if array and count else "") + json.dumps(row) + ("" if array else "\n"))
-                count += 1
-            out.write("\n]\n" if array else "")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with atomic_path(file) as unfinished, unfinished.open("w", encoding="utf-8") as out:
+        out.write("[\n" if array else "")
+        for row in rows:
+            types = types or _types_of(row, file)
+            _check_row(row, types, file)
+            if "id" in row:
+                if row["id"] in ids:
+                    raise ValueError(f"{file}: id {row['id']!r} is given twice: each record needs its own")
+                ids.add(row["id"])
+            out.write((",\n" if array and count else "") + json.dumps(row) + ("" if array else "\n"))
+            count += 1
+        out.write("\n]\n" if array else "")
     return count
 
 

@@ -13,7 +13,9 @@ data root given, each window becomes a file of its own below the output folder a
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +24,7 @@ from typing import Any
 
 from datamodules.egoit.reader import ConversationFile
 from datamodules.egoit.records import RESERVED, from_json, output_files, window_of, write_rows
-from datamodules.egoit.templates import Templates, draw
+from datamodules.egoit.templates import FOLDER, STYLES, Templates, draw
 from datamodules.io.conversation import VIDEO_TAG
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.io.parallel import parallel_map
@@ -278,3 +280,41 @@ def _entry(file: Path) -> dict[str, Any]:
         "formatting": "sharegpt",
         "columns": {"messages": "conversations", "videos": "video"},
     }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.tools.export", description="Write instruction files for other training stacks."
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="instruction files")
+    parser.add_argument("--to", choices=FORMATS, required=True, help="form to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--trim",
+        type=Path,
+        metavar="ROOT",
+        help="cut clips out of the videos below this data root, for readers without "
+        "windows; videos of the result are below --out",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes that cut")
+    parser.add_argument("--templates", type=Path, default=FOLDER, help="folder of template banks (default: EgoIT's)")
+    parser.add_argument("--style", choices=STYLES, default="task_ego", help="style of prompts (default: task_ego)")
+    parser.add_argument("--seed", type=int, default=0, help="draw templates as epoch 0 of a run with this seed")
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; return exit status 2 after one line on stderr if it cannot be done."""
+    given = _parser().parse_args(words)
+    try:
+        rendering = Rendering(Templates(given.templates), given.style, given.seed)
+        for line in export(given.files, given.to, given.out, given.trim, given.workers, rendering):
+            print(line)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

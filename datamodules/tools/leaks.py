@@ -9,6 +9,8 @@ collections.
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -196,3 +198,33 @@ def _recording(row: Mapping[str, Any], clips: Clips) -> Recording:
     if uid := row.get("video_uid"):
         return _COLLECTIONS.get(str(row.get("source")), ""), str(uid)
     return EGO4D, clips.get(PurePosixPath(row["video"]).stem, ("", 0.0))[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodules.tools.leaks",
+        description="Recordings that instruction files share with evaluation benchmarks.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, help="instruction files")
+    parser.add_argument("--benchmarks", type=Path, required=True, help="folder of the benchmarks' official files")
+    parser.add_argument("--clips", type=Path, nargs="+", default=[], help="files that name the Ego4D video of a clip")
+    parser.add_argument("--clean", type=Path, metavar="FOLDER", help="write the files without shared recordings here")
+    parser.add_argument(
+        "--only", nargs="+", metavar="BENCHMARK", help="with --clean, leave out what these share (default: any)"
+    )
+    return parser
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; return exit status 2 after one line on stderr if it cannot be done."""
+    given = _parser().parse_args(words)
+    try:
+        print(report(given.files, given.benchmarks, tuple(given.clips), given.clean, given.only))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
