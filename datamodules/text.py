@@ -1,4 +1,4 @@
-"""Conversations to token ids and label masks, in the prompt style that the language model knows."""
+"""Encode conversations as token ids and label masks, in the prompt style of the language model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from datamodules.io.conversation import VIDEO_TAG, Turn
 
 
 def _template(question: str, answer: str) -> str:
-    """A chat template from the Jinja expressions of one question and one answer, both called ``text``."""
+    """Return a chat template with the Jinja expressions of a question and an answer, both called ``text``."""
     return (
         "{{ bos_token }}{% for message in messages %}{% set text = message.content %}"
         "{% if message.role == 'user' %}{{ " + question + " }}"
@@ -38,12 +38,12 @@ _TEMPLATES = {
     "plain": _PLAIN,
 }
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
-_ANSWER = "\ue000{}\ue001"  # put into a template for each answer; private characters, refused in texts
+_ANSWER = "\ue000{}\ue001"  # stands for an answer in a rendered template; private characters, refused in texts
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    r"""How questions and answers are written for the language model.
+    r"""The form in which the language model reads questions and answers.
 
     Attributes:
         style: ``chat``: the tokenizer's own chat template.
@@ -59,7 +59,7 @@ class PromptConfig:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a system text without a place, and a place without a system text."""
+        """Check that a system text is given if and only if the style has a place for it."""
         if self.style == "mistral_sys" and not (self.system or "").strip():
             raise ValueError(
                 f"data.prompt.system: got {self.system!r}, but style mistral_sys needs a system text and none comes "
@@ -73,40 +73,40 @@ class PromptConfig:
 
 
 CHAT = PromptConfig()
-"""The tokenizer's own chat template without a system text."""
+"""The tokenizer's own chat template, without a system text."""
 
 
 class UnusableText(ValueError):
-    """A row cannot be learned from: no answer token within the limit, an empty answer, or a token's name in a text."""
+    """A row is unusable: no answer token below the limit, an empty answer, or a special token's name in a text."""
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """One row of text: token ids with ``VIDEO_TOKEN_ID`` for the clip, and labels of equal length."""
+    """A row of text: token ids with ``VIDEO_TOKEN_ID`` for the clip, and labels of equal length."""
 
     input_ids: list[int]
     labels: list[int]
 
     @property
     def label_tokens(self) -> int:
-        """Supervised tokens."""
+        """Return the number of supervised tokens."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name means a repository of the Hugging Face hub: it reads ``owner/name``, and no such folder exists.
+    """Return True if a name means a repository of the Hugging Face hub: ``owner/name``, and no such folder exists.
 
-    Every other name means a local folder, for which nothing touches the network.
+    Every other name means a local folder, for which the network is not used.
     """
     return re.fullmatch(_HUB_NAME, name, re.ASCII) is not None and not Path(name).is_dir()
 
 
 def download_command(path: Path) -> str | None:
-    """The command that fetches a repository of the Hugging Face hub to the folder ``.../<owner>/<name>``.
+    """Return the command that downloads a repository of the Hugging Face hub to the folder ``.../<owner>/<name>``.
 
     Returns:
         None if the folder's last two components do not look like a repository's. They do below a folder ``weights``;
-        elsewhere the name needs a capital, a hyphen or a dot, which folders of this project's own making lack.
+        elsewhere the name needs a capital, a hyphen or a dot, which folders that this project writes lack.
     """
     repository = "/".join(path.parts[-2:])
     released = path.parts[-3:-2] == ("weights",) or re.search("[A-Z.-]", path.name)
@@ -116,11 +116,11 @@ def download_command(path: Path) -> str | None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """A Hugging Face tokenizer by local folder or hub name, see ``is_hub_name``.
+    """Load a Hugging Face tokenizer from a local folder or by its hub name, see ``is_hub_name``.
 
     Raises:
-        ValueError: there is no such folder, it holds no tokenizer that can be read, the hub cannot be reached or has
-            none of that name, or the tokenizer has no end token.
+        ValueError: the folder is missing or holds no valid tokenizer, the hub cannot be reached or has no repository
+            of that name, or the tokenizer has no end token.
     """
     from_hub, folder = is_hub_name(name), Path(name)
     if not from_hub and not (folder / "tokenizer_config.json").is_file():
@@ -130,12 +130,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=not from_hub)
-    except Exception as error:  # the libraries below raise of many kinds, some with pages of text
+    except Exception as error:  # the libraries raise many kinds of errors, some with pages of text
         reason = " ".join(str(error).split())[:200]
         if not from_hub:
-            raise ValueError(f"tokenizer: {name} cannot be read ({reason}): mend it, or name another folder") from error
+            raise ValueError(f"tokenizer: {name} cannot be read ({reason}): fix it, or name another folder") from error
         raise ValueError(
-            f"tokenizer: {name} is no folder and cannot be fetched from the hub ({reason}): mend the name, or run "
+            f"tokenizer: {name} is no folder and cannot be fetched from the hub ({reason}): correct the name, or run "
             f"`{download_command(Path('weights') / name)}` where there is a network and give weights/{name} instead"
         ) from error
     if tokenizer.eos_token_id is None:
@@ -144,26 +144,26 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 class TextEncoder:
-    """Turns questions and answers about a clip into rows of tokens.
+    """Encodes questions and answers about a clip as rows of tokens.
 
     The clip's tag stands at the front of the first question, as in VideoLLaMA2. A conversation is rendered by a chat
-    template in which a mark stands for each answer, so templates may treat a turn by its place among the others; what
-    is in front of the mark is what generation starts from. Text is tokenised piece by piece at the borders of tag and
-    answers, in training and evaluation alike, so that both see the same tokens.
+    template in which a mark stands for each answer, so templates may treat a turn by its place among the others. The
+    text in front of the mark is the prefix that generation continues. Text is tokenised piece by piece at the borders
+    of tag and answers, in training and evaluation alike, so that both see the same tokens.
 
     Labels cover each answer up to and with the end token after it. They begin at the spaces (not line breaks) that the
     template puts right before the answer, since a space belongs to the token of the word behind it; a SentencePiece
-    tokenizer writes one itself in front of every piece, so there the template's is left out. White space around texts
-    is dropped; else they are taken as given.
+    tokenizer writes a space in front of every piece itself, so there the template's is left out. White space around
+    texts is dropped; otherwise they stay unchanged.
 
     Args:
         tokenizer: folder or hub name of a Hugging Face tokenizer.
         max_text_tokens: rows are cut at the end to this many tokens of text; the clip's tokens do not count and are
             never cut. Prompts are not cut.
-        prompt: how questions and answers are written.
+        prompt: form of questions and answers.
 
     Raises:
-        ValueError: the tokenizer is missing or has no chat template that can be used; the message says why.
+        ValueError: the tokenizer is missing or its chat template does not fit; the message gives the reason.
     """
 
     def __init__(self, tokenizer: str, max_text_tokens: int, prompt: PromptConfig = CHAT) -> None:
@@ -186,7 +186,7 @@ class TextEncoder:
         self._frames(["?"], self._template, self._system)  # so that an unfit template stops a run at its start
 
     def conversation(self, turns: Sequence[Turn]) -> EncodedText:
-        """Rows for instruction tuning: several questions and answers about one clip.
+        """Return a row for instruction tuning: several questions and answers about one clip.
 
         Raises:
             UnusableText: no answer token is left within ``max_text_tokens``, or an answer is empty, or a text holds
@@ -196,7 +196,7 @@ class TextEncoder:
         return self._row(turns, self._template, self._system)
 
     def plain(self, caption: str) -> EncodedText:
-        """A clip and its caption without any instruction, in style ``plain`` whatever the style of questions.
+        """Return a row with a clip and its caption without an instruction, always in style ``plain``.
 
         Raises:
             UnusableText: the caption is empty, or holds the clip's tag or a special token.
@@ -204,7 +204,7 @@ class TextEncoder:
         return self._row([("", caption)], _PLAIN, None)
 
     def prompt(self, question: str) -> EncodedText:
-        """What generation starts from: a conversation of that one question up to its answer; nothing is supervised.
+        """Return the prefix that generation continues: a conversation of one question up to its answer, without labels.
 
         Raises:
             UnusableText: the question holds the clip's tag or a special token.
@@ -215,7 +215,7 @@ class TextEncoder:
 
     @staticmethod
     def batch(rows: Sequence[EncodedText]) -> TextBatch:
-        """Pad rows to a batch."""
+        """Pad rows to a batch, int64 [R, L], on the right."""
         length = max((len(row.input_ids) for row in rows), default=0)
         ids = torch.zeros(len(rows), length, dtype=torch.int64)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -250,7 +250,7 @@ class TextEncoder:
         return EncodedText(ids[:length], labels[:length])
 
     def _frames(self, questions: Sequence[str], template: str | None, system: str | None) -> list[tuple[str, str, str]]:
-        """For each answer: the text before it, the spaces right before it, and the end token after it.
+        """Return for each answer the text before it, the spaces right before it, and the end token after it.
 
         The first text before an answer holds the clip's tag.
         """
@@ -294,7 +294,7 @@ class TextEncoder:
 
     def _unfit(self, problem: str, advice: str = "") -> ValueError:
         return ValueError(
-            f"tokenizer: the chat template of {self.name} {problem}: mend chat_template{advice}, or set "
+            f"tokenizer: the chat template of {self.name} {problem}: fix chat_template{advice}, or set "
             "data.init_args.prompt.style to mistral or plain"
         )
 

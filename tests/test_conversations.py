@@ -106,7 +106,7 @@ def test_entries_of_an_array_are_named_by_line_and_number(tmp_path):
     ]
 
 
-def test_after_a_broken_entry_of_an_array_nothing_can_be_read_and_it_says_so(tmp_path):
+def test_nothing_is_read_after_a_broken_entry_of_an_array(tmp_path):
     file, found = read(tmp_path, f"[\n{json.dumps(OURS)},\n{{'x'}},\n{json.dumps(OURS)}]")
     assert len(found) == 1
     (problem,) = file.problems

@@ -1,6 +1,6 @@
 """The five sources of EgoIT: counts and oddities of the official files, every trap, and the command.
 
-Real files are read where they lie beside the repository, and never copied; all others are invented.
+Real files are read from a folder next to the repository, and never copied; all others are invented.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def sample(name):
 
 
 def read(source):
-    """Records and problems of a source, and what it counted."""
+    """Return records and problems of a source, and its counts."""
     counts, records, problems = Counts(), [], []
     for record in source.read(counts):
         (records if isinstance(record, InstructionRecord) else problems).append(record)
@@ -383,7 +383,7 @@ def egotimeqa_of(tmp_path, *rows, **options):
         ((99.9, 100.1), {}, (98.0, 102.0)),  # no shorter than 4 s
         ((90.0, 110.0), {}, (85.0, 115.0)),  # no longer than 30 s
         ((0.5, 2.5), {}, (0.0, 4.5)),  # not before the clip
-        ((498.0, 500.0), {}, (496.0, 500.0)),  # and not past what is known of it
+        ((498.0, 500.0), {}, (496.0, 500.0)),  # and not past its known end
     ],
 )
 def test_egotimeqa_windows(tmp_path, moment, options, window):
@@ -398,7 +398,7 @@ def test_egotimeqa_seconds_are_taken_as_they_are_and_expanded_to_half_a_second(t
     assert [record.window_s for record in records] == [pytest.approx((100.0, 101.5)), pytest.approx((49.8, 50.3))]
 
 
-def test_egotimeqa_names_are_places_and_questions_say_i(tmp_path):
+def test_egotimeqa_ids_are_places_and_questions_use_i(tmp_path):
     records, _, counts = egotimeqa_of(tmp_path, asked(1, 2), asked(1, 2, answer="Person A has it"))
     assert [record.id for record in records] == ["egotimeqa/000000", "egotimeqa/000001"]
     assert records[0].prompt.query == "Where did I put the knife?"
@@ -593,13 +593,13 @@ def test_egoexolearn_rows_that_are_cut_or_of_no_split_are_named(tmp_path):
     records, problems, _ = read(EgoExoLearn(tmp_path))
     assert len(records) == 2
     assert problems == [
-        f"{file} line 6: 11 cells in 10 columns: quote texts that hold a comma, or give what is missing",
+        f"{file} line 6: 11 cells in 10 columns: quote texts that hold a comma, or add the missing cells",
         f"{file} line 7: subset is 'Train' and view is 'ego', allowed: train, val, test and ego, exo",
         f"{file} line 8: subset is 'train' and view is 'Ego ', allowed: train, val, test and ego, exo",
     ]
 
 
-def test_egoexolearn_says_once_that_a_column_is_missing(tmp_path):
+def test_egoexolearn_names_a_missing_column_once(tmp_path):
     header = "video_uid,annotation_uid,subset,view,scene,start_sec,end_sec\n"
     write(tmp_path / "fine_annotation_trainval_en.csv", header + "v,b1,train,ego,lab,1,3\n" * 3)
     with pytest.raises(SourceError, match="column narration_en_no_hand_prompt is missing: take a file"):

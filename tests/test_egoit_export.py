@@ -163,7 +163,7 @@ def load(tmp_path):
 
 
 def bare(value):
-    """Without what a reader by column fills with null."""
+    """Return a value without the nulls that a reader by column fills in."""
     if isinstance(value, dict):
         return {key: bare(item) for key, item in value.items() if item is not None}
     return [bare(item) for item in value] if isinstance(value, list) else value
@@ -211,7 +211,7 @@ def test_real_files_load_with_the_datasets_library(tmp_path, load, words):
 # cutting
 
 
-def pictures(path):
+def frames_of(path):
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     return [frame.pts * frame.time_base for frame in frames], [frame.to_ndarray(format="rgb24") for frame in frames]
@@ -221,27 +221,27 @@ def pictures(path):
     ("start_s", "end_s", "numbers"),
     [
         (1.0, 2.0, range(10, 20)),  # at 10 frames a second, the end not included
-        (1.05, 1.95, range(10, 20)),  # begins with the picture that is shown at 1.05 s
+        (1.05, 1.95, range(10, 20)),  # begins with the frame that is shown at 1.05 s
         (0.0, 0.1, range(0, 1)),
         (3.9, 4.0, range(39, 40)),
         (3.55, 4.05, range(35, 40)),  # a frame past the end is let pass
     ],
 )
 @pytest.mark.parametrize("options", [{}, {"gop": 100, "b_frames": 3}, {"times_ms": [40 + 100 * n for n in range(40)]}])
-def test_a_clip_has_the_pictures_of_its_window(tmp_path, options, start_s, end_s, numbers):
+def test_a_clip_has_the_frames_of_its_window(tmp_path, options, start_s, end_s, numbers):
     make_video(tmp_path / "v.mp4", 40, **options)
     assert cut(tmp_path, tmp_path, ("v.mp4", start_s, end_s, "clips/c.mp4")) == ""
-    times, found = pictures(tmp_path / "clips/c.mp4")
-    _, source = pictures(tmp_path / "v.mp4")
+    times, found = frames_of(tmp_path / "clips/c.mp4")
+    _, source = frames_of(tmp_path / "v.mp4")
     assert times == [Fraction(n, 10) for n in range(len(numbers))]
     assert len(found) == len(numbers)
-    for number, picture in zip(numbers, found, strict=True):
-        distances = [np.abs(picture.astype(int) - other).mean() for other in source]
+    for number, frame in zip(numbers, found, strict=True):
+        distances = [np.abs(frame.astype(int) - other).mean() for other in source]
         assert int(np.argmin(distances)) == number and distances[number] < 3
     assert probe(tmp_path / "clips/c.mp4").duration_s == pytest.approx(len(numbers) / 10, abs=0.051)
 
 
-def test_odd_sides_and_turned_pictures_are_cut(tmp_path):
+def test_odd_sides_and_rotated_videos_are_cut(tmp_path):
     make_video(tmp_path / "odd.mp4", 10, width=65, height=49, codec="mpeg4", pixel_format="yuv420p")
     make_video(tmp_path / "turned.mp4", 10, width=96, height=64, rotation=90)
     for name, size in (("odd.mp4", (64, 48)), ("turned.mp4", (64, 96))):
@@ -287,7 +287,7 @@ def test_trimming_takes_the_windows_out(windows, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.mp4")} == stamps  # cut once
 
 
-def test_whole_videos_are_linked_beside_cut_ones_and_failures_stop_the_export(windows, tmp_path):
+def test_whole_videos_are_linked_next_to_cut_ones_and_failures_stop_the_export(windows, tmp_path):
     root, out = tmp_path / "videos", tmp_path / "out"
     with pytest.raises(InvalidRecords, match=r"two\.mp4 \[3\.250, 3\.750\) s: No such file .*one\.mp4"):
         export([windows], "llava", out, root)
@@ -333,7 +333,7 @@ def test_a_clip_of_another_root_is_cut_again(tmp_path):
         assert probe(tmp_path / "out/clips/c.mp4").width == width
 
 
-def test_a_folder_of_pictures_is_not_cut_and_it_says_so(tmp_path):
+def test_a_folder_of_frames_is_not_cut(tmp_path):
     (tmp_path / "scan").mkdir()
     file = write(tmp_path / "mine.jsonl", [cut_record("0", "scan")])
     with pytest.raises(InvalidRecords, match=r"scan \[0\.000, 1\.000\) s: a folder of pictures is not cut: encode it"):

@@ -1,4 +1,4 @@
-"""How sources share an epoch, and that samples take turns."""
+"""Shares of sources in an epoch, and turns of samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def weights(*values):
     return [MixSource(f"{n}.jsonl", weight=value) for n, value in enumerate(values)]
 
 
-def test_without_a_word_every_sample_comes_once():
+def test_by_default_every_sample_comes_once():
     assert epoch_counts([5, 0, 7], plain(3), NATURAL) == [5, 0, 7]
 
 
@@ -67,9 +67,13 @@ def test_alpha_over_the_five_sources_of_egoit(alpha, shares):
     ("sources", "mix", "message"),
     [
         (weights(1, None), NATURAL, r"no weight for 1\.jsonl"),
-        ([*weights(1), MixSource("b", samples=2)], NATURAL, "weight and samples are given"),
-        (weights(1, 1), MixConfig(alpha=0.0), r"weight and mix\.alpha are given"),
-        ([MixSource("a", samples=2), MixSource("b")], MixConfig(alpha=0.5), r"samples and mix\.alpha are given"),
+        ([*weights(1), MixSource("b", samples=2)], NATURAL, "weight and samples exclude each other"),
+        (weights(1, 1), MixConfig(alpha=0.0), r"weight and mix\.alpha exclude each other"),
+        (
+            [MixSource("a", samples=2), MixSource("b")],
+            MixConfig(alpha=0.5),
+            r"samples and mix\.alpha exclude each other",
+        ),
     ],
 )
 def test_contradictions_are_refused(sources, mix, message):

@@ -1,4 +1,4 @@
-"""Where the clip stands in a row of text, which tokens are supervised, and what prompt style and template decide."""
+"""Encoded text: the place of the clip, the supervised tokens, and the effect of prompt style and chat template."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def supervised(encoder, row):
 
 
 def written(encoder, row):
-    """The row as text, what is supervised between ⟦ and ⟧; of byte tokens, so to the letter."""
+    """Return the row as text, the supervised part between ⟦ and ⟧; byte tokens make it exact."""
     runs = groupby(zip(row.input_ids, row.labels, strict=True), key=lambda pair: pair[1] != IGNORE_INDEX)
     text = ""
     for learned, run in runs:
@@ -448,7 +448,7 @@ OTHER_END = LETTERS.replace("eos_token", "'<close>'")
             SYSTEM,
             r"refuses a conversation \(Roles must alternate\): .* or remove data\.init_args\.prompt\.system",
         ),
-        (ANSWER_LOST, None, "leaves out, repeats or reorders answers: mend chat_template, or set"),
+        (ANSWER_LOST, None, "leaves out, repeats or reorders answers: fix chat_template, or set"),
         (TAG_LOST, None, "does not show the first question once, .* with its <video>"),
         (TAG_TWICE, None, "does not show the first question once, .* with its <video>"),
         (TAG_AGAIN, None, "does not show the first question once, .* with its <video>"),
@@ -462,7 +462,7 @@ OTHER_END = LETTERS.replace("eos_token", "'<close>'")
         (None, None, r"has no chat template: .* or set data\.init_args\.prompt\.style"),
     ],
 )
-def test_unfit_templates_are_refused_at_the_start_with_the_mend(tmp_path, template, system, message):
+def test_unfit_templates_are_refused_at_the_start_with_the_fix(tmp_path, template, system, message):
     folder = bytes_tokenizer(tmp_path, template, ("<end>", "<close>"), additional_special_tokens=["<close>"])
     with pytest.raises(ValueError, match=rf"^tokenizer: .*{folder}.*{message}") as caught:
         TextEncoder(folder, 64, PromptConfig("chat", system))
@@ -548,7 +548,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path, monkeypatch):
         load_tokenizer("data/toy/tokenizer")
 
 
-def test_a_missing_folder_of_released_weights_says_how_to_get_it(tmp_path):
+def test_a_missing_folder_of_released_weights_names_the_command_to_get_it(tmp_path):
     folder = tmp_path / "weights" / "DAMO-NLP-SG" / "VideoLLaMA2-7B-16F"
     command = f".venv/bin/hf download DAMO-NLP-SG/VideoLLaMA2-7B-16F --local-dir {folder}"
     with pytest.raises(ValueError, match=f"^tokenizer: no folder {folder}: run `{command}`, or name another folder$"):
@@ -579,7 +579,7 @@ def test_a_hub_name_that_cannot_be_fetched_is_named_with_the_way_out(monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = (
-        r"^tokenizer: nobody/nothing is no folder and cannot be fetched from the hub \(.*\): mend the name, or run "
+        r"^tokenizer: nobody/nothing is no folder and cannot be fetched from the hub \(.*\): correct the name, or run "
         r"`\.venv/bin/hf download nobody/nothing --local-dir weights/nobody/nothing` where there is a network and give "
         r"weights/nobody/nothing instead$"
     )

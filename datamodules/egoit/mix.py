@@ -1,13 +1,16 @@
-"""How many samples of each source an epoch has, and which: a function of (seed, epoch) alone."""
+"""The mix of sources: number and choice of each source's samples in an epoch, from the seed and the epoch alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, TypeAdapter
+
+from datamodules.io.validate import Record, validate
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,11 @@ class MixSource:
     """One instruction file of a mix.
 
     Attributes:
-        file: its path.
-        splits: records of these official splits only; null for all.
+        file: path of the file.
+        splits: official splits to read; null for all.
         weight: share of the epoch relative to the other sources' weights; for all sources or none.
-        samples: samples of an epoch; more than there are repeat some, fewer take turns from epoch to epoch.
+        samples: number of samples in an epoch. If the source has fewer, some are repeated; if it has more, they take
+            turns from epoch to epoch.
     """
 
     file: str
@@ -27,7 +31,7 @@ class MixSource:
     samples: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse impossible values."""
+        """Check the ranges of the values."""
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise ValueError(f"data.sources: {self.file}: weight is {self.weight}, allowed: above 0")
         if self.samples is not None and self.samples < 1:
@@ -36,31 +40,43 @@ class MixSource:
 
 @dataclass(frozen=True)
 class MixConfig:
-    """How sources share an epoch where neither ``weight`` nor ``samples`` says so.
+    """The shares of sources that have neither a ``weight`` nor ``samples``.
 
     Attributes:
         alpha: a source of n samples has a share in proportion to n ** alpha; null takes every sample once.
-        max_repeat: with ``alpha`` or weights, how often a sample comes in an epoch at most, on average over its source;
-            what that takes from one source is given to the others.
+        max_repeat: with ``alpha`` or weights, the largest number of times that a sample comes in an epoch, on average
+            over its source. The other sources fill the rest.
     """
 
     alpha: float | None = None
     max_repeat: float = 4.0
 
     def __post_init__(self) -> None:
-        """Refuse impossible values."""
+        """Check the ranges of the values."""
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"data.mix.alpha: got {self.alpha}, allowed: from 0 to 1")
         if not self.max_repeat >= 1:
             raise ValueError(f"data.mix.max_repeat: got {self.max_repeat}, allowed: 1 or more")
 
 
-def mix_source(given: str | Mapping[str, Any] | MixSource, where: str) -> MixSource:
-    """A source as a configuration names it: a path, or a mapping of the fields of ``MixSource``.
+class _SourceRecord(Record):
+    model_config = ConfigDict(extra="forbid")
+
+    file: str
+    splits: list[str] | None = None
+    weight: float | None = None
+    samples: int | None = None
+
+
+_SOURCE = TypeAdapter(_SourceRecord)
+
+
+def mix_source(given: str | Mapping[str, Any] | MixSource, key: str) -> MixSource:
+    """Return the source that a configuration names by a path, or by a mapping of the fields of ``MixSource``.
 
     Args:
-        given: the value.
-        where: its key, for messages.
+        given: value of the key.
+        key: dotted key, for messages.
 
     Raises:
         ValueError: a field is unknown or missing, or has the wrong type.
@@ -70,40 +86,24 @@ def mix_source(given: str | Mapping[str, Any] | MixSource, where: str) -> MixSou
     if isinstance(given, str):
         return MixSource(given)
     if not isinstance(given, Mapping):
-        raise ValueError(f"{where}: got {given!r}, allowed: a path, or a mapping with a file")
-    kinds: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "file": ("a path", _is_text),
-        "splits": ("a list of names or null", lambda value: _is(value, list) and all(map(_is_text, value or ()))),
-        "weight": ("a number or null", lambda value: _is(value, int | float)),
-        "samples": ("a whole number or null", lambda value: _is(value, int)),
-    }
-    if unknown := sorted(given.keys() - kinds.keys()):
-        raise ValueError(f"{where}.{unknown[0]}: no such key in {where}, allowed: {', '.join(kinds)}")
-    for name, (expected, fits) in kinds.items():
-        if (name in given or name == "file") and not fits(given.get(name)):
-            raise ValueError(f"{where}.{name}: got {given.get(name)!r}, allowed: {expected}")
-    return MixSource(**given)
-
-
-def _is(value: Any, kind: Any) -> bool:
-    return value is None or (isinstance(value, kind) and not isinstance(value, bool))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+        raise ValueError(f"{key}: got {given!r}, allowed: a path, or a mapping with a file")
+    record = validate(_SOURCE, dict(given), key)
+    return MixSource(record.file, record.splits, record.weight, record.samples)
 
 
 NATURAL = MixConfig()
-"""Every sample once."""
+"""The mix in which every sample comes once."""
 
 
 def epoch_counts(sizes: Sequence[int], sources: Sequence[MixSource], mix: MixConfig) -> list[int]:
-    """Samples of each source in an epoch; together as many as there are, unless ``samples`` or the cap says otherwise.
+    """Return the number of samples of each source in an epoch.
+
+    Together they are as many as all sources have, unless ``samples`` or the cap changes that.
 
     Args:
-        sizes: samples that each source has.
-        sources: with their weights or numbers.
-        mix: for the rest.
+        sizes: number of samples that each source has.
+        sources: the sources with their weights or numbers.
+        mix: shares of sources without either.
 
     Raises:
         ValueError: weights, numbers and alpha exclude each other, or only some sources have a weight.
@@ -113,7 +113,7 @@ def epoch_counts(sizes: Sequence[int], sources: Sequence[MixSource], mix: MixCon
     given = {"weight": bool(weighted), "samples": bool(numbered), "mix.alpha": mix.alpha is not None}
     chosen = [name for name, is_given in given.items() if is_given]
     if len(chosen) > 1:
-        raise ValueError(f"data.sources: {' and '.join(chosen)} are given, but each decides alone: keep one of them")
+        raise ValueError(f"data.sources: {' and '.join(chosen)} exclude each other: keep one of them")
     if weighted and len(weighted) < len(sources):
         without = ", ".join(source.file for source in sources if source.weight is None)
         raise ValueError(f"data.sources: no weight for {without}, but others have one: give it to all or to none")
@@ -135,26 +135,26 @@ def epoch_counts(sizes: Sequence[int], sources: Sequence[MixSource], mix: MixCon
 
 
 class Mix:
-    """Which samples an epoch has.
+    """The choice of the samples of an epoch.
 
-    The samples of a source take turns: they are drawn from one shuffled pass over the source after the other, epochs
-    going on where the last one ended, so that no sample is ever more than one turn ahead of another of its source.
+    The samples of a source take turns: they come from one shuffled pass over the source after the other. An epoch
+    continues the pass in which the last one ended, so no sample is more than one turn ahead of another of its source.
 
     Args:
-        sizes: samples of each source; sources follow one another in the data set.
-        counts: samples of each source in an epoch.
-        seed: of the order in which samples take turns.
+        sizes: number of samples of each source; sources follow one another in the dataset.
+        counts: number of samples of each source in an epoch.
+        seed: seed of the order in which samples take turns.
     """
 
     def __init__(self, sizes: Sequence[int], counts: Sequence[int], seed: int) -> None:
         self.sizes, self.counts, self.seed = list(sizes), list(counts), seed
 
     def __len__(self) -> int:
-        """Samples of an epoch."""
+        """Return the number of samples of an epoch."""
         return sum(self.counts)
 
     def samples(self, epoch: int) -> NDArray[np.int64]:
-        """Numbers of the samples, source by source, not shuffled among each other."""
+        """Return the numbers of the samples of an epoch, int64 [len], source by source, sources not shuffled."""
         offsets = np.cumsum([0, *self.sizes])
         parts = [
             offsets[which] + self._turns(which, size, count, epoch)

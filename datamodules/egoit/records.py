@@ -34,10 +34,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
 from datamodules.ego_exo_clip.index import Strings
 from datamodules.io.atomic import atomic_path
 from datamodules.io.conversation import VIDEO_TAG, Turn
+from datamodules.io.validate import Record, validate
 
 RESERVED = frozenset({"label", "rejected_response", "tools", "objects", "images", "audios", "margin"})
 """Keys to which ms-swift gives a meaning of its own."""
@@ -161,25 +163,33 @@ def prompt_of(row: Mapping[str, Any], where: str) -> PromptFields | None:
     Raises:
         ValueError: a field is missing, has the wrong type, or contradicts another; names the place.
     """
-    given = row.get("prompt")
-    if isinstance(given, dict):
-        task, query, target = given.get("task"), given.get("query") or "", given.get("target")
-        options = given.get("options") or []
+    if isinstance(row.get("prompt"), dict):
+        given = {key: value for key, value in row["prompt"].items() if value is not None}
     elif _is_templated(row):
         # Exported rows, and rows of earlier versions: the same fields side by side, options one a line.
-        task, query, target = row["task"], row["query"], row["target"]
-        options = row["options"].split("\n") if row.get("options") else []
+        given = {key: row[key] for key in ("task", "query", "target")}
+        given["options"] = row["options"].split("\n") if row.get("options") else []
     else:
         return None
-    for key, value in (("task", task), ("query", query), ("target", target)):
-        if not isinstance(value, str) or (key != "query" and not value.strip()):
-            raise ValueError(f"{where}: field 'prompt.{key}' is {value!r}, expected a text: correct it")
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise ValueError(f"{where}: field 'prompt.options' is {options!r}, expected a list of texts: correct it")
+    prompt = validate(_ROW, {"prompt": given}, where).prompt
     try:
-        return PromptFields(task, query, target, tuple(options))  # type: ignore[arg-type]
+        return PromptFields(prompt.task, prompt.query, prompt.target, tuple(prompt.options))
     except ValueError as error:
         raise ValueError(f"{where}: field 'prompt': {error}") from None
+
+
+class _PromptRow(Record):
+    task: str = Field(min_length=1)
+    query: str = ""
+    target: str = Field(min_length=1)
+    options: list[str] = []
+
+
+class _Row(Record):
+    prompt: _PromptRow
+
+
+_ROW = TypeAdapter(_Row)
 
 
 def _is_templated(row: Mapping[str, Any]) -> bool:

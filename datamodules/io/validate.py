@@ -37,6 +37,8 @@ def _first_problem(error: ValidationError) -> str:
     field = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in problem["loc"]).removeprefix(".")
     if problem["type"] == "missing":
         return f"field {field!r} is missing: add it"
+    if problem["type"] == "extra_forbidden":
+        return f"field {field!r} is unknown: remove it, or correct its name"
     message = problem["msg"].removeprefix("Value error, ")
     if message.startswith("Input should be "):
         message = f"expected {message.removeprefix('Input should be ')}"

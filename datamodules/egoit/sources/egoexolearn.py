@@ -218,7 +218,7 @@ def read_fine(file: Path, text: str) -> Iterator[tuple[str, dict[str, str] | Sou
         row = dict(zip(named, cells, strict=False))
         if len(cells) != len(named):
             problem = (
-                f"{len(cells)} cells in {len(named)} columns: quote texts that hold a comma, or give what is missing"
+                f"{len(cells)} cells in {len(named)} columns: quote texts that hold a comma, or add the missing cells"
             )
             yield where, SourceError(f"{where}: {problem}")
         elif row["subset"] not in _SUBSETS or row["view"] not in _VIEWS:
