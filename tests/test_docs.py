@@ -66,6 +66,18 @@ def test_experiments_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_and_functions_exist(page):
+    """`model/mapping.py: FeatureMapping` is a file of the repository that contains the name."""
+    if page.name == "CHANGELOG.md":
+        return
+    for path, name in re.findall(r"`([\w./]+\.(?:py|yaml|sh))(?:: (\w+))?`", read(page)):
+        places = [ROOT / folder / path for folder in (".", "lightning_modules", "experiments/toy", "tests/examples")]
+        file = next((place for place in places if place.is_file()), None)
+        assert file or path in ("stage4.yaml",), f"{page.name}: {path}"
+        assert not name or name in read(file), f"{page.name}: {path}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_imports_in_code_exist(page):
     for block in code_blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
