@@ -1,7 +1,9 @@
 """All four stages on generated videos through the command line, and the files that they write."""
 
+import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -65,6 +67,14 @@ def runs(finished, tmp_path, toy_world):
     for file in copy.rglob("config.yaml"):
         file.write_text(file.read_text().replace(str(finished), str(copy)))
     return copy
+
+
+def test_the_readme_uses_a_trained_stage(finished, toy_world, capsys):
+    readme = (tiny.EXPERIMENTS.parent / "README.md").read_text()
+    code = re.search(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)[1]
+    exec(code.replace('"runs/', f'"{finished}/').replace('"data/toy', f'"{toy_world}'), {})
+    (caption,) = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(caption, str)
 
 
 # ---------------------------------------------------------------------------------------------------------- the files
