@@ -93,7 +93,8 @@ def find_open_clip(release: Release, part: str, network: NetworkConfig) -> Found
             expected[f"image_{name}"] = preprocess[name]
     require_form(network.encoder, release.where, expected)
     tower = release.below("visual.")
-    return release.found(part, _without_pruned(tower, network.encoder), count=len(tower))
+    kept = {ours: tower[theirs] for ours, theirs in tower_sources(tower, network.encoder).items()}
+    return release.found(part, kept, count=len(tower))
 
 
 def find_clip(release: Release, part: str, network: NetworkConfig) -> FoundWeights | None:
@@ -162,11 +163,7 @@ def to_encoder(tower: Tensors, encoder: EncoderConfig, where: str) -> Tensors:
     except ValueError as error:
         raise WeightsError(f"{where}: {error}. Give a folder of CLIP weights.") from None
     joined = {ours: StoredTensor.joined([tower[name] for name in names]) for ours, names in sources.items()}
-    return _without_pruned(joined, encoder)
-
-
-def _without_pruned(tower: Tensors, encoder: EncoderConfig) -> Tensors:
-    return {ours: tower[theirs] for ours, theirs in tower_sources(tower, encoder).items()}
+    return {ours: joined[theirs] for ours, theirs in tower_sources(joined, encoder).items()}
 
 
 def tower_sources(names: Collection[str], config: EncoderConfig) -> dict[str, str]:

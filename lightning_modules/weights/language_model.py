@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from lightning_modules.weights.tensors import FoundWeights, Release, Tensors
+from lightning_modules.weights.tensors import FoundWeights, Release
 
 
 def find_language_model(release: Release, part: str) -> FoundWeights:
     """Find the language model in a folder of transformers, of any model type."""
     if part != "language_model":
         return release.found(part, {}, f"holds a language model ({release.kind}), no {part}")
-    tied = bool(release.settings.get("tie_word_embeddings"))
-    tensors = causal_lm_tensors(release.tensors, tied)
+    # A tied head, and the rotary frequencies of old checkpoints, are no parameters.
+    tied = release.settings.get("tie_word_embeddings")
+    left_out = ("lm_head.weight", "inv_freq") if tied else ("inv_freq",)
+    tensors = {name: tensor for name, tensor in release.tensors.items() if not name.endswith(left_out)}
     return release.found(part, tensors, count=len(release.tensors))
-
-
-def causal_lm_tensors(stored: Tensors, tied: bool) -> Tensors:
-    """Leave out stored tensors that are no parameters: a tied head, and rotary frequencies of old checkpoints."""
-    left_out = ("lm_head.weight",) if tied else ()
-    return {name: t for name, t in stored.items() if name not in left_out and not name.endswith("inv_freq")}

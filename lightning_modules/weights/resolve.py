@@ -13,7 +13,7 @@ from lightning_modules.model.exo2ego import PARTS, NetworkConfig
 from lightning_modules.weights.clip import OPEN_CLIP, download_open_clip, find_clip, find_open_clip
 from lightning_modules.weights.handoff import open_stage_weights
 from lightning_modules.weights.language_model import find_language_model
-from lightning_modules.weights.tensors import FoundWeights, Release, WeightsError, open_release
+from lightning_modules.weights.tensors import FoundWeights, WeightsError, open_release
 from lightning_modules.weights.videollama2 import find_videollama2
 
 FORMATS = (find_open_clip, find_videollama2, find_clip)
@@ -52,28 +52,23 @@ def split_source(source: str, part: str) -> tuple[Path, str]:
 
 
 def _open_source(source: str, part: str, network: NetworkConfig) -> FoundWeights:
-    if source.startswith(OPEN_CLIP):
-        return _find_in_release(download_open_clip(source), part, network)
-    if is_hub_name(source):
-        release = replace(_open_folder(_download(source)), where=source)
-        return _find_in_release(release, part, network)
     folder, named = split_source(source, part)
-    if folder.name == "handoff" or (folder / "manifest.json").is_file():
+    if source.startswith(OPEN_CLIP):
+        release = download_open_clip(source)
+    elif is_hub_name(source):
+        release = replace(
+            open_release(_download(source), "Remove it from the hub's cache, and run again"), where=source
+        )
+    elif folder.name == "handoff" or (folder / "manifest.json").is_file():
         return replace(open_stage_weights(folder, named), part=part)
-    return replace(_find_in_release(_open_folder(folder), named, network), part=part)
-
-
-def _find_in_release(release: Release, part: str, network: NetworkConfig) -> FoundWeights:
+    else:
+        command = download_command(folder)
+        release = open_release(folder, f"Run `{command}`" if command else "Give a folder of released weights")
     for find in FORMATS:
-        found = find(release, part, network)
+        found = find(release, named, network)
         if found is not None:
-            return found
-    return find_language_model(release, part)
-
-
-def _open_folder(folder: Path) -> Release:
-    command = download_command(folder)
-    return open_release(folder, f"Run `{command}`" if command else "Give a folder of released weights")
+            return replace(found, part=part)
+    return replace(find_language_model(release, named), part=part)
 
 
 def _download(name: str) -> Path:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.model.projector import stc_tokens
 from lightning_modules.weights.clip import ENCODERS, require_form, to_encoder
-from lightning_modules.weights.language_model import causal_lm_tensors
+from lightning_modules.weights.language_model import find_language_model
 from lightning_modules.weights.tensors import FoundWeights, Release, WeightsError
 
 _PROJECTOR, _TOWER = "model.mm_projector.", "model.vision_tower.vision_tower."
@@ -31,7 +33,7 @@ def find_videollama2(release: Release, part: str, network: NetworkConfig) -> Fou
     if not tensors:
         base = release.settings.get("_name_or_path", "mistralai/Mistral-7B-Instruct-v0.2")
         return release.found(part, {}, f"holds no language model, its base is {base}")
-    return release.found(part, causal_lm_tensors(tensors, tied=False), count=len(tensors))
+    return find_language_model(replace(release, tensors=tensors), part)
 
 
 def _find_projector(release: Release, network: NetworkConfig) -> FoundWeights:
