@@ -13,7 +13,7 @@ from lightning_modules.egobench.results import score_folder, stages_table
 from lightning_modules.run import Run, build
 from lightning_modules.validation.report import write_metrics, write_predictions, write_report
 from lightning_modules.validation.scores import chance_levels
-from lightning_modules.weights.handoff import is_answered, read_manifest
+from lightning_modules.weights.handoff import read_manifest
 
 
 def evaluate(config: dict[str, Any], handoff: Path | None = None) -> None:
@@ -84,6 +84,12 @@ def evaluate_single_inputs(config: dict[str, Any], again: bool) -> None:
     for changed in single_visual_inputs(config).values():
         if again or not is_answered(Path(changed["run_dir"]), handoff):
             evaluate(changed, handoff)
+
+
+def is_answered(folder: Path, handoff: Path) -> bool:
+    """Return whether validation QA was answered in a folder, and not before stage weights were last written."""
+    metrics, manifest = folder / "metrics.json", handoff / "manifest.json"
+    return metrics.is_file() and manifest.is_file() and metrics.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
 
 
 def answer_validation(run: Run) -> None:

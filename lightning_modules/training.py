@@ -24,7 +24,7 @@ from lightning_modules.evaluation import answer_validation, evaluate
 from lightning_modules.plan import flops_per_sample
 from lightning_modules.resume import check_resumable, check_same_start, discard_run
 from lightning_modules.run import Run, build, build_stage
-from lightning_modules.weights.handoff import code_version, write_stage_weights
+from lightning_modules.weights.handoff import write_stage_weights
 
 
 class Interrupted(RuntimeError):
@@ -135,7 +135,6 @@ def _export(checkpoint: Path, config: dict[str, Any], out: Path) -> list[str]:
         "stage": config["stage"],
         "step": state["global_step"],
         "config_hash": config_hash(config),
-        "code_version": code_version(),
         "started_from": state["started_from"],
         "metrics": {},
     }

@@ -16,7 +16,8 @@ from typing import NoReturn
 
 from experiments.ablations.plan import Job
 from lightning_modules.config import read_saved
-from lightning_modules.weights.handoff import is_answered, read_manifest
+from lightning_modules.evaluation import is_answered
+from lightning_modules.weights.handoff import read_manifest
 from lightning_modules.weights.resolve import split_source
 
 

@@ -11,7 +11,7 @@ import lightning as L
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lightning_modules.weights.handoff import code_version, full_tensors, write_stage_weights
+from lightning_modules.weights.handoff import full_tensors, write_stage_weights
 from lightning_modules.weights.tensors import WeightsError
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ class StageHandoff(L.Callback):
             "step": trainer.global_step,
             "config_hash": self.config_hash,
             "data_fingerprint": datamodule.fingerprint() if hasattr(datamodule, "fingerprint") else None,
-            "code_version": code_version(),
             "started_from": stage.started_from(),
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
         }

@@ -65,12 +65,6 @@ def read_manifest(folder: Path, part: str | None = None) -> dict[str, Any]:
     return manifest
 
 
-def is_answered(folder: Path, handoff: Path) -> bool:
-    """Return whether validation QA was answered in a folder, and not before stage weights were last written."""
-    metrics, manifest = folder / "metrics.json", handoff / "manifest.json"
-    return metrics.is_file() and manifest.is_file() and metrics.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
-
-
 def open_stage_weights(folder: Path, part: str) -> FoundWeights:
     """Open one part of stage weights; nothing is read but names, shapes, and once a digest of all files.
 
@@ -129,7 +123,7 @@ def write_stage_weights(
         folder: ``<run>/handoff``.
         parts: names, and whole tensors on the CPU by their names inside the part.
         lora: size of the adapters.
-        manifest: fields in addition to ``format``, ``digest`` and ``parts``.
+        manifest: fields in addition to ``format``, ``code_version``, ``digest`` and ``parts``.
     """
     # Write everything to a hidden folder.
     new = folder.with_name(f".{folder.name}.new")
@@ -142,7 +136,13 @@ def write_stage_weights(
         else:
             save_file(dict(tensors), new / f"{part}.safetensors", metadata={"format": "pt"})
         described[part] = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
-    content = {"format": FORMAT, **manifest, "digest": _digest(new, time.time_ns()), "parts": described}
+    content = {
+        "format": FORMAT,
+        **manifest,
+        "code_version": _code_version(),
+        "digest": _digest(new, time.time_ns()),
+        "parts": described,
+    }
     (new / "manifest.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     for path in [*new.rglob("*"), new]:
         sync(path)
@@ -157,8 +157,8 @@ def write_stage_weights(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def code_version() -> str:
-    """The commit of a checkout, with ``+changes`` when it was edited, else the package version."""
+def _code_version() -> str:
+    """Return the commit of a checkout, with ``+changes`` when it was edited, else the package version."""
     here = Path(__file__).resolve().parent
     try:
         run = subprocess.run(
