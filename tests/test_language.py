@@ -37,11 +37,10 @@ WORDS = {
     "how it runs": (r"how_it_runs|put_aside|same_configuration", "RESUMABLE_KEYS, discard_run, check_resumable"),
 }
 # Searched in the names of Python code only, in their parts between underscores and capitals.
-NAME_PARTS = {
-    "told", "said", "say", "says", "voices", "filmed", "grown", "readable", "unreadable"
-}  # fmt: skip
+NAME_PARTS = {"told", "said", "voices", "filmed", "grown", "readable"}
 FIRST_WORDS = re.compile(r"(What|Whether|Where|Which|How|Why|Of|As|Those|That)\b")
-WHAT = r"(?-i:\bwhat (is|are|the|a|it|they|of|was|has)\b)"
+# A clause in the place of a noun, as an explanation: "marker: what is put in", "(what the model gives)".
+WHAT = r"(?-i:(?::|#|\(|\"\"\"|=) what (is|are|the|a|it|they|of|was|has)\b)"
 
 # Uses that are right where they are: (file, rule) to their number.
 EXCEPTIONS: dict[tuple[str, str], int] = {
@@ -112,32 +111,33 @@ def offences(rule):
                 if FIRST_WORDS.match(docstring):
                     yield name, number, docstring.splitlines()[0]
     elif rule == "what":
-        yield from search(WHAT, names)
+        # Prompts are plain questions to a model, not descriptions of code.
+        prompts = ("datamodules/egoit/templates/", "datamodules/egobench/prompts")
+        yield from search(WHAT, [name for name in names if not name.startswith(prompts)])
 
 
 RULES = {**{rule: instead for rule, (_, instead) in WORDS.items()}}
-RULES["names"] = "plain names; no told, said, voices, filmed, readable"
+RULES["names"] = "plain names; no told, said, voices, filmed, grown, readable"
 RULES["first line"] = "a sentence that begins with a verb, or names the thing"
 RULES["what"] = "the noun itself: 'the output', not 'what it gives'"
 
 # Files that have not had their pass yet: uses left in each area, which may only become fewer.
 LEFT: dict[str, dict[str, int]] = {
-    "mend": {"datamodules": 33, "lightning_modules": 10, "tests": 13},
-    "anew": {"datamodules": 7, "experiments": 1, "lightning_modules": 8, "tests": 10, "top level": 1},
-    "go on": {"datamodules": 5, "lightning_modules": 12, "tests": 10, "top level": 1},
-    "beside": {"datamodules": 12, "lightning_modules": 9, "tests": 7, "top level": 1},
-    "picture": {"datamodules": 91, "experiments": 1, "lightning_modules": 4, "tests": 85},
-    "hand-off": {"lightning_modules": 6, "tests": 6, "top level": 1},
-    "data set": {"datamodules": 28, "tests": 3, "top level": 1},
+    "mend": {"datamodules": 22, "lightning_modules": 6, "tests": 6},
+    "anew": {"datamodules": 3, "experiments": 1, "lightning_modules": 4, "tests": 9},
+    "go on": {"datamodules": 3, "lightning_modules": 3, "tests": 4},
+    "beside": {"datamodules": 7, "lightning_modules": 7, "tests": 3},
+    "picture": {"datamodules": 81, "experiments": 1, "lightning_modules": 2, "tests": 73},
+    "hand-off": {"lightning_modules": 1, "tests": 5},
+    "data set": {"datamodules": 20, "tests": 3},
     "exam": {"tests": 1},
     "funnel": {"datamodules": 72, "tests": 17},
     "words_loss": {"experiments": 1, "lightning_modules": 9, "tests": 2},
-    "wording": {"datamodules": 129, "experiments": 2, "lightning_modules": 4, "tests": 120},
+    "wording": {"datamodules": 10, "lightning_modules": 4, "tests": 19},
     "learner_reads": {"lightning_modules": 3, "tests": 2},
-    "held-out outcome": {"lightning_modules": 8, "tests": 9},
-    "names": {"datamodules": 67, "lightning_modules": 59, "tests": 259},
-    "first line": {"datamodules": 58, "lightning_modules": 38, "tests": 27},
-    "what": {"datamodules": 90, "docs": 2, "experiments": 8, "lightning_modules": 36, "tests": 30, "top level": 2},
+    "names": {"datamodules": 53, "lightning_modules": 19, "tests": 215},
+    "first line": {"datamodules": 35, "lightning_modules": 18, "tests": 21},
+    "what": {"datamodules": 6, "experiments": 1, "lightning_modules": 6, "tests": 2},
 }
 
 
