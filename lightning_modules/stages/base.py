@@ -332,9 +332,11 @@ class Stage(L.LightningModule, ABC):
         return Evaluator(self.model.language_model, self.tokenizer).evaluate(batch, visual)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all ranks at the current optimiser step; Lightning's own counter lags by one."""
+        """Log the means over all ranks."""
         means = {f"val/{name}": value for name, value in self.results.means().items()}
-        self.log_dict(means, logger=False)
-        if not self.trainer.sanity_checking:
+        fitting = self.trainer.state.fn == "fit"
+        self.log_dict(means, logger=not fitting)
+        # Inside fit, Lightning would write them one optimiser step too early.
+        if fitting and not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics(means, step=self.trainer.global_step)
