@@ -239,6 +239,7 @@ class TextEncoder:
             supervised = self._tokenise(space + answer + end)
             ids += unsupervised + supervised
             labels += [IGNORE_INDEX] * len(unsupervised) + supervised
+        # A row without a supervised token would only dilute the batch.
         first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
         if first > self.max_text_tokens:  # of the tokens before it, one is the clip's
             raise UnusableText(
@@ -254,6 +255,7 @@ class TextEncoder:
 
         The first text before an answer holds the clip's tag.
         """
+        # Render the conversation with a mark in the place of each answer.
         messages = [] if system is None else [{"role": "system", "content": system}]
         for index, question in enumerate(questions):
             text = self._accept(question)
@@ -269,6 +271,7 @@ class TextEncoder:
         except TemplateError as error:
             advice = "" if system is None else " or remove data.init_args.prompt.system"
             raise self._unfit(f"refuses a conversation ({' '.join(str(error).split())})", advice) from error
+        # Split at the marks, and check that the template kept everything in its place.
         before, *rest = re.split(_ANSWER.format(r"(\d+)"), str(rendered))
         if rest[::2] != [str(index) for index in range(len(questions))]:
             raise self._unfit("leaves out, repeats or reorders answers")
@@ -276,6 +279,7 @@ class TextEncoder:
             raise self._unfit(f"does not show the first question once, in front of its answer, with its {VIDEO_TAG}")
         if system is not None and system not in before:
             raise self._unfit("leaves out the system text", " or remove data.init_args.prompt.system")
+        # The end token after an answer belongs to it; the spaces before it too.
         frames = []
         for after in rest[1::2]:
             end, eos = self._end.match(after), self.tokenizer.eos_token

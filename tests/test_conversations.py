@@ -328,7 +328,7 @@ def test_prompt_fields_may_be_written_by_hand(tmp_path):
         ([{"x": "a", "label": "b"}], r"field label: other readers give it a meaning"),
     ],
 )
-def test_rows_that_some_reader_would_stumble_over_are_refused(tmp_path, rows, message):
+def test_rows_that_some_readers_cannot_read_are_refused(tmp_path, rows, message):
     (tmp_path / "x.jsonl").write_text("before")
     with pytest.raises(ValueError, match=message):
         write_rows(tmp_path / "x.jsonl", rows)

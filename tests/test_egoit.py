@@ -467,7 +467,7 @@ def test_egotimeqa_impossible_factors_are_refused(tmp_path, stretch):
 
 
 @pytest.mark.parametrize("content", [{"videos": 5}, {"videos": [{"video_uid": "v", "clips": 5}]}])
-def test_clips_that_are_no_list_are_refused(tmp_path, content):
+def test_a_list_of_clips_of_another_type_is_refused(tmp_path, content):
     with pytest.raises(SourceError, match=r"x\.json: field '(videos|clips)' is 5, expected a list: give ego4d\.json"):
         read_clips((write(tmp_path / "x.json", content),))
 
@@ -526,7 +526,7 @@ def test_openeqa_scenes(episode, scene):
     ("content", "message"),
     [([{"question_id": "a"}], "expected a list of question_ids"), (None, "no such file: correct the path")],
 )
-def test_openeqa_hold_outs_that_are_none_are_refused(tmp_path, content, message):
+def test_invalid_hold_outs_of_openeqa_are_refused(tmp_path, content, message):
     write(tmp_path / "open-eqa-v0.json", [])
     file = tmp_path / "held.json"
     if content is not None:
@@ -614,7 +614,7 @@ def archive_of(file, content):
     return file
 
 
-def test_egoexolearn_archives_that_are_none_are_named(tmp_path):
+def test_invalid_archives_of_egoexolearn_are_named(tmp_path):
     file = tmp_path / "coarse_annotations.tar.gz"
     whole = archive_of(file, bytes(range(256)) * 400).read_bytes()
     for content in (b"text", whole[: len(whole) // 2], b"\x1f\x8b" + bytes(50)):
@@ -696,7 +696,7 @@ def test_wrong_rows_stop_a_conversion_and_are_all_named_or_left_out_with_a_warni
     ]
 
 
-def test_ids_that_are_given_twice_are_named_with_both_lines(tmp_path):
+def test_repeated_ids_are_named_with_both_lines(tmp_path):
     row = "v,b1,train,ego,lab,1,3,x,x,Go.\n"
     file = write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + row * 3)
     with pytest.raises(InvalidRecords) as caught:
@@ -738,7 +738,7 @@ def test_files_of_another_encoding_are_named(egtea, ssv2, tmp_path):
             read(source)
 
 
-def test_the_command_prints_counts_and_what_is_missing(egtea, tmp_path, capsys):
+def test_the_command_prints_counts_and_missing_rows(egtea, tmp_path, capsys):
     out = tmp_path / "out" / "egtea.jsonl"
     arguments = ["convert", "egtea", "--root", str(egtea), "--splits", "train_split1", "test_split1", "--out", str(out)]
     assert main(arguments) == 0
@@ -779,7 +779,7 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys, arguments, message):
 
 
 @pytest.mark.parametrize("words", [["--splits", "trian"], ["--views", "Ego"]])
-def test_splits_and_views_that_there_are_not_are_refused(tmp_path, capsys, words):
+def test_unknown_splits_and_views_are_refused(tmp_path, capsys, words):
     with pytest.raises(SystemExit, match="2"):
         main(["convert", "egoexolearn", "--root", str(tmp_path), *words])
     assert f"invalid choice: '{words[1]}'" in capsys.readouterr().err

@@ -484,7 +484,7 @@ def test_shared_recordings_are_counted_and_left_out(mixed, tmp_path, capsys):
     assert [record.id for record in kept] == [f"egotimeqa/{n}" for n in (2, 3, 4, 5)]
 
 
-def test_leaks_refuses_what_it_does_not_know(mixed, tmp_path, capsys):
+def test_leaks_refuses_unknown_folders_benchmarks_and_files(mixed, tmp_path, capsys):
     assert leaks_main([str(mixed), "--benchmarks", str(tmp_path / "none")]) == 2
     assert "--benchmarks: no folder" in capsys.readouterr().err
     root = official_files(tmp_path / "b")

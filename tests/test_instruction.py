@@ -106,7 +106,7 @@ def test_a_missing_file_without_a_window_is_a_corrupt_sample(read):
     assert "no/such.mp4" in batch.corrupt[0]
 
 
-def test_the_view_decides_whose_encoder_looks(read, toy_world):
+def test_the_view_decides_the_encoder(read, toy_world):
     samples = read(without(start=0.0, end=1.0), root=toy_world, view="exo")
     assert list(samples.videos(samples.span(0, 0))) == ["exo"]
 
@@ -285,7 +285,7 @@ def test_wrong_records_of_all_files_are_named_at_once(toy_tokenizer, tmp_path):
     ]
 
 
-def test_what_was_changed_is_printed_once_for_each_file(toy_tokenizer, tmp_path, capsys):
+def test_conversions_are_printed_once_for_each_file(toy_tokenizer, tmp_path, capsys):
     files = [write(tmp_path, "lists", 5, video=[VIDEO]), write(tmp_path, "plain", 5)]
     mixed(toy_tokenizer, tmp_path, files).read()
     lines = capsys.readouterr().out.splitlines()

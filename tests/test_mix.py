@@ -33,7 +33,7 @@ def test_weights_share_the_samples_there_are():
     assert epoch_counts([100, 300], weights(5, 5), NATURAL) == [200, 200]
 
 
-def test_what_the_cap_takes_the_others_get():
+def test_the_others_fill_the_rest_above_the_cap():
     # half of 1000 would be 500 of the 10, at most 4 times 10 are taken; the other 960 are shared 1 to 2
     assert epoch_counts([10, 390, 600], weights(3, 1, 2), NATURAL) == [40, 320, 640]
     # a second source runs into its cap only then: 2 x 10 and 2 x 20, the rest is the third's

@@ -202,7 +202,7 @@ def test_every_answer_of_a_conversation_is_supervised_with_its_end_token(toy):
     ],
     ids=lambda value: value.style if isinstance(value, PromptConfig) else "",
 )
-def test_styles_to_the_letter(prompt, text, tmp_path):
+def test_styles_exactly(prompt, text, tmp_path):
     encoder = TextEncoder(mistral_tokenizer(tmp_path), 512, prompt)
     row = encoder.conversation([(QUESTION, ANSWER), SECOND])
     assert written(encoder, row) == text
@@ -510,7 +510,7 @@ def test_a_template_that_prints_the_date_gives_the_same_prompt_every_day(tmp_pat
         ("", False),
     ],
 )
-def test_what_a_hub_name_is(name, hub, tmp_path, monkeypatch):
+def test_hub_names(name, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert is_hub_name(name) == hub
 

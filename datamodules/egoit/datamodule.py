@@ -136,11 +136,16 @@ def _join(store: RecordStore, begin: int, end: int, limit: int) -> tuple[NDArray
     records = np.arange(begin, end)
     if limit == 1 or not len(records):
         return records, np.ones(len(records), dtype=np.int64)
+    # Sort by video and window; where either changes, another clip begins.
     keys = np.column_stack([store.video_numbers()[begin:end], store.windows_s()[begin:end]])
     order = np.lexsort(keys.T[::-1])  # stable, so records about one clip keep their order
     starts = np.flatnonzero(np.concatenate([[True], (np.diff(keys[order], axis=0) != 0).any(axis=1)]))
     sizes = np.diff(np.concatenate([starts, [len(order)]]))
-    counts = [min(limit, size - done) for size in sizes.tolist() for done in range(0, size, limit)]
+    # Cut the records about one clip into samples of at most ``limit``.
+    counts: list[int] = []
+    for size in sizes.tolist():
+        counts += [limit] * (size // limit)
+        counts += [size % limit] if size % limit else []
     return records[order], np.array(counts, dtype=np.int64)
 
 
@@ -214,6 +219,7 @@ class InstructionDataModule(ClipDataModule):
         store = RecordStore(raw=self.style is None)
         problems: list[str] = []
         sizes = []
+        # Collect the problems of all files, so that one run names every invalid record.
         for source in self.sources:
             before, file = len(store), ConversationFile(Path(source.file))
             found: Counter[str] = Counter()
@@ -227,6 +233,7 @@ class InstructionDataModule(ClipDataModule):
             sizes.append(len(store) - before)
             if report := file.report():
                 rank_zero_only(print)(report)
+            # A misspelt split would silently leave its records out.
             wanted = found.keys() if source.splits is None else set(source.splits)
             there = ", ".join(sorted(found)) or "no record at all"
             if not file.problems and (wanted - found.keys() or not sizes[-1]):

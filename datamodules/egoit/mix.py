@@ -119,6 +119,8 @@ def epoch_counts(sizes: Sequence[int], sources: Sequence[MixSource], mix: MixCon
         raise ValueError(f"data.sources: no weight for {without}, but others have one: give it to all or to none")
     if not weighted and mix.alpha is None:
         return [size if source.samples is None else source.samples for size, source in zip(sizes, sources, strict=True)]
+    # Share the samples of all sources. A source that exceeds its limit is fixed there, and the others share the rest;
+    # this can push another one over its limit, so repeat.
     n = np.array(sizes, dtype=np.float64)
     wanted = np.array([source.weight for source in sources]) if weighted else n ** (mix.alpha or 0.0)
     limits, counts, open_ = mix.max_repeat * n, np.zeros(len(n)), np.ones(len(n), dtype=bool)
@@ -130,7 +132,8 @@ def epoch_counts(sizes: Sequence[int], sources: Sequence[MixSource], mix: MixCon
             break
         counts[over] = limits[over]
         open_ &= ~over
-    whole = np.diff(np.rint(np.cumsum(np.concatenate([[0.0], counts]))))  # rounded so that the sum stays
+    # Round the cumulative sum, so that the sum of the counts stays.
+    whole = np.diff(np.rint(np.cumsum(np.concatenate([[0.0], counts]))))
     return [int(count) for count in np.minimum(whole, limits)]
 
 
@@ -165,6 +168,7 @@ class Mix:
     def _turns(self, which: int, size: int, count: int, epoch: int) -> NDArray[np.int64]:
         if not count:
             return np.zeros(0, dtype=np.int64)
+        # The epoch's place in the endless sequence of shuffled passes over the source.
         first, last = epoch * count, (epoch + 1) * count
         passes = range(first // size, -(-last // size))
         order = [np.random.default_rng([self.seed, which, number]).permutation(size) for number in passes]

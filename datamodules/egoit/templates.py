@@ -163,9 +163,10 @@ def _entries(entries: Any, order: Any, required: set[str], where: str) -> list[t
         ordered = isinstance(own, list) and sorted(map(str, own)) == sorted(_PIECES)
         if not ordered or not all(isinstance(text, str) for text in texts.values()):
             raise ValueError(f"{where}[{entry['id']}]: expected texts {', '.join(_PIECES)} and an order of these three")
-        unknown = {slot for text in texts.values() for slot in _SLOT.findall(text)} - {"question", "options"}
+        slots = set(_SLOT.findall(" ".join(texts.values())))
+        unknown = slots - {"question", "options"}
         if unknown:
-            raise ValueError(f"{where}[{entry['id']}]: slot {', '.join(unknown)}: allowed: question, options")
+            raise ValueError(f"{where}[{entry['id']}]: slot {', '.join(sorted(unknown))}: allowed: question, options")
         if missing := sorted(required - set(_SLOT.findall(texts["base"]))):
             raise ValueError(f"{where}[{entry['id']}]: base lacks {', '.join(missing)} in braces: add it")
         first = numbers.setdefault(texts["base"].strip(), entry["id"])

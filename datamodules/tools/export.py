@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -172,12 +173,14 @@ def export(
     written_to = output_files(files, out, ".json" if FORMATS[to].array else ".jsonl")
     info = out / "dataset_info.json"
     registered = _registered(info) if to == "llamafactory" else {}
+    # First pass: check every row of every file, and collect fields and windows.
     read = [ConversationFile(file) for file in files]
     surveys = [_survey(file, rendering, trim_root is not None) for file in read]
-    if problems := [problem for file in read for problem in file.problems]:
-        raise InvalidRecords(problems)
+    if any(file.problems for file in read):
+        raise InvalidRecords(chain.from_iterable(file.problems for file in read))
     if trim_root is not None:
         _trim(surveys, trim_root, out, workers)
+    # Second pass: write the rows.
     lines = []
     for file, survey, target in zip(read, surveys, written_to, strict=True):
         lines += [file.report()] if file.report() else []
@@ -251,10 +254,14 @@ def _rows(file: ConversationFile, rendering: Rendering, survey: _Survey, trimmed
 def _trim(surveys: Sequence[_Survey], root: Path, out: Path, workers: int) -> None:
     from datamodules.tools.trim import cut  # PyAV and torch, which nothing else here needs
 
-    jobs = sorted({(*window, clip) for survey in surveys for window, clip in survey.windows.items()})
+    clips: dict[tuple[str, float, float], str] = {}
+    for survey in surveys:
+        clips |= survey.windows
+    jobs = sorted((*window, clip) for window, clip in clips.items())
     problems = [problem for problem in parallel_map(partial(cut, root, out), jobs, workers, "cut", "clip") if problem]
     if problems:
         raise InvalidRecords(problems)
+    # Whole videos are linked, so that all paths are below one folder.
     for video in sorted(set().union(*(survey.whole for survey in surveys))):
         link = out / video
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -110,9 +110,11 @@ def benchmark_recordings(root: Path, clips: Clips) -> tuple[dict[str, frozenset[
     found: dict[str, frozenset[Recording]] = {}
     notes: list[str] = []
     for name, benchmark in BENCHMARKS.items():
-        files = sorted(file for wanted in benchmark.files for file in root.rglob(wanted))
+        files: list[Path] = []
+        for file_name in benchmark.files:
+            files += root.rglob(file_name)
         recordings: set[Recording] = set()
-        for file in files:
+        for file in sorted(files):
             try:
                 named = list(benchmark.recordings(_load(file), clips))
                 recordings |= {recording for recording in named if recording[1]}

@@ -70,10 +70,13 @@ class EgoExoLearn:
 
     def _find(self, *names: str) -> Path:
         folders = ("", "annotations/", "Video_QA/", "annotations/Video_QA/")
-        found = sorted(file for folder in folders for name in names for file in self.root.glob(f"{folder}{name}"))
+        found: list[Path] = []
+        for folder in folders:
+            for name in names:
+                found += self.root.glob(f"{folder}{name}")
         if not found:
             raise SourceError(f"{self.root}: holds no {' or '.join(names)}: put EgoExoLearn's annotations there")
-        return found[0]
+        return min(found)
 
     def _record(
         self,
@@ -104,6 +107,7 @@ class EgoExoLearn:
         file = self._find(*reversed(names) if "test" in self.splits else names)
         column, _ = TEXTS[self.text]
         rows = list(read_fine(file, column))
+        # A video is known to reach its last annotation; windows are not expanded past it.
         ends_s: dict[str, float] = defaultdict(float)
         for where, fine in rows:
             end_s = fine if isinstance(fine, SourceError) else try_parse(number_of, fine, "end_sec", where)
@@ -174,6 +178,7 @@ class EgoExoLearn:
             video = Path(entry["image"]["video"]).stem
         except (KeyError, TypeError, ValueError):
             raise SourceError(f"{where}: expected a question, an answer and image.video: correct it") from None
+        # The question, options such as "(A) Go", and a request for the letter, each on lines of their own.
         lines = [line for line in str(asked).replace(VIDEO_TAG, "").strip().split("\n") if not _REQUEST.match(line)]
         lettered = [found for line in lines if (found := _OPTION.match(line))]
         query = "\n".join(line for line in lines if not _OPTION.match(line)).strip()
@@ -183,6 +188,7 @@ class EgoExoLearn:
                 raise SourceError(
                     f"{where}: options {[found[0] for found in lettered]} are not lettered in order: fix them"
                 )
+            # Two released rows answer with the option's words.
             letters = {found[1]: text for found, text in zip(lettered, options, strict=True)}
             counts.add("answers in words, given their option's letter", target in options and target not in letters)
             target = letters.get(target, target)

@@ -71,7 +71,8 @@ class EgoTimeQA:
         file = find_file(self.root, names, "GroundVQA's file of EgoTimeQA")
         entries = read_json(file, list)
         known = read_clips(self.clips)
-        ends_s: dict[str, float] = {}  # of clips, at least
+        # A clip of unknown length reaches at least its latest moment.
+        ends_s: dict[str, float] = {}
         for entry in entries:
             clip, ends = try_parse(text_of, entry, "video_id", ""), try_parse(moment_s, entry, "", self.stretch)
             if not isinstance(clip, SourceError) and not isinstance(ends, SourceError):
@@ -93,6 +94,7 @@ class EgoTimeQA:
     ) -> InstructionRecord:
         clip = text_of(entry, "video_id", where)
         question, answer = (_spelled(text_of(entry, field, where)) for field in ("question", "answer"))
+        # The window, cut at the ends of the clip.
         moment = moment_s(entry, where, self.stretch)
         video_uid, duration_s = known.get(clip, ("", -1.0))
         last_s = duration_s if duration_s > 0 else ends_s[clip]
@@ -101,6 +103,7 @@ class EgoTimeQA:
                 f"{where}: begins at {moment.annotated_s[0]:.3f} s of a clip of {last_s:.3f} s: correct it"
             )
         start_s, end_s = max(0.0, moment.window_s[0]), min(last_s, moment.window_s[1])
+        # A draw by the key decides which half of a mixed file is closed.
         closed = self.form == "closed" or (self.form == "mixed" and draw(0, 0, f"form of {key}") % 2 == 1)
         options: tuple[str, ...] = ()
         if closed:

@@ -43,17 +43,18 @@ class Egtea:
 
     def read(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
         """Yield a record for each clip."""
-        what = "EGTEA's action annotations"
-        actions = read_labels(find_file(self.root, _places("action_idx"), what))
+        contents = "EGTEA's action annotations"
+        actions = read_labels(find_file(self.root, _places("action_idx"), contents))
         counts.add("actions", len(actions))
         known: dict[str, InstructionRecord] = {}
         for split in self.splits:
-            file = find_file(self.root, _places(split), what)
+            file = find_file(self.root, _places(split), contents)
             for number, line in enumerate(read_text(file).splitlines(), 1):
                 if not line.strip():
                     continue
                 counts.add(f"rows of {split}")
                 record = try_parse(self._record, line, split, actions, f"{file} line {number}")
+                # Train and test lists may share a clip: keep the first, and report contradicting labels.
                 if isinstance(record, InstructionRecord):
                     first = known.setdefault(record.id, record)
                     if first.prompt != record.prompt:

@@ -58,7 +58,8 @@ class SomethingSomething:
                 yield try_parse(self._record, entry, split, classes, where)
 
     def _file(self, name: str) -> Path:
-        names = [f"{folder}{prefix}{name}" for folder in ("", "labels/") for prefix in ("", "something-something-v2-")]
+        prefixed = [name, f"something-something-v2-{name}"]
+        names = [*prefixed, *(f"labels/{name}" for name in prefixed)]
         return find_file(self.root, names, f"Something-Something-V2's {name}")
 
     def _rows(self, split: str) -> Iterator[tuple[str, Any]]:
