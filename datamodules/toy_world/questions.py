@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,13 @@ def conversation(take: Take, action: Action, rng: np.random.Generator, with_capt
     asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
     captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
     turns = captions + [asked[i] for i in rng.permutation(len(asked))[: 4 - len(captions)]]
-    shuffled = [turns[i] for i in rng.permutation(len(turns))]
-    return [
-        {"from": speaker, "value": ("<video>\n" if index == 0 and speaker == "human" else "") + value}
-        for index, turn in enumerate(shuffled)
-        for speaker, value in zip(("human", "gpt"), turn, strict=True)
-    ]
+    messages = []
+    for index in rng.permutation(len(turns)):
+        question, answer = turns[index]
+        tag = "" if messages else "<video>\n"  # the clip belongs to the first question
+        messages.append({"from": "human", "value": tag + question})
+        messages.append({"from": "gpt", "value": answer})
+    return messages
 
 
 def held_out_questions(take: Take, action: Action, rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -180,12 +182,16 @@ def write_templates(folder: Path) -> None:
 
 def write_tokenizer(folder: Path) -> None:
     """Write a word-level tokenizer of the world's language, loadable by ``AutoTokenizer``."""
-    things = [Thing(kind, colour) for kind in KINDS for colour in COLOURS]
+    # The vocabulary: the words and marks of every text that the world can contain.
+    things = [Thing(kind, colour) for kind, colour in product(KINDS, COLOURS)]
     texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}", *_MORE_TEXTS]
-    texts += [full_caption(v, t, h) for v in VERBS for t in things for h in HANDS]
-    words = sorted({word for text in texts for word in _MARKS.findall(text.replace("{thing}", ""))})
+    texts += [full_caption(verb, thing, hand) for verb, thing, hand in product(VERBS, things, HANDS)]
+    words: set[str] = set()
+    for text in texts:
+        words.update(_MARKS.findall(text.replace("{thing}", "")))
     specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
-    vocabulary = {word: index for index, word in enumerate(specials + words)}
+    vocabulary = {word: index for index, word in enumerate(specials + sorted(words))}
+    # Encoding splits at spaces and around marks; decoding joins marks to their words again.
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(Regex(r"\s+"), " ")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -215,7 +221,9 @@ def _mistakable(take: Take, used: Thing) -> list[Thing]:
     """Return objects to confuse the used one with: the scene's others, else different ones of the world."""
     others = [thing for thing in take.things if thing != used]
     kinds, colours = KINDS[: take.world.kinds], list(COLOURS)[: take.world.colours]
-    return others or [Thing(k, c) for k in kinds for c in colours if k != used.kind and c != used.colour]
+    if others:
+        return others
+    return [Thing(k, c) for k, c in product(kinds, colours) if k != used.kind and c != used.colour]
 
 
 def _other_thing(take: Take, used: Thing, rng: np.random.Generator) -> Thing:

@@ -26,6 +26,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -208,16 +209,17 @@ def _write_release(root: Path, settings: Settings, workers: int) -> None:
             root / "annotations" / f"atomic_descriptions_{split}.json",
             {"ds": "toy", "take_cam_id_map": {}, "annotations": annotations},
         )
+    # The annotated duration follows from the number of rendered frames.
     frames = _render_all(jobs, root, settings, workers, "ego-exo takes")
     for take, count in zip(takes, frames, strict=True):
         take["duration_sec"] = count / settings.world.fps
     _write_json(root / "takes.json", takes)
+    split_of_take: dict[str, str] = {}
+    for split, uids in splits.items():
+        split_of_take |= dict.fromkeys(uids, split)
     _write_json(
         root / "annotations" / "splits.json",
-        {
-            "split_to_take_uids": {**splits, "test": []},
-            "take_uid_to_split": {uid: split for split, uids in splits.items() for uid in uids},
-        },
+        {"split_to_take_uids": {**splits, "test": []}, "take_uid_to_split": split_of_take},
     )
 
 
@@ -231,6 +233,7 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
     rng = np.random.default_rng([seed, 3])
     take = simulate(seed, settings.world)
     uid = str(uuid.UUID(int=seed + (1 << 64)))
+    # The cameras of the take. Defects 0 and 2: a second pair of glasses, a listed video that does not exist.
     ego = "aria02" if trap == 0 else "aria01"
     exos = ["cam01", "cam02", "cam03", "cam04"][: int(rng.choice([2, 3, 4], p=take.world.exo_cameras))]
     folder = f"takes/{name}/frame_aligned_videos/downscaled/448"
@@ -255,6 +258,7 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
         "capture": {"cameras": [{"cam_id": cam, "is_ego": cam == ego} for cam in (ego, *exos)]},
     }
     files = ((ego, f"{folder}/{ego}_214-1.mp4"), *((cam, f"{folder}/{cam}.mp4") for cam in with_video))
+    # The videos. Defects 1, 3 and 7: a portrait camera, a stream that is a frame short, key frames far apart.
     job = _Job(
         seed,
         files,
@@ -262,6 +266,7 @@ def _release_take(seed: int, name: str, trap: int, settings: Settings) -> tuple[
         short=exos[0] if trap == 3 else None,
         far_keys=trap == 7,
     )
+    # The annotations. Defects 4 to 6 and 8: rejected or unsorted annotators, a single narration, flags as strings.
     actions = take.actions[:1] if trap == 6 else take.actions
     descriptions = [_description(take, action, best, strings=trap == 8) for action in actions]
     annotators = [_annotator(uid, 1, descriptions)]
@@ -366,8 +371,8 @@ def _write_practice(root: Path, settings: Settings, workers: int) -> None:
 def _write_egtea(folder: Path, takes: dict[str, Take]) -> None:
     """Write ``action_idx.txt``, ``verb_idx.txt``, ``noun_idx.txt`` and ``train_split1.txt``; ids start at 1."""
     verbs = [verb[0].upper() + verb[1:] for verb in VERBS]
-    nouns = [f"{colour}_{kind}" for colour in COLOURS for kind in KINDS]
-    actions = [f"{verb} {noun}" for verb in verbs for noun in nouns]
+    nouns = [f"{colour}_{kind}" for colour, kind in product(COLOURS, KINDS)]
+    actions = [f"{verb} {noun}" for verb, noun in product(verbs, nouns)]
     folder.mkdir(parents=True)
     for name, labels in (("action", actions), ("verb", verbs), ("noun", nouns)):
         lines = [f"{label} {number}\n" for number, label in enumerate(labels, 1)]
@@ -388,7 +393,7 @@ def _write_egtea(folder: Path, takes: dict[str, Take]) -> None:
 def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
     """Write ``annotations.EgoTimeQA.json``; moments are divided by their mean length, as in the official file."""
     shown = {session: [_shown_s(action) for action in take.actions] for session, take in takes.items()}
-    mean_s = float(np.mean([end_s - start_s for spans in shown.values() for start_s, end_s in spans]))
+    mean_s = float(np.mean([end_s - start_s for start_s, end_s in chain.from_iterable(shown.values())]))
     more = {"hand": ["both", "neither"], "check": ["maybe", "partly"]}
     rows = []
     for number, (session, take) in enumerate(takes.items()):
@@ -433,10 +438,8 @@ def _write_egoexolearn(folder: Path, takes: dict[str, Take]) -> None:
 def _write_held_out(root: Path, settings: Settings, alpha: float) -> None:
     """Write questions about every narrated clip of the validation takes, cut like the training clips."""
     selection = select_clips(EgoExo4D(root, "val"), alpha=alpha)
-    _write_jsonl(
-        root / "instructions" / "held_out.jsonl",
-        (record for take in selection.takes for record in _held_out(take, settings)),
-    )
+    records = chain.from_iterable(_held_out(take, settings) for take in selection.takes)
+    _write_jsonl(root / "instructions" / "held_out.jsonl", records)
 
 
 def _held_out(narrated: NarratedTake, settings: Settings) -> Iterator[dict[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,7 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
         shades = tuple(_rgb(colour, gain * value) for value in bright.tolist())
         shapes.append(_Primitive(np.asarray(vertices), tuple(faces), shades, ground))
 
+    # The table: tiles in two tones, drawn before everything else.
     origin = np.zeros((frames, 3))
     xs, ys = np.linspace(-0.62, 0.62, 5), np.linspace(0.0, 0.74, 4)
     for i in range(4):
@@ -165,10 +167,12 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
             )
             tone = tuple(c * (1.0 if (i + j) % 2 else 0.9) for c in look["table"])
             add(tile, [(0, 1, 2, 3)], origin, tone, ground=True)
+    # The objects.
     for index, thing in enumerate(take.things):
         colour = tuple(float(c) for c in COLOURS[thing.colour])
         for local, faces in _solid(thing.kind, 1.3 * take.world.object_scale):
             add(local, faces, take.positions[:, index], colour)
+    # Hands with thumbs, and arms.
     for name in HANDS:
         palm = take.hands[name] + np.array([0.0, -0.055, 0.065])
         local, faces = _box(0.085 * hand, 0.10 * hand, 0.05 * hand)
@@ -180,6 +184,7 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
             np.tile(np.array(SHOULDER[name]), (frames, 1)), palm + np.array([0.0, -0.06, 0.0]), 0.03 * hand
         )
         add(arm, arm_faces, origin, look["sleeve"])
+    # Body and head, for the exocentric cameras.
     if wearer:
         local, faces = _box(0.36, 0.16, 0.42)
         add(local + np.array([0.0, -0.36, 0.0]), faces, origin, tuple(0.6 * c + 80.0 for c in look["sleeve"]))
@@ -190,7 +195,7 @@ def _scene(take: Take, wearer: bool) -> list[_Primitive]:
 
 def _box(width: float, depth: float, height: float) -> tuple[Array, list[tuple[int, ...]]]:
     x, y, z = width / 2, depth / 2, height / 2
-    corners = np.array([(sx * x, sy * y, sz * z) for sz in (-1, 1) for sy in (-1, 1) for sx in (-1, 1)])
+    corners = np.array([(sx * x, sy * y, sz * z) for sz, sy, sx in product((-1, 1), repeat=3)])
     return corners, [(0, 2, 3, 1), (4, 5, 7, 6), (0, 1, 5, 4), (2, 6, 7, 3), (0, 4, 6, 2), (1, 3, 7, 5)]
 
 
@@ -227,7 +232,8 @@ def _prism(start: Array, end: Array, thickness: float) -> tuple[Array, list[tupl
     along = _unit(end - start)
     side = _unit(np.cross(along, np.array([0.0, 0.0, 1.0]))) * thickness
     lift = np.cross(side, along)
-    ends = [p + sy * side + sz * lift for p in (start, end) for sy, sz in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+    corners = ((-1, -1), (1, -1), (1, 1), (-1, 1))
+    ends = [point + sy * side + sz * lift for point, (sy, sz) in product((start, end), corners)]
     faces: list[tuple[int, ...]] = [(0, 1, 2, 3), (7, 6, 5, 4), (1, 0, 4, 5), (2, 1, 5, 6), (3, 2, 6, 7), (0, 3, 7, 4)]
     return np.stack(ends, axis=1), faces
 
