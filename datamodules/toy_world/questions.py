@@ -139,7 +139,7 @@ def conversation(take: Take, action: Action, rng: np.random.Generator, with_capt
     asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
     captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
     turns = captions + [asked[i] for i in rng.permutation(len(asked))[: 4 - len(captions)]]
-    messages = []
+    messages: list[dict[str, str]] = []
     for index in rng.permutation(len(turns)):
         question, answer = turns[index]
         tag = "" if messages else "<video>\n"  # the clip belongs to the first question
