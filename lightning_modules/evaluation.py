@@ -58,7 +58,7 @@ def evaluate_benchmarks(config: dict[str, Any], names: Sequence[str] | None = No
     if run.trainer.is_global_zero:
         for kept in predictions:
             notes = () if kept.dataset.config.invented else kept.loaded.notes
-            print(*notes, kept.line(), sep="\n")
+            print(*notes, kept.summary(), sep="\n")
     predict(run.trainer, run.stage, BenchmarkDataModule(predictions, run.datamodule.num_workers, force))
 
     if run.trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""Benchmarks put to a model: what is asked, what is kept, and that neither processes nor interruptions change it."""
+"""Benchmarks evaluated with a model: requests, predictions, and their independence of processes and interruptions."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def command(kind, world, runs, stage, *more):
 
 @pytest.fixture(scope="module")
 def trained(toy_world, tmp_path_factory):
-    """Runs with a hand-off of stage 3, whose weights differ from what they were drawn as."""
+    """Runs with weights of stage 3 that differ from their initial values."""
     runs = tmp_path_factory.mktemp("trained")
     for stage in tiny.STAGES:
         assert main(command("fit", toy_world, runs, stage)) == 0
@@ -107,7 +107,7 @@ def test_any_number_of_processes_gives_the_same_files(world, evaluated, runs, to
     assert contents(runs) == contents(evaluated)
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(evaluated, runs, toy_world, monkeypatch):
+def test_an_interrupted_evaluation_resumes_where_it_stopped(evaluated, runs, toy_world, monkeypatch):
     answer, answered = Stage.predict_step, []
 
     def killed(stage, batch, *args):
@@ -135,7 +135,7 @@ def test_predictions_of_another_model_or_setting_are_kept(runs, toy_world, capsy
     assert evaluate(toy_world, runs, names="egoschema") == 0
     before = contents(runs)
     assert evaluate(toy_world, runs, "egobench.style=base", names="egoschema") == 2
-    assert "egoschema.jsonl: was made with another prompts: FORCE=1 makes it anew" in capsys.readouterr().err
+    assert "egoschema.jsonl: was made with different prompts: FORCE=1 evaluates again" in capsys.readouterr().err
     assert contents(runs) == before
     assert evaluate(toy_world, runs, "egobench.style=base", "--force", names="egoschema") == 0
     assert contents(runs) != before
@@ -168,7 +168,7 @@ def test_videos_that_are_missing_or_damaged_are_counted(runs, toy_world, tmp_pat
     assert all("_partial" in s.metric or "accuracy" not in s.metric for s in read_scores(out(runs)))
     shutil.copy(sorted((toy_world / "egobench" / "egoschema" / "videos").iterdir())[0], videos[0])
     shutil.copy(sorted((toy_world / "egobench" / "egoschema" / "videos").iterdir())[1], videos[1])
-    assert evaluate(world, runs, names="egoschema") == 0  # what was missing is asked now, nothing else
+    assert evaluate(world, runs, names="egoschema") == 0  # only the missing ones are evaluated now
     assert json.loads((out(runs) / "predictions" / "egoschema.header.json").read_text())["missing"] == {}
     assert len(rows(runs, "egoschema")) == total
 
@@ -183,10 +183,10 @@ def test_items_whose_videos_are_gone_since_still_count(runs, toy_world, tmp_path
     assert (out(runs) / "submissions" / "egoschema" / "submission.csv").is_file()
     assert evaluate(world, runs, "--force", names="egoschema") == 0
     assert contents(runs) != before
-    assert not (out(runs) / "submissions" / "egoschema").exists(), "it was of the predictions that were forgotten"
+    assert not (out(runs) / "submissions" / "egoschema").exists(), "it was of the predictions that were discarded"
 
 
-def test_what_is_half_forgotten_is_not_taken_for_another_models(toy_world, tmp_path, monkeypatch):
+def test_half_discarded_predictions_are_not_mistaken_for_another_models(toy_world, tmp_path, monkeypatch):
     settings = ({"model": "before"}, {"model": "now"})
     before, now = (Predictions(dataset_of(toy_world, "egoschema"), tmp_path, model) for model in settings)
     before.begin()
@@ -200,7 +200,7 @@ def test_what_is_half_forgotten_is_not_taken_for_another_models(toy_world, tmp_p
 
     monkeypatch.setattr(Path, "unlink", killed)
     with pytest.raises(KeyboardInterrupt):
-        now.forget()
+        now.discard()
     assert not before.part(0).exists()
     with pytest.raises(OtherPredictions):
         now.require_same()
@@ -208,7 +208,7 @@ def test_what_is_half_forgotten_is_not_taken_for_another_models(toy_world, tmp_p
 
 def test_a_part_of_the_clips_is_no_benchmark_yet(evaluated, runs, toy_world):
     asked = "egoschema,epic100_mir,egomcq"
-    with pytest.warns(UserWarning, match="egomcq: .* clips were not asked about"):
+    with pytest.warns(UserWarning, match="egomcq: .* clips were not evaluated"):
         assert evaluate(toy_world, runs, "egobench.cyclic=true", "trainer.limit_predict_batches=3", names=asked) == 0
     assert {score.metric for score in read_scores(out(runs))} == {"asked"}
     assert evaluate(toy_world, runs, "egobench.cyclic=true", names=asked) == 0
@@ -358,7 +358,7 @@ def test_no_prompt_names_a_file(toy_world):
             assert sample.id not in text.split() and sample.clips[0].video not in text
 
 
-def test_exams_do_not_depend_on_which_came_before(toy_world):
+def test_results_do_not_depend_on_earlier_clips(toy_world):
     dataset, stage = dataset_of(toy_world, "qaego4d_closed"), stage_of(toy_world)
     twice = [stage.predict_step(dataset[n]) for n in (0, 1, 0)]
     assert twice[0] == twice[2] != twice[1]

@@ -1,4 +1,4 @@
-"""What benchmarks cost at their official sizes, against operations counted on real tensors."""
+"""Cost of the benchmarks at their official sizes, against operations counted on real tensors."""
 
 import pytest
 import tiny

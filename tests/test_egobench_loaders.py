@@ -1,6 +1,6 @@
-"""The eight benchmarks: counts and oddities of the official files, every trap, and what is said of wrong ones.
+"""The eight benchmarks: counts and oddities of the official files, every trap, and errors of invalid files.
 
-Real files are read where they lie beside the repository, and never copied; all others are invented.
+Real files are read in place, next to the repository, and never copied; all others are invented.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read(name, annotations, **options):
 
 
 def problem(name, annotations, **options):
-    """What is said of files that are wrong; a wrong row alone, or the whole file."""
+    """Return the error of invalid files."""
     with pytest.raises((SourceError, InvalidRecords)) as raised:
         read(name, annotations, **options)
     return str(raised.value)
@@ -74,7 +74,7 @@ def test_the_names_are_those_of_the_paper_and_their_kin():
 
 
 def schema_rows(names):
-    options = {f"option {n}": f"mending\n bicycle {n}" for n in range(5)}
+    options = {f"option {n}": f"fixing\n bicycle {n}" for n in range(5)}
     return [{"q_uid": name, "google_drive_id": "x", "question": " What is C  doing?", **options} for name in names]
 
 
@@ -91,7 +91,7 @@ def test_egoschema_of_whole_files(egoschema):
     loaded = read("egoschema", egoschema)
     first, second, third = loaded.samples
     assert (first.id, first.text, first.answer, first.groups) == ("a", "What is C doing?", None, ())
-    assert first.options == tuple(f"mending bicycle {n}" for n in range(5))
+    assert first.options == tuple(f"fixing bicycle {n}" for n in range(5))
     assert (second.answer, third.answer, second.groups) == (4, 0, ("subset",))
     assert first.clips == (Clip("a.mp4", 0.0, math.inf),)
     assert loaded.notes == [
@@ -107,10 +107,10 @@ def test_egoschema_cut_out_of_ego4d(egoschema):
         Clip("v-1.mp4", 240.0, 420.0),
     )
     write(egoschema / "uid_to_ego4d.json", {"a": {"video_uid": "v", "starting_sec": 9, "ending_sec": 9}, "b": 3})
-    said = problem("egoschema", egoschema, cut=True)
-    assert "uid_to_ego4d.json: a: 'starting_sec' and 'ending_sec' give 9 to 9 s: correct them" in said
-    assert "uid_to_ego4d.json: field 'b' is 3, expected a JSON object" in said
-    assert "field 'c' is None" in said
+    message = problem("egoschema", egoschema, cut=True)
+    assert "uid_to_ego4d.json: a: 'starting_sec' and 'ending_sec' give 9 to 9 s: correct them" in message
+    assert "uid_to_ego4d.json: field 'b' is 3, expected a JSON object" in message
+    assert "field 'c' is None" in message
 
 
 def test_real_spans_of_egoschema(tmp_path):
@@ -129,8 +129,8 @@ def test_real_spans_of_egoschema(tmp_path):
 def test_egoschema_refuses_early_and_wrong_files(egoschema):
     early = [without(row, "question") for row in schema_rows("a")]
     write(egoschema / "old" / "questions.json", early)
-    said = problem("egoschema", egoschema / "old" / "questions.json")
-    assert said.endswith(
+    message = problem("egoschema", egoschema / "old" / "questions.json")
+    assert message.endswith(
         "questions.json: rows without 'question': this is an early version, fetch the one of 5,031 rows"
     )
     write(egoschema / "subset_answers.json", {"b": 5})
@@ -139,9 +139,9 @@ def test_egoschema_refuses_early_and_wrong_files(egoschema):
     assert "the answer of b is True" in problem("egoschema", egoschema)
     write(egoschema / "subset_answers.json", {})
     write(egoschema / "questions.json", [*schema_rows("aa"), {**schema_rows("c")[0], "option 3": ""}])
-    said = problem("egoschema", egoschema)
-    assert "questions.json entry 3: field 'option 3' is '', expected a text" in said
-    assert "egoschema: 'a' is the id of several samples: give each its own" in said
+    message = problem("egoschema", egoschema)
+    assert "questions.json entry 3: field 'option 3' is '', expected a text" in message
+    assert "egoschema: 'a' is the id of several samples: give each its own" in message
     (egoschema / "questions.json").unlink()
     assert "holds none of questions.json: put EgoSchema's questions there" in problem("egoschema", egoschema)
 
@@ -179,7 +179,7 @@ def test_qaego4d_closed_orders_options_by_the_id_alone(tmp_path):
     assert samples[0].clips == (Clip("clip-9.mp4", 0.0, math.inf),)  # all of it, not the moment
 
 
-def test_qaego4d_closed_says_where_no_option_is_the_only_right_one(tmp_path):
+def test_qaego4d_closed_reports_questions_without_a_single_right_option(tmp_path):
     twice = qa_row("b", wrong_answers=["On the sink", "on the floor", "in the bag"])
     write(tmp_path / "annotations.QaEgo4D_test_close.json", [qa_row("a"), twice])
     loaded = read("qaego4d_closed", tmp_path)
@@ -217,11 +217,11 @@ def test_qaego4d_open_in_each_of_its_forms(tmp_path):
     assert read("qaego4d_open", merged, cut=True, nlq=other).samples[0].clips == (Clip("v-1.mp4", 30.5, 510.5),)
 
 
-def test_qaego4d_says_what_is_wrong(tmp_path):
+def test_qaego4d_names_the_problem(tmp_path):
     file = write(tmp_path / "annotations.test.json", [qa_row(), qa_row("b", answer=" "), qa_row("c", video_uid="v")])
-    said = problem("qaego4d_open", tmp_path, cut=True)
-    assert "entry 1: where clip clip-9 lies in its recording is not known: give nlq_val.json as nlq" in said
-    assert "entry 3: field 'video_start_sec' is None, expected a number" in said
+    message = problem("qaego4d_open", tmp_path, cut=True)
+    assert "entry 1: the place of clip clip-9 in its recording is unknown: set nlq to nlq_val.json" in message
+    assert "entry 3: field 'video_start_sec' is None, expected a number" in message
     assert f"{file} entry 2: field 'answer' is ' ', expected a text" in problem("qaego4d_open", tmp_path)
     backwards = {"video_uid": "v", "video_start_sec": 5, "video_end_sec": 5}
     write(file, [qa_row(**backwards)])
@@ -230,9 +230,9 @@ def test_qaego4d_says_what_is_wrong(tmp_path):
     write(tmp_path / "answers.json", {"test": {"ab12_0": "x", "ab12_7": "x"}})
     assert "holds none of nlq_val.json: put Ego4D's nlq_val.json of version 1" in problem("qaego4d_open", tmp_path)
     write(tmp_path / "nlq_val.json", nlq("Where?"))
-    said = problem("qaego4d_open", tmp_path)
-    assert "answers.json ab12_7: no such query in" in said
-    assert "ab12_0" not in said
+    message = problem("qaego4d_open", tmp_path)
+    assert "answers.json ab12_7: no such query in" in message
+    assert "ab12_0" not in message
     write(tmp_path / "nlq_val.json", {"videos": [{"video_uid": "v", "clips": 3}]})
     assert "field 'clips' is no list of JSON objects: give Ego4D's nlq_val.json" in problem("qaego4d_open", tmp_path)
     write(tmp_path / "answers.json", {"val": {}})
@@ -293,20 +293,20 @@ def test_egotaskqa_takes_the_encoded_files_of_the_baselines(egotaskqa):
 
 
 def test_egotaskqa_does_not_take_one_split_for_the_other(egotaskqa):
-    said = problem("egotaskqa_indirect", egotaskqa / "direct")
-    assert "references are direct and indirect, so this is not the test file of indirect: give that folder" in said
-    said = problem("egotaskqa_direct", egotaskqa / "indirect")
-    assert "references are indirect, so this is not the test file of direct: give that folder, not indirect" in said
+    message = problem("egotaskqa_indirect", egotaskqa / "direct")
+    assert "references are direct and indirect, so this is not the test file of indirect: give that folder" in message
+    message = problem("egotaskqa_direct", egotaskqa / "indirect")
+    assert "references are indirect, so this is not the test file of direct: give that folder, not indirect" in message
 
 
 @pytest.mark.parametrize("interval", ["9z|fpv1|480", "9z|fpv1|960|480", "9z|cam1|1|2", "../9z|fpv1|1|2"])
 def test_egotaskqa_intervals_are_names_of_files(egotaskqa, interval):
     write(egotaskqa / "direct" / "test_qas.json", [task_row(interval=interval)])
-    said = problem("egotaskqa_direct", egotaskqa)
-    assert f"entry 1: field 'interval' is {interval!r}, expected <take>|fpv<n>|<start>|<end>" in said
+    message = problem("egotaskqa_direct", egotaskqa)
+    assert f"entry 1: field 'interval' is {interval!r}, expected <take>|fpv<n>|<start>|<end>" in message
 
 
-def test_the_choices_of_egotaskqa_are_told_to_leak_and_are_not_taken_for_it(egotaskqa):
+def test_the_choices_of_egotaskqa_are_reported_to_leak_and_not_mistaken_for_it(egotaskqa):
     row = {"q": "Is it?", "video_path": "9z-1|P1|4|9.mp4", "a": "B", "option": {"A": "no", "B": "yes"}}
     file = write(egotaskqa / "egotaskqa_mcq.json", [row])
     loaded = read("egotaskqa_mcq", egotaskqa)
@@ -315,10 +315,10 @@ def test_the_choices_of_egotaskqa_are_told_to_leak_and_are_not_taken_for_it(egot
         1,
         ("binary",),
     )
-    assert "its options give the answer away" in loaded.notes[-1]
+    assert "its options reveal the answer" in loaded.notes[-1]
     assert "never train on it" in loaded.notes[-1]
-    said = problem("egotaskqa_direct", file)
-    assert said == f"{file}: this is the version of five options: name it egotaskqa_mcq instead"
+    message = problem("egotaskqa_direct", file)
+    assert message == f"{file}: this is the version of five options: name it egotaskqa_mcq instead"
     file = write(egotaskqa / "egotaskqa_mcq.json", [{**row, "a": "C"}])
     assert "entry 1: answer 'C' of options {'A': 'no', 'B': 'yes'}" in problem("egotaskqa_mcq", file)
 
@@ -366,22 +366,23 @@ def test_charades_ego_labels_each_class_once(tmp_path):
     assert loaded.fast().candidates == loaded.candidates
 
 
-def test_charades_ego_says_what_is_wrong(tmp_path):
+def test_charades_ego_names_the_problem(tmp_path):
     charades(tmp_path, ("AB1EGO", "c157 1.0 2.0"), ("AB2EGO", "c001 1.0"), ("AB3", ""))
-    said = problem("charades_ego", tmp_path)
-    assert "only1st.csv line 2: 'actions' is 'c157 1.0 2.0', expected c012 3.50 9.10;... of 157: correct it" in said
-    assert "line 3: 'actions' is 'c001 1.0'" in said
-    assert "line 4: video AB3 is not of the first person: give CharadesEgo_v1_test_only1st.csv, or another view" in said
-    said = problem("charades_ego", charades(tmp_path / "b", ("AB1EGO", "c156 1.0 2.0"), classes=156))
-    assert "'actions' is 'c156 1.0 2.0', expected c012 3.50 9.10;... of 156: correct it" in said
+    message = problem("charades_ego", tmp_path)
+    assert "only1st.csv line 2: 'actions' is 'c157 1.0 2.0', expected c012 3.50 9.10;... of 157: correct it" in message
+    assert "line 3: 'actions' is 'c001 1.0'" in message
+    wrong_person = "line 4: video AB3 is not of the first person: give CharadesEgo_v1_test_only1st.csv, or another view"
+    assert wrong_person in message
+    message = problem("charades_ego", charades(tmp_path / "b", ("AB1EGO", "c156 1.0 2.0"), classes=156))
+    assert "'actions' is 'c156 1.0 2.0', expected c012 3.50 9.10;... of 156: correct it" in message
     gap = charades(tmp_path / "gap", ("AB1EGO", ""))
     classes = gap / "Charades_v1_classes.txt"
     classes.write_text(classes.read_text().replace("c007", "c008", 1))
     assert "Charades_v1_classes.txt: expected lines 'c000 ...', 'c001 ...' and so on" in problem("charades_ego", gap)
     other = str(tmp_path / "Charades_v1_classes.txt")
     file = write(tmp_path / "c" / "x.csv", "id,length\nAB1EGO,3\n")
-    said = problem("charades_ego", file, classes=other)
-    assert "x.csv: column actions is missing: fetch the official file again" in said
+    message = problem("charades_ego", file, classes=other)
+    assert "x.csv: column actions is missing: fetch the official file again" in message
     file = write(tmp_path / "c" / "x.csv", "id,actions\nAB1EGO\n")
     assert "x.csv line 2: 1 cells under 2 columns: fix this line" in problem("charades_ego", file, classes=other)
     assert "no such file: correct classes" in problem(
@@ -448,13 +449,13 @@ def test_mir_cuts_by_time_and_takes_captions_from_the_clips(tmp_path):
         ({"narration_id": "P01_11_9"}, "line 2: narration_id 'P01_11_0' is not in EPIC_100_retrieval_test.csv"),
     ],
 )
-def test_mir_says_what_is_wrong(tmp_path, changes, message):
+def test_mir_names_the_problem(tmp_path, changes, message):
     assert message in problem("epic100_mir", mir(tmp_path, **changes))
 
 
 def test_mir_slots_of_a_file(tmp_path):
-    said = problem("epic100_mir", mir(tmp_path), file="{kitchen}.mp4")
-    assert said == "file: got '{kitchen}.mp4', allowed slots: {participant}, {video}"
+    message = problem("epic100_mir", mir(tmp_path), file="{kitchen}.mp4")
+    assert message == "file: got '{kitchen}.mp4', allowed slots: {participant}, {video}"
 
 
 def test_real_mir():
@@ -493,7 +494,7 @@ def test_real_mir_relevance_and_its_fast_part():
 
 
 def test_real_frames_of_epic_kitchens_are_sixty_a_second_whatever_the_video_has():
-    """Why EgoPlan's frames, which are numbers of the same pictures, are not divided by the rate of the video."""
+    """EgoPlan's frames are numbers of the same extracted frames, so they are not divided by the video's rate."""
     with (official_files("epic100_mir") / "EPIC_100_video_info.csv").open(newline="") as lines:
         rates = {row["video_id"]: float(row["fps"]) for row in csv.DictReader(lines)}
     loaded = read("epic100_mir", official_files("epic100_mir"))
@@ -546,7 +547,7 @@ def test_egoplan_ends_with_the_observation(tmp_path):
 
 
 @pytest.mark.parametrize(("video", "fps"), [("P01_13", 60), ("P04_101", 50)])
-def test_egoplan_counts_pictures_of_epic_kitchens_as_its_authors_did(tmp_path, video, fps):
+def test_egoplan_counts_frames_of_epic_kitchens_as_its_authors_did(tmp_path, video, fps):
     row = plan_row(video_source="EpicKitchens", video_id=video, current_observation_frame=1801)
     (sample,) = read("egoplan", egoplan(tmp_path, row)).samples
     assert sample.clips == (Clip(f"{video[:3]}/{video}.MP4", 300 / fps, 1800 / fps, last_at_end=True),)
@@ -582,9 +583,9 @@ def test_egoplan_without_a_past_shows_a_little_of_it(tmp_path, steps):
         ({"task_progress_metadata": 3}, "field 'task_progress_metadata' is 3, expected a list"),
     ],
 )
-def test_egoplan_says_what_is_wrong(tmp_path, changes, message):
-    said = problem("egoplan", egoplan(tmp_path, plan_row(), plan_row(**{"sample_id": 10, **changes})))
-    assert f"EgoPlan_validation.json entry 2: {message}" in said
+def test_egoplan_names_the_problem(tmp_path, changes, message):
+    error = problem("egoplan", egoplan(tmp_path, plan_row(), plan_row(**{"sample_id": 10, **changes})))
+    assert f"EgoPlan_validation.json entry 2: {message}" in error
 
 
 def test_egoplan_test_hides_its_answers_and_writes_what_the_server_takes(tmp_path):
@@ -666,11 +667,11 @@ def test_vlnqa_in_the_form_of_mvbench(tmp_path):
     assert (sample.options, sample.answer, sample.text) == (WAYS[::-1], 3, "Where?")
     assert (sample.id, sample.clips) == ("7_frame1", (Clip("vlnqa/left/7_frame1.mp4", 0.0, math.inf),))
     write(file, [{**row, "answer": "Fly"}, {**row, "candidates": "ab"}, {**row, "candidates": [*WAYS[:3], WAYS[0]]}])
-    said = problem("vlnqa", tmp_path)
-    assert "egocentric_navigation.json entry 1: the answer 'Fly' is none of ['Turn right and move forward'" in said
-    assert "entry 2: field 'candidates' is 'ab', expected a list of texts" in said
-    assert "entry 3: options are ['Move forward', 'Stop', " in said
-    assert "expected four different ones" in said
+    message = problem("vlnqa", tmp_path)
+    assert "egocentric_navigation.json entry 1: the answer 'Fly' is none of ['Turn right and move forward'" in message
+    assert "entry 2: field 'candidates' is 'ab', expected a list of texts" in message
+    assert "entry 3: options are ['Move forward', 'Stop', " in message
+    assert "expected four different ones" in message
 
 
 @pytest.mark.parametrize(
@@ -685,7 +686,7 @@ def test_vlnqa_in_the_form_of_mvbench(tmp_path):
         ({"text": vln_text("x").replace("B: ", "D: ")}, "field 'gt' is 'C' of options ADC"),
     ],
 )
-def test_vlnqa_says_what_is_wrong(tmp_path, changes, message):
+def test_vlnqa_names_the_problem(tmp_path, changes, message):
     rows = [{"text": vln_text("x"), "video_path": "left/7.mp4", "gt": "C", **changes}]
     assert f"vlnqa.json entry 1: {message}" in problem("vlnqa", write(tmp_path / "vlnqa.json", rows))
 
@@ -734,10 +735,10 @@ def test_egomcq_sees_from_the_clips_which_type_is_which(tmp_path, inter, intra):
 
 def test_egomcq_refuses_types_that_do_not_agree_with_the_clips(tmp_path):
     file = egomcq(tmp_path, mcq(1, "abcde"), mcq(1, "abcda"), mcq(1, "aaaaa"), mcq(2, "bbbbb"))
-    said = problem("egomcq", file)
-    assert said == f"{file} entry '2': clips are of one video, 'types' 1 has those of several videos: correct it"
-    said = problem("egomcq", egomcq(tmp_path, mcq(1, "abcde"), mcq(2, "abcda")))
-    assert said == f"{file}: 'types' 1 and 2 both have clips of several videos: fetch the file again"
+    message = problem("egomcq", file)
+    assert message == f"{file} entry '2': clips are of one video, 'types' 1 has those of several videos: correct it"
+    message = problem("egomcq", egomcq(tmp_path, mcq(1, "abcde"), mcq(2, "abcda")))
+    assert message == f"{file}: 'types' 1 and 2 both have clips of several videos: fetch the file again"
 
 
 def test_egomcq_clips_start_in_the_video_and_are_in_the_order_of_their_keys(tmp_path):
@@ -749,14 +750,20 @@ def test_egomcq_clips_start_in_the_video_and_are_in_the_order_of_their_keys(tmp_
     assert (sample.clips[0].start_s, sample.clips[0].end_s) == (0.0, 0.6)
 
 
-def test_egomcq_narrations_as_they_are_written(tmp_path):
+def test_egomcq_raw_narrations(tmp_path):
     short = mcq(1, "abcde", query=clip_of("a", text="#C  C walks"))
     file = egomcq(tmp_path, mcq(1, "abcde"), short)
-    assert [sample.text for sample in read("egomcq", file, wording="as_written").samples] == [
+    assert [sample.text for sample in read("egomcq", file, narrations="raw").samples] == [
         "#C C picks a cup",
         "#C C walks",
     ]
     assert read("egomcq", file).samples[1].text == "#C C walks"
+
+
+def test_egomcq_takes_the_key_of_earlier_versions(tmp_path, capsys):
+    file = egomcq(tmp_path, mcq(1, "abcde"))
+    assert read("egomcq", file, wording="as_written").samples == read("egomcq", file, narrations="raw").samples
+    assert "egobench.benchmarks: egomcq: wording is now called narrations" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -773,9 +780,9 @@ def test_egomcq_narrations_as_they_are_written(tmp_path):
         ),
     ],
 )
-def test_egomcq_says_what_is_wrong(tmp_path, changes, message):
-    said = problem("egomcq", egomcq(tmp_path, mcq(1, "abcde"), mcq(1, "abcde", **changes)))
-    assert re.search(rf"egomcq\.json entry '1'( choice 0)?:? {re.escape(message)}", said), said
+def test_egomcq_names_the_problem(tmp_path, changes, message):
+    error = problem("egomcq", egomcq(tmp_path, mcq(1, "abcde"), mcq(1, "abcde", **changes)))
+    assert re.search(rf"egomcq\.json entry '1'( choice 0)?:? {re.escape(message)}", error), error
 
 
 def test_egomcq_fast_part_is_half_of_each_group(tmp_path):
@@ -811,7 +818,7 @@ def test_egomcq_fast_part_is_half_of_each_group(tmp_path):
         ({"name": ["vlnqa"]}, "benchmarks: name is ['vlnqa'], allowed: egoschema"),
     ],
 )
-def test_an_entry_that_is_wrong_is_told_at_once(entry, message):
+def test_an_invalid_entry_is_refused_at_once(entry, message):
     with pytest.raises(ValueError) as raised:
         load(entry)
     assert message in str(raised.value)

@@ -284,15 +284,15 @@ def test_accuracy_by_hand():
 
 @golden_only
 def test_open_answers_equal_the_reference(golden):
-    said, right = golden["qa_pred"].tolist(), golden["qa_ref"].tolist()
+    generated, right = golden["qa_pred"].tolist(), golden["qa_ref"].tolist()
     metric = OpenAnswers()
-    metric.update(range(len(said)), said, right)
+    metric.update(range(len(generated)), generated, right)
     found = metric.compute()
     means = [found[name].value for name in ("rouge1", "rouge2", "rougeL")]
     assert means == pytest.approx(golden["qa_rouge_mean_f"], abs=1e-9)
     assert 100 * found["bleu"].value == pytest.approx(float(golden["qa_corpus_bleu"]), abs=1e-9)
     assert found["plain_acc"].value == pytest.approx(float(golden["qa_plain_acc"]), abs=1e-12)
-    each = [list(rouge(*pair).values()) for pair in zip(said, right, strict=True)]
+    each = [list(rouge(*pair).values()) for pair in zip(generated, right, strict=True)]
     np.testing.assert_allclose(each, golden["qa_rouge_prf"][:, :, 2], atol=1e-9)
 
 
@@ -340,7 +340,7 @@ def items(kind):
     elif kind == "open":
         make = OpenAnswers
         words = generator.integers(5, size=(23, 2, 6)).astype(str)
-        updates = [([i], [" ".join(said)], [" ".join(right)]) for i, (said, right) in enumerate(words)]
+        updates = [([i], [" ".join(generated)], [" ".join(right)]) for i, (generated, right) in enumerate(words)]
     elif kind == "retrieval":
         make = lambda: MultiInstanceRetrieval([0, 1, 2, 0], [[0], [1], [2], [1, 2]], 3)  # noqa: E731
         scores = torch.from_numpy(generator.integers(3, size=(23, 4)).astype(float))  # with ties

@@ -1,4 +1,4 @@
-"""How benchmarks are asked."""
+"""Prompt templates of the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from datamodules.egobench.prompts import FILE, STYLES, Prompts
 from datamodules.egobench.samples import Clip, Sample
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "benchmarks"
-ITEM = Sample("id-7", (Clip("left/7.mp4"),), "Where {options} is the cup?", ("on {question}", "in", "under"), 1)
-WORDINGS = {
+SAMPLE = Sample("id-7", (Clip("left/7.mp4"),), "Where {options} is the cup?", ("on {question}", "in", "under"), 1)
+TEMPLATES = {
     "prefill": "Best (",
     "choice": {
         "base": "{question}\n{options}",
@@ -25,30 +25,30 @@ WORDINGS = {
 }
 
 
-def wordings(tmp_path, **changes):
+def template_file(tmp_path, **changes):
     file = tmp_path / "prompts.yaml"
-    file.write_text(yaml.safe_dump({**WORDINGS, **changes}))
+    file.write_text(yaml.safe_dump({**TEMPLATES, **changes}))
     return file
 
 
-def test_a_wording_is_filled_once_and_empty_lines_go(tmp_path):
-    file = wordings(tmp_path)
+def test_a_template_is_filled_once_and_empty_lines_go(tmp_path):
+    file = template_file(tmp_path)
     lettered = "(A) on {question}\n(B) in\n(C) under"
     asked = "Where {options} is the cup?"
-    assert Prompts(file, "vlnqa", "task").choice(ITEM) == f"{asked}\n{lettered}"
-    assert Prompts(file, "egoplan", "task").choice(ITEM) == f"Steps.\n{asked}\n{lettered}"
-    assert Prompts(str(file), "egoplan").choice(ITEM) == f"My view. Steps.\n{asked}\n{lettered}\nLetter?"
-    assert Prompts(file, "egoplan", "base").open(ITEM) == asked
-    assert Prompts(file, "egoplan").open(ITEM) == f"My view. {asked}\nShort."
+    assert Prompts(file, "vlnqa", "task").choice(SAMPLE) == f"{asked}\n{lettered}"
+    assert Prompts(file, "egoplan", "task").choice(SAMPLE) == f"Steps.\n{asked}\n{lettered}"
+    assert Prompts(str(file), "egoplan").choice(SAMPLE) == f"My view. Steps.\n{asked}\n{lettered}\nLetter?"
+    assert Prompts(file, "egoplan", "base").open(SAMPLE) == asked
+    assert Prompts(file, "egoplan").open(SAMPLE) == f"My view. {asked}\nShort."
     assert Prompts(file, "egoplan").prefill == "Best ("
 
 
 def test_options_are_lettered_in_the_order_that_they_are_shown_in(tmp_path):
-    shown = Prompts(wordings(tmp_path), "vlnqa", "base").choice(ITEM, (2, 0, 1)).splitlines()
+    shown = Prompts(template_file(tmp_path), "vlnqa", "base").choice(SAMPLE, (2, 0, 1)).splitlines()
     assert shown[1:] == ["(A) under", "(B) on {question}", "(C) in"]
     for order in ((0, 1), (0, 1, 1), (1, 2, 3)):
         with pytest.raises(ValueError, match=r"id-7: order is .*, expected each of 3 options once"):
-            Prompts(wordings(tmp_path), "vlnqa").choice(ITEM, order)
+            Prompts(template_file(tmp_path), "vlnqa").choice(SAMPLE, order)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +58,25 @@ def test_options_are_lettered_in_the_order_that_they_are_shown_in(tmp_path):
         ({"prompts": 1}, "keys are choice, context, open, prefill, prompts, expected prefill, choice, open, context"),
         ({"choice": {"base": "x"}}, "choice: expected a text for each of base, task, ego"),
         (
-            {"choice": {**WORDINGS["choice"], "ego": "{context} {question} {answer}"}},
+            {"choice": {**TEMPLATES["choice"], "ego": "{context} {question} {answer}"}},
             "choice.ego: slot answer: allowed: context, options, question; choice.ego lacks options in braces",
         ),
-        ({"open": {**WORDINGS["open"], "base": "Say it."}}, "open.base lacks question in braces, and would not ask it"),
-        ({"open": {**WORDINGS["open"], "task": None}}, "open.task lacks question"),
-        ({"open": {**WORDINGS["open"], "task": "{question} {options}"}}, "open.task: slot options: allowed: context, "),
+        (
+            {"open": {**TEMPLATES["open"], "base": "Say it."}},
+            "open.base lacks question in braces, and would not ask it",
+        ),
+        ({"open": {**TEMPLATES["open"], "task": None}}, "open.task lacks question"),
+        (
+            {"open": {**TEMPLATES["open"], "task": "{question} {options}"}},
+            "open.task: slot options: allowed: context, ",
+        ),
         ({"context": {"egoplan": "x"}}, "context: default is missing, give it a text, or an empty one"),
         ({"context": {"default": 3}}, "context: expected a text for each name of a benchmark"),
         ({"context": {"default": "{question}"}}, "context: slot question: it may have none"),
     ],
 )
-def test_wordings_that_are_wrong_name_the_file_and_the_key(tmp_path, changes, message):
-    file = wordings(tmp_path, **changes)
+def test_invalid_templates_name_the_file_and_the_key(tmp_path, changes, message):
+    file = template_file(tmp_path, **changes)
     with pytest.raises(ValueError) as raised:
         Prompts(file, "vlnqa")
     assert str(raised.value).startswith(f"{file}: ")
@@ -83,25 +89,27 @@ def test_files_and_styles_that_do_not_exist(tmp_path):
     with pytest.raises(ValueError, match=r"^style: got 'own', allowed: base, task, ego$"):
         Prompts(None, "vlnqa", "own")
     (tmp_path / "x.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match=r"x\.yaml: no YAML \("):
+    with pytest.raises(ValueError, match=r"x\.yaml: invalid YAML \("):
         Prompts(tmp_path / "x.yaml", "vlnqa")
     (tmp_path / "x.yaml").write_text("- a")
     with pytest.raises(ValueError, match=r"x\.yaml: keys are list, expected prefill"):
         Prompts(tmp_path / "x.yaml", "vlnqa")
 
 
-def test_our_wordings_say_more_from_style_to_style_and_are_for_benchmarks_that_exist():
+def test_our_templates_grow_from_style_to_style_and_are_for_benchmarks_that_exist():
     contexts = yaml.safe_load(FILE.read_bytes())["context"]
     assert contexts.keys() - {"default"} <= BENCHMARKS.keys()
     for name in BENCHMARKS:
-        asked = [(Prompts(None, name, style).choice(ITEM), Prompts(None, name, style).open(ITEM)) for style in STYLES]
+        asked = [
+            (Prompts(None, name, style).choice(SAMPLE), Prompts(None, name, style).open(SAMPLE)) for style in STYLES
+        ]
         for texts in zip(*asked, strict=True):
             assert len(texts[0]) < len(texts[1]) < len(texts[2])
-            assert all(ITEM.text in text for text in texts)
+            assert all(SAMPLE.text in text for text in texts)
             assert contexts.get(name, "") in texts[1]
             assert contexts.get(name, "") not in texts[0] or name not in contexts
         assert all("(A) on {question}\n(B) in\n(C) under" in choice for choice, _ in asked)
-        assert not any("(B)" in said for _, said in asked)
+        assert not any("(B)" in message for _, message in asked)
     assert Prompts(None, "vlnqa").prefill == "Best option: ("
 
 

@@ -31,15 +31,16 @@ def values(scores):
     return {number.metric: number.value for number in scores}
 
 
-def choice(number, letters, answer, **more):
-    return {"id": f"q{number}", "groups": [], "answer": answer, "letters": letters, **more}
+def choice(number, letters, answer, generated=None, **more):
+    cross_check = {} if generated is None else {"said": generated}
+    return {"id": f"q{number}", "groups": [], "answer": answer, "letters": letters, **cross_check, **more}
 
 
 CHOICES = [
-    choice(0, [[-1.0, -2.0]], 0, likelihood=[-2.0, -1.0], said="(A)", groups=["seen"]),
-    choice(1, [[-1.0, -2.0]], 1, likelihood=[-2.0, -1.0], said="B) the mug", groups=["seen"]),
-    choice(2, [[-2.0, -1.0]], 1, likelihood=[-2.0, -1.0], said="the red mug", options=["a mug", "a red mug"]),
-    choice(3, [[-2.0, -1.0, -3.0, -3.0]], 1, likelihood=[-2.0, -3.0, -4.0, -5.0], said="either A or B"),
+    choice(0, [[-1.0, -2.0]], 0, likelihood=[-2.0, -1.0], generated="(A)", groups=["seen"]),
+    choice(1, [[-1.0, -2.0]], 1, likelihood=[-2.0, -1.0], generated="B) the mug", groups=["seen"]),
+    choice(2, [[-2.0, -1.0]], 1, likelihood=[-2.0, -1.0], generated="the red mug", options=["a mug", "a red mug"]),
+    choice(3, [[-2.0, -1.0, -3.0, -3.0]], 1, likelihood=[-2.0, -3.0, -4.0, -5.0], generated="either A or B"),
 ]
 
 
@@ -58,15 +59,15 @@ def test_choices_by_hand():
     assert found["accuracy/seen"] == Score("toy", "accuracy/seen", 0.5, pytest.approx(0.125**0.5), 0.5, 2, 2)
     assert found["accuracy_likelihood"].value == 0.5
     assert found["parse_fail_rate"].value == 0.25
-    assert found["agreement"].value == 0.5  # of q0 and q2; q1 said the other letter, q3 none
+    assert found["agreement"].value == 0.5  # of q0 and q2; q1 named the other letter, q3 none
 
 
 def test_generation_is_compared_with_what_it_saw():
     rotated = [[-1.0, -2.0], [-1.0, -9.0]]  # A where A is shown first, but B on the mean
-    found = values(score(header("choice", 1), [choice(0, rotated, 1, said="(A)")]))
+    found = values(score(header("choice", 1), [choice(0, rotated, 1, generated="(A)")]))
     assert found == {"accuracy": 1.0, "parse_fail_rate": 0.0, "agreement": 1.0}
     turned = [[-2.0, -1.0], [-1.0, -9.0]]
-    found = values(score(header("choice", 1), [choice(0, turned, 1, said="(B)")]))
+    found = values(score(header("choice", 1), [choice(0, turned, 1, generated="(B)")]))
     assert found == {"accuracy": 1.0, "parse_fail_rate": 0.0, "agreement": 1.0}
 
 
@@ -100,7 +101,7 @@ def test_nothing_asked_yet(task):
 
 
 @pytest.mark.parametrize(
-    ("said", "choice"),
+    ("text", "choice"),
     [
         ("(B)", 1),
         ("b", 1),
@@ -118,15 +119,15 @@ def test_nothing_asked_yet(task):
         ("", None),
     ],
 )
-def test_generated_choices_are_read_strictly(said, choice):
-    assert parse_choice(said, 3, ["Move forward", "Stop", "Turn left and move forward"]) == choice
+def test_generated_choices_are_read_strictly(text, choice):
+    assert parse_choice(text, 3, ["Move forward", "Stop", "Turn left and move forward"]) == choice
 
 
 def test_open_answers_by_hand():
     pairs = [("two cups", "2 cups"), ("a table", "Table."), ("no", "yes"), ("yes", "yes")]
     rows = [
-        {"id": f"o{n}", "groups": [], "question": "?", "answer": right, "prediction": said}
-        for n, (said, right) in enumerate(pairs)
+        {"id": f"o{n}", "groups": [], "question": "?", "answer": right, "prediction": prediction}
+        for n, (prediction, right) in enumerate(pairs)
     ]
     found = by_name(score(header("open", 4), rows))
     assert list(found) == ["em", "plain_acc", "rouge1", "rouge2", "rougeL", "bleu"]
@@ -265,7 +266,7 @@ def test_without_priors_only_the_likelihood_is_scored():
         score(header("rank_texts", 24), rows, halfway)
 
 
-def test_absent_classes_are_said():
+def test_absent_classes_are_reported():
     rows = [row | {"labels": {"classes": [0, 1]}} for row in clips_of_classes(5)]
     with pytest.warns(UserWarning, match="3 of 5 classes occur in no scored clip and are left out"):
         score(header("rank_texts", 5), rows, CLASSES)
@@ -450,7 +451,7 @@ def test_a_folder_is_scored(tmp_path):
     rows = cells((tmp_path / "results.md").read_text())
     assert rows[0] == ["benchmark", "metric", "ours", "±", "paper", "chance", "n of N"]
     assert ["egoschema", "accuracy", "75.0", "21.7", "61.3", "43.8", "4 of 4"] in rows
-    assert ["charades_ego", "map", "", "", "70.9*", "", ""] in rows  # never beside the score of a part
+    assert ["charades_ego", "map", "", "", "70.9*", "", ""] in rows  # never next to a partial score
     partial = next(row for row in rows if row[1] == "map_partial")
     assert (partial[4], partial[6]) == ("", "40 of 100")
     assert "\n* reported, protocol unknown" in (tmp_path / "results.md").read_text()

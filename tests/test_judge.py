@@ -12,8 +12,8 @@ from lightning_modules.egobench.results import score_folder
 
 PAIRS = [("on the shelf", "shelf"), ("two", "2"), ("red", "blue"), ("I am {'pred': 'yes', 'score': 5}", "a cup")]
 ROWS = [
-    {"id": f"o{n}", "groups": [], "question": f"Where {n}?", "answer": right, "prediction": said}
-    for n, (said, right) in enumerate(PAIRS)
+    {"id": f"o{n}", "groups": [], "question": f"Where {n}?", "answer": right, "prediction": prediction}
+    for n, (prediction, right) in enumerate(PAIRS)
 ]
 
 
@@ -84,18 +84,18 @@ def test_replies_made_elsewhere(folder):
     found = judged(folder, JudgeConfig("file", "gpt 3.5/turbo-0613"))
     assert list(found) == ["judge_turbo-0613_acc", "judge_turbo-0613_score", "judge_turbo-0613_unreadable"]
     found = judged(folder, JudgeConfig("file"))
-    accuracy, mean, unreadable = (found[f"judge_file_{name}"] for name in ("acc", "score", "unreadable"))
+    accuracy, mean, invalid = (found[f"judge_file_{name}"] for name in ("acc", "score", "unreadable"))
     assert (accuracy.value, accuracy.standard_error, accuracy.n, accuracy.total) == (0.5, 0.25, 4, 4)
     assert (mean.value, mean.unit) == (3.0, "points")
     assert mean.standard_error == pytest.approx(((4 + 1 + 4 + 1) / 4) ** 0.5 / 2)
-    assert unreadable.value == 0
+    assert invalid.value == 0
     lines = (folder / "results.md").read_text().splitlines()
     ours, paper = (next(line for line in lines if f" {name} " in line) for name in ("judge_file_acc", "judge_acc"))
     assert "28.3" not in ours
     assert "28.3†" in paper
 
 
-def test_unreadable_replies_are_not_no(folder):
+def test_invalid_replies_are_not_no(folder):
     reply(
         folder,
         {"id": "o0", "pred": "yes", "score": 5},
@@ -121,7 +121,7 @@ def test_unreadable_replies_are_not_no(folder):
         ([{"pred": "yes", "score": 1}], "line 1: field 'id' is missing"),
         (
             [{"id": "o1", "prediction": "three", "pred": "yes", "score": 1}],
-            "line 1: field 'prediction' is not what was predicted: let the new requests be judged",
+            "line 1: field 'prediction' differs from the prediction: have the new requests judged",
         ),
     ],
 )
@@ -132,13 +132,13 @@ def test_wrong_replies_are_named(folder, rows, message):
 
 
 def test_wrong_configuration():
-    with pytest.raises(ValueError, match=r"judge\.kind: 'gpt', expected none, file or hf"):
+    with pytest.raises(ValueError, match=r"judge\.kind: 'gpt', allowed: none, file, hf"):
         JudgeConfig("gpt")
-    with pytest.raises(ValueError, match=r"judge\.model: is missing, name the folder of an instruct model"):
+    with pytest.raises(ValueError, match=r"judge\.model: is missing: set it to the folder of an instruct model"):
         JudgeConfig("hf")
 
 
-def test_the_prompt_holds_what_is_judged():
+def test_the_prompt_holds_question_answer_and_prediction():
     text = prompt(ROWS[0])
     places = [text.index(part) for part in ("Where 0?", "Reference answer: shelf", "Answer to grade: on the shelf")]
     assert places == sorted(places)
@@ -163,12 +163,12 @@ def tiny_model(tmp_path, toy_tokenizer, request):
 def test_a_local_model_judges(folder, tiny_model, monkeypatch):
     config = JudgeConfig("hf", str(tiny_model))
     found = judged(folder, config)
-    # A random model says nothing readable, and that is not "no".
+    # No reply of a random model is valid, and that is not "no".
     assert {name: number.value for name, number in found.items()} == {"judge_Tiny-Judge_unreadable": 1.0}
     file = folder / "predictions" / "qaego4d_open.judge_replies.Tiny-Judge.jsonl"
-    said = [json.loads(line) for line in file.read_text().splitlines()]
-    assert [row["id"] for row in said] == [row["id"] for row in ROWS]
-    assert len({row["reply"] for row in said}) > 1  # it read what it was asked
+    replies = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["id"] for row in replies] == [row["id"] for row in ROWS]
+    assert len({row["reply"] for row in replies}) > 1  # it reads the question
     before = file.read_text()
     judged(folder, config)
     assert file.read_text() == before  # greedy
@@ -197,7 +197,7 @@ def test_replies_to_earlier_predictions_are_refused(folder):
     changed = [{**row, "prediction": "something else"} for row in ROWS]
     (folder / "predictions" / "qaego4d_open.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"judge_requests.jsonl line 1: field 'prediction' is not what"):
+        with pytest.raises(ValueError, match=r"judge_requests.jsonl line 1: field 'prediction' differs"):
             judged(folder, config)
     (folder / "predictions" / "qaego4d_open.judge_replies.jsonl").unlink()
     assert judged(folder, config) == {}

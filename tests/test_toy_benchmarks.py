@@ -28,7 +28,7 @@ TAKES = 60
 
 @pytest.fixture(scope="module", params=["easy", "hard"])
 def written(request, tmp_path_factory):
-    """Folder of as many takes as by default, in the smallest pictures, and the takes."""
+    """Folder of as many takes as by default, in the smallest frames, and the takes."""
     root = tmp_path_factory.mktemp(request.param) / "egobench"
     seeds = [SEEDS["benchmark"] + number for number in range(TAKES)]
     write_benchmarks(root, PRESETS[request.param], seeds, 32, False, workers=2)
@@ -44,7 +44,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
-def said(take, action):
+def phrase_of(take, action):
     return phrase(action.verb, take.things[action.thing], action.hand)
 
 
@@ -105,7 +105,9 @@ def test_egoschema_one_of_five_happens_in_the_clip(written):
         shown = [a for a in take.actions if span[0] - 0.1 < a.start_s and a.end_s < span[1] + 0.1]
         assert len(shown) == 3
         assert frames(root / f"egoschema/videos/{row['q_uid']}.mp4") == (span[1] - span[0]) * 8
-        happened = {f"{said(take, a)} and then {said(take, b)}" for n, a in enumerate(shown) for b in shown[n + 1 :]}
+        happened = {
+            f"{phrase_of(take, a)} and then {phrase_of(take, b)}" for n, a in enumerate(shown) for b in shown[n + 1 :]
+        }
         (true,) = [number for number, option in enumerate(options) if option in happened]
         assert answers.get(row["q_uid"], true) == true
         places.append(true)
@@ -175,16 +177,16 @@ def test_egotaskqa_answers_are_true(written):
             half = [a for a in take.actions if int(start) / 24 - 0.1 < a.start_s and a.end_s < int(end) / 24 + 0.1]
             assert len(half) == 3
             things = [take.things[a.thing] for a in half]
-            told = half[-1 if "last" in question else 0]
-            thing = take.things[told.thing]
+            action = half[-1 if "last" in question else 0]
+            thing = take.things[action.thing]
             if ", yes?" in question:
-                expected = "yes" if f": {told.verb}," in question else "no"
+                expected = "yes" if f": {action.verb}," in question else "no"
             elif question.startswith("Does"):
                 expected = "yes" if any(f" {t.phrase}?" in question for t in things) else "no"
             elif "first with the" in question:
                 expected = next(a.verb for a, t in zip(half, things, strict=True) if f" {t.phrase}?" in question)
             elif question.startswith("What does"):
-                expected = told.verb
+                expected = action.verb
             elif question.startswith("What colour is the object"):
                 expected = thing.colour
             elif question.startswith("What colour"):
@@ -215,7 +217,7 @@ def test_charades_ego_classes_occur_and_actions_are_true(written):
         for entry in filter(None, row["actions"].split(";")):
             name, start, _ = entry.split()
             (action,) = [a for a in take.actions if abs(a.start_s - float(start)) < 0.006]
-            assert classes[name] == f"Camera-wearer {said(take, action)}."
+            assert classes[name] == f"Camera-wearer {phrase_of(take, action)}."
             seen.add(name)
     assert seen == set(classes)
 
@@ -264,10 +266,10 @@ def test_egoplan_only_one_option_is_possible_and_the_next_action_is_not_shown(wr
         assert (row["video_source"] == "EpicKitchens") == (row["video_id"] in epic)
         (step,) = [n for n, a in enumerate(take.actions) if a.start_s < seen_s <= a.end_s + 1e-9]
         after = round(take.actions[step + 1].start_s * 8)
-        assert after - 1 <= seen_s * 8 < after  # the last picture before what comes next
+        assert after - 1 <= seen_s * 8 < after  # the last frame before the next action
         assert clip.start_s == pytest.approx(take.actions[max(0, step - 1)].start_s, abs=0.12)
         assert frames(root / "egoplan/videos" / clip.video) == take.num_frames
-        assert row["answer"] == said(take, take.actions[step + 1])
+        assert row["answer"] == phrase_of(take, take.actions[step + 1])
         held = take.actions[step].verb in ("picks up", "shakes")
         in_hand = take.things[take.actions[step].thing].phrase
         possible = [
@@ -279,7 +281,7 @@ def test_egoplan_only_one_option_is_possible_and_the_next_action_is_not_shown(wr
         assert possible == [row["answer"]]
         progress = row["task_progress_metadata"]
         assert [entry["narration_text"] for entry in progress] == [
-            said(take, action) for action in take.actions[max(0, step - 1) : step + 1]
+            phrase_of(take, action) for action in take.actions[max(0, step - 1) : step + 1]
         ]
         assert progress[-1]["stop_frame"] == row["current_observation_frame"]
         assert all(entry["start_frame"] < entry["stop_frame"] for entry in progress)
@@ -298,13 +300,13 @@ def test_vlnqa_asks_for_the_announced_action_that_follows_the_clip(written):
         take = takes[int(number)]
         following = next(a for a in take.actions if round(a.start_s * 8) == int(end))
         assert following.verb == row["answer"]
-        assert said(take, following) in row["question"]
+        assert phrase_of(take, following) in row["question"]
         assert 0 < frames(root / f"vlnqa/videos/{row['video']}") <= int(end)
     places = np.bincount([row["candidates"].index(row["answer"]) for row in rows], minlength=4)
     assert places.min() > len(rows) / 8
 
 
-def test_egomcq_one_clip_of_five_shows_what_the_text_says(written):
+def test_egomcq_one_clip_of_five_matches_the_text(written):
     root, takes = written
     samples = read(root / "egomcq/egomcq.json")
     recorded = by_uid(root, takes)
@@ -369,8 +371,8 @@ def test_the_tokenizer_knows_every_text_and_prompt(written, toy_tokenizer):
     tokenizer = load_tokenizer(str(toy_tokenizer))
     texts = list(texts_of(written[0]))
     assert len(texts) > 2000
-    wordings = [text for name in ("choice", "open") for text in BENCHMARK_PROMPTS[name].values()]
-    filled = [text.format(question="What?", options="(A) red\n(B) blue") for text in wordings]
+    templates = [text for name in ("choice", "open") for text in BENCHMARK_PROMPTS[name].values()]
+    filled = [text.format(question="What?", options="(A) red\n(B) blue") for text in templates]
     for text in {*texts, *filled, BENCHMARK_PROMPTS["prefill"], "Best option: (A"}:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in ids, text

@@ -36,6 +36,8 @@ class Benchmark(ABC):
     """Name in configurations, files and tables."""
     task: ClassVar[TaskName]
     """Type of the questions, which decides requests and scores."""
+    renamed: ClassVar[Mapping[str, tuple[str, Mapping[Any, Any]]]] = {}
+    """Keys of earlier versions: their new name, and new names of values."""
 
     @abstractmethod
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:

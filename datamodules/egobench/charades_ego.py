@@ -1,4 +1,4 @@
-"""Charades-Ego: which of 157 actions happen in a video of some thirty seconds.
+"""Charades-Ego: find the actions of a video of about thirty seconds among 157 classes.
 
 Read: ``CharadesEgo_v1_test_only1st.csv`` (``id``, ``actions``, ...) and ``Charades_v1_classes.txt``, lines
 ``c000 Holding some clothes``. Actions are ``c012 3.50 9.10;c045 0.00 22.00``; there may be none, and some twice.
@@ -25,20 +25,20 @@ _EMPTY, _OLD = "videos without an action, which do not count", "videos of versio
 
 @dataclass(frozen=True)
 class CharadesEgo(Benchmark):
-    """Videos of the test split and all classes; a video is shown whole."""
+    """The videos of the test split and all classes; each sample shows a whole video."""
 
-    view: str = option("first", "videos of whoever acts, of whoever looks on, or both", tuple(_FILES))
-    classes: Path | None = option(None, "Charades_v1_classes.txt, where it is not beside the annotations")
+    view: str = option("first", "videos of the first person, of the third person, or both", tuple(_FILES))
+    classes: Path | None = option(None, "Charades_v1_classes.txt, if it is not next to the annotations")
 
     name: ClassVar[str] = "charades_ego"
     task: ClassVar[TaskName] = "rank_texts"
 
     def official(self) -> dict[str, Official]:
-        """Classes."""
+        """Return the number of classes."""
         return {"candidates": Official(CLASSES)}
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each video; labels are its classes, each once."""
+        """Yield a sample for each video; its labels are the classes, each once."""
         file = self.main_file([f"CharadesEgo_v1_test{_FILES[self.view]}.csv"], "the labels of Charades-Ego")
         classes = len(self.candidates())
         for where, row in table_rows(read_csv(file), ("id", "actions"), file):
@@ -65,7 +65,7 @@ class CharadesEgo(Benchmark):
         return Sample(video, (Clip(f"{video}.mp4"),), labels={"classes": sorted(numbers)})
 
     def candidates(self) -> Sequence[Candidate]:
-        """All classes in their order."""
+        """Return all classes in their order."""
         file = self.classes or self.other_file(["Charades_v1_classes.txt"], "the classes of Charades")
         if not file.is_file():
             raise SourceError(f"{file}: no such file: correct classes")
@@ -75,7 +75,7 @@ class CharadesEgo(Benchmark):
         return [Candidate(line[2].strip(), {"class": int(line[1])}) for line in found if line]
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
-        """Videos that do not count, and labels that nobody reports."""
+        """Note videos that do not count, and labels that publications do not use."""
         lines = [f"{self.name}: {counts[_EMPTY]:,} {_EMPTY}"] if counts.get(_EMPTY) else []
         if counts.get(_OLD):
             lines.append(f"{self.name}: labels are of version 0, published scores of version 1")

@@ -1,9 +1,9 @@
-"""EgoMCQ: which of five clips of Ego4D a narration was written for.
+"""EgoMCQ: choose the one of five clips of Ego4D that a narration was written for.
 
 Read: ``egomcq.json``, for each question ``query`` and ``choices`` ``0`` to ``4`` (``clip_text``, ``video_uid``,
-``clip_start`` and ``clip_end`` in seconds), ``answer`` and ``types``. Whether 1 or 2 of ``types`` stands for choices of
-one video is told differently by public programs, so it is seen from the choices. Videos are whole recordings: those
-that other programs cut into chunks end in the middle of a clip.
+``clip_start`` and ``clip_end`` in seconds), ``answer`` and ``types``. Public programs disagree whether 1 or 2
+of ``types`` stands for choices of one video, so that is derived from the choices. Videos are whole recordings: the
+chunks that other programs cut may end in the middle of a clip.
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ _CLIPS, _FAST_OF_A_GROUP = 5, 1000
 class EgoMCQ(Benchmark):
     """All questions; ``intra`` are those whose clips are of one video, ``inter`` the others."""
 
-    wording: str = option(
-        "as_trained", "narrations as written, or as those of stages 1 and 2 are", ("as_trained", "as_written")
+    narrations: str = option(
+        "rendered", "raw: narrations as in the file; rendered: as captions of stages 1 and 2", ("rendered", "raw")
     )
 
     name: ClassVar[str] = "egomcq"
     task: ClassVar[TaskName] = "rank_clips"
+    renamed: ClassVar = {"wording": ("narrations", {"as_trained": "rendered", "as_written": "raw"})}
 
     def official(self) -> dict[str, Official]:
-        """Questions, of which the authors give a rounded number."""
+        """Return the rounded number of questions that the authors give."""
         return {"samples": Official(39_000, exact=False)}
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each question."""
+        """Yield a sample for each question."""
         file = self.main_file(["egomcq.json"], "EgoMCQ's questions")
         entries = read_json(file, dict)
         samples = {key: try_parse(self._sample, entry, key, f"{file} entry {key!r}") for key, entry in entries.items()}
@@ -63,20 +64,20 @@ class EgoMCQ(Benchmark):
 
     def _sample(self, entry: Any, key: str, where: str) -> Sample:
         text = one_line(mapping_of(entry, "query", where), "clip_text", f"{where} query")
-        if self.wording == "as_trained":
-            text = camera_wearer_text(text) or text  # of fewer than three words it stays
+        if self.narrations == "rendered":
+            text = camera_wearer_text(text) or text  # fewer than three words stay as they are
         choices = mapping_of(entry, "choices", where)
         if set(choices) != set(map(str, range(_CLIPS))):
             raise SourceError(f"{where}: choices are {', '.join(choices)}, expected 0 to 4: correct them")
         clips = tuple(_clip(choices[str(number)], f"{where} choice {number}") for number in range(_CLIPS))
         answer, kind = whole_number(entry, "answer", where), whole_number(entry, "types", where)
         if answer >= _CLIPS or kind not in (1, 2):
-            raise SourceError(f"{where}: 'answer' is {answer} and 'types' {kind}, expected 0 to 4 and 1 or 2: mend it")
+            raise SourceError(f"{where}: 'answer' is {answer} and 'types' {kind}, expected 0 to 4 and 1 or 2: fix it")
         group = "intra" if len({clip.video for clip in clips}) == 1 else "inter"
         return Sample(key, clips, text, (), answer, (group,))
 
     def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
-        """As many of either group."""
+        """Return equally many of both groups."""
         taken = {
             sample.id
             for group in ("inter", "intra")

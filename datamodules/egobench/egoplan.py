@@ -1,13 +1,13 @@
-"""EgoPlan-Bench: what to do next for a goal, given what was done and what is seen; four options.
+"""EgoPlan-Bench: choose the next step towards a goal from past steps and the current view; four options.
 
 Read: ``EgoPlan_validation.json`` or ``EgoPlan_test.json``, lists of ``sample_id``, ``video_source``, ``video_id``,
 ``task_goal``, ``question``, ``choice_a`` to ``choice_d``, ``golden_choice_idx``, ``answer``,
 ``current_observation_frame`` and ``task_progress_metadata``; answers of the test file are hidden. EgoPlan-Bench2 names
 no source, video and question, since all its videos are of Ego4D and begin its ids.
 
-What comes after the frame of the current observation shows the answer. Frames are 30 a second for Ego4D, counted from
-0. For EPIC-KITCHENS they are numbers of the pictures that its authors made, counted from 1, 60 a second for videos of
-the first release (P01_13) and 50 for later ones (P01_101), whatever rate the video file has.
+Frames after the current observation show the answer and are never decoded. Ego4D has 30 frames a second, counted from
+0. For EPIC-KITCHENS they are numbers of the frames that its authors extracted, counted from 1, 60 a second for videos
+of the first release (P01_13) and 50 for later ones (P01_101), whatever the frame rate of the video file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from datamodules.io.annotations import Counts, Official, SourceError, option, re
 
 EGO4D_FPS = 30
 WITHOUT_PROGRESS_S = 4.0
-"""What is shown before the observation where nothing is known to have been done."""
+"""Seconds shown before the observation if no earlier step is known."""
 _CHOICES = tuple(f"choice_{letter}" for letter in "abcd")
 _EPIC = re.compile(r"(P\d\d)_(\d{2,3})")
 _NO_PROGRESS = "questions without a known step before the observation"
@@ -33,10 +33,10 @@ _NO_PROGRESS = "questions without a known step before the observation"
 
 @dataclass(frozen=True)
 class EgoPlan(Benchmark):
-    """The validation questions, which the paper reports."""
+    """The validation questions, the ones that the paper reports."""
 
-    ego4d_file: str = option("{video}.mp4", "where a video of Ego4D lies below videos")
-    epic_file: str = option("{participant}/{video}.MP4", "where a video of EPIC-KITCHENS lies below videos")
+    ego4d_file: str = option("{video}.mp4", "path of a video of Ego4D below videos")
+    epic_file: str = option("{participant}/{video}.MP4", "path of a video of EPIC-KITCHENS below videos")
 
     name: ClassVar[str] = "egoplan"
     task: ClassVar[TaskName] = "choice"
@@ -45,11 +45,11 @@ class EgoPlan(Benchmark):
     hidden: ClassVar[bool] = False
 
     def official(self) -> dict[str, Official]:
-        """Questions."""
+        """Return the number of questions."""
         return {"samples": Official(self.num_samples)}
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each question; groups are the source of its video, or its domain."""
+        """Yield a sample for each question; its group is the source of the video, or the domain."""
         file = self.main_file(self.files, "EgoPlan's questions")
         for number, row in enumerate(read_json(file, list), 1):
             yield try_parse(self._sample, row, counts, f"{file} entry {number}")
@@ -61,7 +61,7 @@ class EgoPlan(Benchmark):
         source, question = row.get("video_source"), row.get("question")
         named = text_of if isinstance(row.get("sample_id"), str) and not self.hidden else whole_number
         number = str(named(row, "sample_id", where))
-        # ids of the two sources are not known to be different
+        # The ids of the two sources may coincide.
         key = number if self.hidden or source is None else f"{source}_{number}"
         group = source or row.get("domain")
         return Sample(
@@ -87,7 +87,7 @@ class EgoPlan(Benchmark):
     def _clip(self, row: Any, counts: Counts, where: str) -> Clip:
         source = row.get("video_source")
         if source not in (None, "Ego4D", "EpicKitchens"):
-            raise SourceError(f"{where}: field 'video_source' is {source!r}, expected Ego4D or EpicKitchens: mend it")
+            raise SourceError(f"{where}: field 'video_source' is {source!r}, expected Ego4D or EpicKitchens: fix it")
         given = "video_id" if "video_id" in row else "sample_id"
         video = text_of(row, given, where)
         if given == "sample_id":
@@ -111,7 +111,7 @@ class EgoPlan(Benchmark):
         return Clip(file, start_s, end_s, last_at_end=True)
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
-        """How many questions have no known past."""
+        """Note how many questions have no known past."""
         found = counts.get(_NO_PROGRESS, 0)
         shown = f"{self.name}: {found:,} {_NO_PROGRESS}, which show the {WITHOUT_PROGRESS_S:g} s before it"
         return [shown] if found else []
@@ -127,14 +127,14 @@ class EgoPlanTest(EgoPlan):
     hidden: ClassVar[bool] = True
 
     def submission(self, samples: Sequence[Sample], predictions: Mapping[str, int]) -> dict[str, str]:
-        """``submission.json``, the list that the authors' example is."""
+        """Return ``submission.json``, a list like the authors' example."""
         rows = [{"sample_id": int(sample.id), "label": LETTERS[predictions[sample.id]]} for sample in samples]
         return {"submission.json": json.dumps(rows, indent=1)}
 
 
 @dataclass(frozen=True)
 class EgoPlan2(EgoPlan):
-    """EgoPlan-Bench2, all of Ego4D, in four domains."""
+    """EgoPlan-Bench2: videos of Ego4D in four domains."""
 
     name: ClassVar[str] = "egoplan2"
     files: ClassVar[tuple[str, ...]] = ("EgoPlan-Bench2.json", "egoplan2.json")
@@ -142,6 +142,6 @@ class EgoPlan2(EgoPlan):
 
 
 def _goal_question(goal: str) -> str:
-    """The question where the file has none."""
+    """Return the question for a row without one."""
     doing = goal.split()[0].lower().endswith("ing")
     return f"What should I do next {'while' if doing else 'to'} {goal}?"

@@ -1,4 +1,4 @@
-"""EgoSchema: one question of five options about three minutes of Ego4D.
+"""EgoSchema: a question with five options about three minutes of Ego4D.
 
 Read: ``questions.json``, a list of ``q_uid``, ``question`` and ``option 0`` to ``option 4``; ``subset_answers.json``,
 ``{q_uid: 0 to 4}`` of the 500 whose answers are public; and, to cut videos out of Ego4D, ``uid_to_ego4d.json``,
@@ -33,11 +33,11 @@ class EgoSchema(Benchmark):
     task: ClassVar[TaskName] = "choice"
 
     def official(self) -> dict[str, Official]:
-        """Questions and public answers."""
+        """Return the numbers of questions and public answers."""
         return {"samples": Official(5031 if self.part == "all" else 500), "public answers": Official(500)}
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each question; ``subset`` is the group of those with an answer."""
+        """Yield a sample for each question; those with a public answer are in the group ``subset``."""
         file = self.main_file(["questions.json"], "EgoSchema's questions")
         rows = read_json(file, list)
         if not all(isinstance(row, dict) and "question" in row for row in rows):
@@ -61,11 +61,11 @@ class EgoSchema(Benchmark):
         return Sample(uid, (clip,), one_line(row, "question", where), options, answers.get(uid), groups)
 
     def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
-        """Those with public answers."""
+        """Return the samples with public answers."""
         return [sample for sample in samples if sample.answer is not None]
 
     def submission(self, samples: Sequence[Sample], predictions: Mapping[str, int]) -> dict[str, str]:
-        """``submission.csv`` for Kaggle and ``submission.json`` for the authors' own server, where all were asked."""
+        """Return ``submission.csv`` for Kaggle and ``submission.json`` for the authors' server, with ``part: all``."""
         if self.part != "all":
             return {}
         table = io.StringIO()

@@ -1,4 +1,4 @@
-"""EgoTaskQA: questions about videos of household tasks (LEMMA), answered by one of the answers of the training file.
+"""EgoTaskQA: questions about videos of household tasks (LEMMA), with the answers of the training file as candidates.
 
 Read in ``direct`` or ``indirect`` below the annotations, or in that folder itself: ``train_qas.json`` and
 ``test_qas.json``, or ``formatted_<split>_qas_encode.json``, lists of ``interval``, ``question``, ``answer``,
@@ -22,7 +22,7 @@ from datamodules.io.annotations import Counts, Official, SourceError, read_json,
 
 _INTERVAL = re.compile(r"[^|/\\]+\|(?:fpv|P)\d+\|(\d{1,9})\|(\d{1,9})")
 _YES_NO = frozenset({"yes", "no"})
-_UNKNOWN = "questions whose answer no training question has, which cannot be answered rightly"
+_UNKNOWN = "questions whose answer no training question has, which cannot be answered correctly"
 _TYPES = ("type", "category", "semantic", "structural")
 
 
@@ -37,7 +37,7 @@ class _EgoTaskQA(Benchmark):
         return (self.main_file if given else self.other_file)(names, f"EgoTaskQA's {part} questions ({self.split})")
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each question of the test file, named by its place there; groups are the authors' sub-scores."""
+        """Yield a sample for each question of the test file; ids are places there, groups the authors' sub-scores."""
         file, vocabulary = self._file("test", given=True), {text.text for text in self.candidates()}
         rows = read_json(file, list)
         if any(isinstance(row, Mapping) and "option" in row for row in rows):
@@ -55,20 +55,20 @@ class _EgoTaskQA(Benchmark):
             yield sample
 
     def candidates(self) -> Sequence[Candidate]:
-        """Answers of the training file, each once."""
+        """Return the answers of the training file, each once."""
         file = self._file("train", given=False)
         answers = {one_line(row, "answer", f"{file} entry {n}"): None for n, row in enumerate(read_json(file, list), 1)}
         return [Candidate(answer) for answer in answers]
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
-        """How many questions cannot be answered."""
+        """Note how many questions cannot be answered."""
         found = counts.get(_UNKNOWN, 0)
         return [f"{self.name}: {found:,} {_UNKNOWN}"] if found else []
 
 
 @dataclass(frozen=True)
 class EgoTaskQADirect(_EgoTaskQA):
-    """The normal split."""
+    """The normal split, with direct and indirect references."""
 
     name: ClassVar[str] = "egotaskqa_direct"
     split: ClassVar[str] = "direct"
@@ -76,7 +76,7 @@ class EgoTaskQADirect(_EgoTaskQA):
 
 @dataclass(frozen=True)
 class EgoTaskQAIndirect(_EgoTaskQA):
-    """Only things that are named indirectly, while training names them directly."""
+    """The split that tests indirect references after training on direct ones."""
 
     name: ClassVar[str] = "egotaskqa_indirect"
     split: ClassVar[str] = "indirect"
@@ -84,7 +84,7 @@ class EgoTaskQAIndirect(_EgoTaskQA):
 
 @dataclass(frozen=True)
 class EgoTaskQAMcq(Benchmark):
-    """A version of five options by the authors of EgoThinker, whose options give most answers away: never train on it.
+    """A version with five options by the authors of EgoThinker; the options reveal most answers: never train on it.
 
     Read: ``egotaskqa_mcq.json``, a list of ``q``, ``video_path``, ``a`` (a letter) and ``option``, texts by letter.
     """
@@ -93,11 +93,11 @@ class EgoTaskQAMcq(Benchmark):
     task: ClassVar[TaskName] = "choice"
 
     def official(self) -> dict[str, Official]:
-        """Questions."""
+        """Return the numbers of questions and videos."""
         return {"samples": Official(8783), "videos": Official(2128)}
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each question."""
+        """Yield a sample for each question."""
         file = self.main_file(["egotaskqa_mcq.json", "egotaskqa.json"], "EgoThinker's choices of EgoTaskQA")
         for number, row in enumerate(read_json(file, list), 1):
             sample = try_parse(self._sample, row, f"{number:06d}", f"{file} entry {number}")
@@ -115,10 +115,10 @@ class EgoTaskQAMcq(Benchmark):
         return Sample(key, (Clip(video),), one_line(row, "q", where), options, options.index(answer), (_form(answer),))
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
-        """What its scores are worth."""
+        """Warn that the options reveal the answers."""
         return [
-            f"{self.name}: its options give the answer away; from them alone, without video and question, 91 % can be "
-            "reached. Report it beside a run that sees no video, and never train on it"
+            f"{self.name}: its options reveal the answer; from them alone, without video and question, 91 % can be "
+            "reached. Report it next to a run without video, and never train on it"
         ]
 
 
@@ -141,7 +141,7 @@ def _form(answer: str) -> str:
 
 
 def _reference(row: Any) -> str:
-    """Whether things are named directly; files for training leave the field itself out."""
+    """Return the kind of reference; training files lack the field but may list ``direct`` among the types."""
     named = row.get("reference") if isinstance(row, Mapping) else None
     return "direct" if named == "direct" or (named is None and "direct" in _types(row)) else "indirect"
 

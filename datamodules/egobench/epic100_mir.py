@@ -1,9 +1,9 @@
-"""EPIC-KITCHENS-100 multi-instance retrieval: captions for clips, and clips for captions.
+"""EPIC-KITCHENS-100 multi-instance retrieval: find captions for clips, and clips for captions.
 
 Read, also in ``retrieval_annotations``: ``EPIC_100_retrieval_test.csv``, the clips, and
 ``EPIC_100_retrieval_test_sentence.csv``, whose ``narration_id`` says which of the clips' narrations are captions. Its
 own texts are not read: six of them are those of the row before. Clips are cut by their times, since their frame numbers
-are those of pictures that were made at 60 a second, whatever the video has.
+are those of frames extracted at 60 a second, whatever the frame rate of the video.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _FAST_CLIPS = 400
 
 @dataclass(frozen=True)
 class Epic100Mir(Benchmark):
-    """Clips and captions of the test split."""
+    """The clips and captions of the test split."""
 
-    file: str = option("{participant}/{video}.MP4", "where a video lies below videos")
+    file: str = option("{participant}/{video}.MP4", "path of a video below videos")
 
     name: ClassVar[str] = "epic100_mir"
     task: ClassVar[TaskName] = "rank_texts"
 
     def official(self) -> dict[str, Official]:
-        """Clips, captions and videos."""
+        """Return the numbers of clips, captions and videos."""
         return {"samples": Official(9668), "candidates": Official(3842), "videos": Official(138)}
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each clip."""
+        """Yield a sample for each clip."""
         for where, row in self._table():
             sample = row if isinstance(row, SourceError) else try_parse(self._sample, row, where)
             if isinstance(sample, Sample):
@@ -61,7 +61,7 @@ class Epic100Mir(Benchmark):
         return Sample(text_of(row, "narration_id", where), (clip,), labels=_labels(row, where))
 
     def candidates(self) -> Sequence[Candidate]:
-        """Captions in the order of the file of sentences."""
+        """Return the captions in the order of the sentence file."""
         narrated = {row["narration_id"]: (where, row) for where, row in self._table() if isinstance(row, dict)}
         file = self.other_file([_SENTENCES, f"retrieval_annotations/{_SENTENCES}"], "the captions of the test")
         texts = []
@@ -76,12 +76,12 @@ class Epic100Mir(Benchmark):
         return texts
 
     def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
-        """The first clips."""
+        """Return the first clips."""
         return list(samples[:_FAST_CLIPS])
 
 
 def video_file(pattern: str, participant: str, video: str) -> str:
-    """Where a video lies.
+    """Return the path of a video.
 
     Raises:
         SourceError: the pattern has other slots than ``{participant}`` and ``{video}``.
@@ -106,5 +106,5 @@ def _labels(row: Any, where: str) -> dict[str, Any]:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         nouns = None
     if not isinstance(nouns, list) or not nouns or not all(type(noun) is int for noun in nouns):
-        raise SourceError(f"{where}: column 'all_noun_classes' is {given!r}, expected a list such as [2, 5]: mend it")
+        raise SourceError(f"{where}: column 'all_noun_classes' is {given!r}, expected a list such as [2, 5]: fix it")
     return {"verb": whole_number(row, "verb_class", where), "nouns": sorted(set(nouns))}

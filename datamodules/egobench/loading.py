@@ -201,6 +201,7 @@ def _names_of(entry: Mapping[str, Any]) -> list[str]:
 def _configured(entry: Mapping[str, Any]) -> tuple[Benchmark, int | None]:
     """Return the benchmark of an entry and its limit."""
     kind = benchmark_class(entry.get("name", entry.get("class")))
+    entry = _with_new_keys(entry, kind)
     known = {field.name: field for field in fields(kind)}
     hints = get_type_hints(kind)
     problems: list[str] = []
@@ -223,6 +224,17 @@ def _configured(entry: Mapping[str, Any]) -> tuple[Benchmark, int | None]:
     if problems:
         raise ValueError(f"benchmarks: {kind.name}: {'; '.join(problems)}")
     return kind(**values), limit
+
+
+def _with_new_keys(entry: Mapping[str, Any], kind: type[Benchmark]) -> dict[str, Any]:
+    """Return an entry with keys of earlier versions under their new names, and print a line for each."""
+    renamed = dict(entry)
+    for old, (new, values) in kind.renamed.items():
+        if old in renamed:
+            value = renamed.pop(old)
+            renamed[new] = values.get(value, value)
+            print(f"egobench.benchmarks: {kind.name}: {old} is now called {new}", file=sys.stderr)
+    return renamed
 
 
 def _converted(value: Any, hint: Any) -> Any:

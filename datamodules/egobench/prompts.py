@@ -1,4 +1,4 @@
-"""Wordings of questions, from a YAML file that can be replaced."""
+"""Prompt templates of benchmark questions, from a YAML file that can be replaced."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from datamodules.egobench.samples import Sample
 
 STYLES = ("base", "task", "ego")
 FILE = Path(__file__).with_name("prompts.yaml")
-"""The wordings that come with this repository."""
+"""The templates of this repository."""
 _SLOT = re.compile(r"\{(\w+)\}")
 _ALLOWED = {"choice": {"context", "question", "options"}, "open": {"context", "question"}}
 _KEYS = ("prefill", "choice", "open", "context")
 
 
 class Prompts:
-    """The wordings of one benchmark in one style.
+    """The prompt templates of one benchmark in one style.
 
     Args:
-        path: a file of the form of ``prompts.yaml``; None for that one.
-        benchmark: name, which says what is put for ``{context}``.
-        style: ``base`` says the question, ``task`` also what is wanted, ``ego`` also from whose eyes the video is seen.
+        path: a file of the form of ``prompts.yaml``; None for that file.
+        benchmark: name, which selects the text of ``{context}``.
+        style: ``base`` for the bare question, ``task`` with instructions, ``ego`` also with the point of view.
 
     Attributes:
-        prefill: how the answer to a choice begins.
+        prefill: first words of the answer to a choice.
 
     Raises:
-        ValueError: the file cannot be used; names the file and all that is wrong with it.
+        ValueError: the file is invalid; the message names the file and lists all problems.
     """
 
     def __init__(self, path: str | Path | None, benchmark: str, style: str = "ego") -> None:
@@ -48,14 +48,14 @@ class Prompts:
         return {**self._templates, "context": self._context, "prefill": self.prefill}
 
     def choice(self, sample: Sample, order: Sequence[int] | None = None) -> str:
-        """A question with its options, ``(A) text`` a line.
+        """Return a question with its options, one per line as ``(A) text``.
 
         Args:
             sample: of a ``choice``.
-            order: numbers of the options as they are shown; their own order if None.
+            order: indices of the options in the order of display; None for their own order.
 
         Raises:
-            ValueError: the order is none of all options.
+            ValueError: the order does not hold each option once.
         """
         shown = range(len(sample.options)) if order is None else order
         if sorted(shown) != list(range(len(sample.options))):
@@ -66,7 +66,7 @@ class Prompts:
         return self._filled("choice", question=sample.text, options=options)
 
     def open(self, sample: Sample) -> str:
-        """A question to be answered in words."""
+        """Return a question to be answered in words."""
         return self._filled("open", question=sample.text)
 
     def _filled(self, kind: str, **slots: str) -> str:
@@ -81,7 +81,7 @@ def _read(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"prompts: no file {file}: correct the path") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: no YAML ({' '.join(str(error).split())}): mend it") from None
+        raise ValueError(f"{file}: invalid YAML ({' '.join(str(error).split())}): fix it") from None
     if not isinstance(given, Mapping) or set(given) != set(_KEYS):
         keys = ", ".join(map(str, given)) if isinstance(given, Mapping) else type(given).__name__
         raise ValueError(f"{file}: keys are {keys or 'none'}, expected {', '.join(_KEYS)}")
@@ -100,11 +100,11 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(given)
 
 
-def _problems(kind: str, wordings: Any, allowed: set[str]) -> list[str]:
-    if not isinstance(wordings, Mapping) or set(wordings) != set(STYLES):
+def _problems(kind: str, templates: Any, allowed: set[str]) -> list[str]:
+    if not isinstance(templates, Mapping) or set(templates) != set(STYLES):
         return [f"{kind}: expected a text for each of {', '.join(STYLES)}"]
     problems = []
-    for style, text in wordings.items():
+    for style, text in templates.items():
         slots = set(_SLOT.findall(text)) if _is_text(text) else set()
         if unknown := sorted(slots - allowed):
             problems.append(f"{kind}.{style}: slot {', '.join(unknown)}: allowed: {', '.join(sorted(allowed))}")

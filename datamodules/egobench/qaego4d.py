@@ -1,4 +1,4 @@
-"""QAEgo4D: questions about clips of Ego4D of some eight minutes, answered in words or by a choice of four.
+"""QAEgo4D: questions about clips of Ego4D of about eight minutes, answered in words or by choosing among four.
 
 Read, whichever is there:
 
@@ -9,7 +9,7 @@ Read, whichever is there:
 - The authors' ``answers.json``, ``{split: {sample_id: answer}}``, with Ego4D's ``nlq_val.json`` of version 1; a
   ``sample_id`` is ``<annotation_uid>_<number of the query>``.
 
-The whole clip is shown, and not the moment that the answer is at.
+A sample shows the whole clip, not only the moment of the answer.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from datamodules.io.annotations import Counts, SourceError, number_of, option, r
 from datamodules.io.jsonl import is_text
 
 Offsets = Mapping[str, tuple[str, float, float]]
-"""Video, start and end in it in seconds, by clip."""
+"""Video, and start and end in it in seconds, by clip."""
 _AMBIGUOUS = "questions whose four options are not all different"
 
 
 @dataclass(frozen=True)
 class _QAEgo4D(Benchmark):
     cut: bool = option(False, "videos are whole recordings of Ego4D, <video_uid>.mp4, not its clips, <clip_uid>.mp4")
-    nlq: Path | None = option(None, "Ego4D's nlq_val.json, where it is not beside the annotations")
+    nlq: Path | None = option(None, "Ego4D's nlq_val.json, if it is not next to the annotations")
 
     def _offsets(self) -> Offsets:
-        beside = (self.annotations.parent if self.annotations.is_file() else self.annotations) / "nlq_val.json"
-        file = self.nlq or (beside if beside.is_file() else None)
+        default = (self.annotations.parent if self.annotations.is_file() else self.annotations) / "nlq_val.json"
+        file = self.nlq or (default if default.is_file() else None)
         return {} if file is None else {clip: place for clip, place, _ in _nlq_clips(file)}
 
     def _clip(self, row: Any, offsets: Offsets, where: str) -> Clip:
@@ -49,7 +49,7 @@ class _QAEgo4D(Benchmark):
         elif uid in offsets:
             video, start_s, end_s = offsets[uid]
         else:
-            raise SourceError(f"{where}: where clip {uid} lies in its recording is not known: give nlq_val.json as nlq")
+            raise SourceError(f"{where}: the place of clip {uid} in its recording is unknown: set nlq to nlq_val.json")
         if not 0 <= start_s < end_s:
             raise SourceError(f"{where}: clip {uid} goes from {start_s:g} to {end_s:g} s: correct it")
         return Clip(f"{video}.mp4", start_s, end_s)
@@ -57,13 +57,13 @@ class _QAEgo4D(Benchmark):
 
 @dataclass(frozen=True)
 class QAEgo4DOpen(_QAEgo4D):
-    """Questions answered in words."""
+    """The questions, answered in words."""
 
     name: ClassVar[str] = "qaego4d_open"
     task: ClassVar[TaskName] = "open"
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each question of the test split."""
+        """Yield a sample for each question of the test split."""
         names = ["annotations.QaEgo4D_test.json", "annotations.test.json", "answers.json"]
         file = self.main_file(names, "QAEgo4D's questions")
         offsets = self._offsets() if self.cut else {}
@@ -101,13 +101,13 @@ class QAEgo4DOpen(_QAEgo4D):
 
 @dataclass(frozen=True)
 class QAEgo4DClosed(_QAEgo4D):
-    """Questions of four options, in an order that depends on the question's id only."""
+    """The questions with four options, in an order that depends only on the question's id."""
 
     name: ClassVar[str] = "qaego4d_closed"
     task: ClassVar[TaskName] = "choice"
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each question."""
+        """Yield a sample for each question."""
         file = self.main_file(["annotations.QaEgo4D_test_close.json"], "GroundVQA's closed test of QAEgo4D")
         offsets = self._offsets() if self.cut else {}
         for where, row in _rows(file):
@@ -130,7 +130,7 @@ class QAEgo4DClosed(_QAEgo4D):
         return Sample(key, (clip,), one_line(row, "question", where), options, order.index(0))
 
     def remarks(self, counts: Mapping[str, int]) -> list[str]:
-        """Which questions have no single right answer."""
+        """Note how many questions have no single right answer."""
         found = counts.get(_AMBIGUOUS, 0)
         return [f"{self.name}: {found:,} {_AMBIGUOUS}"] if found else []
 
@@ -140,15 +140,15 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _converted(text: str) -> str:
-    """A text as the authors' merged files have it, without commas and line breaks."""
+    """Return a text without commas and line breaks, as in the authors' merged files."""
     return " ".join(text.replace(",", "").split())
 
 
 def _nlq_clips(file: Path) -> Iterator[tuple[str, tuple[str, float, float], dict[str, Any]]]:
-    """Clips of Ego4D's natural language queries: where they lie, and their queries by ``sample_id``.
+    """Yield the clips of Ego4D's natural language queries, with their place and their queries by ``sample_id``.
 
     Raises:
-        SourceError: it is no such file.
+        SourceError: the file has another form.
     """
     for video in _list(read_json(file, dict), "videos", str(file)):
         uid = text_of(video, "video_uid", str(file))

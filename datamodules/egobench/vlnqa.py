@@ -1,8 +1,8 @@
-"""VLN-QA: which way an agent goes next, 200 questions; MVBench's "Egocentric Navigation".
+"""VLN-QA: choose the next move of an agent, 200 questions; MVBench's "Egocentric Navigation".
 
 Read in either of two forms. MVBench's ``egocentric_navigation.json`` has ``video``, ``question``, ``candidates`` (four)
 and ``answer``. EgoThinker's ``vlnqa.json`` has ``video_path``, ``gt`` (a letter) and ``text``, a whole prompt with its
-options on lines ``A: ...``. The folder that a video lies in is its answer, and no part of a sample but the clip.
+options on lines ``A: ...``. The folder of a video is the answer, so that only the clip of a sample holds it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OPTION = re.compile(r"^([A-Z]):[ ]*(.*\S)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class VlnQA(Benchmark):
-    """Questions about the whole video."""
+    """All questions; each is about a whole video."""
 
     folder: str = option("", "folder below videos that the paths of the file begin in, such as vlnqa")
 
@@ -32,18 +32,18 @@ class VlnQA(Benchmark):
     task: ClassVar[TaskName] = "choice"
 
     def official(self) -> dict[str, Official]:
-        """Questions."""
+        """Return the number of questions."""
         return {"samples": Official(200)}
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
-        """A sample for each question, named by its video."""
+        """Yield a sample for each question, with the name of its video as id."""
         names = ["vlnqa.json", "egocentric_navigation.json", "json/egocentric_navigation.json"]
         file = self.main_file(names, "the questions of VLN-QA")
         for number, row in enumerate(read_json(file, list), 1):
             yield try_parse(self._sample, row, f"{file} entry {number}")
 
     def _sample(self, row: Any, where: str) -> Sample:
-        parts = _spelled_out(row, where) if isinstance(row, dict) and "text" in row else _apart(row, where)
+        parts = _parse_prompt(row, where) if isinstance(row, dict) and "text" in row else _parse_fields(row, where)
         video, question, options, answer = parts
         if len(options) != 4 or len(set(options)) != 4:
             raise SourceError(f"{where}: options are {list(options)}, expected four different ones: correct them")
@@ -51,8 +51,8 @@ class VlnQA(Benchmark):
         return Sample(PurePosixPath(video).stem, (clip,), question, options, answer)
 
 
-def _spelled_out(row: Any, where: str) -> tuple[str, str, tuple[str, ...], int]:
-    """Video, question, options and answer of a row of EgoThinker's."""
+def _parse_prompt(row: Any, where: str) -> tuple[str, str, tuple[str, ...], int]:
+    """Return video, question, options and answer of a row in EgoThinker's form."""
     prompt = _PROMPT.match(text_of(row, "text", where).replace("\r\n", "\n"))
     if prompt is None:
         raise SourceError(f"{where}: field 'text' has no lines 'Question:' and 'Option:': fetch the file again")
@@ -64,8 +64,8 @@ def _spelled_out(row: Any, where: str) -> tuple[str, str, tuple[str, ...], int]:
     return text_of(row, "video_path", where), prompt["question"].strip(), options, letters.index(right)
 
 
-def _apart(row: Any, where: str) -> tuple[str, str, tuple[str, ...], int]:
-    """Video, question, options and answer of a row of MVBench's."""
+def _parse_fields(row: Any, where: str) -> tuple[str, str, tuple[str, ...], int]:
+    """Return video, question, options and answer of a row in MVBench's form."""
     video, right = text_of(row, "video", where), one_line(row, "answer", where)
     candidates = row.get("candidates")
     if not isinstance(candidates, list) or not all(map(is_text, candidates)):

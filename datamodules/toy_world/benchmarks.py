@@ -1,4 +1,4 @@
-"""The eight egocentric benchmarks about takes of their own, in the files and fields that their authors publish.
+"""Write the eight benchmarks about takes of the generated world, in the files and fields of the official releases.
 
 ::
 
@@ -13,7 +13,7 @@
       vlnqa/        vlnqa.json  videos/<take>_frame<n>.mp4
       egomcq/       egomcq.json  videos/<ego4d>.mp4
 
-Numbers of items are this world's. Every answer follows from what was simulated, and right options stand in every place
+Numbers of samples are this world's. Every answer follows from the simulation, and right options stand in every place
 about equally often. A clip of EgoSchema and EgoTaskQA is half a take, one of VLN-QA the part up to the question.
 """
 
@@ -41,10 +41,10 @@ from datamodules.toy_world.scene import COLOURS, KINDS, VERBS, Action, Take, Thi
 from datamodules.toy_world.video import encode
 
 EGO4D_FPS, EGOTASKQA_FPS = 30, 24
-EPIC_FPS = 60  # of the pictures that EPIC-KITCHENS' frame numbers count from 1, whatever rate a video has
+EPIC_FPS = 60  # EPIC-KITCHENS counts frames from 1 at this rate, whatever the rate of a video
 MOST_CLASSES = 157
 NEXT = ("picks up", "puts down", "shakes", "taps")
-"""The four options of every question in VLN-QA's form; the real ones, of walking, do not occur in this world."""
+"""The four options of every question in VLN-QA's form; the real ones are about walking, which does not occur here."""
 _HELD = ("puts down", "shakes")  # what can be done with an object in the hand, and with no other
 
 
@@ -68,62 +68,62 @@ class _Take:
 
     @property
     def ego4d(self) -> str:
-        """Ego4D's name of the recording."""
+        """Name of the recording as in Ego4D."""
         return str(uuid.UUID(int=(3 << 64) + self.simulated.seed))
 
     @property
     def participant(self) -> str:
-        """EPIC-KITCHENS' name of who filmed it."""
+        """Name of the participant as in EPIC-KITCHENS."""
         return f"P{self.number // 10 + 1:02d}"
 
     @property
     def epic(self) -> str:
-        """EPIC-KITCHENS' name of the recording."""
+        """Name of the recording as in EPIC-KITCHENS."""
         return f"{self.participant}_{self.number % 10 + 1:02d}"
 
     @property
     def actions(self) -> list[Action]:
-        """In the order of time."""
+        """All actions in the order of time."""
         return self.simulated.actions
 
     @property
     def fps(self) -> int:
-        """Of its files."""
+        """Frame rate of its files."""
         return self.simulated.world.fps
 
     def frames(self, actions: Sequence[Action]) -> tuple[int, int]:
-        """First frame of some actions in a row, and the one after their last."""
+        """Return the first frame of consecutive actions, and the one after their last."""
         first, end = (round(time_s * self.fps) for time_s in (actions[0].start_s, actions[-1].end_s))
         return first, min(end, self.simulated.num_frames)
 
     def film(self, path: str, actions: Sequence[Action] = ()) -> _Film:
-        """A file of some actions, or of everything."""
+        """Return a file of some actions, or of the whole take."""
         return _Film(self.number, path, *(self.frames(actions) if actions else (0, self.simulated.num_frames)))
 
     def thing(self, action: Action) -> Thing:
-        """What an action uses."""
+        """Return the object that an action uses."""
         return self.simulated.things[action.thing]
 
     def phrase(self, action: Action) -> str:
-        """An action without who does it and the hand."""
+        """Return the text of an action without its subject and the hand."""
         return phrase(action.verb, self.thing(action), action.hand)
 
     def halves(self) -> list[list[Action]]:
-        """The first and the second half of its actions."""
+        """Return the first and the second half of the actions."""
         middle = len(self.actions) // 2
         return [half for half in (self.actions[:middle], self.actions[middle:]) if half]
 
 
 def write_benchmarks(root: Path, world: World, seeds: Sequence[int], size: int, counter: bool, workers: int) -> None:
-    """Write all of them.
+    """Write all benchmarks.
 
     Args:
         root: folder ``egobench``.
         world: the takes' world.
-        seeds: of the takes.
-        size: side of every picture in pixels.
+        seeds: one for each take.
+        size: side of every frame in pixels.
         counter: paint frame numbers, see ``render``.
-        workers: processes that render.
+        workers: number of rendering processes.
     """
     takes = [_Take(number, simulate(seed, world), size) for number, seed in enumerate(seeds)]
     writers = (_egoschema, _qaego4d, _egotaskqa, _charades_ego, _epic100_mir, _egoplan, _vlnqa, _egomcq)
@@ -138,7 +138,7 @@ def write_benchmarks(root: Path, world: World, seeds: Sequence[int], size: int, 
 
 
 def _film(job: tuple[int, World, list[_Film]], root: Path, size: int, counter: bool) -> None:
-    """Render a take once and write every file of it; files of the same frames are one, where the disk has links."""
+    """Render a take once and write all its files; files of the same frames share one inode if the disk has links."""
     seed, world, films = job
     take = simulate(seed, world)
     camera = ego_camera(take, size)
@@ -162,9 +162,9 @@ def _film(job: tuple[int, World, list[_Film]], root: Path, size: int, counter: b
 
 
 def _egoschema(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
-    """What happens in half a take: two of its actions in order, against those of others with right or wrong things.
+    """Write EgoSchema: two actions of half a take in order, against actions of others with right or wrong objects.
 
-    Each wrong option has the right things with probability one half, so that no option stands out among the five. One
+    Each wrong option has the right objects with probability one half, so that no option stands out among the five. One
     question in six has no public answer.
     """
     halves = [(take, half, _two(half, rng)) for take in takes for half in take.halves() if len(half) > 1]
@@ -206,7 +206,7 @@ def _then(verbs: tuple[str, str], things: Sequence[Thing]) -> str:
 
 
 def _egoplan(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
-    """Which action comes next, of which one alone is possible.
+    """Write EgoPlan: options for the next action, only one of which is possible.
 
     An object in the hand is put down or shaken, and no other is touched; a free hand does neither. The options are one
     verb of each kind with the object used next and with another one: after a free hand, one that is not in the scene.
@@ -255,12 +255,12 @@ def _egoplan(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> 
 
 
 def _frame_number(frame: int, take: _Take, fps: int, first: int) -> int:
-    """The earliest number, at another rate and counted from ``first``, that shows a frame of the take's files."""
+    """Return the earliest number of a frame at another rate, counted from ``first``."""
     return math.ceil(frame * fps / take.fps) + first
 
 
 def _vlnqa(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
-    """Which of three announced actions comes next, after a clip of the first or of the first two; balanced answers."""
+    """Write VLN-QA: three actions are announced, a clip shows one or two, and the next one is asked for; balanced."""
     found: dict[str, list[tuple[_Take, int, int]]] = {verb: [] for verb in NEXT}
     for take in takes:
         for begin in range(len(take.actions) - 2):
@@ -277,8 +277,8 @@ def _vlnqa(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> It
         shown = announced[:done]
         path = f"{take.number:04d}_frame{begin}-{take.frames(shown)[1]}.mp4"
         films[path] = take.film(f"videos/{path}", shown)
-        said = ", then ".join(take.phrase(action) for action in announced)
-        question = f"In the video the camera-wearer {said}. What does the camera-wearer do next?"
+        announcement = ", then ".join(take.phrase(action) for action in announced)
+        question = f"In the video the camera-wearer {announcement}. What does the camera-wearer do next?"
         candidates = [NEXT[n] for n in rng.permutation(4)]
         rows.append({"video": path, "question": question, "candidates": candidates, "answer": verb})
     _write_json(folder / "vlnqa.json", rows)
@@ -290,7 +290,7 @@ def _vlnqa(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> It
 
 
 def _qaego4d(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
-    """Three questions about a whole take; those about two takes of three are in the closed file, too."""
+    """Write QAEgo4D: three questions about a whole take; those of two takes in three are in the closed file, too."""
     opened: list[dict[str, Any]] = []
     closed: list[dict[str, Any]] = []
     for take in takes:
@@ -326,7 +326,7 @@ def _qaego4d(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> 
 
 
 def _egotaskqa(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
-    """Two questions about each half of a take, whose objects and actions are named, or told by their order.
+    """Write EgoTaskQA: two questions about each half of a take, with objects and actions named or given by their order.
 
     A quarter of each answer's questions, and at least one, are for training, so that it is in the vocabulary.
     """
@@ -365,19 +365,19 @@ def _egotaskqa(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -
     }
     named = [row for row in parts["train"] if row["reference"] == "direct"]
     known = {row["answer"] for row in named}
-    told = [row for row in parts["test"] if row["reference"] == "indirect" and row["answer"] in known]
-    for split, train_rows, test_rows in (("direct", parts["train"], parts["test"]), ("indirect", named, told)):
+    indirect = [row for row in parts["test"] if row["reference"] == "indirect" and row["answer"] in known]
+    for split, train_rows, test_rows in (("direct", parts["train"], parts["test"]), ("indirect", named, indirect)):
         _write_json(folder / split / "train_qas.json", train_rows)
         _write_json(folder / split / "test_qas.json", test_rows)
 
 
 def _asked(take: _Take, half: Sequence[Action], reference: str, rng: np.random.Generator) -> tuple[str, str, str]:
-    """Category, question and answer about half a take."""
+    """Return category, question and answer about half a take."""
     chosen = half[int(rng.integers(len(half)))]
     used = {action.thing for action in half}
     thing = take.thing(chosen)
     earliest = next(action for action in half if action.thing == chosen.thing)
-    end, told = (("first", half[0]), ("last", half[-1]))[int(rng.integers(2))]
+    end, action = (("first", half[0]), ("last", half[-1]))[int(rng.integers(2))]
     yes = bool(rng.random() < 0.5)
     if reference == "direct":
         unused = [thing for number, thing in enumerate(take.simulated.things) if number not in used]
@@ -389,12 +389,12 @@ def _asked(take: _Take, half: Sequence[Action], reference: str, rng: np.random.G
             ("object", f"Which object is {thing.colour}?", thing.kind),
         ]
     else:
-        verb = told.verb if yes else str(rng.choice([verb for verb in VERBS if verb != told.verb]))
+        verb = action.verb if yes else str(rng.choice([verb for verb in VERBS if verb != action.verb]))
         rows = [
-            ("action", f"What does the camera-wearer do {end}?", told.verb),
+            ("action", f"What does the camera-wearer do {end}?", action.verb),
             ("action", f"What does the camera-wearer do {end}: {verb}, yes?", "yes" if yes else "no"),
-            ("object", f"What colour is the object that the camera-wearer uses {end}?", take.thing(told).colour),
-            ("object", f"Which object does the camera-wearer use {end}?", take.thing(told).kind),
+            ("object", f"What colour is the object that the camera-wearer uses {end}?", take.thing(action).colour),
+            ("object", f"Which object does the camera-wearer use {end}?", take.thing(action).kind),
         ]
     return rows[int(rng.integers(len(rows)))]
 
@@ -404,7 +404,7 @@ def _asked(take: _Take, half: Sequence[Action], reference: str, rng: np.random.G
 
 
 def _charades_ego(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
-    """Classes are what is done with which object; those that occur, the most frequent if there are too many."""
+    """Write Charades-Ego: a class is an action with an object; the most frequent ones if there are too many."""
     counted = Counter((action.verb, take.thing(action)) for take in takes for action in take.actions)
     kept = dict(counted.most_common(MOST_CLASSES))
     things = [Thing(kind, colour) for kind in KINDS for colour in COLOURS]
@@ -426,7 +426,7 @@ def _charades_ego(folder: Path, takes: Sequence[_Take], rng: np.random.Generator
 
 
 def _epic100_mir(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
-    """Half of the actions; a noun is an object with its colour, and captions tell the hand, which no class does."""
+    """Write EPIC-KITCHENS MIR: half of the actions; a noun is an object with its colour, and captions name the hand."""
     header = "narration_id participant_id video_id narration_timestamp start_timestamp stop_timestamp start_frame"
     header += " stop_frame narration verb verb_class noun noun_class all_nouns all_noun_classes"
     colours, rows = list(COLOURS), []
@@ -454,7 +454,7 @@ def _epic100_mir(folder: Path, takes: Sequence[_Take], rng: np.random.Generator)
 
 
 def _egomcq(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
-    """One question with clips of five takes, and one with five clips of the take, for every take that has them."""
+    """Write EgoMCQ: for every take one question with clips of five takes, and one with five clips of the take."""
     asked: list[tuple[int, list[tuple[_Take, Action]]]] = []
     for take in takes:
         own = {questions.caption(take.simulated, action): (take, action) for action in take.actions}
@@ -496,7 +496,7 @@ def _narrated(take: _Take, action: Action) -> dict[str, Any]:
 
 
 def _places(items: int, options: int, rng: np.random.Generator) -> list[int]:
-    """Where the right options stand: every place as often as any other, but for a rest."""
+    """Return the places of the right options; all places are equally frequent, up to a remainder."""
     places: list[int] = rng.permutation(np.arange(items) % options).tolist()
     return places
 
@@ -506,7 +506,7 @@ def _placed(true: Any, wrong: Sequence[Any], place: int) -> list[Any]:
 
 
 def _absent(take: _Take, rng: np.random.Generator, more: Sequence[Thing] = ()) -> Thing:
-    """A thing of the world that shares neither kind nor colour with one in the scene, as far as there are such."""
+    """Return an object that shares neither kind nor colour with one in the scene, or as little as possible."""
     world = take.simulated.world
     things = [Thing(kind, colour) for kind in KINDS[: world.kinds] for colour in list(COLOURS)[: world.colours]]
     away = [thing for thing in things if thing not in take.simulated.things and thing not in more]

@@ -1,1 +1,1 @@
-"""EgoBench: what a model knows about egocentric video, by eight benchmarks."""
+"""EgoBench: evaluate a model on eight benchmarks of egocentric video, or on one of your own."""

@@ -1,4 +1,4 @@
-"""What the benchmarks cost at their official sizes, before any file of theirs is there."""
+"""Estimate the cost of the benchmarks at their official sizes, without any of their files."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_modules.stages.base import Stage
 from lightning_modules.validation.report import markdown_table
 
 LEAD_TOKENS = 40
-"""Of a system text and an instruction."""
+"""Tokens of a system text and an instruction."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A benchmark as its authors released it.
+    """Size of a benchmark as its authors released it.
 
     Attributes:
-        clips: distinct ones, each read once.
-        tokens: that follow a clip, in all: questions, options, candidates.
-        pairs: of clip and candidate; what scoring one by one would read.
+        clips: distinct clips, each encoded once.
+        tokens: tokens after a clip, of questions, options and candidates together.
+        pairs: pairs of clip and candidate, the number of clips to encode without a shared prefix.
     """
 
     clips: int
@@ -44,27 +44,27 @@ SIZES = {
     "vlnqa": Size(200, 120, 200 * 4),
     "egomcq": Size(198_755, 12, 198_755),
 }
-"""Counted in the official files, or where these are not public the counts that their users report; tokens are for a
-vocabulary of 32,000, a common beginning of candidates counted once."""
+"""Counted in the official files, or reported by their users if those are not public. Tokens are for a vocabulary of
+32,000; a common beginning of candidates counts once."""
 
 
 def cost_table(stage: Stage, num_frames: int, assumed: PlanConfig, devices: int) -> str:
-    """Markdown: operations and hours of each benchmark, and what scoring pair by pair would take.
+    """Return a Markdown table of the operations and hours of each benchmark, also for scoring pair by pair.
 
     Args:
-        stage: its model is built on the meta device here; answers about egocentric clips.
-        num_frames: of a clip.
-        assumed: what devices do; without their peak, hours are left out.
-        devices: that share the clips.
+        stage: a stage for egocentric clips; its model is built on the meta device here.
+        num_frames: frames of a clip.
+        assumed: speed of the devices; without their peak there are no hours.
+        devices: number of devices that share the clips.
     """
-    read, follow = _flops(stage, num_frames)
-    head = ["benchmark", "clips", "tokens behind each", "PFLOP"]
+    encode, follow = _flops(stage, num_frames)
+    head = ["benchmark", "clips", "tokens after each", "PFLOP"]
     rows = [
         head if assumed.peak_tflops is None else [*head, f"on {devices} device{'s' * (devices > 1)}", "pair by pair"]
     ]
     for name, size in SIZES.items():
-        flops = size.clips * (read + size.tokens * follow)
-        alone = size.pairs * (read + size.tokens * size.clips / size.pairs * follow)
+        flops = size.clips * (encode + size.tokens * follow)
+        alone = size.pairs * (encode + size.tokens * size.clips / size.pairs * follow)
         cells = [name, f"{size.clips:,}", f"{size.tokens:,}", f"{flops / 1e15:,.3g}"]
         if assumed.peak_tflops is not None:
             speed = devices * assumed.peak_tflops * 1e12 * assumed.mfu * 3600
@@ -78,7 +78,7 @@ def _duration(hours: float) -> str:
 
 
 def _flops(stage: Stage, num_frames: int) -> tuple[float, float]:
-    """Of reading a clip, and of each token behind it, attention to the clip included."""
+    """Return the operations of encoding a clip, and of each token after it with its attention to the clip."""
     stage.attach(stage.on_meta())
     stage.to("meta").eval()
     side, language_model = stage.network.encoder_shape.image_size, stage.model.language_model

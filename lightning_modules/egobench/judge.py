@@ -1,8 +1,8 @@
-"""Open answers judged by a language model: the protocol of Video-ChatGPT without an API.
+"""Judge open answers with a language model: the protocol of Video-ChatGPT without an API.
 
 A judge sees question, reference and prediction and replies with ``{'pred': 'yes' | 'no', 'score': 0 to 5}``. Accuracy
-is yes / (yes + no), the score is the mean. Replies that cannot be read are counted by themselves, never as "no". Judges
-differ by points: every metric carries its judge's name, and none is the paper's.
+is yes / (yes + no), the score is the mean. Invalid replies are counted by themselves, never as "no". Judges differ by
+several points: every metric carries its judge's name, and none is the paper's.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MAX_NEW_TOKENS = 48
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """Who judges open answers.
+    """The key ``judge``: the judge of open answers.
 
     Attributes:
         kind: ``none``. ``file``: requests are written to ``<benchmark>.judge_requests.jsonl``, and replies made
             elsewhere are read from ``<benchmark>.judge_replies.jsonl`` once that is there. ``hf``: a local instruct
             model.
-        model: folder or hub name for ``hf``; for ``file`` the name of who replied, for the metric's name.
+        model: folder or hub name for ``hf``; for ``file`` the name of the judge, which becomes part of metric names.
     """
 
     kind: Literal["none", "file", "hf"] = "none"
@@ -44,46 +44,46 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in ("none", "file", "hf"):
-            raise ValueError(f"judge.kind: {self.kind!r}, expected none, file or hf")
+            raise ValueError(f"judge.kind: {self.kind!r}, allowed: none, file, hf")
         if self.kind == "hf" and not self.model:
-            raise ValueError("judge.model: is missing, name the folder of an instruct model")
+            raise ValueError("judge.model: is missing: set it to the folder of an instruct model")
 
     @property
     def name(self) -> str:
-        """As it stands in file and metric names."""
+        """Name in files and metrics."""
         return re.sub(r"[^\w.-]+", "-", Path(self.model).name if self.model else self.kind)
 
 
 class Verdict(NamedTuple):
-    """What a judge decided."""
+    """The decision of a judge."""
 
     right: bool
     score: int
 
 
 def judge(header: Header, rows: Sequence[PlacedRow], folder: Path, config: JudgeConfig) -> list[Score]:
-    """Scores of one benchmark's open answers by a judge; none without one, or before its replies are there.
+    """Score the open answers of one benchmark by a judge; no scores without one, or before its replies exist.
 
     Args:
         header, rows: a benchmark with the task ``open``.
-        folder: where requests and replies are.
-        config: who judges.
+        folder: of requests and replies.
+        config: the judge.
 
     Raises:
-        ValueError: a reply that belongs to no row, or to another prediction; names file, line, field and what to do.
+        ValueError: a reply belongs to no row, or to another prediction; the message names file, line, field and how to
+            fix it.
     """
     if config.kind == "none":
         return []
     requests = {row["id"]: {name: row[name] for name in ("id", *ASKED)} for _, row in rows}
     if config.kind == "file":
-        asked, replies = (folder / f"{header.benchmark}.judge_{what}.jsonl" for what in ("requests", "replies"))
+        asked, replies = (folder / f"{header.benchmark}.judge_{kind}.jsonl" for kind in ("requests", "replies"))
         if replies.is_file() and asked.is_file():
             _require_same(asked, requests, replies)
         _write(asked, requests.values())
     else:
-        assert config.model is not None
         replies = folder / f"{header.benchmark}.judge_replies.{config.name}.jsonl"
-        _write(replies, _ask(list(requests.values()), config.model))
+        _write(replies, _ask(list(requests.values()), str(config.model)))
     if not replies.is_file():
         return []
     verdicts = _read(replies, requests)
@@ -91,7 +91,7 @@ def judge(header: Header, rows: Sequence[PlacedRow], folder: Path, config: Judge
 
 
 def prompt(request: dict[str, str]) -> str:
-    """What the judge is asked."""
+    """Return the judge's prompt."""
     return (
         "You grade answers to questions about a video. You cannot see the video; trust the reference answer.\n"
         "An answer is right if it means the same as the reference, in whatever words. More detail is no fault, "
@@ -106,7 +106,7 @@ def prompt(request: dict[str, str]) -> str:
 
 
 def read_reply(reply: str) -> Verdict | None:
-    """Verdict in a judge's words: the first dictionary in them, read as a literal; None if there is no valid one."""
+    """Parse a judge's reply: its first dictionary, as a Python literal; None if there is no valid one."""
     found = re.search(r"\{[^{}]*\}", reply)
     try:
         return _verdict(ast.literal_eval(found[0])) if found else None
@@ -128,12 +128,12 @@ def _verdict(value: Any) -> Verdict | None:
 
 
 def _require_same(asked: Path, requests: dict[str, dict[str, str]], replies: Path) -> None:
-    """Replies need not repeat the prediction, so those to earlier requests would pass for replies to these."""
+    """Refuse replies to earlier requests; replies need not repeat the prediction, so that they do not show it."""
     for where, row in read_jsonl(asked):
         if row != requests.get(row["id"], row):
             raise ValueError(
-                f"{where}: field 'prediction' is not what was predicted, so {replies.name} is not about these "
-                f"predictions: move {replies} away, and let the new requests be judged"
+                f"{where}: field 'prediction' differs from the prediction, so {replies.name} judges other "
+                f"predictions: move {replies} away, and have the new requests judged"
             )
 
 
@@ -146,15 +146,15 @@ def _read(file: Path, requests: dict[str, dict[str, str]]) -> dict[str, Verdict 
         if key in verdicts:
             raise ValueError(f"{where}: field 'id' is {key!r} as in an earlier line: remove one of the two")
         if row.get("prediction", requests[key]["prediction"]) != requests[key]["prediction"]:
-            raise ValueError(f"{where}: field 'prediction' is not what was predicted: let the new requests be judged")
+            raise ValueError(f"{where}: field 'prediction' differs from the prediction: have the new requests judged")
         verdicts[key] = read_reply(row["reply"]) if isinstance(row.get("reply"), str) else _verdict(row)
     return verdicts
 
 
 def _score(header: Header, replies: Sequence[Verdict | None], name: str) -> list[Score]:
     verdicts = [verdict for verdict in replies if verdict is not None]
-    unreadable, n = len(replies) - len(verdicts), len(verdicts)
-    rate = unreadable / len(replies)
+    invalid, n = len(replies) - len(verdicts), len(verdicts)
+    rate = invalid / len(replies)
     failed = Estimate(rate, binomial_error(rate, len(replies)), None, len(replies))
     scores = [header.score(f"{name}_unreadable", failed, len(replies))]
     if n:
@@ -168,7 +168,7 @@ def _score(header: Header, replies: Sequence[Verdict | None], name: str) -> list
 
 @torch.inference_mode()
 def _ask(requests: Sequence[dict[str, str]], model: str) -> Iterator[dict[str, str]]:
-    """Replies of a local model, decoded greedily, with what they reply to."""
+    """Yield the replies of a local model, decoded greedily, with the request's id and prediction."""
     local = Path(model).is_dir()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=local)

@@ -1,4 +1,4 @@
-"""Metrics of the eight benchmarks, exact over any split of the samples over processes.
+"""Metrics of the benchmarks, exact for any distribution of the samples over processes.
 
 Every metric keeps one row per sample with the sample's index in the official file, and sorts by that index before it
 computes: neither the order of the samples nor a sampler's repeats can change a result. ``compute`` returns
@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 BLOCK = 256
-"""Queries that are sorted at a time: the largest intermediate holds this many rows."""
+"""Queries that are sorted together, the rows of the largest intermediate."""
 
 
 class Estimate(NamedTuple):
@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
     Attributes:
         value: of the metric.
         standard_error: of the mean over independent samples, or over queries; None where the number is no such mean.
-        chance: expected value of scores drawn at random, unless said otherwise.
+        chance: expected value for random scores, unless the metric documents another.
         n: samples or queries that it is the mean of.
     """
 
@@ -41,15 +41,15 @@ class Estimate(NamedTuple):
 
 
 def binomial_error(share: float, n: int) -> float:
-    """Standard error sqrt(p (1 - p) / n) of the share of n independent samples."""
+    """Return the standard error sqrt(p (1 - p) / n) of a fraction of n independent samples."""
     return math.sqrt(max(share * (1 - share), 0.0) / n)
 
 
-class _PerItem(Metric):
-    """Rows by sample number. Subclasses give the columns and their kinds, and append with ``_keep``.
+class _PerSample(Metric):
+    """Base of metrics that keep rows by sample index; subclasses give the columns and append with ``_keep``.
 
     Args:
-        alone: rows are complete, so nothing is exchanged with other processes, of which one alone may compute.
+        alone: the rows are complete, so ``compute`` exchanges nothing with other processes.
         empty: no rows of each column.
     """
 
@@ -85,7 +85,7 @@ class _PerItem(Metric):
 
 
 def option_log_p(letters: np.ndarray) -> np.ndarray:
-    """Log-probability of each option, averaged over rotations of the option list.
+    """Return the log-probability of each option, averaged over rotations of the option list.
 
     Args:
         letters: float [R, K]; in rotation s, position p shows option (p + s) mod K. R is 1 or K.
@@ -104,11 +104,11 @@ def option_log_p(letters: np.ndarray) -> np.ndarray:
     return mean
 
 
-class ChoiceAccuracy(_PerItem):
-    """Share of samples whose highest option is the right one; of equal options the lowest counts as highest.
+class ChoiceAccuracy(_PerSample):
+    """Fraction of samples whose highest option is the right one; the first of equal options counts as highest.
 
-    Letters, option likelihoods, clips of one text (EgoMCQ: the published accuracy by type) and closed vocabularies
-    alike. Chance is the mean of 1/K.
+    It serves letters, option likelihoods, clips of one text (EgoMCQ: the published accuracy by type) and closed
+    vocabularies. Chance is the mean of 1/K.
 
     Args:
         groups: names of all groups that samples can be in, the same in every process.
@@ -125,13 +125,13 @@ class ChoiceAccuracy(_PerItem):
         super().__init__(alone, right=number, chance=number, member=torch.zeros(0, len(self.groups), dtype=torch.bool))
 
     def update(self, index: int, letters: Any, answer: int, groups: Iterable[str] = ()) -> None:
-        """Count one sample.
+        """Add one sample.
 
         Args:
             index: number of the sample in the official file.
-            letters: float [R, K] as ``option_log_p`` takes it; [1, K] are scores of any kind.
+            letters: float [R, K] as ``option_log_p`` takes it; [1, K] may be scores of any kind.
             answer: number of the right option; one that no option has, such as -1, makes every choice wrong.
-            groups: what the sample also counts in.
+            groups: groups that the sample also counts in.
         """
         scores = option_log_p(np.asarray(letters))
         inside = set(groups)
@@ -145,7 +145,7 @@ class ChoiceAccuracy(_PerItem):
         )
 
     def compute(self) -> dict[str, Estimate]:
-        """``accuracy`` and ``accuracy/<group>`` of the groups that occurred."""
+        """Return ``accuracy`` and ``accuracy/<group>`` of the groups that occurred."""
         kept = self._kept()
         everything = torch.ones_like(kept["index"], dtype=torch.bool)
         subsets = {"accuracy": everything}
@@ -158,7 +158,7 @@ class ChoiceAccuracy(_PerItem):
         return found
 
 
-class MultiInstanceRetrieval(_PerItem):
+class MultiInstanceRetrieval(_PerSample):
     """mAP and nDCG of EPIC-KITCHENS-100 multi-instance retrieval, clip to text, text to clip, and their mean.
 
     Relevance is 0.5 [same verb class] + 0.5 |N and M| / |N or M| with the sets N, M of noun classes. Of a query with
@@ -175,7 +175,7 @@ class MultiInstanceRetrieval(_PerItem):
     Args:
         verbs: verb class of each of the C texts.
         nouns: noun classes of each of the C texts.
-        num_nouns: noun classes there are.
+        num_nouns: number of noun classes.
     """
 
     index: list[Tensor]
@@ -199,7 +199,7 @@ class MultiInstanceRetrieval(_PerItem):
         self.register_buffer("text_nouns", self._multi_hot(nouns), persistent=False)
 
     def update(self, index: Tensor, scores: Tensor, verbs: Sequence[int], nouns: Sequence[Sequence[int]]) -> None:
-        """Count clips.
+        """Add clips.
 
         Args:
             index: int [I], numbers of the clips in the official file.
@@ -211,17 +211,17 @@ class MultiInstanceRetrieval(_PerItem):
         self._keep(index=index, scores=scores, verbs=torch.tensor(verbs, dtype=torch.int64), nouns=hot)
 
     def compute(self) -> dict[str, Estimate]:
-        """``map_v2t``, ``map_t2v``, ``map``, and the same of ``ndcg``, as far as there are queries for them."""
+        """Return ``map_v2t``, ``map_t2v``, ``map``, and the same of ``ndcg``, if there are queries for them."""
         kept = self._kept()
         if not len(kept["index"]):
             return {}
         clips, texts = (kept["verbs"], kept["nouns"]), (self.text_verbs, self.text_nouns)
-        there, back = _rank(kept["scores"], clips, texts), _rank(kept["scores"].T, texts, clips)
+        v2t, t2v = _rank(kept["scores"], clips, texts), _rank(kept["scores"].T, texts, clips)
         found: dict[str, Estimate] = {}
         for name in ("map", "ndcg"):
             directions = {
-                f"{name}_v2t": _mean_of_queries(there[name], there[f"{name}_chance"]),
-                f"{name}_t2v": _mean_of_queries(back[name], back[f"{name}_chance"]),
+                f"{name}_v2t": _mean_of_queries(v2t[name], v2t[f"{name}_chance"]),
+                f"{name}_t2v": _mean_of_queries(t2v[name], t2v[f"{name}_chance"]),
             }
             known = {direction: number for direction, number in directions.items() if number is not None}
             found |= known
@@ -240,7 +240,7 @@ class MultiInstanceRetrieval(_PerItem):
 
 
 def relevancy(queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor]) -> Tensor:
-    """Relevance of ``MultiInstanceRetrieval``.
+    """Return the relevance of ``MultiInstanceRetrieval``.
 
     Args:
         queries, candidates: verb classes int [Q] and multi-hot noun classes bool [Q, nouns]; the same of candidates.
@@ -257,7 +257,7 @@ def relevancy(queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor])
 
 
 def _rank(scores: Tensor, queries: tuple[Tensor, Tensor], candidates: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """AP and nDCG of every query with their chance, each float64 [Q]; NaN where a query has none."""
+    """Return AP and nDCG of every query with their chance, each float64 [Q]; NaN for a query without any."""
     n = scores.shape[1]
     rank = torch.arange(1, n + 1, dtype=torch.float64, device=scores.device)
     discount = (rank + 1).log2().reciprocal()
@@ -282,7 +282,7 @@ def _rank(scores: Tensor, queries: tuple[Tensor, Tensor], candidates: tuple[Tens
 
 
 def expected_ap(total: Tensor, n: int) -> Tensor:
-    """Mean of an average precision over all orders of n candidates whose relevance sums to ``total``.
+    """Return the mean average precision over all orders of n candidates whose relevance sums to ``total``.
 
     A relevant candidate is at each rank k equally often, and then (k - 1) / (n - 1) of all other relevance is before
     it: the mean of (1 + (k - 1) (total - 1) / (n - 1)) / k. With relevance 0 or 1 this is ordinary AP.
@@ -299,7 +299,7 @@ def _mean_of_queries(values: Tensor, chance: Tensor) -> Estimate | None:
     return Estimate(float(known.mean()), error, float(chance.nanmean()), len(known))
 
 
-class ClassAveragePrecision(_PerItem):
+class ClassAveragePrecision(_PerSample):
     """mAP of Charades-Ego: clips ranked for each class, then the mean over classes.
 
     AP_c is the sum over positives of the precision at their rank, by their number. Clips without any label go last.
@@ -325,7 +325,7 @@ class ClassAveragePrecision(_PerItem):
         self.draws = draws
 
     def update(self, index: Tensor, scores: Tensor, labels: Tensor) -> None:
-        """Count clips.
+        """Add clips.
 
         Args:
             index: int [I], numbers of the clips in the official file.
@@ -335,7 +335,7 @@ class ClassAveragePrecision(_PerItem):
         self._keep(index=index, scores=scores, labels=labels)
 
     def compute(self) -> dict[str, Estimate]:
-        """``map`` and its number of clips, if any class occurs, and ``classes_without_positives``, a count."""
+        """Return ``map`` and its number of clips, if any class occurs, and the count ``classes_without_positives``."""
         kept = self._kept()
         scores, labels = kept["scores"], kept["labels"]
         if not len(scores):
@@ -359,7 +359,7 @@ class ClassAveragePrecision(_PerItem):
 
 
 def class_average_precision(scores: Tensor, labels: Tensor) -> Tensor:
-    """AP of each class, float64 [C], NaN without a positive; arguments and rules of ``ClassAveragePrecision``."""
+    """Return the AP of each class, float64 [C], NaN without a positive, by the rules of ``ClassAveragePrecision``."""
     scores = scores.double().masked_fill(~labels.any(1, keepdim=True), -torch.inf)
     hits = labels.gather(0, scores.argsort(dim=0, descending=True, stable=True)).double()
     rank = torch.arange(1, len(hits) + 1, dtype=torch.float64, device=hits.device)[:, None]
@@ -374,17 +374,17 @@ _DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)}
 
 
 def normalise_answer(text: str) -> str:
-    """Lower case, punctuation as space, without articles, number words to twenty as digits, single spaces."""
+    """Return a text in lower case, without punctuation and articles, with number words to twenty as digits."""
     words = re.sub(r"[^\w\s]|_", " ", text.lower()).split()
     return " ".join(_DIGITS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
-class OpenAnswers(_PerItem):
+class OpenAnswers(_PerSample):
     """Short answers in words against one reference.
 
     ``em``: equal after ``normalise_answer``. ``plain_acc``: equal as they are (QaEgo4D). ``rouge1``, ``rouge2``,
-    ``rougeL``: F of ``rouge``. ``bleu``: of the corpus as sacreBLEU computes it (tokens "13a", exponential smoothing).
-    Chance of the first two is the most frequent answer given every time.
+    ``rougeL``: F of ``rouge``. ``bleu``: BLEU of the corpus as sacreBLEU computes it (tokens "13a", exponential
+    smoothing). Chance of the first two is the most frequent answer, given for every sample.
     """
 
     MEANS = ("em", "plain_acc", "rouge1", "rouge2", "rougeL")
@@ -396,45 +396,48 @@ class OpenAnswers(_PerItem):
         super().__init__(alone, rows=torch.zeros(0, len(self.MEANS) + 10, dtype=torch.float64))
 
     def update(self, index: Sequence[int], predictions: Sequence[str], answers: Sequence[str]) -> None:
-        """Count samples: their numbers in the official file, what was said and what is right."""
-        rows = [self._row(said, right) for said, right in zip(predictions, answers, strict=True)]
+        """Add samples: their indices in the official file, the generated answers and the references."""
+        rows = [self._row(prediction, answer) for prediction, answer in zip(predictions, answers, strict=True)]
         self._keep(index=torch.tensor(list(index)), rows=torch.tensor(rows, dtype=torch.float64))
 
     def compute(self) -> dict[str, Estimate]:
-        """All named above; without chance, which needs the words."""
+        """Return all metrics named above, without chance, which needs the words."""
         rows = self._kept()["rows"]
         n = len(rows)
         if not n:
             return {}
         found = {}
         for name, column in zip(self.MEANS, rows.T, strict=False):
-            spread = float(column.std(correction=0)) / math.sqrt(n)  # of zeros and ones: sqrt(p (1 - p) / n)
-            found[name] = Estimate(float(column.mean()), spread, None, n)
+            error = float(column.std(correction=0)) / math.sqrt(n)  # of zeros and ones: sqrt(p (1 - p) / n)
+            found[name] = Estimate(float(column.mean()), error, None, n)
         found["bleu"] = Estimate(_bleu(rows[:, len(self.MEANS) :].sum(0).tolist()), None, None, n)
         return found
 
-    def _row(self, said: str, right: str) -> list[float]:
-        scores = [normalise_answer(said) == normalise_answer(right), said == right, *rouge(said, right).values()]
-        return [*map(float, scores), *map(float, _bleu_counts(said, right))]
+    def _row(self, prediction: str, answer: str) -> list[float]:
+        equal = normalise_answer(prediction) == normalise_answer(answer)
+        scores = [equal, prediction == answer, *rouge(prediction, answer).values()]
+        return [*map(float, scores), *map(float, _bleu_counts(prediction, answer))]
 
 
+# torchmetrics' ROUGE returns float32, 3e-8 from the golden values that are kept to 1e-9.
 def rouge(prediction: str, reference: str) -> dict[str, float]:
-    """F of ROUGE-1, -2 and -L over words of a-z and 0-9 in lower case, without stemming (as rouge_score does)."""
-    said, right = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
+    """Return F of ROUGE-1, -2 and -L over lower-case words of a-z and 0-9, without stemming, as rouge_score does."""
+    predicted, expected = (re.findall(r"[a-z0-9]+", text.lower()) for text in (prediction, reference))
 
     def f(common: int, shorter_by: int = 0) -> float:
-        there, back = len(said) - shorter_by, len(right) - shorter_by
-        return 2 * common / (there + back) if common else 0.0
+        total = len(predicted) + len(expected) - 2 * shorter_by
+        return 2 * common / total if common else 0.0
 
-    overlaps = {n: sum((_grams(said, n) & _grams(right, n)).values()) for n in (1, 2)}
-    return {"rouge1": f(overlaps[1]), "rouge2": f(overlaps[2], 1), "rougeL": f(_longest_common(said, right))}
+    overlaps = {n: sum((_grams(predicted, n) & _grams(expected, n)).values()) for n in (1, 2)}
+    longest = _longest_common_subsequence(predicted, expected)
+    return {"rouge1": f(overlaps[1]), "rouge2": f(overlaps[2], 1), "rougeL": f(longest)}
 
 
 def _grams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
+def _longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     lengths = [0] * (len(second) + 1)
     for word in first:
         above = lengths
@@ -444,11 +447,12 @@ def _longest_common(first: Sequence[str], second: Sequence[str]) -> int:
     return lengths[-1]
 
 
+# sacreBLEU gives the same number, but would bring five packages (lxml among them) for the 40 lines below.
 _MARKS = {"<skipped>": "", "-\n": "", "\n": " ", "&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}
 
 
 def _bleu_words(text: str) -> list[str]:
-    """Tokens "13a" of mteval, as sacreBLEU cuts them."""
+    """Split a text into tokens "13a" of mteval, as sacreBLEU does."""
     for mark, meaning in _MARKS.items():
         text = text.replace(mark, meaning)
     text = re.sub(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 ", f" {text} ")
@@ -458,24 +462,25 @@ def _bleu_words(text: str) -> list[str]:
 
 
 def _bleu_counts(prediction: str, reference: str) -> list[int]:
-    """Common and given n-grams for n = 1 to 4, then the two lengths."""
-    said, right = _bleu_words(prediction), _bleu_words(reference)
-    common = [sum((_grams(said, n) & _grams(right, n)).values()) for n in range(1, 5)]
-    return [*common, *(max(len(said) - n + 1, 0) for n in range(1, 5)), len(said), len(right)]
+    """Return the common and the predicted n-grams for n = 1 to 4, then the two lengths."""
+    predicted, expected = _bleu_words(prediction), _bleu_words(reference)
+    common = [sum((_grams(predicted, n) & _grams(expected, n)).values()) for n in range(1, 5)]
+    total = [max(len(predicted) - n + 1, 0) for n in range(1, 5)]
+    return [*common, *total, len(predicted), len(expected)]
 
 
 def _bleu(counts: Sequence[float]) -> float:
-    common, given, (said, right) = counts[:4], counts[4:8], counts[8:]
-    if not common[0] or not all(given):
+    common, total, (predicted, expected) = counts[:4], counts[4:8], counts[8:]
+    if not common[0] or not all(total):
         return 0.0
     logs, smooth = 0.0, 1.0
-    for hits, grams in zip(common, given, strict=True):
+    for hits, grams in zip(common, total, strict=True):
         smooth = smooth if hits else 2 * smooth
         logs += math.log((hits or 1 / smooth) / grams)
-    return math.exp(logs / 4 + min(0.0, 1 - right / said))
+    return math.exp(logs / 4 + min(0.0, 1 - expected / predicted))
 
 
 def majority(answers: Iterable[str], form: Callable[[str], str] = str) -> float:
-    """Share of the most frequent answer: what the best answer that ignores the sample scores."""
+    """Return the fraction of the most frequent answer, the best score of a constant answer."""
     counts = Counter(map(form, answers))
     return counts.most_common(1)[0][1] / sum(counts.values())

@@ -1,14 +1,14 @@
-"""One model, any number of benchmarks: predictions that outlive an interruption, and scores made of nothing else.
+"""Predictions of one model on any number of benchmarks; an interrupted evaluation resumes.
 
 ::
 
     <folder>/
-      predictions/<benchmark>.jsonl           a line for each sample, see ``scores``
+      predictions/<benchmark>.jsonl           one row per sample, see ``scores``
       predictions/<benchmark>.texts.jsonl     candidates that all samples share
-      predictions/<benchmark>.header.json     how many samples there are, which could not be asked, and how it was asked
-      predictions/<benchmark>.part<n>.jsonl   answers of process n, until all are there
-      submissions/<benchmark>/...             for the authors' servers; never sent
-      metrics.json  results.md                made of the predictions alone, again by ``make score``
+      predictions/<benchmark>.header.json     number of samples, the missing ones, and the settings of the evaluation
+      predictions/<benchmark>.part<n>.jsonl   results of process n, until all are complete
+      submissions/<benchmark>/...             files for the authors' servers; never sent
+      metrics.json  results.md                computed from the predictions alone, again by ``make score``
 """
 
 from __future__ import annotations
@@ -34,32 +34,33 @@ from lightning_modules.egobench.tasks.multiple_choice import MultipleChoice
 from lightning_modules.stages.base import Stage
 
 Places = Mapping[str, Mapping[int, tuple[Path, int]]]
-"""File and place in it of the answer about each clip of a sample."""
+"""File and byte offset of the result for each clip of a sample, by sample id."""
 
 
 class OtherPredictions(ValueError):
-    """A folder holds predictions that were made in another way; none of them are touched."""
+    """A folder holds predictions of another model or other settings; none of them are changed."""
 
 
 class Predictions:
-    """A benchmark's predictions in a folder.
+    """The prediction files of one benchmark.
 
     Args:
         dataset: the benchmark.
-        folder: for the files.
-        model: what tells this model from others, as JSON.
+        folder: of the files.
+        model: JSON that identifies the model.
 
     Raises:
-        ValueError: no sample can be shown.
+        ValueError: no sample has its videos.
     """
 
     def __init__(self, dataset: BenchmarkDataset, folder: Path, model: Mapping[str, Any]) -> None:
         self.dataset, self.loaded = dataset, dataset.loaded
-        self.rows, self.texts, self.header = (
-            folder / f"{self.loaded.name}{suffix}" for suffix in (".jsonl", ".texts.jsonl", ".header.json")
-        )
-        samples = hashlib.sha256(repr((self.loaded.samples, self.loaded.candidates)).encode()).hexdigest()[:16]
-        self.settings = json.loads(json.dumps({**model, **dataset.settings(), "items": samples}))
+        self.rows = folder / f"{self.loaded.name}.jsonl"
+        self.texts = folder / f"{self.loaded.name}.texts.jsonl"
+        self.header = folder / f"{self.loaded.name}.header.json"
+        content = repr((self.loaded.samples, self.loaded.candidates))
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        self.settings = json.loads(json.dumps({**model, **dataset.settings(), "items": digest}))
         self.missing = self.loaded.missing()
         if len(self.missing) == len(self.loaded.samples):
             first = next(iter(self.missing.values()))
@@ -69,104 +70,109 @@ class Predictions:
             )
 
     def require_same(self) -> None:
-        """Compare with what is there.
+        """Compare the settings with those of existing predictions.
 
         Raises:
-            OtherPredictions: the folder holds those of another model, or of other samples or settings.
+            OtherPredictions: the folder holds predictions of another model, other samples or other settings.
         """
         if not self.header.is_file():
             return
         before = json.loads(self.header.read_text(encoding="utf-8"))["settings"]
         keys = sorted(before.keys() | self.settings.keys())
-        if changed := [key for key in keys if before.get(key) != self.settings.get(key)]:
+        changed = [key for key in keys if before.get(key) != self.settings.get(key)]
+        if changed:
             raise OtherPredictions(
-                f"{self.rows}: was made with another {', '.join(changed)}: FORCE=1 makes it anew, or move it away"
+                f"{self.rows}: was made with different {', '.join(changed)}: FORCE=1 evaluates again, or move the file "
+                "away"
             )
 
-    def line(self) -> str:
-        """How many samples can be shown, and which file is the first that cannot."""
+    def summary(self) -> str:
+        """Return how many samples have their videos, and the first file that is missing."""
         samples, absent = len(self.loaded.samples), len(self.missing)
         text = f"{self.loaded.name}: {samples - absent:,} of {self.loaded.total:,} samples, {len(self.dataset):,} clips"
         if not absent:
             return text
         first = self.loaded.videos / next(iter(self.missing.values()))
-        return f"{text}; {absent:,} samples are left out, since videos are missing, such as {first}"
+        return f"{text}; {absent:,} samples are left out because videos are missing, such as {first}"
 
-    def forget(self) -> None:
-        """Delete everything."""
-        for file in (self.rows, self.texts, *self._parts(), self.header):  # it says of what model the others are
+    def discard(self) -> None:
+        """Delete all files; the header, which names the model of the others, comes last."""
+        for file in (self.rows, self.texts, *self._parts(), self.header):
             file.unlink(missing_ok=True)
 
     def begin(self) -> None:
-        """Say how the predictions are made before the first one is."""
+        """Write the header, before the first result."""
         self.rows.parent.mkdir(parents=True, exist_ok=True)
         self._not_missing(name for name, _, _ in _lines(self.rows))
         self._write_header()
 
-    def left(self) -> list[int]:
-        """BenchmarkDataset that are not answered yet, but for those of missing videos."""
-        return self._left(*self._answered()[:2])
+    def remaining(self) -> list[int]:
+        """Return the entries of the dataset without a result, except for those of missing videos."""
+        offsets, places, _ = self._finished()
+        return self._remaining(offsets, places)
 
     def part(self, process: int) -> Path:
-        """Where a process puts its answers."""
+        """Return the file for the results of one process."""
         return self.rows.with_name(f"{self.loaded.name}.part{process}.jsonl")
 
     def join(self) -> None:
-        """Make one file of all answers, a line for each sample in the official order, and delete the parts.
+        """Write all results to one file, a row per sample in the official order, and delete the parts.
 
-        Nothing is done before every clip is evaluated.
+        Nothing happens before every clip is evaluated.
         """
-        before, places, problems = self._answered()
-        if left := self._left(before, places):
+        offsets, places, errors = self._finished()
+        remaining = self._remaining(offsets, places)
+        if remaining:
             rank_zero_warn(
-                f"{self.loaded.name}: {len(left):,} clips were not asked about (trainer.limit_predict_batches, or "
-                "videos that came meanwhile): evaluate again for them"
+                f"{self.loaded.name}: {len(remaining):,} clips were not evaluated (trainer.limit_predict_batches, or "
+                "videos that appeared meanwhile): evaluate again for them"
             )
             return
-        self.missing |= problems
-        self._not_missing(before)
+        self.missing |= errors
+        self._not_missing(offsets)
         if self.loaded.candidates and ("" in places or not self.texts.is_file()):
             priors = [_line_at(*place)["priors"] for place in places.get("", {}).values()]
             _write(self.texts, _as_lines(candidate_rows(self.loaded, priors[0] if priors else None)))
-        _write(self.rows, _as_lines(self._joined(before, places)))
+        _write(self.rows, _as_lines(self._joined(offsets, places)))
         self._write_header()
         for part in self._parts():
             part.unlink()
 
-    def _answered(self) -> tuple[dict[str, int], Places, dict[str, str]]:
-        """Return offsets in the joined file, offsets in the part files, and the errors found there, by sample id."""
+    def _finished(self) -> tuple[dict[str, int], Places, dict[str, str]]:
+        """Return offsets in the joined file, places in the part files, and the errors found there, by sample id."""
         places: dict[str, dict[int, tuple[Path, int]]] = defaultdict(dict)
-        problems: dict[str, str] = {}
+        errors: dict[str, str] = {}
         for part in self._parts():
-            for name, at, answer in _lines(part):
-                places[name][answer["clip"]] = (part, at)
-                if "problem" in answer:
-                    problems[name] = answer["problem"]
-        return {name: at for name, at, _ in _lines(self.rows)}, places, problems
+            for name, offset, result in _lines(part):
+                places[name][result["clip"]] = (part, offset)
+                if "problem" in result:
+                    errors[name] = result["problem"]
+        return {name: offset for name, offset, _ in _lines(self.rows)}, places, errors
 
-    def _left(self, before: Mapping[str, int], places: Places) -> list[int]:
-        whole = before.keys() | self.missing.keys()
-        done = {
-            (sample.id, place)
-            for sample in self.loaded.samples
-            if sample.id in whole
-            for place in range(len(sample.clips))
-        }
-        done |= {(name, clip) for name, clips in places.items() for clip in clips}
-        return self.dataset.remaining(done | ({("", 0)} if self.texts.is_file() else set()))
+    def _remaining(self, offsets: Mapping[str, int], places: Places) -> list[int]:
+        complete = offsets.keys() | self.missing.keys()
+        done: set[tuple[str, int]] = set()
+        for sample in self.loaded.samples:
+            if sample.id in complete:
+                done.update((sample.id, clip) for clip in range(len(sample.clips)))
+        for name, clips in places.items():
+            done.update((name, clip) for clip in clips)
+        if self.texts.is_file():
+            done.add(("", 0))
+        return self.dataset.remaining(done)
 
-    def _joined(self, before: Mapping[str, int], places: Places) -> Iterator[dict[str, Any]]:
+    def _joined(self, offsets: Mapping[str, int], places: Places) -> Iterator[dict[str, Any]]:
+        task = TASKS[self.loaded.task]
         for sample in self.loaded.samples:
             found = places.get(sample.id, {})
-            if sample.id in before:
-                yield _line_at(self.rows, before[sample.id])
+            if sample.id in offsets:
+                yield _line_at(self.rows, offsets[sample.id])
             elif sample.id not in self.missing:
-                results = [_line_at(*found[place]) for place in range(len(sample.clips))]
-                yield TASKS[self.loaded.task].row(sample, results)
+                yield task.row(sample, [_line_at(*found[clip]) for clip in range(len(sample.clips))])
 
-    def _not_missing(self, answered: Iterable[str]) -> None:
-        """Samples that were answered count, though their videos are gone since."""
-        for name in answered:
+    def _not_missing(self, evaluated: Iterable[str]) -> None:
+        """Count samples that were evaluated although their videos are gone now."""
+        for name in evaluated:
             self.missing.pop(name, None)
 
     def _parts(self) -> list[Path]:
@@ -178,36 +184,40 @@ class Predictions:
 
 
 class BenchmarkDataModule(L.LightningDataModule):
-    """BenchmarkDataset that are left, dealt to the processes by number: none comes twice, whatever their count.
+    """The remaining clips of benchmarks, distributed over the processes by index without repeats.
 
     Args:
         predictions: of each benchmark.
         num_workers: decoding processes per rank.
-        force: forget what is there.
+        force: discard existing predictions.
     """
 
     def __init__(self, predictions: Sequence[Predictions], num_workers: int, force: bool) -> None:
         super().__init__()
         self.predictions, self.num_workers, self.force = predictions, num_workers, force
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.prepare_data_per_node = False  # the folder is everyone's
+        self.prepare_data_per_node = False  # all nodes share the folder
 
     def prepare_data(self) -> None:
-        """Clear and begin the files, by the first process while the others wait."""
+        """Discard or check the files and write the headers, in the first process while the others wait."""
         for predictions in self.predictions:
             if self.force:
-                predictions.forget()
+                predictions.discard()
             predictions.require_same()
             predictions.begin()
 
     def predict_dataloader(self) -> list[DataLoader[BenchmarkBatch]]:
-        """A loader for each benchmark; Lightning lets no process answer before all have come here."""
-        assert self.trainer is not None, "the Trainer calls this"
+        """Return a loader for each benchmark; Lightning starts no process before all have called this."""
+        if self.trainer is None:
+            raise RuntimeError("BenchmarkDataModule has no trainer: pass it to Trainer.predict")
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        return [
-            DataLoader(p.dataset, sampler=p.left()[rank::world], collate_fn=_only, num_workers=self.num_workers)
-            for p in self.predictions
-        ]
+        loaders = []
+        for predictions in self.predictions:
+            indices = predictions.remaining()[rank::world]
+            loaders.append(
+                DataLoader(predictions.dataset, sampler=indices, collate_fn=_only, num_workers=self.num_workers)
+            )
+        return loaders
 
 
 def _only(batches: list[BenchmarkBatch]) -> BenchmarkBatch:
@@ -215,8 +225,8 @@ def _only(batches: list[BenchmarkBatch]) -> BenchmarkBatch:
     return batch
 
 
-class _KeepAnswers(L.Callback):
-    """Writes the results of every clip at once, so that a killed process loses none but the last."""
+class _PredictionWriter(L.Callback):
+    """Append the results of every clip to a file at once, so that a killed process loses at most the last."""
 
     def __init__(self, predictions: Sequence[Predictions]) -> None:
         self.predictions = predictions
@@ -231,14 +241,14 @@ class _KeepAnswers(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append the answers to this process's part."""
+        """Append the results to this process's part."""
         if dataloader_idx not in self.files:
             part = self.predictions[dataloader_idx].part(trainer.global_rank)
-            whole = sum(len(line) for line in _whole_lines(part))
+            complete = sum(len(line) for line in _complete_lines(part))
             self.files[dataloader_idx] = part.open("ab")
-            self.files[dataloader_idx].truncate(whole)
+            self.files[dataloader_idx].truncate(complete)
         file = self.files[dataloader_idx]
-        file.write("".join(json.dumps(answer) + "\n" for answer in outputs).encode())
+        file.write("".join(json.dumps(result) + "\n" for result in outputs).encode())
         file.flush()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -248,17 +258,17 @@ class _KeepAnswers(L.Callback):
 
 
 def predict(trainer: L.Trainer, stage: Stage, benchmarks: BenchmarkDataModule) -> None:
-    """Evaluate all clips that are left; one file for each benchmark at the end.
+    """Evaluate all remaining clips, and write one predictions file for each benchmark.
 
     Raises:
-        OtherPredictions: predictions of another model or other settings are there.
+        OtherPredictions: predictions of another model or other settings exist.
     """
-    keep = _KeepAnswers(benchmarks.predictions)
-    trainer.callbacks.append(keep)  # type: ignore[attr-defined]
+    writer = _PredictionWriter(benchmarks.predictions)
+    trainer.callbacks.append(writer)  # type: ignore[attr-defined]
     try:
         trainer.predict(stage, datamodule=benchmarks, return_predictions=False)
     finally:
-        trainer.callbacks.remove(keep)  # type: ignore[attr-defined]
+        trainer.callbacks.remove(writer)  # type: ignore[attr-defined]
     trainer.strategy.barrier()
     if trainer.is_global_zero:
         for predictions in benchmarks.predictions:
@@ -267,44 +277,44 @@ def predict(trainer: L.Trainer, stage: Stage, benchmarks: BenchmarkDataModule) -
 
 
 def write_submissions(predictions: Sequence[Predictions], folder: Path) -> None:
-    """Write the files of authors' servers for benchmarks all of whose samples were answered; nothing is sent.
+    """Write the files for authors' servers, of benchmarks with a prediction for every sample; nothing is sent.
 
     Args:
         predictions: joined.
         folder: gets a folder for each benchmark that has a server.
     """
-    for kept in predictions:
-        task = TASKS[kept.loaded.task]
+    for of_benchmark in predictions:
+        loaded, task = of_benchmark.loaded, TASKS[of_benchmark.loaded.task]
         if not isinstance(task, MultipleChoice):
             continue
-        chosen = {name: task.chosen_option(row) for name, _, row in _lines(kept.rows)}
-        if len(chosen) < len(kept.loaded.samples):
-            shutil.rmtree(folder / kept.loaded.name, ignore_errors=True)  # of predictions that are forgotten
+        chosen = {name: task.chosen_option(row) for name, _, row in _lines(of_benchmark.rows)}
+        if len(chosen) < len(loaded.samples):
+            shutil.rmtree(folder / loaded.name, ignore_errors=True)  # of predictions that were discarded
             continue
-        for name, text in kept.loaded.submission(chosen).items():
-            (folder / kept.loaded.name).mkdir(parents=True, exist_ok=True)
-            _write(folder / kept.loaded.name / name, [text])
+        for name, text in loaded.submission(chosen).items():
+            (folder / loaded.name).mkdir(parents=True, exist_ok=True)
+            _write(folder / loaded.name / name, [text])
 
 
-def _whole_lines(file: Path) -> Iterator[bytes]:
-    """Lines that were written to their end."""
+def _complete_lines(file: Path) -> Iterator[bytes]:
+    """Yield the lines that were written to their end."""
     if file.is_file():
         with file.open("rb") as opened:
             yield from (line for line in opened if line.endswith(b"\n"))
 
 
 def _lines(file: Path) -> Iterator[tuple[str, int, Result]]:
-    """Sample, place in the file and content of each line."""
-    at = 0
-    for line in _whole_lines(file):
-        answer = json.loads(line)
-        yield answer["id"], at, answer
-        at += len(line)
+    """Yield the sample id, byte offset and content of each line."""
+    offset = 0
+    for line in _complete_lines(file):
+        content = json.loads(line)
+        yield content["id"], offset, content
+        offset += len(line)
 
 
-def _line_at(file: Path, at: int) -> dict[str, Any]:
+def _line_at(file: Path, offset: int) -> dict[str, Any]:
     with file.open("rb") as opened:
-        opened.seek(at)
+        opened.seek(offset)
         content: dict[str, Any] = json.loads(opened.readline())
     return content
 
@@ -314,7 +324,7 @@ def _as_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _write(file: Path, texts: Iterable[str]) -> None:
-    """One after another, to a file that is whole or as it was."""
+    """Write texts to a file that is complete or unchanged at any moment."""
     unfinished = file.with_name(f".{file.name}.new")
     with unfinished.open("w", encoding="utf-8") as out:
         out.writelines(texts)

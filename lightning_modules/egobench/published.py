@@ -1,4 +1,4 @@
-"""What Exo2Ego (arXiv 2503.09143) reports on EgoBench, for the table's paper column."""
+"""Numbers that Exo2Ego (arXiv 2503.09143) reports on EgoBench, for the paper column of tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 
 class Reported(NamedTuple):
-    """A number of the paper.
+    """One number of the paper.
 
     Attributes:
         value: in per cent, or in points.
@@ -20,7 +20,7 @@ class Reported(NamedTuple):
 
 
 MARKS = {
-    "*": "reported, protocol unknown: not comparable with the standard protocol that ours follow",
+    "*": "reported, protocol unknown: not comparable with ours, which follow the standard protocol",
     "†": "given by a judge model (gpt-3.5-turbo in the protocol it follows), not by a local metric",
 }
 

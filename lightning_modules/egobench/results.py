@@ -1,4 +1,4 @@
-"""Scores of a folder of predictions, and the table beside the paper's numbers."""
+"""Scores of a folder of predictions, and tables next to the numbers of the paper."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_modules.validation.report import markdown_table
 
 AVERAGE = ("average", "mean of the ten")
 SUMMARY = re.compile(r"(accuracy|map|ndcg)(_likelihood)?|accuracy/int(er|ra)|asked|em|rougeL|judge_.*")
-"""Metrics that the table over stages shows, whole or partial; the rest is in each stage's own."""
+"""Metrics in the table over stages, complete or partial; each stage's own table has all."""
 NO_JUDGE = JudgeConfig()
 
 
@@ -30,10 +30,11 @@ def score_folder(folder: Path, config: JudgeConfig = NO_JUDGE) -> list[Score]:
 
     Args:
         folder: has a folder ``predictions`` with files as ``lightning_modules.egobench.scores`` describes them.
-        config: who judges open answers.
+        config: the judge of open answers.
 
     Raises:
-        ValueError: nothing is there, or something in it cannot be read; names file, line, field and what to do.
+        ValueError: there are no predictions, or some are invalid; the message names file, line, field and how to fix
+            it.
     """
     predictions = folder / "predictions"
     headers = sorted(predictions.glob("*.header.json"))
@@ -47,14 +48,14 @@ def score_folder(folder: Path, config: JudgeConfig = NO_JUDGE) -> list[Score]:
 
 
 def score_stages(runs: Path, config: JudgeConfig = NO_JUDGE) -> None:
-    """Score every stage's predictions anew.
+    """Score the predictions of every stage again.
 
     Args:
         runs: folder of one experiment, with a folder for each stage.
-        config: who judges open answers.
+        config: the judge of open answers.
 
     Raises:
-        ValueError: no stage has predictions, or some cannot be read.
+        ValueError: no stage has predictions, or some are invalid.
     """
     folders = [stage / "egobench" for stage in sorted(runs.glob("stage?")) if (stage / "egobench").is_dir()]
     if not folders:
@@ -64,7 +65,7 @@ def score_stages(runs: Path, config: JudgeConfig = NO_JUDGE) -> None:
 
 
 def stages_table(runs: Path) -> str:
-    """Write ``egobench.md``: the stages side by side, the metrics of ``SUMMARY`` alone; "" without any scores.
+    """Write ``egobench.md``, the metrics of ``SUMMARY`` with a column per stage; return it, or "" without any scores.
 
     Args:
         runs: folder of one experiment, with a folder for each stage.
@@ -82,10 +83,10 @@ def stages_table(runs: Path) -> str:
 
 
 def read_scores(folder: Path) -> list[Score]:
-    """What ``score_folder`` wrote.
+    """Read the scores that ``score_folder`` wrote.
 
     Raises:
-        ValueError: the folder was not scored, or not by this version.
+        ValueError: the folder was not scored, or by another version.
     """
     file = folder / "metrics.json"
     try:
@@ -96,15 +97,15 @@ def read_scores(folder: Path) -> list[Score]:
 
 
 def table(columns: Mapping[str, Sequence[Score]], paper: bool = True) -> str:
-    """Markdown table of several models or stages side by side, in per cent (scores of judges in points).
+    """Return a Markdown table with a column per model or stage, in per cent (scores of judges in points).
 
-    A row for each benchmark and metric, a partial one under its own name, so that it never stands beside the number of
-    all samples. Behind each model its standard error. The mean of the paper's ten numbers is shown for models that have
-    all ten of all samples.
+    There is a row for each benchmark and metric. Partial scores have rows of their own, so that none is compared with a
+    score of all samples. Each column is followed by its standard errors. The mean of the paper's ten numbers is shown
+    for models that have all ten of all samples.
 
     Args:
         columns: title of a model to its scores.
-        paper: whether to show the paper's numbers and its average; not beside numbers of invented benchmarks.
+        paper: whether to show the paper's numbers and its average, which mean nothing for a generated world.
     """
     found = {title: {(s.benchmark, s.metric): s for s in scores} for title, scores in columns.items()}
     keys = dict.fromkeys(key for scores in found.values() for key in scores)
@@ -129,7 +130,7 @@ def table(columns: Mapping[str, Sequence[Score]], paper: bool = True) -> str:
 
 
 def _invented(folder: Path) -> bool:
-    """Whether the samples are of a generated world, beside which the paper's numbers mean nothing."""
+    """Return whether samples are of a generated world, so that the paper's numbers mean nothing."""
     headers = (folder / "predictions").glob("*.header.json")
     return any(json.loads(file.read_text(encoding="utf-8")).get("invented", False) for file in headers)
 
@@ -138,7 +139,7 @@ def _score_file(file: Path, config: JudgeConfig) -> list[Score]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file}: malformed JSON ({error}): evaluate the benchmark again") from None
+        raise ValueError(f"{file}: invalid JSON ({error}): evaluate the benchmark again") from None
     if not isinstance(record, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(record).__name__}: evaluate the benchmark again")
     header = Header.read(record, str(file))
@@ -146,7 +147,7 @@ def _score_file(file: Path, config: JudgeConfig) -> list[Score]:
     if header.benchmark != name:
         raise ValueError(f"{file}: field 'benchmark' is {header.benchmark!r}, expected {name!r} as in the file's name")
     rows, texts = (file.with_name(f"{name}{ending}") for ending in (".jsonl", ".texts.jsonl"))
-    if not rows.is_file():  # its evaluation has begun, but not ended
+    if not rows.is_file():  # the evaluation has not finished
         task_of(header, str(file))
         return [header.asked(0)]
     candidates: list[PlacedRow] = list(read_jsonl(texts)) if texts.is_file() else []

@@ -1,11 +1,11 @@
-"""What reading a clip once is worth: 100 clips against 50 captions with the generated world's model.
+"""Measure the gain of a shared clip prefix: 100 clips against 50 captions with the generated world's model.
 
 ::
 
     make bench-egobench
 
-Scores of every pair, by the same model, in three ways: each pair a row of its own, all captions of a clip in one batch
-of whole rows, and all captions of a clip behind one reading of it. Ways take turns; no encoder runs.
+The same model scores every pair in three ways: each pair in a row of its own, all captions of a clip in one batch of
+whole rows, and all captions of a clip after one shared prefix. The ways alternate; no encoder runs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         stage = build_stage(compose(EXPERIMENT, "stage3", [f"tokenizer={folder}"]))
-        stage.init = {}  # speed does not depend on what was learned
+        stage.init = {}  # speed does not depend on the weights
         stage.configure_model()
     model = stage.model.language_model.eval()
     generator = torch.Generator().manual_seed(0)
