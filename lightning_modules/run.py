@@ -26,13 +26,45 @@ from lightning_modules.callbacks.sample_panel import SamplePanel
 from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.compat import set_process_group_timeout
 from lightning_modules.config import ConfigError, config_hash
-from lightning_modules.config_errors import explain
+from lightning_modules.config_check import check_config
 from lightning_modules.egobench.judge import JudgeConfig
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.plan import PlanConfig
 from lightning_modules.stages.base import Stage
 from lightning_modules.stages.checks import check_stage
 from lightning_modules.strategy import FSDP2, POLICIES
+
+SHARED_KEYS: dict[str, Any] = {
+    "experiment": str,
+    "stage": str,
+    "runs": str,
+    "run_dir": str,
+    "handoffs": dict[str, str],
+    "weights": str,
+    "start": dict[str, str | list[str] | None],
+    "data_root": str,
+    "tokenizer": str,
+    "threads": int | None,
+    "checkpoint_every_n_steps": int,
+    "stall_timeout_s": float,
+    "network": NetworkConfig,
+    "clips": ClipConfig,
+    "monitor": TrainingMonitor,
+    "panel": SamplePanel,
+    "plan": PlanConfig,
+    "egobench": EgoBenchConfig,
+    "judge": JudgeConfig,
+}
+"""Types of the keys that the stages of an experiment share."""
+DEFAULTS: dict[str, Any] = {
+    "runs": "runs",
+    "checkpoint_every_n_steps": 100,
+    "stall_timeout_s": 1800.0,
+    "plan": PlanConfig(),
+    "egobench": EgoBenchConfig(),
+    "judge": JudgeConfig(),
+}
+REQUIRED = ("experiment", "stage", "run_dir", "tokenizer", "model", "data")
 
 
 class ExperimentCLI(LightningCLI):
@@ -59,25 +91,13 @@ class ExperimentCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Declare the shared keys."""
-        parser.add_argument("--experiment", type=str, required=True)
-        parser.add_argument("--stage", type=str, required=True)
-        parser.add_argument("--runs", type=str, default="runs")
-        parser.add_argument("--run_dir", type=str, required=True)
-        parser.add_argument("--handoffs", type=dict[str, str])
-        parser.add_argument("--weights", type=str)
-        parser.add_argument("--start", type=dict[str, str | list[str] | None])
-        parser.add_argument("--data_root", type=str)
-        parser.add_argument("--tokenizer", type=str, required=True)
-        parser.add_argument("--threads", type=int | None, default=None)
-        parser.add_argument("--checkpoint_every_n_steps", type=int, default=100)
-        parser.add_argument("--stall_timeout_s", type=float, default=1800.0)
-        parser.add_argument("--network", type=NetworkConfig)
-        parser.add_argument("--clips", type=ClipConfig)
-        parser.add_lightning_class_args(TrainingMonitor, "monitor")
-        parser.add_lightning_class_args(SamplePanel, "panel")
-        parser.add_argument("--plan", type=PlanConfig, default=PlanConfig())
-        parser.add_argument("--egobench", type=EgoBenchConfig, default=EgoBenchConfig())
-        parser.add_argument("--judge", type=JudgeConfig, default=JudgeConfig())
+        for key, kind in SHARED_KEYS.items():
+            if isinstance(kind, type) and issubclass(kind, L.Callback):
+                parser.add_lightning_class_args(kind, key)
+            elif key in REQUIRED:
+                parser.add_argument(f"--{key}", type=kind, required=True)
+            else:
+                parser.add_argument(f"--{key}", type=kind, default=DEFAULTS.get(key))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer with the callbacks and plugins that every run has."""
@@ -182,17 +202,25 @@ def build_stage(config: dict[str, Any]) -> Stage:
 
 
 def _parse(config: dict[str, Any], kind: type[ExperimentCLI]) -> ExperimentCLI:
-    missing = [key for key in ("experiment", "stage", "run_dir", "model", "data") if not config.get(key)]
-    if missing:
+    if missing := [key for key in REQUIRED if not config.get(key)]:
         raise ConfigError(f"configuration: {', '.join(missing)} missing: name an experiment folder and a stage")
+    lightning_keys = {"seed_everything": bool | int, "trainer": L.Trainer, "model": Stage, "data": ClipDataModule}
+    check_config(config, SHARED_KEYS | lightning_keys)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return kind(config)
     except (ArgumentError, ValueError) as error:
-        raise ConfigError(explain(str(error), config)) from None
+        raise ConfigError(_root_message(error)) from None
     except (MisconfigurationException, ImportError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def _root_message(error: BaseException) -> str:
+    """Return the first error of a chain on one line: jsonargparse wraps constructors' errors in long reports."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
 
 
 def silence_expected_warnings() -> None:

@@ -1,13 +1,16 @@
 """Experiments as YAML: layers, interpolation, and that every one of them binds to the code."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypedDict
 
 import pytest
 import tiny
 import yaml
 
 from lightning_modules.config import RENAMED_KEYS, ConfigError, Renamed, compose, config_hash, read_saved
+from lightning_modules.config_check import check_config
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 from lightning_modules.run import build
 
@@ -178,6 +181,102 @@ def test_prompt_level_is_the_old_name_of_instruction_style(level, style):
 def test_new_keys_are_not_old_ones(entry):
     """One pass must be enough."""
     assert entry.new_key not in RENAMED_KEYS or RENAMED_KEYS[entry.new_key] is entry
+
+
+# -------------------------------------------------------------------------------------------------------- key checks
+
+
+@dataclass
+class Shape:
+    """A configuration with a rule of its own."""
+
+    width: int
+    ratio: float = 1.0
+    kind: Literal["a", "b"] = "a"
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"shape.width: got {self.width}, allowed: 1 or more")
+
+
+class Extra(TypedDict, total=False):
+    file: str
+
+
+class Part:
+    def __init__(self, shape: Shape, sources: dict[str, str | list[str] | None] | None = None):
+        pass
+
+
+class Larger(Part):
+    """Passes most arguments on."""
+
+    def __init__(self, depth: int = 1, extra: Extra | None = None, pair: tuple[float, float] = (0, 1), **kwargs):
+        super().__init__(**kwargs)
+
+
+LARGER = f"{__name__}.Larger"
+
+
+def problems(**given):
+    part = {"class_path": LARGER, "init_args": {"shape": {"width": 1}} | given}
+    with pytest.raises(ConfigError) as caught:
+        check_config({"part": part}, {"part": Part})
+    return str(caught.value).replace("part.init_args.", "")
+
+
+def test_arguments_that_are_passed_on_are_known():
+    for given in ({}, {"depth": 2, "extra": {"file": "a"}, "pair": [0, 1.5], "sources": {"a": None, "b": ["c"]}}):
+        check_config(
+            {"part": {"class_path": LARGER, "init_args": {"shape": {"width": 1, "ratio": 2}} | given}}, {"part": Part}
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dept": 1}, "dept: no such key in part.init_args, allowed: shape, sources, depth, extra, pair"),
+        ({"shape": {"width": "x"}}, "shape.width: got x, allowed: int"),
+        ({"shape": {"width": 0}}, "shape.width: got 0, allowed: 1 or more"),
+        ({"shape": {"width": None}}, "shape.width: got null, allowed: int"),
+        ({"shape": {"ratio": 2}}, "shape.width: missing, allowed: int"),
+        ({"shape": {"width": 1, "kind": "c"}}, "shape.kind: got c, allowed: a, b"),
+        ({"shape": 3}, "shape: got 3, allowed: the keys width, ratio, kind"),
+        ({"extra": {"fil": "a"}}, "extra.fil: no such key in extra, allowed: file"),
+        ({"pair": [1]}, "pair: got 1 values, allowed: 2"),
+        ({"pair": [1, "x"]}, "pair[1]: got x, allowed: float"),
+        ({"sources": {"a": 3}}, "sources.a: got 3, allowed: str or a list of str or null"),
+        ({"depth": 1.5, "widht": 1}, "depth: got 1.5, allowed: int; widht: no such key"),
+    ],
+)
+def test_problems_name_the_key_and_what_is_allowed(given, message):
+    found = problems(**given).replace(" in part.init_args.", " in ")
+    assert found.startswith(message)
+
+
+def test_a_class_that_does_not_fit():
+    for path, message in (
+        ("nowhere.Larger", "which does not exist"),
+        ("pathlib.Path", f"subclasses of {__name__}.Part"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^part.class_path: got {path}, .*{message}"):
+            check_config({"part": {"class_path": path}}, {"part": Part})
+    with pytest.raises(ConfigError, match=r"^part.init_arg: no such key in part, allowed: class_path, init_args"):
+        check_config(
+            {"part": {"class_path": LARGER, "init_arg": {}, "init_args": {"shape": {"width": 1}}}}, {"part": Part}
+        )
+
+
+def test_all_problems_are_in_one_line():
+    kinds = {"shape": Shape, "part": Part, "name": str}
+    config = {"shape": {"width": "x", "heigth": 1}, "part": {"class_path": LARGER}, "nam": "a"}
+    with pytest.raises(ConfigError) as caught:
+        check_config(config, kinds)
+    assert str(caught.value) == (
+        "shape.width: got x, allowed: int; shape.heigth: no such key in shape, allowed: width, ratio, kind; "
+        "part.init_args.shape: missing, allowed: the keys width, ratio, kind; "
+        "nam: no such key, allowed: name, part, shape"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- experiments
