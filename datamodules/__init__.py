@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from datamodules.ego_exo_clip.build import BuildOptions, build_index
     from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule
     from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
-    from datamodules.ego_exo_clip.index import PairIndex, PairSource, SourceError
+    from datamodules.ego_exo_clip.index import PairIndex, PairSource
     from datamodules.egoit.datamodule import InstructionDataModule
     from datamodules.egoit.mix import MixConfig, MixSource
     from datamodules.egoit.reader import ConversationFile
+    from datamodules.io.annotations import SourceError
     from datamodules.text import TextEncoder
     from datamodules.video.errors import ClipDecodeError
     from datamodules.video.reader import ClipReader
@@ -64,7 +65,8 @@ _MODULES = {
     "ego_exo_clip.datamodule": ("EgoExoClipDataModule",),
     "egoit.datamodule": ("InstructionDataModule",),
     "egoit.mix": ("MixConfig", "MixSource"),
-    "ego_exo_clip.index": ("PairIndex", "PairSource", "SourceError"),
+    "ego_exo_clip.index": ("PairIndex", "PairSource"),
+    "io.annotations": ("SourceError",),
     "text": ("TextEncoder",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -77,4 +77,4 @@ def lengths(clips: list[NarratedClip]) -> list[float]:
 
 def counts(selection: Selection) -> dict[tuple[str, str], tuple[int, int]]:
     """Return (before, after) of each filter, by the kind that it filters and its criterion."""
-    return {(row["of"], row["filter"]): (row["in"], row["out"]) for row in selection.funnel.rows()}
+    return {(row["of"], row["filter"]): (row["in"], row["out"]) for row in selection.counts.rows()}

@@ -13,7 +13,8 @@ from datamodules.clips.dataset import ClipConfig
 from datamodules.ego_exo_clip.assembly101 import Assembly101, action_text
 from datamodules.ego_exo_clip.build import build_index, main, select_clips
 from datamodules.ego_exo_clip.datamodule import EgoExoClipDataset
-from datamodules.ego_exo_clip.index import Funnel, PairIndex, SourceError
+from datamodules.ego_exo_clip.index import FilterCounts, PairIndex
+from datamodules.io.annotations import SourceError
 
 SEGMENT = "id video start_frame end_frame action_id verb_id noun_id action_cls verb_cls noun_cls"
 COLUMNS = f"{SEGMENT} toy_id toy_name is_shared is_RGB"
@@ -73,7 +74,7 @@ def recordings(tmp_path_factory):
 
 
 def read(root, **options):
-    return list(Assembly101(root, **options).read(Funnel()))
+    return list(Assembly101(root, **options).read(FilterCounts()))
 
 
 @pytest.mark.parametrize(

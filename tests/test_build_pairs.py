@@ -19,18 +19,11 @@ import pytest
 from release_files import by, clips_of, counts, lengths, said, select, take_record, write_release
 
 import datamodules
-from datamodules.ego_exo_clip import build as build_pairs
-from datamodules.ego_exo_clip.build import (
-    BuildOptions,
-    build_index,
-    clip_length_s,
-    clip_span,
-    fit_alpha,
-    main,
-    mean_gap_s,
-    select_clips,
-)
-from datamodules.ego_exo_clip.index import Group, Narration, PairIndex, SourceError, View, read_header
+from datamodules.ego_exo_clip import footage
+from datamodules.ego_exo_clip.build import BuildOptions, build_index, main, select_clips
+from datamodules.ego_exo_clip.egovlp import clip_length_s, expand_window, fit_alpha, mean_gap_s
+from datamodules.ego_exo_clip.index import Group, Narration, PairIndex, View, read_header
+from datamodules.io.annotations import SourceError
 
 ROOT = Path(__file__).parents[1]
 A, B = (0.0, 2.0, 4.0, 6.0), (1.0, 5.0, 9.0)
@@ -45,7 +38,7 @@ def contents(folder):
 
 
 def around(time_s, gap_s, alpha, duration_s=10.0, fps=30.0, **options):
-    return clip_span(time_s, clip_length_s(gap_s, alpha), duration_s, fps, BuildOptions(**options))
+    return expand_window(time_s, clip_length_s(gap_s, alpha), duration_s, fps, **options)
 
 
 def test_gaps_of_the_worked_example():
@@ -79,7 +72,7 @@ def test_row_of_the_published_egoclip_has_the_length_of_its_gap():
 
 
 def test_alpha_needs_a_gap():
-    with pytest.raises(SourceError, match="timestamps, so alpha cannot be fitted; pass alpha"):
+    with pytest.raises(SourceError, match="timestamps, so alpha cannot be fitted: pass alpha"):
         fit_alpha([(1.0,), (2.0, 2.0)])
 
 
@@ -89,15 +82,15 @@ def test_alpha_needs_a_gap():
         (0.2, {}, (0.0, 0.7)),  # cut at the start
         (9.8, {}, (9.3, 10.0)),  # cut at the end
         (10.0, {}, (9.5, 10.0)),  # on the last instant
-        (5.0, {"clip_scale": 2.0}, (4.0, 6.0)),
+        (5.0, {"scale": 2.0}, (4.0, 6.0)),
         (5.0, {"min_clip_s": 3.0}, (3.5, 6.5)),
         (0.5, {"min_clip_s": 3.0}, (0.0, 3.0)),  # widened inwards
         (9.5, {"min_clip_s": 3.0}, (7.0, 10.0)),
         (5.0, {"min_clip_s": 30.0}, (0.0, 10.0)),  # a take shorter than the shortest clip
         (5.0, {"max_clip_s": 0.5}, (4.75, 5.25)),
-        (5.0, {"clip_scale": 0.01, "fps": 10.0}, (4.95, 5.05)),  # 10 ms widened to a frame
-        (0.0, {"clip_scale": 0.01, "fps": 10.0}, (0.0, 0.1)),
-        (10.0, {"clip_scale": 0.01, "fps": 10.0}, (9.9, 10.0)),
+        (5.0, {"scale": 0.01, "fps": 10.0}, (4.95, 5.05)),  # 10 ms widened to a frame
+        (0.0, {"scale": 0.01, "fps": 10.0}, (0.0, 0.1)),
+        (10.0, {"scale": 0.01, "fps": 10.0}, (9.9, 10.0)),
     ],
 )
 def test_span_at_the_edges(time_s, options, expected):
@@ -137,7 +130,7 @@ def test_impossible_options_are_refused(options, message):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# a data set of one's own
+# a dataset of one's own
 
 
 @dataclass
@@ -149,9 +142,9 @@ class Kitchens:
     split: str = "train"
     description: dict[str, str] = field(default_factory=lambda: {"name": "Kitchens"})
 
-    def read(self, funnel):
+    def read(self, counts):
         for group, narrations in self.takes:
-            if funnel.keep("takes", "in a kitchen", group.scenario == "Cooking"):
+            if counts.keep("takes", "in a kitchen", group.scenario == "Cooking"):
                 yield group, narrations
 
 
@@ -228,7 +221,7 @@ def test_every_filter_counts_what_it_lets_through(tmp_path):
         ("takes", "2 or more exo videos on disk"): (4, 2),
         ("takes", "with a clip"): (2, 1),
         ("exo views", "on disk"): (8, 5),
-        ("narrations", "said once"): (15, 14),
+        ("narrations", "not repeated"): (15, 14),
         ("narrations", "within the take"): (14, 13),
         ("narrations", "of takes that are left"): (11, 8),
         ("narrations", "within the shortest stream"): (8, 8),
@@ -291,7 +284,7 @@ def test_nothing_left_says_where_it_went(tmp_path):
 
 def test_opened_the_shortest_stream_bounds_the_take(tmp_path, monkeypatch):
     frames = {"glasses": 290, "left": 299, "right": 300}
-    monkeypatch.setattr(build_pairs, "_open", lambda path: build_pairs._Footage(frames[path.stem], 30.0, 64, 48))
+    monkeypatch.setattr(footage, "probe_file", lambda path: footage.Footage(frames[path.stem], 30.0, 64, 48))
     source = Kitchens(tmp_path, [kitchen(tmp_path, "k1", told(9), told(9.6), told(9.7))])
     selection = select_clips(source, probe_workers=1)
     (take,) = selection.takes
@@ -306,9 +299,9 @@ def test_opened_the_shortest_stream_bounds_the_take(tmp_path, monkeypatch):
 
 def test_opened_files_say_their_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        build_pairs,
-        "_open",
-        lambda path: build_pairs._Footage(120 if path.stem == "left" else 480, 12.0 if path.stem == "left" else 60.0),
+        footage,
+        "probe_file",
+        lambda path: footage.Footage(120 if path.stem == "left" else 480, 12.0 if path.stem == "left" else 60.0),
     )
     (take,) = select_clips(Kitchens(tmp_path, [kitchen(tmp_path, "k1", told(1), told(2))]), probe_workers=1).takes
     assert (take.group.fps, take.group.duration_s) == (60.0, 8.0)
@@ -355,7 +348,7 @@ def release(root):
     return write_release(root, takes, {"u3": [by(said(2), said(8))]}, split="val", splits=splits)
 
 
-def test_the_command_builds_and_prints_the_funnel(tmp_path, capsys):
+def test_the_command_builds_and_prints_the_filters(tmp_path, capsys):
     root = release(tmp_path)
     assert main(["ego-exo4d", str(root)]) == 0
     shown = capsys.readouterr().out.splitlines()

@@ -9,7 +9,8 @@ from release_files import by, clips_of, counts, lengths, said, select, stream, t
 
 from datamodules.ego_exo_clip.build import training_alpha
 from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D, camera_wearer_text, is_ego_camera
-from datamodules.ego_exo_clip.index import Group, SourceError, View
+from datamodules.ego_exo_clip.index import Group, View
+from datamodules.io.annotations import SourceError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/samples/ego_exo"
 
@@ -54,7 +55,7 @@ def test_repeats_and_times_outside_the_take_change_no_gap(tmp_path):
     selection = select(write_release(tmp_path, [take_record("u1")], annotations))
     assert [said.clip_id for said in narrations(selection)] == ["u1/0/0", "u1/0/1", "u1/0/3", "u1/0/6"]
     assert selection.alpha == pytest.approx(8 / 3)  # 0, 4, 4, 8
-    assert counts(selection)["narrations", "said once"] == (7, 6)
+    assert counts(selection)["narrations", "not repeated"] == (7, 6)
     assert counts(selection)["narrations", "within the take"] == (6, 4)
 
 
@@ -283,9 +284,7 @@ def test_missing_folder_and_files(tmp_path):
 )
 def test_malformed_json(tmp_path, content, problem):
     (tmp_path / "takes.json").write_bytes(content)
-    with pytest.raises(
-        SourceError, match=rf"takes\.json: malformed JSON, .*{problem}.*; correct it there, or fetch it"
-    ):
+    with pytest.raises(SourceError, match=rf"takes\.json: invalid JSON, .*{problem}.*; correct it there, or fetch it"):
         select(tmp_path)
 
 

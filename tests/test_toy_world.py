@@ -207,7 +207,7 @@ def read(toy_world):
 
 @pytest.fixture(scope="module")
 def counts(read):
-    return {(row["of"], row["filter"]): (row["in"], row["out"]) for row in read.funnel.rows()}
+    return {(row["of"], row["filter"]): (row["in"], row["out"]) for row in read.counts.rows()}
 
 
 def files_of(root, take):
@@ -309,7 +309,7 @@ def test_one_annotated_take_is_not_listed(toy_world, annotations, read, counts):
 def test_validation_takes_have_no_defect(toy_world, read):
     val = select_clips(EgoExo4D(toy_world, "val"), alpha=read.alpha)
     assert [len(take.clips) for take in val.takes] == [6, 6]
-    assert all(row["in"] == row["out"] for row in val.funnel.rows() if row["filter"] != "in split val")
+    assert all(row["in"] == row["out"] for row in val.counts.rows() if row["filter"] != "in split val")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ Expected below the root, as distributed::
     recordings/<sequence>/<view>.mp4
     fine-grained-annotations/{train,validation}.csv
 
-Columns, meanings and view numbers are those of the READMEs and scripts of github.com/assembly-101; the data set itself
-was not at hand, so this was run on invented files only.
+Columns, meanings and view numbers are those of the READMEs and scripts of github.com/assembly-101; the dataset itself
+was not available, so this was tested on invented files only.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from datamodules.ego_exo_clip.index import Funnel, Group, Narration, SourceError, View
+from datamodules.ego_exo_clip.index import FilterCounts, Group, Narration, View
+from datamodules.io.annotations import SourceError, option
 
 ANNOTATION_FPS = 30.0
 """Frames per second that segments are counted at."""
 VIDEO_FPS = 60.0
-"""Frames per second of the recordings, by the authors; opening the files (``--probe``) says what they really have."""
+"""Frames per second of the recordings, by the authors; ``--probe`` reads the rate of each file."""
 EGO_VIEWS = {
     "e1": ("HMC_84346135_mono10bit", "HMC_21176875_mono10bit"),
     "e2": ("HMC_84347414_mono10bit", "HMC_21176623_mono10bit"),
@@ -35,13 +36,14 @@ _COLUMNS = ("video", "start_frame", "end_frame", "action_cls", "is_RGB")
 
 @dataclass
 class _Sequence:
-    """One recording: its views, and its segments in the order in which the file first has them."""
+    """One recording: its views, and its segments in the order of their first rows."""
 
     egos: dict[str, str] = field(default_factory=dict)  # camera to path below recordings/
     exos: dict[str, str] = field(default_factory=dict)
     segments: dict[tuple[int, int, str], None] = field(default_factory=dict)
 
 
+@dataclass
 class Assembly101:
     """A ``PairSource`` of Assembly101's fine-grained segments.
 
@@ -51,35 +53,38 @@ class Assembly101:
 
     Args:
         root: folder that holds ``recordings``.
-        split: which of the files; the test split has no action names.
+        split: train or validation; the test split has no action names.
         annotations: folder of the files; ``<root>/fine-grained-annotations`` if left out.
-        ego_view: the view to prefer, by the authors' number; the others stand in where it is missing. Which of them
-            shows the hands best was not looked into.
+        ego_view: the view to prefer, by the authors' number; the others replace it if it is missing. Which of them
+            shows the hands best was not examined.
 
     Raises:
         ValueError: ``ego_view`` is not a number of a view.
     """
 
-    def __init__(
-        self,
-        root: Path | str,
-        split: Literal["train", "validation"] = "train",
-        annotations: Path | str | None = None,
-        ego_view: str = "e1",
-    ) -> None:
-        if ego_view not in EGO_VIEWS:
-            raise ValueError(f"ego_view: got {ego_view!r}, allowed: {', '.join(EGO_VIEWS)}")
-        self.root, self.split, self.ego_view = Path(root), split, ego_view
-        self.annotations = self.root / "fine-grained-annotations" if annotations is None else Path(annotations)
-        self.description = {"name": "Assembly101", "split": split, "ego_view": ego_view}
+    root: Path
+    split: Literal["train", "validation"] = option("train", "takes of this split", ("train", "validation"))
+    annotations: Path | None = option(None, "folder of train.csv (default: <root>/fine-grained-annotations)")
+    ego_view: str = option("e1", "preferred egocentric view, by the authors' number", tuple(EGO_VIEWS))
 
-    def read(self, funnel: Funnel) -> Iterator[tuple[Group, list[Narration]]]:
-        """Every recording the file names, in the file's order.
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown view."""
+        self.root = Path(self.root)
+        if self.ego_view not in EGO_VIEWS:
+            raise ValueError(f"ego_view: got {self.ego_view!r}, allowed: {', '.join(EGO_VIEWS)}")
+
+    @property
+    def description(self) -> dict[str, str]:
+        """Description for ``index.json``."""
+        return {"name": "Assembly101", "split": self.split, "ego_view": self.ego_view}
+
+    def read(self, counts: FilterCounts) -> Iterator[tuple[Group, list[Narration]]]:
+        """Yield every recording of the file, in the file's order.
 
         Raises:
             SourceError: the file or a column is missing, or a value is wrong.
         """
-        for name, sequence in self._sequences(funnel).items():
+        for name, sequence in self._sequences(counts).items():
             last_s = max(end + 1 for _, end, _ in sequence.segments) / ANNOTATION_FPS
             group = Group(
                 group_id=name,
@@ -91,8 +96,9 @@ class Assembly101:
             )
             yield group, [_narration(name, *segment) for segment in sequence.segments]
 
-    def _sequences(self, funnel: Funnel) -> dict[str, _Sequence]:
-        file = self.annotations / f"{self.split}.csv"
+    def _sequences(self, counts: FilterCounts) -> dict[str, _Sequence]:
+        folder = self.annotations or self.root / "fine-grained-annotations"
+        file = folder / f"{self.split}.csv"
         if not file.is_file():
             raise SourceError(f"{file}: no such file; put Assembly101's fine-grained annotations there")
         sequences: dict[str, _Sequence] = {}
@@ -118,12 +124,12 @@ class Assembly101:
                 views = sequence.exos if row["is_RGB"] == "1" else sequence.egos
                 views[video.removesuffix(".mp4")] = f"recordings/{row['video']}"
                 segment = (start, end, row["action_cls"])
-                if funnel.keep("rows", "the first of a segment's views", segment not in sequence.segments):
+                if counts.keep("rows", "the first of a segment's views", segment not in sequence.segments):
                     sequence.segments[segment] = None
         return sequences
 
     def _rank(self, camera: str) -> tuple[bool, str, str]:
-        """Order of egocentric cameras: the preferred view, then by the authors' numbers, then others by name."""
+        """Return the sort key of an egocentric camera: the preferred view, the authors' numbers, then its name."""
         number = next((view for view, cameras in EGO_VIEWS.items() if camera in cameras), "unknown")
         return number != self.ego_view, number, camera
 
@@ -149,7 +155,7 @@ def _narration(sequence: str, start: int, end: int, action: str) -> Narration:
 
 
 def action_text(action: str) -> str:
-    """An action name as a sentence about the wearer: "pick up screw" becomes "Camera-wearer picks up screw."."""
+    """Return an action name as a sentence about the wearer: "pick up screw" becomes "Camera-wearer picks up screw."."""
     verb, _, rest = action.partition(" ")
     if verb.endswith("y") and verb[-2:-1] not in tuple("aeiou"):
         verb = f"{verb[:-1]}ies"

@@ -66,7 +66,7 @@ class EgoExoClipDataset(ClipTextDataset):
         root: folder that its paths are relative to.
         views: which views to decode.
         exo_policy: ``all``: a sample for each exocentric view; ``best``: one, the annotated best view; ``random``: one,
-            drawn anew each epoch.
+            drawn again each epoch.
         instruction: question put before the caption; None trains on the bare caption.
         seed: of the random view.
         clips: frames of a clip.

@@ -1,4 +1,4 @@
-"""An Ego-Exo4D release folder, read into takes that ego and exo cameras filmed together, and what was said about them.
+"""Read an Ego-Exo4D release folder: takes of synchronised ego and exo cameras, and their narrations.
 
 The clips of these narrations are the Ego-ExoClip data of Exo2Ego (arXiv 2503.09143). The folder is the one ``egoexo``
 downloads (release V2, docs.ego-exo4d-data.org), or any with the same layout: ``takes.json``, ``annotations/`` and
@@ -12,10 +12,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from datamodules.ego_exo_clip.index import Funnel, Group, Narration, SourceError, View
+from datamodules.ego_exo_clip.index import FilterCounts, Group, Narration, View
+from datamodules.io.annotations import SourceError, option
 
 FPS = 30.0
 """Frame rate of Ego-Exo4D's frame-aligned videos; a take whose record has a ``fps`` field uses that."""
@@ -23,6 +25,7 @@ _NO_SCENARIO = (0.0, 3000.0)
 """Parent tasks "Unknown" and "Campsite", in the release's table of labels but not among its eight scenarios."""
 
 
+@dataclass
 class EgoExo4D:
     """A ``PairSource`` of an Ego-Exo4D release: one split's takes, narrated by its atomic descriptions.
 
@@ -33,17 +36,26 @@ class EgoExo4D:
         root: the release folder, which holds ``takes.json``.
         split: takes of this split in ``annotations/splits.json``; without that file, those that
             ``annotations/atomic_descriptions_<split>.json`` names.
-        resolution: videos of ``frame_aligned_videos/downscaled/<resolution>``; None for the full-size ones.
+        resolution: videos of ``frame_aligned_videos/downscaled/<resolution>``; None or ``full`` for full-size ones.
     """
 
-    def __init__(
-        self, root: Path | str, split: Literal["train", "val"] = "train", resolution: str | None = "448"
-    ) -> None:
-        self.root, self.split, self.resolution = Path(root), split, resolution
-        self.description = {"name": "Ego-Exo4D", "split": split, "resolution": resolution}
+    root: Path
+    split: Literal["train", "val"] = option("train", "takes of this split", ("train", "val"))
+    resolution: str | None = option("448", "downscaled videos to use, or 'full'")
 
-    def read(self, funnel: Funnel) -> Iterator[tuple[Group, list[Narration]]]:
-        """Annotated takes of the split, in the order of ``takes.json``.
+    def __post_init__(self) -> None:
+        """Read the resolution ``full`` of the command line as None."""
+        self.root = Path(self.root)
+        if self.resolution == "full":
+            self.resolution = None
+
+    @property
+    def description(self) -> dict[str, str | None]:
+        """Description for ``index.json``."""
+        return {"name": "Ego-Exo4D", "split": self.split, "resolution": self.resolution}
+
+    def read(self, counts: FilterCounts) -> Iterator[tuple[Group, list[Narration]]]:
+        """Yield the annotated takes of the split, in the order of ``takes.json``.
 
         Raises:
             SourceError: a file or field is missing or wrong.
@@ -67,18 +79,18 @@ class EgoExo4D:
             listed = _Json.load(splits_file, download).at("split_to_take_uids").at(self.split)
             members = {uid.text() for uid in listed.elements()}
         for take_uid in annotated:
-            funnel.keep("annotated takes", "listed in takes.json", take_uid in records)
+            counts.keep("annotated takes", "listed in takes.json", take_uid in records)
         captures = _Captures(root / "captures.json", f"egoexo -o {root} --parts metadata")
         for take_uid, record in records.items():
             parent = record.get("parent_task_id")
             if (
-                funnel.keep("takes", f"in split {self.split}", take_uid in members)
-                and funnel.keep("takes", "of a scenario", parent is None or parent.number() not in _NO_SCENARIO)
-                and funnel.keep("takes", "annotated", take_uid in annotated)
+                counts.keep("takes", f"in split {self.split}", take_uid in members)
+                and counts.keep("takes", "of a scenario", parent is None or parent.number() not in _NO_SCENARIO)
+                and counts.keep("takes", "annotated", take_uid in annotated)
             ):
                 yield (
                     self._group(take_uid, record, captures),
-                    list(_narrations(take_uid, annotated[take_uid], funnel)),
+                    list(_narrations(take_uid, annotated[take_uid], counts)),
                 )
 
     def _group(self, take_uid: str, record: _Json, captures: _Captures) -> Group:
@@ -111,7 +123,7 @@ _SENTENCE_START = re.compile(r"(?:^|[.!?]\s+)[\"“(]*$")
 
 
 def camera_wearer_text(raw: str) -> str | None:
-    """A narration as training text: the letter C spelled out as the camera-wearer (the form Exo2Ego's examples show).
+    """Return a narration as training text: the letter C spelled out as the camera-wearer, as in Exo2Ego's examples.
 
     Ego4D's ``#C`` and ``#O`` tags go, spaces collapse and one period ends the text. C stays where it names a tone or a
     tool: before exactly major, minor, chord, note, string, sharp, flat, clamp or scale, in ``C#``, or next to a hyphen.
@@ -133,7 +145,7 @@ def camera_wearer_text(raw: str) -> str | None:
 
 
 def is_ego_camera(cam_id: str, ego_flags: Mapping[str, bool]) -> bool:
-    """Whether a camera is worn: what the capture's camera list says, or for a camera it lacks, an Aria by its name.
+    """Return True if a camera is worn, by the capture's camera list, or else if its name is that of an Aria.
 
     The list goes first because some ``camXX`` are head-mounted GoPros and not every wearer's camera is ``aria01``.
     """
@@ -141,7 +153,7 @@ def is_ego_camera(cam_id: str, ego_flags: Mapping[str, bool]) -> bool:
 
 
 class _Json:
-    """A JSON value that knows its file and its path there, so that whatever is wrong with it can be named."""
+    """A JSON value that knows its file and its path in it, for error messages."""
 
     __slots__ = ("_file", "_key", "_parent", "_value")
 
@@ -159,7 +171,7 @@ class _Json:
             where = f"line {error.lineno}, column {error.colno}: {error.msg}"
         except UnicodeDecodeError as error:
             where = f"not UTF-8 text at byte {error.start}"
-        raise SourceError(f"{file}: malformed JSON, {where}; correct it there, or fetch it again with `{download}`")
+        raise SourceError(f"{file}: invalid JSON, {where}; correct it there, or fetch it again with `{download}`")
 
     @property
     def path(self) -> str:
@@ -170,8 +182,8 @@ class _Json:
         found = self.get(name)
         if found is None:
             path = f"{self.path}.{name}".removeprefix(".")
-            mend = f"add it, or fetch a V2 {self._file.name}"
-            raise SourceError(f"{self._file}: field {path} is missing or null; {mend}")
+            fix = f"add it, or fetch a V2 {self._file.name}"
+            raise SourceError(f"{self._file}: field {path} is missing or null; {fix}")
         return found
 
     def get(self, *names: str) -> _Json | None:
@@ -240,8 +252,8 @@ class _Json:
         shown = repr(self._value)
         shown = shown if len(shown) <= 40 else f"{shown[:40]}..."
         where = f"field {self.path}" if self.path else "the top level"
-        mend = f"correct it, or fetch a V2 {self._file.name}"
-        return SourceError(f"{self._file}: {where} is {shown}, expected {expected}; {mend}")
+        fix = f"correct it, or fetch a V2 {self._file.name}"
+        return SourceError(f"{self._file}: {where} is {shown}, expected {expected}; {fix}")
 
 
 class _Captures:
@@ -252,7 +264,7 @@ class _Captures:
         self._by_uid: dict[str, _Json] | None = None
 
     def cameras(self, record: _Json) -> dict[str, bool]:
-        """Whether each camera is worn, as far as the take's capture says."""
+        """Return True or False for each camera of the take's capture that is known to be worn or not."""
         capture = record.get("capture")
         cameras = capture.get("cameras") if capture else None
         if cameras is None:
@@ -273,10 +285,10 @@ class _Captures:
         return self._by_uid
 
 
-def _narrations(take_uid: str, annotations: _Json, funnel: Funnel) -> Iterator[Narration]:
+def _narrations(take_uid: str, annotations: _Json, counts: FilterCounts) -> Iterator[Narration]:
     annotators: set[str] = set()
     for index, annotation in enumerate(annotations.elements()):
-        if not funnel.keep("annotations", "not rejected", not _flag(annotation, "rejected", default=False)):
+        if not counts.keep("annotations", "not rejected", not _flag(annotation, "rejected", default=False)):
             continue
         identifier = annotation.get("annotator_id")
         annotator = identifier.label() if identifier else str(index)

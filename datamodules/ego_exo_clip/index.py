@@ -1,4 +1,4 @@
-"""The index of synchronised pairs: what a data set must say to become one, and how it is written and read.
+"""The index of synchronised pairs: the records of a dataset that become one, and its format, writer and reader.
 
 An index is a folder of three files; ``python -m datamodules.ego_exo_clip.build`` makes it, any program or person may::
 
@@ -8,8 +8,8 @@ An index is a folder of three files; ``python -m datamodules.ego_exo_clip.build`
                    paths are relative to the data root, sizes in pixels
     clips.jsonl    a line per narration: clip_id, group_id, annotator, t (the narrated instant), start, end, text,
                    raw_text, subject, ego_visible, unsure, best_exo (a camera); seconds from the start of the take
-    index.json     schema_version, groups and clips (lines of the two files), and how they came about: source,
-                   options, alpha, funnel, pairs, sha256
+    index.json     schema_version, groups and clips (lines of the two files), and how they were made: source,
+                   options, alpha, funnel (the filters with counts), pairs, sha256
 
 Unknown values are null. ``frame_offset`` maps a camera to the frames by which its file lags: frame n of the take is
 frame n + offset of the file; cameras it does not name lag by 0. It may be edited by hand.
@@ -25,19 +25,20 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
+from datamodules.io.annotations import SourceError
 from datamodules.io.atomic import atomic_path
-from datamodules.io.jsonl import read_jsonl, require, seconds
+from datamodules.io.jsonl import read_jsonl
+from datamodules.io.validate import Record, validate
 
 SCHEMA_VERSION = 1
-
-
-class SourceError(ValueError):
-    """A data set that cannot be read; one line that names the file, the field and what to do."""
+FILTERS_KEY = "funnel"
+"""Member of ``index.json`` that holds the rows of ``FilterCounts``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +56,15 @@ class Group:
     """One take: cameras that ran together, frame n of each showing the same instant.
 
     Attributes:
-        group_id: unique in its data set.
+        group_id: unique in its dataset.
         egos: egocentric views, best first; the first whose video is usable is taken.
         exos: exocentric views, in the order they are numbered by.
         duration_s: seconds; narrations after it are left out.
         fps: frames per second of the videos.
-        scenario, task: what is going on, in general and in particular.
-        best_exo: name of the camera that shows most.
+        scenario, task: the activity, in general and in particular.
+        best_exo: name of the camera with the best view.
         frame_offset: by how many frames a camera's file lags; see the index format.
-        validated: somebody checked that the cameras are synchronised.
+        validated: the synchronisation of the cameras was checked.
     """
 
     group_id: str
@@ -80,19 +81,19 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Narration:
-    """What one annotator said about one instant, or about a span, of a take.
+    """One annotator's sentence about an instant, or about a span, of a take.
 
     Attributes:
-        clip_id: unique in its data set, and independent of any filter.
+        clip_id: unique in its dataset, and independent of any filter.
         annotator: narrations of one annotator and take together decide how long their clips are.
         time_s: the instant in seconds from the start of the take; the middle of a span.
-        text: as it is trained on; None leaves the narration out.
-        raw_text: as annotated.
+        text: training text; None leaves the narration out.
+        raw_text: annotated text.
         span_s: start and end where they were annotated; None cuts the clip by the EgoVLP rule.
-        subject: who acts, such as ``C`` for the wearer.
+        subject: the acting person, such as ``C`` for the wearer.
         ego_visible: the wearer's camera sees it.
-        unsure: the annotator doubted what was named.
-        best_exo: name of the camera that shows it best.
+        unsure: the annotator was unsure.
+        best_exo: name of the camera with the best view of it.
     """
 
     clip_id: str
@@ -124,21 +125,21 @@ class Take:
     clips: tuple[NarratedClip, ...]
 
 
-class Funnel:
-    """How many there were before and after each filter, in the order in which the filters were met."""
+class FilterCounts:
+    """Numbers before and after each filter, in the order in which the filters were met."""
 
     def __init__(self) -> None:
         self._counts: dict[tuple[str, str], list[int]] = {}
 
     def keep(self, unit: str, criterion: str, kept: bool) -> bool:
-        """Count one ``unit`` (such as "takes") that is kept if it meets the criterion; returns ``kept``."""
+        """Count one ``unit`` (such as "takes") that is kept if it meets the criterion; return ``kept``."""
         counts = self._counts.setdefault((unit, criterion), [0, 0])
         counts[0] += 1
         counts[1] += kept
         return kept
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each filter, those of one unit together: of, filter, in, out."""
+        """Return a row for each filter, those of one unit together: of, filter, in, out."""
         units = dict.fromkeys(unit for unit, _ in self._counts)
         return [
             {"of": unit, "filter": criterion, "in": before, "out": after}
@@ -149,7 +150,11 @@ class Funnel:
 
 
 class PairSource(Protocol):
-    """A data set of synchronised pairs; to add one, write a class like this and give it to ``build_index``."""
+    """A dataset of synchronised pairs.
+
+    To add one, write a dataclass like this in a file of your own, and name it ``module:Class`` for the command
+    ``python -m datamodules.ego_exo_clip.build``. Its fields become options of the command; one of them is ``root``.
+    """
 
     @property
     def root(self) -> Path:
@@ -157,16 +162,16 @@ class PairSource(Protocol):
 
     @property
     def split(self) -> str:
-        """Part of the data set, such as "train"."""
+        """Part of the dataset, such as "train"; for the command a field, or an attribute of the class."""
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """What was read, for ``index.json``: the data set's name, the split and other choices, but no folders."""
+        """Description for ``index.json``: the dataset's name, the split and other choices, but no folders."""
 
-    def read(self, funnel: Funnel) -> Iterator[tuple[Group, list[Narration]]]:
-        """Every take of the split with what was said about it; no video is looked at.
+    def read(self, counts: FilterCounts) -> Iterator[tuple[Group, list[Narration]]]:
+        """Yield every take of the split with its narrations, without opening a video.
 
-        Whatever is left out is counted: ``if not funnel.keep("takes", "in the split", condition): continue``.
+        Count the takes that are left out: ``if not counts.keep("takes", "in the split", condition): continue``.
 
         Raises:
             SourceError: a file or a field is missing or wrong.
@@ -174,7 +179,7 @@ class PairSource(Protocol):
 
 
 def write_index(folder: Path, takes: Iterable[Take], split: str, header: Mapping[str, Any]) -> dict[str, Any]:
-    """Write an index; interrupted at any moment, it leaves a folder without ``index.json`` or a whole index.
+    """Write an index; interrupted at any moment, it leaves a folder without ``index.json`` or a complete index.
 
     Args:
         folder: made if missing; other files in it are left alone.
@@ -183,7 +188,7 @@ def write_index(folder: Path, takes: Iterable[Take], split: str, header: Mapping
         header: further members of ``index.json``.
 
     Returns:
-        What ``index.json`` holds.
+        The content of ``index.json``.
 
     Raises:
         SourceError: two takes have one group_id.
@@ -195,7 +200,7 @@ def write_index(folder: Path, takes: Iterable[Take], split: str, header: Mapping
     with _Output(folder / "groups.jsonl") as groups, _Output(folder / "clips.jsonl") as clips:
         for take in takes:
             if take.group.group_id in seen:
-                raise SourceError(f"group_id {take.group.group_id!r} is given twice; each take needs its own")
+                raise SourceError(f"group_id {take.group.group_id!r} is given twice: name every take differently")
             seen.add(take.group.group_id)
             groups.write_line(_group_record(take.group, split))
             for clip in take.clips:
@@ -211,7 +216,7 @@ def write_index(folder: Path, takes: Iterable[Take], split: str, header: Mapping
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """``index.json`` of a whole index.
+    """Return ``index.json`` of a complete index.
 
     Raises:
         ValueError: there is none, or it cannot be used; names the command that builds it.
@@ -223,15 +228,15 @@ def read_header(folder: Path) -> dict[str, Any]:
     try:
         header = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file}: malformed JSON ({error}): {build}") from None
+        raise ValueError(f"{file}: invalid JSON ({error}): {build}") from None
     version = header.get("schema_version") if isinstance(header, dict) else None
     if version != SCHEMA_VERSION:
-        raise ValueError(f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}: {build} anew")
+        raise ValueError(f"{file}: schema_version is {version!r}, expected {SCHEMA_VERSION}: {build} again")
     return dict(header)
 
 
 class Strings:
-    """Many strings without an object for each: their bytes in one array, and where each begins.
+    """Many strings without an object for each: their bytes in one array, and the start of each.
 
     Counting references to a million objects would make every worker process copy them.
     """
@@ -242,16 +247,16 @@ class Strings:
             self.append(value)
 
     def append(self, value: str) -> None:
-        """Add one at the end."""
+        """Add a string at the end."""
         self._bytes += value.encode()
         self._starts.append(len(self._bytes))
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of strings."""
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> str:
-        """One of them, by a number from 0."""
+        """Return a string by its number from 0."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self._bytes[self._starts[index] : self._starts[index + 1]].decode()
@@ -289,7 +294,7 @@ class PairIndex:
         """Read and check an index; clips that an offset moves out of a file are moved back in.
 
         Raises:
-            ValueError: there is no whole index in the folder, or a line is wrong; names file, line and field.
+            ValueError: there is no complete index in the folder, or a line is wrong; names file, line and field.
         """
         header = read_header(folder)
         groups = _read_groups(folder / "groups.jsonl")
@@ -297,21 +302,20 @@ class PairIndex:
         clip_groups, best_views = array("i"), array("i")
         start_s, end_s = array("d"), array("d")
         for where, record in read_jsonl(folder / "clips.jsonl"):
-            group_id = require(record, "group_id", where)
-            if group_id not in groups.numbers:
+            clip = validate(_CLIP, record, where)
+            if clip.group_id not in groups.numbers:
                 raise ValueError(
-                    f"{where}: field 'group_id' is {group_id!r}, which groups.jsonl lacks: mend either file"
+                    f"{where}: field 'group_id' is {clip.group_id!r}, which groups.jsonl lacks: correct either file"
                 )
-            start, end = seconds(record, "start", where), seconds(record, "end", where)
-            if not 0 <= start < end < float("inf"):
-                raise ValueError(f"{where}: start {start} and end {end}: expected 0 <= start < end, in seconds")
-            clip_ids.append(_text(record, "clip_id", where))
-            texts.append(_text(record, "text", where))
-            group = groups.numbers[group_id]
+            if not clip.start < clip.end:
+                raise ValueError(f"{where}: start {clip.start} and end {clip.end}: expected start < end, in seconds")
+            clip_ids.append(clip.clip_id)
+            texts.append(clip.text)
+            group = groups.numbers[clip.group_id]
             clip_groups.append(group)
-            start_s.append(start)
-            end_s.append(end)
-            best_views.append(groups.best_view(group, record.get("best_exo")))
+            start_s.append(clip.start)
+            end_s.append(clip.end)
+            best_views.append(groups.best_view(group, clip.best_exo))
         for name, count in (("groups", len(groups.numbers)), ("clips", len(clip_ids))):
             if header.get(name) != count:
                 raise ValueError(
@@ -333,11 +337,11 @@ class PairIndex:
         return index
 
     def __len__(self) -> int:
-        """Number of narrated clips."""
+        """Return the number of narrated clips."""
         return len(self.clip_ids)
 
     def num_exos(self) -> NDArray[np.int64]:
-        """Exocentric views of each clip's take, int64 [C]."""
+        """Return the number of exocentric views of each clip's take, int64 [C]."""
         return (np.diff(self.first_view) - 1)[self.clip_groups]
 
     def _move_inside(self, durations_s: NDArray[np.float64], frames_s: NDArray[np.float64]) -> None:
@@ -352,6 +356,45 @@ class PairIndex:
         start_s = np.clip(self.start_s, low, high - frame_s)
         np.copyto(self.start_s, start_s, where=moved)
         np.copyto(self.end_s, np.clip(self.end_s, start_s + frame_s, high), where=moved)
+
+
+_Text = Annotated[str, Field(min_length=1)]
+_Positive = Annotated[float, Field(gt=0)]
+
+
+class _ViewRecord(Record):
+    cam: _Text
+    path: _Text
+
+
+class _ViewsRecord(Record):
+    ego: _ViewRecord
+    exo: Annotated[list[_ViewRecord], Field(min_length=1)]
+
+
+class _GroupRecord(Record):
+    """A line of ``groups.jsonl``: the fields that are read."""
+
+    group_id: _Text
+    fps: _Positive
+    duration: _Positive
+    views: _ViewsRecord
+    best_exo: str | None = None
+    frame_offset: dict[str, int] | None = None
+
+
+class _ClipRecord(Record):
+    """A line of ``clips.jsonl``: the fields that are read."""
+
+    clip_id: _Text
+    group_id: str
+    start: Annotated[float, Field(ge=0)]
+    end: float
+    text: _Text
+    best_exo: str | None = None
+
+
+_GROUP, _CLIP = TypeAdapter(_GroupRecord), TypeAdapter(_ClipRecord)
 
 
 @dataclass(frozen=True)
@@ -378,55 +421,33 @@ class _Groups:
 def _read_groups(file: Path) -> _Groups:
     groups = _Groups()
     for where, record in read_jsonl(file):
-        group_id = _text(record, "group_id", where)
-        if groups.numbers.setdefault(group_id, len(groups.numbers)) != len(groups.fps):
-            raise ValueError(f"{where}: field 'group_id' is {group_id!r} a second time: name every take differently")
-        fps, duration_s = seconds(record, "fps", where), seconds(record, "duration", where)
-        if not (0 < fps < float("inf") and 0 < duration_s < float("inf")):
-            raise ValueError(f"{where}: fps {fps} and duration {duration_s}: both must be above 0")
-        views = require(record, "views", where)
-        ego, exos = (views.get("ego"), views.get("exo")) if isinstance(views, dict) else (None, None)
-        if not isinstance(ego, dict) or not isinstance(exos, list) or not exos:
-            raise ValueError(f'{where}: field \'views\' must be {{"ego": view, "exo": [view, ...]}} with an exo view')
+        group = validate(_GROUP, record, where)
+        if groups.numbers.setdefault(group.group_id, len(groups.numbers)) != len(groups.fps):
+            raise ValueError(
+                f"{where}: field 'group_id' is {group.group_id!r} a second time: name every take differently"
+            )
+        # Number the views through all takes, within a take the egocentric one first.
         numbers: dict[str, int] = {}
-        for view in (ego, *exos):
-            if not isinstance(view, dict):
-                raise ValueError(f"{where}: a view is {view!r}, expected an object with path and cam")
-            numbers[_text(view, "cam", where)] = len(groups.paths)
-            groups.paths.append(_text(view, "path", where))
-        if len(numbers) != 1 + len(exos):
+        for view in (group.views.ego, *group.views.exo):
+            numbers[view.cam] = len(groups.paths)
+            groups.paths.append(view.path)
+        if len(numbers) != 1 + len(group.views.exo):
             raise ValueError(f"{where}: field 'views' names a cam twice: name every camera of a take differently")
-        offsets = _frame_offset(record, numbers, where)
-        groups.offsets_s.extend(-offsets.get(camera, 0) / fps for camera in numbers)
+        offsets = group.frame_offset or {}
+        unknown = sorted(set(offsets) - set(numbers))
+        if unknown:
+            raise ValueError(f"{where}: field 'frame_offset' names {', '.join(unknown)}, allowed: {', '.join(numbers)}")
         frames = [0, *offsets.values()]
-        if duration_s * fps - (max(frames) - min(frames)) < 1:
+        if group.duration * group.fps - (max(frames) - min(frames)) < 1:
             raise ValueError(f"{where}: field 'frame_offset' leaves no frame of the take: correct it")
+        groups.offsets_s.extend(-offsets.get(camera, 0) / group.fps for camera in numbers)
         groups.first_view.append(len(groups.paths))
-        groups.durations_s.append(duration_s)
-        groups.fps.append(fps)
-        del numbers[ego["cam"]]
+        groups.durations_s.append(group.duration)
+        groups.fps.append(group.fps)
+        del numbers[group.views.ego.cam]
         groups.exo_views.append(numbers)
-        groups.best.append(record.get("best_exo"))
+        groups.best.append(group.best_exo)
     return groups
-
-
-def _frame_offset(record: dict[str, Any], cameras: Mapping[str, int], where: str) -> dict[str, int]:
-    offsets = record.get("frame_offset") or {}
-    if not isinstance(offsets, dict) or not all(isinstance(frames, int) for frames in offsets.values()):
-        raise ValueError(
-            f"{where}: field 'frame_offset' is {offsets!r}, expected whole frames for a camera, by its name"
-        )
-    unknown = sorted(set(offsets) - set(cameras))
-    if unknown:
-        raise ValueError(f"{where}: field 'frame_offset' names {', '.join(unknown)}, allowed: {', '.join(cameras)}")
-    return offsets
-
-
-def _text(record: dict[str, Any], name: str, where: str) -> str:
-    value = require(record, name, where)
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: field {name!r} is {value!r}, expected text")
-    return value
 
 
 def _group_record(group: Group, split: str) -> dict[str, Any]:
@@ -446,20 +467,20 @@ def _group_record(group: Group, split: str) -> dict[str, Any]:
 
 
 def _clip_record(clip: NarratedClip, group_id: str) -> dict[str, Any]:
-    said = clip.narration
+    narration = clip.narration
     return {
-        "clip_id": said.clip_id,
+        "clip_id": narration.clip_id,
         "group_id": group_id,
-        "annotator": said.annotator,
-        "t": said.time_s,
+        "annotator": narration.annotator,
+        "t": narration.time_s,
         "start": clip.start_s,
         "end": clip.end_s,
-        "text": said.text,
-        "raw_text": said.raw_text,
-        "subject": said.subject,
-        "ego_visible": said.ego_visible,
-        "unsure": said.unsure,
-        "best_exo": said.best_exo,
+        "text": narration.text,
+        "raw_text": narration.raw_text,
+        "subject": narration.subject,
+        "ego_visible": narration.ego_visible,
+        "unsure": narration.unsure,
+        "best_exo": narration.best_exo,
     }
 
 

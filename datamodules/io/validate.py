@@ -7,6 +7,14 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 Value = TypeVar("Value")
+_EXPECTED = {
+    "int_type": "expected a whole number",
+    "model_type": "expected an object",
+    "string_too_short": "expected a text that is not empty",
+    "string_type": "expected a text",
+    "too_short": "expected at least one entry",
+}
+"""Expected values by pydantic's error types whose own messages name Python classes or are no noun."""
 
 
 class Record(BaseModel):
@@ -39,7 +47,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"field {field!r} is missing: add it"
     if problem["type"] == "extra_forbidden":
         return f"field {field!r} is unknown: remove it, or correct its name"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _EXPECTED.get(problem["type"], problem["msg"]).removeprefix("Value error, ")
     if message.startswith("Input should be "):
         message = f"expected {message.removeprefix('Input should be ')}"
     return f"field {field!r} is {_shown(problem['input'])}, {message}: correct it"
