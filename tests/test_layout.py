@@ -75,6 +75,13 @@ def test_the_model_is_usable_without_lightning_configuration_and_data():
         assert all(name.startswith("lightning_modules.model.") for name in ours), file
 
 
+def test_weights_build_on_the_model_alone():
+    allowed = ("lightning_modules.model.", "lightning_modules.weights.", "datamodules.text.")
+    for file in files("lightning_modules/weights"):
+        assert roots(file).isdisjoint({"lightning", "pytorch_lightning", "omegaconf", "jsonargparse"}), file
+        assert all(name.startswith(allowed) for name in imports(file) if name.startswith(PACKAGES)), file
+
+
 def test_losses_take_tensors_only():
     assert roots(ROOT / "lightning_modules" / "losses.py").isdisjoint(PACKAGES)
 
