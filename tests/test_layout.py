@@ -67,6 +67,44 @@ def test_data_knows_nothing_of_models():
     assert [str(file) for file in files("datamodules") if "lightning_modules" in roots(file)] == []
 
 
+def test_tools_are_imported_by_nobody():
+    for folder in PACKAGES:
+        for file in files(folder):
+            if "datamodules/tools" not in file.as_posix():
+                assert not [name for name in imports(file) if name.startswith("datamodules.tools")], file
+
+
+def module_graph():
+    """Return the modules that each module of both packages imports when it runs, by dotted name.
+
+    Imports for type checkers are left out; those inside functions count.
+    """
+    paths = [file.relative_to(ROOT).with_suffix("") for folder in PACKAGES for file in files(folder)]
+    modules = {".".join(path.parts).removesuffix(".__init__"): ROOT / path.with_suffix(".py") for path in paths}
+    graph = {}
+    for module, file in modules.items():
+        tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
+        imported = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= {name if name in modules else node.module for name in names}
+        graph[module] = (imported & modules.keys()) - {module}
+    return graph
+
+
+def test_modules_import_each_other_in_no_circle():
+    graph = module_graph()
+    while leaves := {module for module, imported in graph.items() if not imported & graph.keys()}:
+        graph = {module: imported for module, imported in graph.items() if module not in leaves}
+    assert not graph, "modules in a circle, or above one"
+
+
 def test_the_model_is_usable_without_lightning_configuration_and_data():
     forbidden = {"lightning", "pytorch_lightning", "omegaconf", "jsonargparse", "datamodules"}
     for file in files("lightning_modules/model"):
