@@ -1,4 +1,4 @@
-"""Clips, texts and questions as batches; nothing here knows a model.
+"""Batches of clips, texts and questions; nothing here imports a model.
 
 Names are imported when they are first used, so that what needs no torch, such as building an index, starts without it.
 """

@@ -1,6 +1,6 @@
-"""What the data side hands to the model side: clips as raw pixels, text as tokens.
+"""Batches that the datamodules pass to the stages: clips as raw pixels, text as tokens.
 
-Letters: ``B`` clips, ``T`` frames, ``S`` side of the square picture in pixels, ``R`` rows of text, ``L`` text tokens.
+Letters: ``B`` clips, ``T`` frames, ``S`` side of the square frame in pixels, ``R`` rows of text, ``L`` text tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 VIDEO_TOKEN_ID = -201
-"""Stands in the token ids where the visual tokens of the clip belong; no tokenizer has it."""
+"""Placeholder of the clip's visual tokens in the token ids; no tokenizer has it."""
 IGNORE_INDEX = -100
 
 
@@ -61,13 +61,13 @@ class ClipBatch(_Movable):
             averaged over ranks and accumulated micro-batches. Texts that are too long are left out; the tokens of clips
             that cannot be read are counted, because no other rank knows of them: their losses are missing from the sum,
             the other samples keep their weight.
-        ego_video, exo_video: uint8 [B, T, S, S, 3], RGB, the same instants in both; None if the stage does not look.
-        source_names: what the samples are mixed from, the same in every batch; empty if nothing is mixed.
+        ego_video, exo_video: uint8 [B, T, S, S, 3], RGB, the same instants in both; None if a stage does not use it.
+        source_names: names of the mixed sources, the same in every batch; empty if nothing is mixed.
         source: int64 [B], each sample's place among them; None if nothing is mixed.
-        valid: bool [B]. Where false, the pictures are zeros, no token is supervised, and the sample takes no part in
+        valid: bool [B]. Where false, the frames are zeros, no token is supervised, and the sample takes no part in
             any loss. By default all are.
-        corrupt: a line for each sample that is not valid: its name and why.
-        prompt: int64 [L], what stands before a caption, with the clip's ``VIDEO_TOKEN_ID``; None where texts differ.
+        corrupt: a line for each sample that is not valid: its name and the reason.
+        prompt: int64 [L], the tokens before a caption, with the clip's ``VIDEO_TOKEN_ID``; None where texts differ.
     """
 
     ids: list[str]
@@ -94,14 +94,14 @@ class ClipBatch(_Movable):
 
 @dataclass(frozen=True)
 class Question:
-    """What a held-out clip is asked.
+    """A question about a validation clip.
 
     Attributes:
         clip: row of the clip in the batch.
         task: ``caption``, ``choice`` or ``qa_<kind>``.
         question, answer: as a person would write them.
         options: candidates of a choice; empty else.
-        parts: words of the answer that are scored by themselves, by name.
+        parts: words of the answer that are scored separately, by name.
     """
 
     clip: int
@@ -114,11 +114,11 @@ class Question:
 
 @dataclass
 class QuestionBatch(_Movable):
-    """Held-out clips with questions.
+    """Validation clips with questions.
 
     Attributes:
         ids: B clip names.
-        ego_visible: B flags: does the egocentric camera see the action?
+        ego_visible: B flags, true if the egocentric camera sees the action.
         questions: all questions of the clips.
         prompts: a row for each question without options, ends where the answer begins.
         prompt_clip: int64 [R], row of the clip.

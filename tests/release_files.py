@@ -31,7 +31,7 @@ def take_record(uid: str, *, aria: str = "aria01", exos: tuple[str, ...] = ("cam
     return record | fields
 
 
-def said(timestamp: Any, text: str = "C lifts the kettle.", **fields: Any) -> dict[str, Any]:
+def description(timestamp: Any, text: str = "C lifts the kettle.", **fields: Any) -> dict[str, Any]:
     flags = {"subject": "C", "ego_visible": True, "unsure": False, "best_exo": None}
     return {"text": text, "timestamp": timestamp} | flags | fields
 

@@ -45,7 +45,7 @@ def write_annotations(root, listed, split="train", columns=COLUMNS):
 
 
 def write_video(path, frames, grey):
-    """Every picture holds its number in eight blocks, lowest bit left."""
+    """Every frame holds its number in eight blocks, lowest bit left."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "g": "30"})
@@ -53,8 +53,8 @@ def write_video(path, frames, grey):
         for number in range(frames):
             bits = [255 * (number >> bit & 1) for bit in range(8)]
             row = np.repeat(np.array(bits, dtype=np.uint8), SIDE // 8)
-            picture = np.broadcast_to(row[None, :, None], (SIDE, SIDE, 3))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            image = np.broadcast_to(row[None, :, None], (SIDE, SIDE, 3))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
         container.mux(stream.encode())
 
 
@@ -99,7 +99,7 @@ def test_a_segment_of_all_views_is_one_narration(recordings):
     assert (group.group_id, group.fps, group.duration_s) == ("s1", 60.0, 2.0)
     assert [view.cam for view in group.egos] == [E1, E3]
     assert [view.path for view in group.exos] == [f"recordings/s1/{cam}.mp4" for cam in (FIXED, SECOND)]
-    assert [(said.clip_id, said.text, said.raw_text) for said in narrations] == [
+    assert [(narration.clip_id, narration.text, narration.raw_text) for narration in narrations] == [
         ("s1/15-29/pick_up_screw", "Camera-wearer picks up screw.", "pick up screw"),
         (
             "s1/40-59/unscrew_chassis_with_hand",
@@ -107,8 +107,8 @@ def test_a_segment_of_all_views_is_one_narration(recordings):
             "unscrew chassis with hand",
         ),
     ]
-    assert [said.span_s for said in narrations] == [(0.5, 1.0), (40 / 30, 2.0)]  # the last frame is in it
-    assert [said.time_s for said in narrations] == pytest.approx([0.75, 5 / 3])
+    assert [narration.span_s for narration in narrations] == [(0.5, 1.0), (40 / 30, 2.0)]  # the last frame is in it
+    assert [narration.time_s for narration in narrations] == pytest.approx([0.75, 5 / 3])
 
 
 def test_rows_of_one_recording_need_not_be_together(tmp_path):

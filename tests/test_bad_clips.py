@@ -1,4 +1,4 @@
-"""What training does with clips that cannot be read: masked, named once, counted, and too many of them stop the run."""
+"""Corrupt clips in training: they are masked, named once and counted, and too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -106,10 +106,10 @@ def test_bad_clips_are_masked_and_say_why_and_the_others_are_as_ever(whole, bad,
             assert torch.equal(video, expected) if good else not video.any()
         assert (batch.text.labels[row] != IGNORE_INDEX).sum() == (tokens if good else 0)
         assert (batch.text.input_ids[row] == VIDEO_TOKEN_ID).sum() == 1
-    told = {line.partition(": ")[0]: line for line in batch.corrupt}
-    assert list(told) == [name for row, name in enumerate(batch.ids) if not batch.valid[row]]
+    reasons = {line.partition(": ")[0]: line for line in batch.corrupt}
+    assert list(reasons) == [name for row, name in enumerate(batch.ids) if not batch.valid[row]]
     for number, (words, path) in enumerate(bad.items(), start=1):
-        line = told[f"take{number}"]
+        line = reasons[f"take{number}"]
         assert str(path) in line and words in line and "[0.000, 1.000) s" in line and "\n" not in line
 
 
@@ -119,8 +119,8 @@ def test_a_text_that_is_too_long_is_masked_and_left_out_of_the_average(whole, to
     tokens = dataset.text(0, 0).label_tokens
     batches = list(load(dataset, 4, accumulate))
     assert [batch.label_tokens for batch in batches] == [3 * tokens / accumulate] * accumulate
-    told = [line for batch in batches for line in batch.corrupt]
-    assert len(told) == 1 and told[0].startswith("take1: ") and "max_text_tokens=16" in told[0]
+    reasons = [line for batch in batches for line in batch.corrupt]
+    assert len(reasons) == 1 and reasons[0].startswith("take1: ") and "max_text_tokens=16" in reasons[0]
     for batch in batches:
         for row, name in enumerate(batch.ids):
             assert batch.valid[row] == batch.ego_video[row].any() == (name != "take1")
@@ -170,8 +170,8 @@ def damage(data, kind, rng):
 @pytest.mark.parametrize("kind", ["cut", "hole", "bits"])
 def test_randomly_damaged_files_give_a_reason_and_never_a_wrong_frame(kind, toy_tokenizer, tmp_path):
     source = make_video(tmp_path / "source.mp4", 12, gop=4, container_options={"movflags": "faststart"})
-    _, pictures = decode_all(source)
-    expected = np.stack([pictures[i] for i in (1, 3, 6, 8)])
+    _, images = decode_all(source)
+    expected = np.stack([images[i] for i in (1, 3, 6, 8)])
     rng = np.random.default_rng(0)
     paths = [tmp_path / f"{number}.mp4" for number in range(18)]
     for path in paths:
@@ -184,7 +184,7 @@ def test_randomly_damaged_files_give_a_reason_and_never_a_wrong_frame(kind, toy_
         frames = batch.ego_video[row].numpy()
         if not valid:
             assert not frames.any()
-        elif kind != "bits":  # a turned bit may make another valid picture; only a checksum of the file could tell
+        elif kind != "bits":  # a turned bit may make another valid frame; only a checksum of the file could tell
             assert np.array_equal(frames, expected)
     dataset.reader.close()
     assert len(os.listdir("/proc/self/fd")) <= before
@@ -195,7 +195,7 @@ def test_randomly_damaged_files_give_a_reason_and_never_a_wrong_frame(kind, toy_
 
 
 class Flags(ClipTextDataset):
-    """Item i is a batch with a valid sample for each true flag of ``batches[i]``, without pictures."""
+    """Item i is a batch with a valid sample for each true flag of ``batches[i]``, without frames."""
 
     def __init__(self, batches):
         self.batches = batches

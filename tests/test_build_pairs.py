@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from release_files import by, clips_of, counts, lengths, said, select, take_record, write_release
+from release_files import by, clips_of, counts, description, lengths, select, take_record, write_release
 
 import datamodules
 from datamodules.ego_exo_clip import footage
@@ -161,12 +161,12 @@ def kitchen(
     return Group(name, ego_views, exo_views, 10.0, 30.0, scenario=scenario, **fields), named
 
 
-def told(time_s, text="The cook stirs.", annotator="a", **fields):
+def narrate(time_s, text="The cook stirs.", annotator="a", **fields):
     return Narration("", annotator, time_s, text, text or "raw", **fields)
 
 
 def test_a_source_of_ones_own_becomes_an_index(tmp_path):
-    source = Kitchens(tmp_path, [kitchen(tmp_path, "k1", told(1), told(3), told(9, span_s=(8.0, 10.0)))])
+    source = Kitchens(tmp_path, [kitchen(tmp_path, "k1", narrate(1), narrate(3), narrate(9, span_s=(8.0, 10.0)))])
     header = build_index(source, tmp_path / "index")
     assert header["source"] == {"name": "Kitchens"}
     index = PairIndex.read(tmp_path / "index")
@@ -176,7 +176,7 @@ def test_a_source_of_ones_own_becomes_an_index(tmp_path):
 
 
 def test_annotated_spans_need_no_alpha_and_follow_the_options(tmp_path):
-    source = Kitchens(tmp_path, [kitchen(tmp_path, "k1", told(3, span_s=(2.0, 4.0)))], split="validation")
+    source = Kitchens(tmp_path, [kitchen(tmp_path, "k1", narrate(3, span_s=(2.0, 4.0)))], split="validation")
     selection = select_clips(source)
     assert selection.alpha is None
     assert [(clip.start_s, clip.end_s) for clip in clips_of(selection)] == [(2.0, 4.0)]
@@ -186,26 +186,26 @@ def test_annotated_spans_need_no_alpha_and_follow_the_options(tmp_path):
 
 def test_every_filter_counts_what_it_lets_through(tmp_path):
     narrations = [
-        told(1),
-        told(1),  # said twice
-        told(2, ego_visible=False),
-        told(4, unsure=True),
-        told(5, subject="O"),
-        told(7, None),  # no text
-        told(11),  # after the take
-        told(8, subject="C"),
+        narrate(1),
+        narrate(1),  # repeated
+        narrate(2, ego_visible=False),
+        narrate(4, unsure=True),
+        narrate(5, subject="O"),
+        narrate(7, None),  # no text
+        narrate(11),  # after the take
+        narrate(8, subject="C"),
     ]
     source = Kitchens(
         tmp_path,
         [
             kitchen(tmp_path, "k1", *narrations),
-            kitchen(tmp_path, "garden", told(1), scenario="Gardening"),
+            kitchen(tmp_path, "garden", narrate(1), scenario="Gardening"),
             kitchen(tmp_path, "silent"),
-            kitchen(tmp_path, "unchecked", told(1), told(2), validated=False),
-            kitchen(tmp_path, "no_ego", told(1), missing=("glasses",)),
-            kitchen(tmp_path, "one_exo", told(1), missing=("left",)),
-            kitchen(tmp_path, "no_exo", told(1), missing=("left", "right")),
-            kitchen(tmp_path, "about_another", told(1, subject="O"), told(3, subject="O")),
+            kitchen(tmp_path, "unchecked", narrate(1), narrate(2), validated=False),
+            kitchen(tmp_path, "no_ego", narrate(1), missing=("glasses",)),
+            kitchen(tmp_path, "one_exo", narrate(1), missing=("left",)),
+            kitchen(tmp_path, "no_exo", narrate(1), missing=("left", "right")),
+            kitchen(tmp_path, "about_another", narrate(1, subject="O"), narrate(3, subject="O")),
         ],
     )
     strict = BuildOptions(
@@ -238,8 +238,18 @@ def test_every_filter_counts_what_it_lets_through(tmp_path):
 
 def test_filters_and_missing_files_change_no_clip(tmp_path):
     takes = [take_record("u1"), take_record("u2", aria="aria09"), take_record("u3", exos=("cam07",))]
-    descriptions = [said(1), said(2, ego_visible="0"), said(4, unsure="1"), said(5, subject="O"), said(7, "C lifts.")]
-    annotations = {"u1": [by(*descriptions)], "u2": [by(said(1), said(9))], "u3": [by(said(1), said(6))]}
+    descriptions = [
+        description(1),
+        description(2, ego_visible="0"),
+        description(4, unsure="1"),
+        description(5, subject="O"),
+        description(7, "C lifts."),
+    ]
+    annotations = {
+        "u1": [by(*descriptions)],
+        "u2": [by(description(1), description(9))],
+        "u3": [by(description(1), description(6))],
+    }
     complete = select(write_release(tmp_path / "whole", takes, annotations))
     assert [clip.narration.time_s for clip in complete.takes[0].clips] == [1, 2, 4, 5]
     missing = ("cam01.mp4", "aria09_214-1.mp4", "cam07.mp4")
@@ -254,7 +264,7 @@ def test_filters_and_missing_files_change_no_clip(tmp_path):
 
 
 def test_an_empty_file_is_a_missing_one(tmp_path):
-    group, narrations = kitchen(tmp_path, "k1", told(1), told(2))
+    group, narrations = kitchen(tmp_path, "k1", narrate(1), narrate(2))
     (tmp_path / "k1" / "left.mp4").write_bytes(b"")
     (tmp_path / "k1" / "right.mp4").unlink()
     (tmp_path / "k1" / "right.mp4").mkdir()
@@ -263,13 +273,13 @@ def test_an_empty_file_is_a_missing_one(tmp_path):
 
 
 def test_the_first_ego_view_with_a_video_is_taken(tmp_path):
-    take = kitchen(tmp_path, "k1", told(1), told(2), egos=("best", "second", "third"), missing=("best",))
+    take = kitchen(tmp_path, "k1", narrate(1), narrate(2), egos=("best", "second", "third"), missing=("best",))
     (chosen,) = select_clips(Kitchens(tmp_path, [take])).takes
     assert [view.cam for view in chosen.group.egos] == ["second"]
 
 
 def test_nothing_left_says_where_it_went(tmp_path):
-    takes = [kitchen(tmp_path, "k1", told(1, subject="C"), told(2, subject="C"))]
+    takes = [kitchen(tmp_path, "k1", narrate(1, subject="C"), narrate(2, subject="C"))]
     with pytest.raises(SourceError, match=r"no clip is left of .*narrations about O: 0 of 2; loosen that filter"):
         select_clips(Kitchens(tmp_path, takes), BuildOptions(subjects=("O",)))
     with pytest.raises(SourceError, match=r"takes narrated: 0 of 1; loosen that filter, or correct the annotations"):
@@ -285,7 +295,7 @@ def test_nothing_left_says_where_it_went(tmp_path):
 def test_opened_the_shortest_stream_bounds_the_take(tmp_path, monkeypatch):
     frames = {"glasses": 290, "left": 299, "right": 300}
     monkeypatch.setattr(footage, "probe_file", lambda path: footage.Footage(frames[path.stem], 30.0, 64, 48))
-    source = Kitchens(tmp_path, [kitchen(tmp_path, "k1", told(9), told(9.6), told(9.7))])
+    source = Kitchens(tmp_path, [kitchen(tmp_path, "k1", narrate(9), narrate(9.6), narrate(9.7))])
     selection = select_clips(source, probe_workers=1)
     (take,) = selection.takes
     assert (take.group.duration_s, take.group.fps) == (290 / 30, 30.0)
@@ -303,7 +313,7 @@ def test_opened_files_say_their_rate(tmp_path, monkeypatch):
         "probe_file",
         lambda path: footage.Footage(120 if path.stem == "left" else 480, 12.0 if path.stem == "left" else 60.0),
     )
-    (take,) = select_clips(Kitchens(tmp_path, [kitchen(tmp_path, "k1", told(1), told(2))]), probe_workers=1).takes
+    (take,) = select_clips(Kitchens(tmp_path, [kitchen(tmp_path, "k1", narrate(1), narrate(2))]), probe_workers=1).takes
     assert (take.group.fps, take.group.duration_s) == (60.0, 8.0)
 
 
@@ -325,8 +335,8 @@ def test_frame_offsets_reach_the_index(tmp_path):
     source = Kitchens(
         tmp_path,
         [
-            kitchen(tmp_path, "k1", told(1), told(2), frame_offset={"left": 1}, missing=("right",)),
-            kitchen(tmp_path, "k2", told(1), told(3)),
+            kitchen(tmp_path, "k1", narrate(1), narrate(2), frame_offset={"left": 1}, missing=("right",)),
+            kitchen(tmp_path, "k2", narrate(1), narrate(3)),
         ],
     )
     build_index(source, tmp_path / "index", frame_offsets={"k1": {"glasses": 5, "right": 2}, "elsewhere": {"x": 1}})
@@ -343,9 +353,9 @@ def test_frame_offsets_reach_the_index(tmp_path):
 def release(root):
     """Two training takes of known gaps and a validation take."""
     takes = [take_record(uid) for uid in ("u1", "u2", "u3")]
-    write_release(root, takes, {"u1": [by(*(said(t) for t in A))], "u2": [by(*(said(t) for t in B))]})
+    write_release(root, takes, {"u1": [by(*(description(t) for t in A))], "u2": [by(*(description(t) for t in B))]})
     splits = {"train": ["u1", "u2"], "val": ["u3"]}
-    return write_release(root, takes, {"u3": [by(said(2), said(8))]}, split="val", splits=splits)
+    return write_release(root, takes, {"u3": [by(description(2), description(8))]}, split="val", splits=splits)
 
 
 def test_the_command_builds_and_prints_the_filters(tmp_path, capsys):
@@ -447,7 +457,7 @@ def test_building_starts_without_torch():
     assert run.stdout == "[]\n"
 
 
-def test_every_public_name_is_where_it_is_said_to_be():
+def test_every_public_name_is_in_its_module():
     assert set(datamodules.__all__) == set(datamodules._HOME) <= set(dir(datamodules))
     for name in datamodules.__all__:
         assert getattr(datamodules, name).__name__ == name
@@ -495,7 +505,9 @@ if __name__ == "__main__":
 def test_killed_at_any_moment_there_is_no_index_or_the_whole_one(tmp_path):
     """Fifty kills of the command, at moments spread at random over its run; an older index is there at first."""
     takes = [take_record(f"u{n}") for n in range(300)]
-    annotations = {take["take_uid"]: [by(*(said(0.1 * t, f"C lifts cup {t}.") for t in range(90)))] for take in takes}
+    annotations = {
+        take["take_uid"]: [by(*(description(0.1 * t, f"C lifts cup {t}.") for t in range(90)))] for take in takes
+    }
     root = write_release(tmp_path / "release", takes, annotations)
     index = root / "ego_exo_clip"
     command = [sys.executable, "-m", "datamodules.ego_exo_clip.build", "ego-exo4d", str(root)]

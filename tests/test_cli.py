@@ -206,7 +206,7 @@ def test_malformed_line_is_named(refused, broken_world, file):
     lines = path.read_text().splitlines()
     lines[2] = lines[2][:40]
     path.write_text("\n".join(lines))
-    assert re.match(rf"{path} line 3: malformed JSON \(", refused("fit", "stage0", world=broken_world))
+    assert re.match(rf"{path} line 3: invalid JSON \(", refused("fit", "stage0", world=broken_world))
 
 
 def test_missing_field_is_named(refused, broken_world):
@@ -222,7 +222,7 @@ def test_a_damaged_index_is_named(refused, broken_world, file):
     path = broken_world / "ego_exo_clip" / file
     path.write_text(path.read_text()[:-20])
     message = refused("fit", "stage1", "model.init_args.init=null", world=broken_world)
-    assert re.search(rf"{path}\b.*(make data|mend the line)", message)
+    assert re.search(rf"{path}\b.*(make data|fix this line)", message)
 
 
 def test_too_few_samples_for_a_batch(refused):

@@ -1,4 +1,4 @@
-"""Which frame comes back, how it is made square, and what happens to files that cannot be read.
+"""The reader returns the right frames, makes them square, and refuses files that cannot be read.
 
 Every generated frame carries its number as a grid of black and white blocks, so a test reads from the pixels which
 frame it was given.
@@ -491,7 +491,7 @@ def test_open_files_stay_within_the_cache_and_recover_from_errors(tmp_path: Path
         reader.read(paths[0], [99.0], SIDE)
     assert numbers_on(reader.read(paths[0], [0.45], SIDE)) == [4]
     make_video(paths[0], 30, draw=lambda number, width, height: painted(number + 100, width, height))
-    assert numbers_on(reader.read(paths[0], [0.45], SIDE)) == [104]  # a replaced file is opened anew
+    assert numbers_on(reader.read(paths[0], [0.45], SIDE)) == [104]  # a replaced file is opened again
     reader.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -612,7 +612,7 @@ def test_a_span_outside_the_images_is_refused(start_s: float, end_s: float, tmp_
         ClipReader().read(folder, [start_s if start_s < 0 else end_s], SIDE)
 
 
-def test_a_folder_that_changes_is_listed_anew(tmp_path: Path) -> None:
+def test_a_folder_that_changes_is_listed_again(tmp_path: Path) -> None:
     folder, reader = make_images(tmp_path / "scan", 3), ClipReader()
     assert reader.usable_end_s(folder, 0.0, math.inf) == 3 / 30
     (folder / "000002-rgb.png").unlink()

@@ -1,4 +1,4 @@
-"""The order of samples under any split over ranks and micro-batches, going on after a stop, and held-out questions."""
+"""The order of samples under any split over ranks and micro-batches, resuming a run, and validation questions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SPLITS = [(1, 1), (2, 1), (1, 2), (2, 2)]  # ranks, accumulated micro-batches
 
 
 class Numbers(ClipTextDataset):
-    """Sample i has a picture of value i and ``answers[i]`` words to learn, and the end token."""
+    """Sample i has a frame of value i and ``answers[i]`` words to learn, and the end token."""
 
     def __init__(self, tokenizer, answers):
         super().__init__(CLIPS, TextEncoder(str(tokenizer), max_text_tokens=32))
@@ -178,7 +178,7 @@ def test_requests_hold_plain_numbers():
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# going on after a stop
+# resuming after a stop
 
 ANSWERS = [1] * 13  # 3 batches of 4 an epoch
 
@@ -274,7 +274,7 @@ def take_batches(source, batches):
     return [next(iterator) for _ in range(batches)]
 
 
-def test_a_batch_keeps_pictures_texts_and_names_together(toy_tokenizer):
+def test_a_batch_keeps_frames_texts_and_names_together(toy_tokenizer):
     (batch,) = take_batches(loader(toy_tokenizer, [1, 4, 2, 9]), 1)
     assert batch.ego_video.shape == (4, 2, 4, 4, 3)
     assert batch.ego_video.dtype == torch.uint8
@@ -435,7 +435,7 @@ def test_nothing_is_asked_without_held_out_clips(options):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# JSON Lines and held-out questions
+# JSON Lines and validation questions
 
 
 def test_a_malformed_line_is_named(tmp_path):
@@ -443,16 +443,16 @@ def test_a_malformed_line_is_named(tmp_path):
     file.write_text('{"a": 1}\n{"a": 2,}\n')
     lines = read_jsonl(file)
     assert next(lines) == (f"{file} line 1", {"a": 1})
-    with pytest.raises(ValueError, match=rf"^{file} line 2: malformed JSON \(.* at column \d+\): mend the line$"):
+    with pytest.raises(ValueError, match=rf"^{file} line 2: invalid JSON \(.* at column \d+\): fix this line$"):
         next(lines)
     file.write_text('{"a": 1}\n\n{"a": 2]\n')
-    with pytest.raises(ValueError, match="line 3: malformed JSON"):
+    with pytest.raises(ValueError, match="line 3: invalid JSON"):
         list(read_jsonl(file))
     file.write_bytes('{"a": "\u00e9"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match="line 1: no UTF-8 text"):
         list(read_jsonl(file))
     file.write_text('{"a": 2]\n')
-    with pytest.raises(ValueError, match=r"line 1: malformed JSON .*at column 8"):
+    with pytest.raises(ValueError, match=r"line 1: invalid JSON .*at column 8"):
         list(read_jsonl(file))
     file.write_text("[1, 2]\n")
     with pytest.raises(ValueError, match="line 1: expected a JSON object, got list"):
@@ -496,7 +496,7 @@ def test_a_missing_field_of_a_question_is_named(field, tmp_path, toy_tokenizer):
         held_out(tmp_path, toy_tokenizer, {**RECORD, "questions": [question]})
 
 
-def test_a_held_out_clip_whose_file_is_missing_is_named(tmp_path, toy_tokenizer):
+def test_a_validation_clip_whose_file_is_missing_is_named(tmp_path, toy_tokenizer):
     with pytest.raises(FileMissing, match=r"no\.mp4"):
         held_out(tmp_path, toy_tokenizer, RECORD)[0]
 
@@ -508,7 +508,7 @@ def questions(toy_world):
     return ValidationDataset(toy_world, toy_world / "instructions" / "held_out.jsonl", clips, encoder)
 
 
-def test_held_out_clips_collate_with_their_questions(questions):
+def test_validation_clips_collate_with_their_questions(questions):
     batch = questions.collate([questions[7], questions[0]])
     assert batch.ids == [questions.items[7].name, questions.items[0].name]
     assert batch.ego_video.shape == batch.exo_video.shape == (2, 3, 16, 16, 3)
@@ -538,7 +538,7 @@ def test_prompt_and_option_rows_follow_the_order_of_the_questions(questions):
         assert labels[labels != IGNORE_INDEX].tolist() == [*encoder.plain(option).input_ids[2:]]
 
 
-def test_ranks_share_the_held_out_clips(toy_world, options):
+def test_ranks_share_the_validation_clips(toy_world, options):
     file = str(toy_world / "instructions" / "held_out.jsonl")
     module = NumbersModule(**{**options, "root": str(toy_world)}, held_out=file, num_workers=0)
     names = []

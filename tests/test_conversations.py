@@ -110,7 +110,7 @@ def test_nothing_is_read_after_a_broken_entry_of_an_array(tmp_path):
     file, found = read(tmp_path, f"[\n{json.dumps(OURS)},\n{{'x'}},\n{json.dumps(OURS)}]")
     assert len(found) == 1
     (problem,) = file.problems
-    assert problem.startswith(f"{file.path} line 3 entry 2: malformed JSON")
+    assert problem.startswith(f"{file.path} line 3 entry 2: invalid JSON")
     assert "nothing after it was read" in problem
 
 
@@ -234,9 +234,9 @@ def test_an_invalid_row_in_front_is_named_and_the_others_are_read(tmp_path, kind
         ("[{0},\n {1}]\n\n{0}\n{1}", ["a", "b"], ["line 4: what follows the end of the array was not read"]),
         ("[{0}][{1}]", ["a"], ["line 1: what follows the end of the array was not read"]),
         ("[{0}]\n\n", ["a"], []),
-        ("[{0}, {1}", ["a"], ["line 1 entry 2: malformed JSON (Expecting ',' delimiter at line 1"]),
-        ("[\n{0},\n1" + 5000 * "1" + "]", ["a"], ["line 3 entry 2: malformed JSON (Exceeds the limit"]),
-        ("[\n{0},\n" + 100_000 * "[", ["a"], ["line 3 entry 2: malformed JSON (maximum recursion depth"]),
+        ("[{0}, {1}", ["a"], ["line 1 entry 2: invalid JSON (Expecting ',' delimiter at line 1"]),
+        ("[\n{0},\n1" + 5000 * "1" + "]", ["a"], ["line 3 entry 2: invalid JSON (Exceeds the limit"]),
+        ("[\n{0},\n" + 100_000 * "[", ["a"], ["line 3 entry 2: invalid JSON (maximum recursion depth"]),
     ],
 )
 def test_text_around_an_array_is_reported(tmp_path, text, names, problems):

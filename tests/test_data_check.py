@@ -1,4 +1,4 @@
-"""What a check of a data set finds, and that nothing it meets stops it."""
+"""The check of a dataset finds every kind of bad file, and no file stops it."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", ["b_frames", "open_gop", "edit_list", "start_offset", "fragmented", "hevc", "mpeg_ts"])
-def test_every_displayed_picture_of_a_sound_file_is_decoded_once(kind: str, tmp_path: Path) -> None:
+def test_every_displayed_frame_of_a_sound_file_is_decoded_once(kind: str, tmp_path: Path) -> None:
     path = KINDS[kind](tmp_path)
     ticks = [frame.pts for frame in decode_whole(path)]
     assert len(ticks) == {"edit_list": 35}.get(kind, 40)
@@ -137,7 +137,7 @@ def test_a_block_that_was_never_written_is_found_though_it_decodes(tmp_path: Pat
     assert found.kind == "Damaged" and found.reason.startswith("corrupt packet after")
 
 
-def test_a_packet_without_a_picture_is_found(tmp_path: Path) -> None:
+def test_a_packet_without_a_frame_is_found(tmp_path: Path) -> None:
     quiet = {"x265-params": "pools=none:frame-threads=1:log-level=none"}
     source = make_video(tmp_path / "source.mp4", codec="libx265", gop=1, b_frames=0, codec_options=quiet)
     path = tmp_path / "v.mp4"
@@ -152,7 +152,7 @@ def test_a_packet_without_a_picture_is_found(tmp_path: Path) -> None:
                 kept.stream = stream
                 new.mux(kept)
     found = check_file(VideoFile(path.name), tmp_path, decode_all=True)
-    assert (found.kind, found.reason) == ("FrameMissing", "1 pictures do not come out, the first at 2.000 s")
+    assert (found.kind, found.reason) == ("FrameMissing", "1 frames are never decoded, the first at 2.000 s")
 
 
 def test_an_end_before_the_one_that_the_header_promises_is_found(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_instructions_with_and_without_a_window(tmp_path: Path) -> None:
         ('{"start": 0}', "it.jsonl line 1: field 'video' is missing"),
         ('{"video": "a.mp4", "start": "0", "end": 1}', "field 'start' is '0', expected seconds"),
         ('{"video": "a.mp4", "start": 0}', "only one of 'start' and 'end' is given"),
-        ("{", "it.jsonl line 1: malformed JSON"),
+        ("{", "it.jsonl line 1: invalid JSON"),
     ],
 )
 def test_wrong_lines_are_named_and_the_others_checked(line: str, message: str, tmp_path: Path, capsys) -> None:
@@ -332,7 +332,7 @@ def damage(content: bytes, kind: str, rng: np.random.Generator) -> bytes | None:
 
 
 def decodes_whole(path: Path) -> bool:
-    """Whether a plain decode brings out every picture and the decoder flags none: the judge, made without the tool."""
+    """Return True if a plain decode gives every frame and the decoder flags none: a reference without the tool."""
     shown = 0
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
@@ -389,7 +389,7 @@ def resident_bytes() -> int:
 
 
 def check_descriptors_and_memory(root: Path, clean: list[Path], count: int) -> None:
-    """Decode the files in this process, none of their clips, only all of their pictures."""
+    """Decode the files in this process, none of their clips, only all of their frames."""
     kinds = make_damaged(root, clean, count)
     descriptors, resident = [], []
     for number, name in enumerate(kinds):

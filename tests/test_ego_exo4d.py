@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from release_files import by, clips_of, counts, lengths, said, select, stream, take_record, write_release
+from release_files import by, clips_of, counts, description, lengths, select, stream, take_record, write_release
 
 from datamodules.ego_exo_clip.build import training_alpha
 from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D, camera_wearer_text, is_ego_camera
@@ -29,18 +29,25 @@ A, B = (0.0, 2.0, 4.0, 6.0), (1.0, 5.0, 9.0)
 
 
 def test_spans_and_alpha_of_the_worked_example(tmp_path):
-    annotations = {"u1": [by(*(said(t) for t in (6, 0, 4, 2)))], "u2": [by(*(said(t) for t in B))]}
+    annotations = {"u1": [by(*(description(t) for t in (6, 0, 4, 2)))], "u2": [by(*(description(t) for t in B))]}
     selection = select(write_release(tmp_path, [take_record("u1"), take_record("u2")], annotations))
     assert selection.alpha == 3.0
     assert times(selection) == [0, 2, 4, 6, 1, 5, 9]
     assert lengths(clips_of(selection)) == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3, 4 / 3, 4 / 3, 4 / 3])
-    assert [said.clip_id for said in narrations(selection)[:4]] == ["u1/0/1", "u1/0/3", "u1/0/2", "u1/0/0"]
+    assert [description.clip_id for description in narrations(selection)[:4]] == [
+        "u1/0/1",
+        "u1/0/3",
+        "u1/0/2",
+        "u1/0/0",
+    ]
     assert [(take.group.group_id, len(take.clips)) for take in selection.takes] == [("u1", 4), ("u2", 3)]
 
 
 @pytest.mark.parametrize("annotators", [("7", "8"), ("7", "7"), (7, None)])
 def test_two_annotations_of_a_take_keep_their_own_gaps(tmp_path, annotators):
-    lists = [by(*(said(t) for t in times), annotator=name) for times, name in zip((A, B), annotators, strict=True)]
+    lists = [
+        by(*(description(t) for t in times), annotator=name) for times, name in zip((A, B), annotators, strict=True)
+    ]
     selection = select(write_release(tmp_path, [take_record("u1")], {"u1": lists}))
     assert selection.alpha == 3.0
     assert times(selection) == [0, 1, 2, 4, 5, 6, 9]
@@ -50,10 +57,10 @@ def test_two_annotations_of_a_take_keep_their_own_gaps(tmp_path, annotators):
 
 
 def test_repeats_and_times_outside_the_take_change_no_gap(tmp_path):
-    twice = [said(4, "C lifts the lid."), said(4, "C lifts the lid."), said(4, "C turns the tap.")]
-    annotations = {"u1": [by(said(0), *twice, said(-1), said(10.5), said(8))]}
+    twice = [description(4, "C lifts the lid."), description(4, "C lifts the lid."), description(4, "C turns the tap.")]
+    annotations = {"u1": [by(description(0), *twice, description(-1), description(10.5), description(8))]}
     selection = select(write_release(tmp_path, [take_record("u1")], annotations))
-    assert [said.clip_id for said in narrations(selection)] == ["u1/0/0", "u1/0/1", "u1/0/3", "u1/0/6"]
+    assert [description.clip_id for description in narrations(selection)] == ["u1/0/0", "u1/0/1", "u1/0/3", "u1/0/6"]
     assert selection.alpha == pytest.approx(8 / 3)  # 0, 4, 4, 8
     assert counts(selection)["narrations", "not repeated"] == (7, 6)
     assert counts(selection)["narrations", "within the take"] == (6, 4)
@@ -61,8 +68,8 @@ def test_repeats_and_times_outside_the_take_change_no_gap(tmp_path):
 
 def test_validation_reuses_the_training_alpha(tmp_path):
     takes = [take_record("u1"), take_record("u2")]
-    write_release(tmp_path, takes, {"u1": [by(*(said(t) for t in A))]})
-    write_release(tmp_path, takes, {"u2": [by(*(said(t) for t in B))]}, split="val")
+    write_release(tmp_path, takes, {"u1": [by(*(description(t) for t in A))]})
+    write_release(tmp_path, takes, {"u2": [by(*(description(t) for t in B))]}, split="val")
     alpha = training_alpha(EgoExo4D(tmp_path))
     assert alpha == select(tmp_path).alpha == 2.0
     val = select(tmp_path, "val", alpha=alpha)
@@ -73,7 +80,9 @@ def test_validation_reuses_the_training_alpha(tmp_path):
 
 
 def test_length_options_reach_the_clips(tmp_path):
-    root = write_release(tmp_path, [take_record("u1", fps=10)], {"u1": [by(said(2), said(4), said(6))]})
+    root = write_release(
+        tmp_path, [take_record("u1", fps=10)], {"u1": [by(description(2), description(4), description(6))]}
+    )
     assert lengths(clips_of(select(root, clip_scale=1.5))) == pytest.approx([1.5] * 3)
     assert lengths(clips_of(select(root, max_clip_s=0.5))) == pytest.approx([0.5] * 3)
     assert lengths(clips_of(select(root, min_clip_s=2.0))) == pytest.approx([2.0] * 3)
@@ -153,7 +162,7 @@ def test_only_the_rgb_stream_and_the_fixed_cameras_are_views(tmp_path):
         "cam09": None,
     }
     next(camera for camera in record["capture"]["cameras"] if camera["cam_id"] == "cam05")["is_ego"] = "1"
-    root = write_release(tmp_path, [record], {"u1": [by(said(1), said(2))]})
+    root = write_release(tmp_path, [record], {"u1": [by(description(1), description(2))]})
     folder = "takes/name_u1/frame_aligned_videos/downscaled/448"
     assert select(root).takes[0].group == Group(
         group_id="u1",
@@ -171,14 +180,14 @@ def test_only_the_rgb_stream_and_the_fixed_cameras_are_views(tmp_path):
 @pytest.mark.parametrize("capture", [None, {}, {"cameras": None}, {"cameras": []}])
 def test_without_a_camera_list_names_decide(tmp_path, capture):
     record = take_record("u1", aria="Aria03", capture=capture, capture_uid="c1")
-    (take,) = select(write_release(tmp_path, [record], {"u1": [by(said(1), said(2))]})).takes
+    (take,) = select(write_release(tmp_path, [record], {"u1": [by(description(1), description(2))]})).takes
     assert [view.cam for view in take.group.egos] == ["Aria03"]
     assert [view.cam for view in take.group.exos] == ["cam01", "cam02"]
 
 
 def test_captures_file_decides_where_the_take_has_no_camera_list(tmp_path):
     record = take_record("u1", aria="glasses", exos=("cam01", "aria02"), capture=None, capture_uid="c1")
-    root = write_release(tmp_path, [record], {"u1": [by(said(1), said(2))]})
+    root = write_release(tmp_path, [record], {"u1": [by(description(1), description(2))]})
     cameras = [{"cam_id": "glasses", "is_ego": "1"}, {"cam_id": "aria02", "is_ego": False}]
     others = [{"capture_uid": "c0", "cameras": []}, {"capture_uid": "c1", "cameras": cameras}]
     (root / "captures.json").write_text(json.dumps(others))
@@ -188,7 +197,7 @@ def test_captures_file_decides_where_the_take_has_no_camera_list(tmp_path):
 
 
 def test_full_size_videos(tmp_path):
-    root = write_release(tmp_path, [take_record("u1")], {"u1": [by(said(1), said(2))]})
+    root = write_release(tmp_path, [take_record("u1")], {"u1": [by(description(1), description(2))]})
     with pytest.raises(
         SourceError, match=r"takes ego video on disk: 0 of 1; fetch the videos, or choose the resolution"
     ):
@@ -201,14 +210,14 @@ def test_full_size_videos(tmp_path):
 
 
 def test_frame_rate_of_the_record(tmp_path):
-    root = write_release(tmp_path, [take_record("u1", fps=10)], {"u1": [by(said(1), said(2))]})
+    root = write_release(tmp_path, [take_record("u1", fps=10)], {"u1": [by(description(1), description(2))]})
     assert select(root).takes[0].group.fps == 10.0
 
 
 def test_takes_of_no_scenario_are_left_out(tmp_path):
     tasks = {"u1": 1000, "u2": 0, "u3": 3000, "u4": None}
     takes = [take_record(uid, parent_task_id=task) for uid, task in tasks.items()]
-    selection = select(write_release(tmp_path, takes, {uid: [by(said(1), said(2))] for uid in tasks}))
+    selection = select(write_release(tmp_path, takes, {uid: [by(description(1), description(2))] for uid in tasks}))
     assert [take.group.group_id for take in selection.takes] == ["u1", "u4"]
     assert counts(selection)["takes", "of a scenario"] == (4, 2)
 
@@ -218,7 +227,7 @@ def test_takes_of_no_scenario_are_left_out(tmp_path):
 
 @pytest.mark.parametrize(("written", "flag"), [(True, True), (False, False), ("1", True), ("0", False), (1, True)])
 def test_flags_as_booleans_and_strings(tmp_path, written, flag):
-    annotations = {"u1": [by(said(1, ego_visible=written, unsure=written), said(2), rejected="0")]}
+    annotations = {"u1": [by(description(1, ego_visible=written, unsure=written), description(2), rejected="0")]}
     first = narrations(select(write_release(tmp_path, [take_record("u1")], annotations)))[0]
     assert (first.ego_visible, first.unsure) == (flag, flag)
 
@@ -231,9 +240,11 @@ def test_missing_flags_and_subject(tmp_path):
 
 
 def test_both_spellings_of_subject_and_every_form_of_best_exo(tmp_path):
-    other = said(2, narration_subject="O", best_exo={"raw_cam_id": "2", "cam_id": "cam02"})
+    other = description(2, narration_subject="O", best_exo={"raw_cam_id": "2", "cam_id": "cam02"})
     del other["subject"]
-    annotations = {"u1": [by(said(1), other, said(3, best_exo="cam01"), said(4, best_exo={"cam_id": None}))]}
+    annotations = {
+        "u1": [by(description(1), other, description(3, best_exo="cam01"), description(4, best_exo={"cam_id": None}))]
+    }
     read = narrations(select(write_release(tmp_path, [take_record("u1")], annotations)))
     assert [narration.subject for narration in read] == ["C", "O", "C", "C"]
     assert [narration.best_exo for narration in read] == [None, "cam02", "cam01", None]
@@ -241,14 +252,14 @@ def test_both_spellings_of_subject_and_every_form_of_best_exo(tmp_path):
 
 @pytest.mark.parametrize("rejected", [True, "1"])
 def test_rejected_annotations_are_skipped_unread(tmp_path, rejected):
-    annotations = {"u1": [by("not even an object", rejected=rejected), by(said(1), said(3))]}
+    annotations = {"u1": [by("not even an object", rejected=rejected), by(description(1), description(3))]}
     selection = select(write_release(tmp_path, [take_record("u1")], annotations))
     assert [narration.clip_id for narration in narrations(selection)] == ["u1/1/0", "u1/1/1"]
     assert counts(selection)["annotations", "not rejected"] == (2, 1)
 
 
 def test_unknown_takes_are_joined_away(tmp_path):
-    annotations = {"ghost": [by("anything")], "u1": [by(said(1), said(2))], "empty": None}
+    annotations = {"ghost": [by("anything")], "u1": [by(description(1), description(2))], "empty": None}
     selection = select(write_release(tmp_path, [take_record("u1"), take_record("u2")], annotations))
     assert [take.group.group_id for take in selection.takes] == ["u1"]
     assert counts(selection)["annotated takes", "listed in takes.json"] == (2, 1)
@@ -257,7 +268,7 @@ def test_unknown_takes_are_joined_away(tmp_path):
 
 def test_splits_file_decides_when_present(tmp_path):
     takes = [take_record(uid) for uid in ("u1", "u2", "u3", "u4")]
-    annotations = {uid: [by(said(1), said(2))] for uid in ("u1", "u2", "u3")}
+    annotations = {uid: [by(description(1), description(2))] for uid in ("u1", "u2", "u3")}
     splits = {"train": ["u3", "u1", "ghost", "u4"], "val": ["u2"], "test": []}
     selection = select(write_release(tmp_path, takes, annotations, splits=splits))
     assert [take.group.group_id for take in selection.takes] == ["u1", "u3"]
@@ -265,7 +276,7 @@ def test_splits_file_decides_when_present(tmp_path):
     assert counts(selection)["takes", "annotated"] == (3, 2)
 
 
-# --- Errors name the file, the field and the mend ---------------------------------------------------------------------
+# --- Errors name the file, the field and the fix ----------------------------------------------------------------------
 
 
 def test_missing_folder_and_files(tmp_path):
@@ -290,8 +301,11 @@ def test_malformed_json(tmp_path, content, problem):
 
 def broken(**fields: Any) -> Any:
     """A take's annotations whose second annotator's third description lacks the fields given as None, or has others."""
-    good = said(3) | fields
-    return [by(said(1)), by(said(1), said(2), {name: value for name, value in good.items() if value is not None})]
+    good = description(3) | fields
+    return [
+        by(description(1)),
+        by(description(1), description(2), {name: value for name, value in good.items() if value is not None}),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +352,7 @@ def test_wrong_narration_fields(tmp_path, fields, field, problem):
 def test_wrong_take_fields(tmp_path, takes, problem):
     root = tmp_path / "release"
     good = [take_record("u1")]
-    write_release(root, good, {"u1": [by(said(1), said(2))]})
+    write_release(root, good, {"u1": [by(description(1), description(2))]})
     (root / "takes.json").write_text(json.dumps(takes))
     with pytest.raises(SourceError) as caught:
         select(root)
@@ -348,7 +362,7 @@ def test_wrong_take_fields(tmp_path, takes, problem):
 
 
 def test_wrong_splits_and_annotations(tmp_path):
-    write_release(tmp_path, [take_record("u1")], {"u1": [by(said(1))]}, splits={"val": []})
+    write_release(tmp_path, [take_record("u1")], {"u1": [by(description(1))]}, splits={"val": []})
     with pytest.raises(SourceError, match=r"splits\.json: field split_to_take_uids\.train is missing or null; add it"):
         select(tmp_path)
     (tmp_path / "annotations/splits.json").unlink()
@@ -379,7 +393,7 @@ def test_real_take_and_stream_names_without_camera_lists(tmp_path):
             file_stem = frame.removeprefix("ego_").removeprefix("exo_")
             videos[file_stem.split("_")[0]] = {"rgb" if "_214-1" in file_stem else "0": stream(f"{file_stem}.mp4")}
         takes.append(take_record(name, frame_aligned_videos=videos, capture=None, duration_sec=1e4))
-        annotations[name] = [by(*(said(time_s) for time_s in annotated[name]))]
+        annotations[name] = [by(*(description(time_s) for time_s in annotated[name]))]
     selection = select(write_release(tmp_path, takes, annotations))
 
     assert len(streams) == 125

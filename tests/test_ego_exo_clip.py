@@ -1,6 +1,6 @@
 """Pairs of ego and exo clips: which cameras become samples, and that both views show the same instants.
 
-The generated world paints the number of each frame along the upper edge of every picture, so a test reads from the
+The generated world paints the number of each frame along the upper edge of every frame, so a test reads from the
 pixels which instant a camera shows.
 """
 
@@ -44,15 +44,15 @@ def dataset(root, **options):
     return module(root, **options).train_set
 
 
-def number_on(picture):
-    """Frame number painted on a squashed picture: eight blocks, each an eighth of the width, lowest bit left."""
-    bits = picture[2, SIDE // 16 :: SIDE // 8].float().mean(dim=-1)
+def number_on(frame):
+    """Frame number painted on a squashed frame: eight blocks, each an eighth of the width, lowest bit left."""
+    bits = frame[2, SIDE // 16 :: SIDE // 8].float().mean(dim=-1)
     assert bool(((bits < 70) | (bits > 185)).all()), bits
     return sum(1 << i for i, bit in enumerate(bits.tolist()) if bit > 128)
 
 
 def numbers_on(frames):
-    return [number_on(picture) for picture in frames]
+    return [number_on(frame) for frame in frames]
 
 
 def lines(root, name):
@@ -93,7 +93,7 @@ def copy(toy_world, tmp_path):
 # samples
 
 
-def test_all_is_a_sample_for_every_camera_that_filmed_a_narration(toy_world, pairs):
+def test_all_is_a_sample_for_every_camera_of_a_narration(toy_world, pairs):
     listed = lines(toy_world, "clips")
     folders = {
         group["group_id"]: (toy_world / group["views"]["ego"]["path"]).parent for group in lines(toy_world, "groups")
@@ -208,8 +208,8 @@ def test_the_portrait_camera_is_read_upright_at_its_own_size(toy_world):
     info = probe(path)
     assert (info.width, info.height) == (64, 84)
     clip = ClipReader().read(path, [20 / FPS], 84, "pad")
-    picture = clip.frames[0, :, 10:74]  # 64 wide in a square of 84
-    bits = picture[4, 4::8].float().mean(dim=-1) > 128
+    frame = clip.frames[0, :, 10:74]  # 64 wide in a square of 84
+    bits = frame[4, 4::8].float().mean(dim=-1) > 128
     assert sum(1 << i for i, bit in enumerate(bits.tolist()) if bit) == 20
 
 
@@ -370,7 +370,7 @@ def test_the_default_uses_every_narration_once(pairs):
     assert all(pairs.text(index, 0).label_tokens > 0 for index in range(len(pairs)))
 
 
-def test_a_fraction_of_the_takes_keeps_its_text_and_the_others_their_pictures(toy_world, pairs):
+def test_a_fraction_of_the_takes_keeps_its_text_and_the_others_their_frames(toy_world, pairs):
     some = partly(toy_world, ego_text_fraction=0.34)
     narrated = {int(takes(some)[index]) for index in range(len(some)) if some.text(index, 0).label_tokens}
     everything = set(takes(some).tolist())

@@ -474,7 +474,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"egoplan.jsonl line 2: field 'answer' is 5, expected a number from 0 to 1"):
         score_folder(tmp_path)
     (folder / "egoplan.jsonl").write_text('{"id": "q0"\n')
-    with pytest.raises(ValueError, match=r"egoplan.jsonl line 1: malformed JSON .*: mend the line"):
+    with pytest.raises(ValueError, match=r"egoplan.jsonl line 1: invalid JSON .*: fix this line"):
         score_folder(tmp_path)
     (folder / "egoplan.header.json").write_text("[]")
     with pytest.raises(ValueError, match=r"egoplan.header.json: expected a JSON object, got list"):

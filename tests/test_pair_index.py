@@ -198,7 +198,7 @@ def test_a_file_copied_in_part_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=rf"{file}: [12] lines, but index\.json says {name}: [23]: copy or build"):
         PairIndex.read(folder)
     file.write_text(text[:-20])
-    with pytest.raises(ValueError, match=rf"{file} line \d: (malformed|invalid) JSON"):
+    with pytest.raises(ValueError, match=rf"{file} line \d: invalid JSON"):
         PairIndex.read(folder)
 
 

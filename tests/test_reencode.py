@@ -30,7 +30,7 @@ SMALL = Encoding(short_side=64, preset="veryfast")
 
 
 def key_frames(path: Path) -> list[int]:
-    """Places of the key frames among the pictures as they are displayed."""
+    """Places of the key frames among the frames as they are displayed."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         packets = sorted((packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size)
@@ -42,14 +42,14 @@ def key_frames(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("b_pyramid", "long_gop", "all_key_frames")])
-def test_every_picture_is_kept_with_its_time(kind: str, tmp_path: Path) -> None:
+def test_every_frame_is_kept_with_its_time(kind: str, tmp_path: Path) -> None:
     source = KINDS[kind](tmp_path)
     output = tmp_path / "out" / source.name
     assert reencode(source, output, SMALL)
-    old_times_s, old_pictures = decode_all(source)
-    new_times_s, new_pictures = decode_all(output)
+    old_times_s, old_frames = decode_all(source)
+    new_times_s, new_frames = decode_all(output)
     assert new_times_s == pytest.approx(old_times_s, abs=1e-9)
-    assert [number_on(picture) for picture in new_pictures] == [number_on(picture) for picture in old_pictures]
+    assert [number_on(image) for image in new_frames] == [number_on(image) for image in old_frames]
     assert key_frames(output) == list(range(0, len(old_times_s), 8))
     before, after = probe(source), probe(output)
     assert (after.codec, after.width, after.height) == ("h264", 64, 64)
@@ -60,7 +60,7 @@ def test_every_picture_is_kept_with_its_time(kind: str, tmp_path: Path) -> None:
     assert [path.name for path in output.parent.iterdir()] == [source.name]
 
 
-def test_a_last_picture_that_is_held_stays_as_long(tmp_path: Path) -> None:
+def test_a_last_frame_that_is_held_stays_as_long(tmp_path: Path) -> None:
     source = tmp_path / "v.mp4"
     with av.open(str(source), "w") as container:
         stream = container.add_stream("libx264", rate=10, options={"bf": "0", "preset": "veryfast"})
@@ -114,7 +114,7 @@ def test_a_change_of_scene_adds_no_key_frame_and_sound_is_left_out(tmp_path: Pat
 
 
 @pytest.mark.parametrize("rotation", [0, 90, 180, 270])
-def test_pictures_are_stored_upright(rotation: int, tmp_path: Path) -> None:
+def test_frames_are_stored_upright(rotation: int, tmp_path: Path) -> None:
     source = make_video(tmp_path / "v.mp4", 3, width=160, height=96, rotation=rotation, draw=red_green_blue)
     reencode(source, tmp_path / "out.mp4", Encoding(short_side=64, crf=5))
     info = probe(tmp_path / "out.mp4")
@@ -124,16 +124,16 @@ def test_pictures_are_stored_upright(rotation: int, tmp_path: Path) -> None:
 
 
 def make_coloured(path: Path, pixel_format: str, matrix: int = 2, aspect: Fraction | int = 1, width: int = 96) -> Path:
-    """Two pictures of 96 lines, black above and coloured below, with a colour matrix by its number in the standard."""
-    picture = red_green_blue(0, width, 96) // 2 + 60
-    picture[:48] = 16
+    """Two frames of 96 lines, black above and coloured below, with a colour matrix by its number in the standard."""
+    image = red_green_blue(0, width, 96) // 2 + 60
+    image[:48] = 16
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10, options={"crf": "1"})
         stream.width, stream.height, stream.pix_fmt = width, 96, pixel_format
         stream.codec_context.colorspace = matrix
         stream.codec_context.sample_aspect_ratio = aspect
         for number in range(2):
-            frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
             names = {1: "itu709", 5: "itu601"}
             frame = VideoReformatter().reformat(frame, format=pixel_format, dst_colorspace=names.get(matrix))
             frame.pts, frame.time_base = number, Fraction(1, 10)
@@ -175,7 +175,7 @@ def test_pixels_become_square_and_sizes_even(width, aspect, short_side, size, tm
         assert (stream.sample_aspect_ratio or 1) == 1
 
 
-def test_a_change_of_picture_size_is_refused(tmp_path: Path) -> None:
+def test_a_change_of_frame_size_is_refused(tmp_path: Path) -> None:
     parts = [make_video(tmp_path / "96.ts", 10, b_frames=0)]
     parts += [make_video(tmp_path / "64.ts", 10, width=64, b_frames=0, times_ms=range(1000, 2000, 100))]
     source = tmp_path / "v.ts"
@@ -188,7 +188,7 @@ def test_a_change_of_picture_size_is_refused(tmp_path: Path) -> None:
                     if packet.dts is not None:
                         packet.stream = stream
                         joined.mux(packet)
-    with pytest.raises(ReencodeError, match=r"other picture size or format from 1\.000 s on"):
+    with pytest.raises(ReencodeError, match=r"other frame size or format from 1\.000 s on"):
         reencode(source, tmp_path / "out.mp4", SMALL)
     assert not (tmp_path / "out.mp4").exists()
 
@@ -198,13 +198,13 @@ def test_a_change_of_picture_size_is_refused(tmp_path: Path) -> None:
 
 
 ALL = range(40)
-FAULTS = {  # pictures as they are read back, each with the place whose time it has and a shift of that time in ticks
-    "39 pictures for 40": [(i, i, 0) for i in ALL if i != 20],
-    r"picture 30 at 3\.0000\d+ s for 3\.000000 s": [(i, i, int(i == 30)) for i in ALL],
-    "picture 25 differs by": [(0 if i == 25 else i, i, 0) for i in ALL],
+FAULTS = {  # frames as they are read back, each with the place whose time it has and a shift of that time in ticks
+    "39 frames for 40": [(i, i, 0) for i in ALL if i != 20],
+    r"frame 30 at 3\.0000\d+ s for 3\.000000 s": [(i, i, int(i == 30)) for i in ALL],
+    "frame 25 differs by": [(0 if i == 25 else i, i, 0) for i in ALL],
     "near number 10 shows its neighbour": [({10: 11, 11: 10}.get(i, i), i, 0) for i in ALL],
-    "every picture shows its neighbour": [(max(0, i - 1), i, 0) for i in ALL],
-    "the first picture has another time": [(i, i, 100) for i in ALL],
+    "every frame shows its neighbour": [(max(0, i - 1), i, 0) for i in ALL],
+    "the first frame has another time": [(i, i, 100) for i in ALL],
 }
 
 
@@ -215,7 +215,7 @@ def test_faults_in_what_was_written_are_found(fault: str, tmp_path: Path, monkey
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
     contrast = 4 if fault.startswith("every") else 16  # neighbours differ by 0.7 and by 2.7 levels of 255
-    source = make_video(tmp_path / "v.mp4", draw=painted if fault == "picture 25 differs by" else sliding)
+    source = make_video(tmp_path / "v.mp4", draw=painted if fault == "frame 25 differs by" else sliding)
     decode = module.decode_whole
 
     def faulty(path: Path) -> Iterator[av.VideoFrame]:
@@ -224,9 +224,9 @@ def test_faults_in_what_was_written_are_found(fault: str, tmp_path: Path, monkey
             return
         frames = list(decode(path))
         ticks = [frame.pts for frame in frames]
-        for picture, place, shift in FAULTS[fault]:
-            frames[picture].pts = ticks[place] + shift
-            yield frames[picture]
+        for number, place, shift in FAULTS[fault]:
+            frames[number].pts = ticks[place] + shift
+            yield frames[number]
 
     monkeypatch.setattr(module, "decode_whole", faulty)
     with pytest.raises(ReencodeError, match=fault) as caught:
@@ -238,7 +238,7 @@ def test_faults_in_what_was_written_are_found(fault: str, tmp_path: Path, monkey
 def test_key_frames_further_apart_than_asked_for_are_found(tmp_path: Path, monkeypatch) -> None:
     source = make_video(tmp_path / "v.mp4")
     monkeypatch.setattr(Encoding, "x264_options", {"preset": "veryfast", "g": "9"})
-    with pytest.raises(ReencodeError, match="8 pictures after a key frame none was written"):
+    with pytest.raises(ReencodeError, match="8 frames after a key frame none was written"):
         reencode(source, tmp_path / "out.mp4", SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
 
@@ -268,7 +268,7 @@ def test_impossible_settings_are_refused(field: str, value) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of five small videos in two folders."""
+    """A dataset of five small videos in two folders."""
     root = tmp_path_factory.mktemp("data")
     for number, name in enumerate(("a/ego", "a/exo", "b/ego", "b/exo", "c")):
         (root / name).parent.mkdir(exist_ok=True)
@@ -283,7 +283,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def shown(folder: Path) -> dict[str, list[int]]:
-    """What the pictures of all videos below a folder show. Their bytes may differ: x264 does not repeat itself."""
+    """Return the numbers on the frames of all videos below a folder; x264 does not repeat their bytes."""
     paths = sorted(folder.rglob("*.mp4"))
     return {path.relative_to(folder).as_posix(): [number_on(p) for p in decode_all(path)[1]] for path in paths}
 
@@ -332,7 +332,7 @@ def test_a_second_run_finds_everything_done(data: Path, tmp_path: Path, capsys) 
     assert [json.loads(line)["width"] for line in lines.read_text().splitlines()] == [48] * 5 + [32] * 5
 
 
-def test_what_other_settings_or_a_fault_of_the_disk_left_is_written_anew(data: Path, tmp_path: Path) -> None:
+def test_what_other_settings_or_a_fault_of_the_disk_left_is_written_again(data: Path, tmp_path: Path) -> None:
     source, output = data / "c.mp4", tmp_path / "c.mp4"
     assert reencode(source, output, SMALL)
     good = output.read_bytes()

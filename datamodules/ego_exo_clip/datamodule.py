@@ -1,4 +1,4 @@
-"""Ego-ExoClip: synchronised ego-exo clips with a narration each, out of an index of pairs (stages 1 and 2)."""
+"""Ego-ExoClip: synchronised ego-exo clips with a narration each, from an index of pairs (stages 1 and 2)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ExoPolicy = Literal["all", "best", "random"]
 
 @dataclass(frozen=True)
 class NarrationConfig:
-    """How much of the paired video has its narration used; the other pairs are seen and supervise no text.
+    """Fraction of the paired video whose narrations are used; the other pairs supervise no text.
 
     Which takes are narrated is drawn from the data's seed, and a smaller fraction's are among a larger one's.
 
@@ -37,7 +37,7 @@ class NarrationConfig:
     share: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse impossible values."""
+        """Raise ValueError for impossible values."""
         if not 0 < self.ego_text_fraction <= 1:
             raise ValueError(f"data.narration.ego_text_fraction: got {self.ego_text_fraction}, allowed: above 0 to 1")
         ratio = self.unnarrated_ratio
@@ -47,7 +47,7 @@ class NarrationConfig:
             raise ValueError(f"data.narration.share: got {self.share}, allowed: between 0 and 1, or null")
 
     def draw(self, takes: int, seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which of ``takes`` takes are narrated, and which are used at all: bool [takes] each."""
+        """Return the narrated takes and the used takes, bool [takes] each."""
         order = np.random.default_rng([seed, 7]).permutation(takes)
         narrated = max(1, round(self.ego_text_fraction * takes))
         others = takes if self.unnarrated_ratio is None else round(self.unnarrated_ratio * narrated)
@@ -74,7 +74,7 @@ class EgoExoClipDataset(ClipTextDataset):
         narration: which pairs are used, and which of them with their narration.
 
     Raises:
-        ValueError: ``exo_policy`` is none of the three.
+        ValueError: ``exo_policy`` is unknown.
     """
 
     def __init__(
@@ -105,16 +105,16 @@ class EgoExoClipDataset(ClipTextDataset):
         self.without_text = np.flatnonzero(used[of_take] & ~narrated)
 
     def __len__(self) -> int:
-        """Number of pairs."""
+        """Return the number of pairs."""
         return int(self.first_pair[-1])
 
     @property
     def epoch_length(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples of an epoch."""
         return self._narrated_length() + len(self.without_text)
 
     def epoch_samples(self, epoch: int) -> NDArray[np.int64]:
-        """Every pair without narration, and as many narrated ones as are to come with them."""
+        """Return every pair without narration, and the narrated ones of the epoch."""
         length, pairs = self._narrated_length(), self.with_text
         if length != len(pairs):
             rng = np.random.default_rng([self.seed, epoch, 8])
@@ -128,15 +128,15 @@ class EgoExoClipDataset(ClipTextDataset):
         return max(1, round(len(self.without_text) * share / (1 - share)))
 
     def name(self, index: int) -> str:
-        """Take, annotator and narration."""
+        """Return the name of a pair: take, annotator and narration."""
         return self.pairs.clip_ids[self._clip(index)]
 
     def groups(self) -> NDArray[np.int32]:
-        """The take of every pair, int32 [len], ascending: samples of one take read the same files."""
+        """Return the take of every pair, int32 [len], ascending: samples of one take read the same files."""
         return np.repeat(self.pairs.clip_groups, np.diff(self.first_pair))
 
     def span(self, index: int, epoch: int) -> Span:
-        """Both views over the same seconds of the take."""
+        """Return the files of both views and the same seconds of the take."""
         pairs, clip = self.pairs, self._clip(index)
         ego, end = (int(pairs.first_view[pairs.clip_groups[clip] + more]) for more in (0, 1))
         if self.exo_policy == "all":
@@ -154,7 +154,7 @@ class EgoExoClipDataset(ClipTextDataset):
         )
 
     def text(self, index: int, epoch: int) -> EncodedText:
-        """The narration, the wearer spelled out; nothing to learn where it is not used."""
+        """Return the narration, or nothing to learn if it is not used."""
         clip = self._clip(index)
         if not self.narrated[self.pairs.clip_groups[clip]]:
             return NOTHING_TO_LEARN
@@ -184,7 +184,7 @@ class EgoExoClipDataModule(ClipDataModule):
 
     Args:
         index: folder written by ``python -m datamodules.ego_exo_clip.build``; fixes the narrations and their seconds.
-        views: views that the stage looks at, ``ego`` and ``exo``.
+        views: views that the stage uses, ``ego`` and ``exo``.
         exo_policy: which exocentric views of a narration become samples, see ``EgoExoClipDataset``.
         instruction: question put before every caption; null trains on bare captions.
         narration: how much of the paired video has its narration used.
@@ -214,7 +214,7 @@ class EgoExoClipDataModule(ClipDataModule):
         self.views, self.exo_policy, self.instruction, self.narration = views, exo_policy, instruction, narration
 
     def read(self) -> EgoExoClipDataset:
-        """Read the index; no video is opened."""
+        """Read the index, without opening a video."""
         return EgoExoClipDataset(
             PairIndex.read(self.index),
             self.root,
@@ -228,5 +228,5 @@ class EgoExoClipDataModule(ClipDataModule):
         )
 
     def annotation_files(self) -> list[Path]:
-        """Takes and narrated clips of the index."""
+        """Return the takes and narrated clips of the index."""
         return [self.index / "groups.jsonl", self.index / "clips.jsonl"]

@@ -1,4 +1,4 @@
-"""Official annotation files: how they are read, counted and complained about, whatever becomes of them."""
+"""Read official annotation files, count their content, and report their errors by file, line and field."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Row = TypeVar("Row")
 
 
 class SourceError(ValueError):
-    """Annotations that cannot be read; one line that names file, line, field and what to do."""
+    """Annotations cannot be read; one line that names file, line, field and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Official:
-    """How many there are by the authors, or by a count of their files.
+    """Number of things, published by the authors or counted in their files.
 
     Attributes:
         count: the number.
@@ -61,7 +61,7 @@ class Counts:
 
 
 def differences(name: str, counts: Counts, official: Mapping[str, Official]) -> list[str]:
-    """A line for each number that differs from the official one."""
+    """Return a line for each number that differs from the official one."""
     lines = []
     for what, known in official.items():
         missing = known.count - counts.totals[what]
@@ -73,12 +73,12 @@ def differences(name: str, counts: Counts, official: Mapping[str, Official]) -> 
 
 
 def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of a dataclass that reads files: its default, what it is for, and allowed values."""
+    """Return a dataclass field with a default, a help text and allowed values."""
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
 def find_file(root: Path, names: Sequence[str], what: str) -> Path:
-    """The first of some paths below the root that exists.
+    """Return the first of some paths below the root that exists.
 
     Raises:
         SourceError: none does; names all of them.
@@ -98,7 +98,7 @@ def try_parse(make: Callable[..., Row], *arguments: Any) -> Row | SourceError:
 
 
 def read_text(file: Path) -> str:
-    """A text file; a byte order mark is no part of it.
+    """Return the content of a text file without its byte order mark.
 
     Raises:
         SourceError: it is not UTF-8.
@@ -112,7 +112,7 @@ def read_text(file: Path) -> str:
 
 
 def read_csv(file: Path, delimiter: str = ",") -> Iterator[tuple[str, list[str]]]:
-    """Cells of every row of a table with their place; empty lines are passed over.
+    """Yield the cells of every row of a table with their place; empty lines are passed over.
 
     Raises:
         SourceError: it is not UTF-8; or a quote stands where none may, so that it cannot be told where rows end.
@@ -131,7 +131,7 @@ def read_csv(file: Path, delimiter: str = ",") -> Iterator[tuple[str, list[str]]
 
 
 def read_json(file: Path, kind: type[Row]) -> Row:
-    """A JSON file whose top level is of a kind.
+    """Return the content of a JSON file whose top level has a certain type.
 
     Raises:
         SourceError: it is not there, or not such a file.
@@ -141,14 +141,14 @@ def read_json(file: Path, kind: type[Row]) -> Row:
     except FileNotFoundError:
         raise SourceError(f"{file}: no such file: correct the path") from None
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{file}: malformed JSON ({error}): fetch the file again") from None
+        raise SourceError(f"{file}: invalid JSON ({error}): fetch the file again") from None
     if not isinstance(value, kind):
         raise SourceError(f"{file}: expected a JSON {kind.__name__}, got {type(value).__name__}: fetch the file again")
     return value
 
 
 def text_of(record: Any, key: str, where: str) -> str:
-    """A field that must be a text and not empty.
+    """Return a field that must be a text and not empty.
 
     Raises:
         SourceError: it is not.
@@ -160,7 +160,7 @@ def text_of(record: Any, key: str, where: str) -> str:
 
 
 def number_of(record: Any, key: str, where: str) -> float:
-    """A field that must be a finite number, or a text of one.
+    """Return a field that must be a finite number, or a text of one.
 
     Raises:
         SourceError: it is not.
@@ -176,6 +176,6 @@ def number_of(record: Any, key: str, where: str) -> float:
 
 
 def shuffled(name: str, options: Sequence[str]) -> tuple[str, ...]:
-    """Options in an order that depends on a name only."""
+    """Return options in an order that depends on a name only."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
     return tuple(options[index] for index in np.random.default_rng(seed).permutation(len(options)))

@@ -1,4 +1,4 @@
-"""JSON Lines, read so that whatever is wrong can be named by file, line and field."""
+"""Read JSON Lines and arrays with the place of each record, so that errors name file, line and field."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class InvalidRecords(ValueError):
 
 
 def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines of a JSON Lines file with their place, ``<file> line <n>``; empty lines are passed over.
+    """Yield the records of a JSON Lines file with their place, ``<file> line <n>``; empty lines are passed over.
 
     Raises:
         ValueError: a line that is not a JSON object.
@@ -48,7 +48,7 @@ def read_jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
-    """Records of a JSON Lines file or of a JSON array with their place; one that cannot be read is the error saying so.
+    """Yield the records of a JSON Lines file or of a JSON array with their place; an invalid one as its error.
 
     Entries of an array have the place ``<file> line <n> entry <m>``, both counted from 1.
     """
@@ -56,7 +56,7 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]
 
 
 def is_array(file: Path) -> bool:
-    """Whether a file holds one JSON array rather than a record a line.
+    """Return True if a file holds one JSON array instead of a record a line.
 
     It does if it begins with a bracket, unless its first line is a whole list and others follow: then that line is one
     wrong record, and the others are records.
@@ -75,7 +75,7 @@ def is_array(file: Path) -> bool:
 
 
 def raw_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines of a file with their numbers from 1, without empty ones and without a byte order mark."""
+    """Yield the lines of a file with their numbers from 1, without empty ones and without a byte order mark."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -92,9 +92,9 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
         except UnicodeDecodeError as error:
             yield where, ValueError(f"{where}: no UTF-8 text ({error.reason}): save the file as UTF-8")
         except json.JSONDecodeError as error:
-            yield where, ValueError(f"{where}: malformed JSON ({error.msg} at column {error.colno}): mend the line")
+            yield where, ValueError(f"{where}: invalid JSON ({error.msg} at column {error.colno}): fix this line")
         except (ValueError, RecursionError) as error:  # a number of too many digits, or lists in lists without end
-            yield where, ValueError(f"{where}: malformed JSON ({error}): mend the line")
+            yield where, ValueError(f"{where}: invalid JSON ({error}): fix this line")
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
@@ -121,7 +121,7 @@ def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
             problem = str(error)
             if isinstance(error, json.JSONDecodeError):
                 problem = f"{error.msg} at line {error.lineno} column {error.colno}"
-            yield where, ValueError(f"{where}: malformed JSON ({problem}), nothing after it was read: mend it")
+            yield where, ValueError(f"{where}: invalid JSON ({problem}), nothing after it was read: fix this entry")
             return
         yield where, _object(value, text[begin:end], where)
         if text[at] == ",":
@@ -143,12 +143,12 @@ def _object(value: Any, text: str, where: str) -> dict[str, Any] | ValueError:
     if not isinstance(value, dict):
         return ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     if _HALF.search(text) and not is_text(json.dumps(value, ensure_ascii=False)):
-        return ValueError(f"{where}: holds half of a character (\\ud800 to \\udfff without its partner): mend it")
+        return ValueError(f"{where}: holds half of a character (\\ud800 to \\udfff without its partner): correct it")
     return value
 
 
 def is_text(value: Any) -> TypeGuard[str]:
-    """Whether a value is a text that can be written as UTF-8; an escape in JSON can give half of a character."""
+    """Return True for a text that can be written as UTF-8; an escape in JSON can encode half of a character."""
     if not isinstance(value, str):
         return False
     try:
@@ -159,7 +159,7 @@ def is_text(value: Any) -> TypeGuard[str]:
 
 
 def require(record: dict[str, Any], field: str, where: str) -> Any:
-    """A field of a record.
+    """Return a field of a record.
 
     Raises:
         ValueError: it is missing.
@@ -170,7 +170,7 @@ def require(record: dict[str, Any], field: str, where: str) -> Any:
 
 
 def seconds(record: dict[str, Any], field: str, where: str) -> float:
-    """A time of a record.
+    """Return a time of a record in seconds.
 
     Raises:
         ValueError: it is missing or no number.

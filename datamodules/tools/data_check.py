@@ -1,8 +1,8 @@
-"""Which videos of a data set can be read: ``python -m datamodules.tools.data_check INDEX_OR_JSONL --root DATA``.
+"""Check the videos of a dataset: ``python -m datamodules.tools.data_check INDEX_OR_JSONL --root DATA``.
 
-Every file that the annotations name is opened and held against them: does it exist, is it a video, is it as long and
-as fast as promised, and do clips of it decode without damage? ``--all`` decodes every picture of every file. The work
-is done by processes of their own, so that a decoder that hangs or crashes costs one file and not the run.
+Every file that the annotations name is opened and compared with them: does it exist, is it a video, is it as long and
+as fast as annotated, and do clips of it decode without damage? ``--all`` decodes every frame of every file. The work
+is done by worker processes, so that a decoder that hangs or crashes costs one file and not the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FRAMES_PER_CLIP = 16
 
 @dataclass(frozen=True)
 class Problem:
-    """Why there is nothing to be done with a file.
+    """Reason why a file cannot be used.
 
     Attributes:
         kind: name of the ``ClipDecodeError``, or of another error, that it leads to; ``WrongRate`` or ``WrongLength``
@@ -54,21 +54,21 @@ class Problem:
     spans_s: tuple[tuple[float, float], ...] = ()
 
     def spoils(self, span_s: tuple[float, float]) -> bool:
-        """Whether a clip of the file cannot be used."""
+        """Return True if a clip of the file cannot be used."""
         return not self.spans_s or span_s in self.spans_s
 
 
 @dataclass
 class VideoFile:
-    """One video file and what the annotations promise of it.
+    """A video file and its annotations.
 
     Attributes:
         path: relative to the data root.
-        fps: frames per second, None if nothing is promised; so for the next two.
-        num_frames: frames in the file, one fewer is let pass.
-        duration_s: seconds from first frame to end, a frame less is let pass.
+        fps: frames per second, None if not annotated; so for the next two.
+        num_frames: frames in the file, one fewer is tolerated.
+        duration_s: seconds from first frame to end, a frame less is tolerated.
         spans_s: start and end of every clip on the file's clock; an end of infinity is the end of the file.
-        samples: clips to decode at most; the others are held against the file's length.
+        samples: clips to decode at most; the others are compared with the file's length.
     """
 
     path: str
@@ -80,7 +80,7 @@ class VideoFile:
 
 
 def sampled(spans_s: Iterable[tuple[float, float]], count: int | None) -> list[tuple[float, float]]:
-    """So many of some clips, evenly through their file, and in any case the one that ends last; None for all."""
+    """Return ``count`` of some clips, evenly through their file, including the one that ends last; None for all."""
     spans = sorted(spans_s, key=lambda span: (span[1], span[0]))
     if count is None or len(spans) <= count:
         return spans
@@ -89,13 +89,13 @@ def sampled(spans_s: Iterable[tuple[float, float]], count: int | None) -> list[t
 
 @dataclass(frozen=True)
 class Annotations:
-    """The video files of a data set, and which line of its annotations needs which.
+    """The video files of a dataset, and those that each line of its annotations needs.
 
     Attributes:
         file: JSON Lines, a clip a line, or a JSON array of them.
         files: by path relative to the data root, in the order they are named.
         paths_by_line: the files that each line needs, empty lines not counted; None for a line that cannot be read.
-        malformed: why lines cannot be read, one by one.
+        malformed: problems of the lines that cannot be read.
     """
 
     file: Path
@@ -104,7 +104,7 @@ class Annotations:
     malformed: list[str] = field(default_factory=list)
 
     def spoiled(self, problems: Mapping[str, Problem]) -> list[list[str] | None]:
-        """For each line the files that it needs and that are of no use to it; None for one that cannot be read."""
+        """Return for each line the files that it needs and cannot use; None for a line that cannot be read."""
         spans_s = {path: iter(self.files[path].spans_s) for path in problems}  # one for each line that names the path
         return [
             None
@@ -115,7 +115,7 @@ class Annotations:
 
 
 def read_annotations(source: Path) -> Annotations:
-    """Read what a data set says about its videos.
+    """Read the annotations of a dataset's videos.
 
     Args:
         source: folder of an index of pairs, or an instruction file of any form that ``ConversationFile`` reads.
@@ -163,13 +163,13 @@ def _read_index(folder: Path) -> Annotations:
 
 
 def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambda: None) -> Problem | None:
-    """Hold a video against what the annotations promise of it, and decode its clips.
+    """Compare a video with its annotations, and decode its clips.
 
     Args:
-        file: what is promised; ``samples`` of its clips are decoded at ``FRAMES_PER_CLIP`` moments each.
+        file: the annotations; ``samples`` of its clips are decoded at ``FRAMES_PER_CLIP`` moments each.
         root: folder that the path is relative to.
-        decode_all: decode every picture of the file as well.
-        beat: called whenever the decoder has got on.
+        decode_all: decode every frame of the file as well.
+        beat: called whenever the decoder makes progress.
 
     Returns:
         The first problem met, None if there is none; clips outside the file are one only if there is no other.
@@ -224,11 +224,11 @@ def _reason(error: ClipDecodeError) -> str:
 
 
 def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
-    """Every displayed picture of a file in order, with its time stamp and none of them damaged.
+    """Yield every displayed frame of a file in order, with its time stamp and none of them damaged.
 
     Raises:
-        ClipDecodeError: as ``ClipReader.read``, on reaching a damaged packet or picture, or at the end if the decoder
-            left out a picture that the file lists or the file ends more than a frame before its header says.
+        ClipDecodeError: as ``ClipReader.read``, on reaching a damaged packet or frame, or at the end if the decoder
+            left out a frame that the file lists or the file ends more than a frame before its header says.
     """
     info = probe(path)
     listed: set[int] = set()
@@ -249,7 +249,7 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
                     packets_s += (packet.duration or 0) * tick_s
                 for frame in codec.decode(packet if packet.size or packet.dts is not None else None):
                     if frame.pts is None:
-                        raise Damaged(f"a picture after {end_s:.3f} s has no time stamp", path)
+                        raise Damaged(f"a frame after {end_s:.3f} s has no time stamp", path)
                     if frame.is_corrupt:
                         raise Damaged(f"corrupt frame at {frame.pts * tick_s - info.start_s:.3f} s", path)
                     listed.discard(frame.pts)
@@ -260,8 +260,8 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
         raise Damaged(f"{error.strerror or error} after {end_s:.3f} s", path) from error
     if listed:
         missing_s = min(listed) * tick_s - info.start_s
-        raise FrameMissing(f"{len(listed)} pictures do not come out, the first at {missing_s:.3f} s", path)
-    # Where pictures are not decoded in the order they are shown, the duration of the last one is another packet's.
+        raise FrameMissing(f"{len(listed)} frames are never decoded, the first at {missing_s:.3f} s", path)
+    # If frames are not decoded in the order they are displayed, the duration of the last one is another packet's.
     if max(end_s, packets_s) < info.duration_s - 1 / info.fps - 1e-3:
         raise Damaged(f"frames end at {end_s:.3f} s, the header promises {info.duration_s:.3f} s", path)
 
@@ -278,9 +278,9 @@ def check_files(
     Args:
         files: what to check, each with the clips to decode.
         root: folder that their paths are relative to.
-        decode_all: decode every picture.
+        decode_all: decode every frame.
         workers: number of processes.
-        patience_s: seconds after which a file whose decoding does not get on is given up.
+        patience_s: seconds without progress after which a file is given up.
 
     Returns:
         The problem of every bad file, by path in the order of ``files``.
@@ -313,7 +313,7 @@ def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m datamodules.tools.data_check",
-        description="Find the videos of a data set that are missing, damaged, too short or not as fast as promised. "
+        description="Find the videos of a dataset that are missing, damaged, too short or not as fast as annotated. "
         "Exit status 1 if there are any.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -321,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
         "annotations", type=Path, help="folder of an index of pairs, or an instruction file (JSON Lines)"
     )
     parser.add_argument("--root", type=Path, required=True, help="folder that paths of videos are relative to")
-    parser.add_argument("--all", action="store_true", help="decode every picture of every file")
+    parser.add_argument("--all", action="store_true", help="decode every frame of every file")
     parser.add_argument("--samples", type=int, default=4, help="clips to decode of each file")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument(
@@ -335,7 +335,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, report and write the lists; exit status 0 if all is well, 1 if a file is bad, 2 for wrong arguments."""
+    """Check, report and write the lists; return exit status 0, 1 if a file is bad, or 2 for wrong arguments."""
     options = _parser().parse_args(arguments)
     try:
         if options.samples < 1 or options.workers < 1 or not options.timeout >= 1:

@@ -1,12 +1,12 @@
 """Re-encode videos for random access: ``python -m datamodules.tools.reencode --root ROOT --index INDEX --out OUT``.
 
-Reading a clip decodes everything from the last key frame on, so key frames every few pictures, small pictures and a
-bitstream without its costly parts save most of the work. Every file is written again as H.264 in MP4 under its own
-relative path (an ``.mkv`` keeps its name), upright and with square pixels, without sound. Every picture keeps its time,
+Reading a clip decodes everything from the last key frame onwards, so frequent key frames, small frames and a bitstream
+without its costly parts save most of the work. Every file is written again as H.264 in MP4 under its own
+relative path (an ``.mkv`` keeps its name), upright and with square pixels, without sound. Every frame keeps its time,
 so annotations and indices stay valid with ``OUT`` as the data root.
 
-A file takes its name only after it was read back: all pictures are there, at the times of the source, and each shows
-what the source shows at that time. So whatever bears a final name is whole, and a run that was interrupted is
+A file takes its name only after it was read back: all frames are present, at the times of the source, and each shows
+the source's frame of that time. So every file with a final name is complete, and a run that was interrupted is
 continued by running it again. Sources are never touched.
 """
 
@@ -51,25 +51,25 @@ TUNES = ("none", "fastdecode", "film", "animation", "grain", "stillimage", "zero
 
 CLIP_S = 0.68  # mean clip of Ego-ExoClip (Exo2Ego, arXiv 2503.09143), for the measured saving
 _MARK = "re-encoded with "
-_MEND = "; nothing was kept: use the file as it is"
+_FIX = "; nothing was kept: use the file as it is"
 _THUMBNAIL = 16  # pixels
-_SAME_LEVELS = 8.0  # of 255: mean difference of thumbnails that show the same picture, however strongly compressed
+_SAME_LEVELS = 8.0  # of 255: mean difference of thumbnails that show the same frame, however strongly compressed
 _UNSPECIFIED = 2  # colour matrix, in the numbering of ISO/IEC 23001-8
-_MOVED_LEVELS = 1.0  # neighbouring pictures that differ by more can be told apart after compression
-_SHIFTED_LEVELS = 0.5  # the same for all pictures of a file taken together
+_MOVED_LEVELS = 1.0  # neighbouring frames that differ by more can be told apart after compression
+_SHIFTED_LEVELS = 0.5  # the same for all frames of a file taken together
 
 
 class ReencodeError(ValueError):
-    """A file could not be re-encoded; one line with the file and what to do."""
+    """A file could not be re-encoded; one line with the file and how to fix it."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How pictures are compressed; options of x264 under its own names.
+    """Compression of the frames; options of x264 under its own names.
 
     Attributes:
         short_side: pixels of the shorter side, even; smaller sources keep their size.
-        gop: pictures from one key frame to the next.
+        gop: frames from one key frame to the next.
         crf: quality, 0 (best) to 40.
         preset: effort of the encoder.
         tune: ``fastdecode`` leaves out what is costly to decode; ``none`` for x264's default.
@@ -82,12 +82,12 @@ class Encoding:
     tune: str = "fastdecode"
 
     def __post_init__(self) -> None:
-        """Refuse what x264 cannot do."""
+        """Raise ValueError for options that x264 does not have."""
         if self.short_side < 16 or self.short_side % 2:
             raise ValueError(f"--short-side is {self.short_side}; expected an even number from 16 on")
         if self.gop < 1:
             raise ValueError(f"--gop is {self.gop}; expected at least 1")
-        if not 0 <= self.crf <= 40:  # beyond, a picture is no longer told from its neighbours
+        if not 0 <= self.crf <= 40:  # beyond, a frame cannot be told from its neighbours
             raise ValueError(f"--crf is {self.crf:g}; expected 0 to 40")
         for option, value, allowed in (("preset", self.preset, PRESETS), ("tune", self.tune, TUNES)):
             if value not in allowed:
@@ -95,7 +95,7 @@ class Encoding:
 
     @property
     def x264_options(self) -> dict[str, str]:
-        """As the encoder takes them."""
+        """Options in the form of the encoder."""
         options = {"preset": self.preset, "crf": f"{self.crf:g}", "g": str(self.gop), "sc_threshold": "0"}
         return options if self.tune == "none" else {**options, "tune": self.tune}
 
@@ -130,14 +130,14 @@ def reencode(source: Path, output: Path, encoding: Encoding, beat: Beat = lambda
         source: any video that ``ClipReader`` reads.
         output: MP4, whatever it is called; its folder is made.
         encoding: how.
-        beat: called whenever a picture is done.
+        beat: called whenever a frame is done.
 
     Returns:
         False if ``output`` was already there, made from a source of this size with this encoding.
 
     Raises:
         ClipDecodeError: the source is missing or damaged.
-        ReencodeError: ``output`` exists and is not one of this function's, or what was written is not the same video.
+        ReencodeError: ``output`` exists and is not one of this function's, or the written file is not the same video.
         OSError: the disk is full, and the like.
     """
     if not source.is_file():
@@ -177,14 +177,14 @@ def _is_done(output: Path, mark: str) -> bool:
 # writing
 
 
-class _Pictures:
-    """What a file shows and when.
+class _Frames:
+    """Time and thumbnail of every frame of a file.
 
     Attributes:
-        first_s: time stamp of the first picture.
-        times_s: of every picture, from the first one.
-        duration_s: from the first picture to the end of the last; of sources only.
-        thumbnails: uint8 [side, side] luma of every picture, upright.
+        first_s: time stamp of the first frame.
+        times_s: of every frame, from the first one.
+        duration_s: from the first frame to the end of the last; of sources only.
+        thumbnails: uint8 [side, side] luma of every frame, upright.
     """
 
     def __init__(self) -> None:
@@ -195,7 +195,7 @@ class _Pictures:
         self._scaler = VideoReformatter()
 
     def add(self, frame: VideoFrame) -> None:
-        """Note the next picture."""
+        """Add the next frame."""
         tick, tick_s, side = cast(int, frame.pts), cast(Fraction, frame.time_base), _THUMBNAIL
         if not self.times_s:
             self.first_s = tick * tick_s
@@ -206,9 +206,9 @@ class _Pictures:
         self.thumbnails.append(np.rot90(luma, (frame.rotation // 90) % 4).copy())
 
 
-def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat: Beat) -> _Pictures:
-    """Write all of ``source`` and return what it shows."""
-    pictures = _Pictures()
+def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat: Beat) -> _Frames:
+    """Encode ``source`` and return its frames."""
+    written = _Frames()
     with (
         closing(decode_whole(source)) as frames,
         av.open(os.fspath(unfinished), "w", format="mp4", options={"movflags": "+faststart"}) as container,
@@ -226,21 +226,21 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
             codec.color_range, codec.colorspace = first.color_range, first.colorspace
             codec.color_primaries, codec.color_trc = first.color_primaries, first.color_trc
 
-        def small_pictures() -> Iterator[VideoFrame | None]:
+        def small_frames() -> Iterator[VideoFrame | None]:
             shown = max(1, round(1 / (rate * tick_s)))  # ticks
             size = first.width, first.height, first.format.name
             for frame, following in pairwise(chain((first,), frames, (None,))):
-                frame, time_s = cast(VideoFrame, frame), float(pictures.duration_s)
+                frame, time_s = cast(VideoFrame, frame), float(written.duration_s)
                 if (frame.width, frame.height, frame.format.name) != size:
-                    raise ReencodeError(f"{source}: other picture size or format from {time_s:.3f} s on{_MEND}")
+                    raise ReencodeError(f"{source}: other frame size or format from {time_s:.3f} s on{_FIX}")
                 if following is not None:
                     shown = cast(int, following.pts) - cast(int, frame.pts)
                 elif frame.duration:
                     shown = frame.duration
                 if shown <= 0:
-                    raise ReencodeError(f"{source}: pictures are out of order after {time_s:.3f} s{_MEND}")
-                pictures.add(frame)
-                pictures.duration_s = pictures.times_s[-1] + shown * tick_s
+                    raise ReencodeError(f"{source}: frames are out of order after {time_s:.3f} s{_FIX}")
+                written.add(frame)
+                written.duration_s = written.times_s[-1] + shown * tick_s
                 graph.vpush(frame)
                 small = graph.vpull()
                 small.pict_type = PictureType.NONE  # the encoder places the key frames
@@ -249,21 +249,21 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
             yield None  # for what the encoder holds back
 
         first_dts: int | None = None
-        packets = chain.from_iterable(map(stream.encode, small_pictures()))
+        packets = chain.from_iterable(map(stream.encode, small_frames()))
         for packet, next_packet in pairwise(chain(packets, (None,))):
             packet = cast("Packet[VideoStream]", packet)
             pts, dts = cast(int, packet.pts), cast(int, packet.dts)
             first_dts = dts if first_dts is None else first_dts
-            if pts * tick_s - pictures.first_s == pictures.times_s[-1]:
-                packet.duration = round((pictures.duration_s - pictures.times_s[-1]) / tick_s)
+            if pts * tick_s - written.first_s == written.times_s[-1]:
+                packet.duration = round((written.duration_s - written.times_s[-1]) / tick_s)
             if next_packet is None:  # the header counts in the order of decoding
-                packet.duration = round(pictures.duration_s / tick_s) - (dts - first_dts)
+                packet.duration = round(written.duration_s / tick_s) - (dts - first_dts)
             container.mux(packet)
-    return pictures
+    return written
 
 
 def header(source: Path) -> tuple[Fraction, float]:
-    """Frames per second, and width of a stored pixel over its height."""
+    """Return the frames per second, and the width of a stored pixel over its height."""
     with av.open(os.fspath(source), metadata_errors="ignore") as container:
         stream = cast(VideoStream, container.streams.best("video"))
         rate = cast(Fraction, stream.average_rate or stream.guessed_rate)
@@ -271,7 +271,7 @@ def header(source: Path) -> tuple[Fraction, float]:
 
 
 def upright(first: VideoFrame, pixel_aspect: float, short_side: int) -> tuple[Graph, int, int]:
-    """Filters that make pictures like ``first`` small, square in their pixels and upright; their width and height."""
+    """Return filters to small, upright frames with square pixels for frames like ``first``; their width and height."""
     shown_width = first.width * pixel_aspect
     scale = min(1.0, short_side / min(shown_width, first.height))
     width, height = (2 * round(length * scale / 2) for length in (shown_width, first.height))
@@ -296,20 +296,20 @@ def upright(first: VideoFrame, pixel_aspect: float, short_side: int) -> tuple[Gr
 # reading back
 
 
-def _verify(source: Path, unfinished: Path, wanted: _Pictures, encoding: Encoding, beat: Beat) -> None:
-    """Decode what was written and hold it against the source.
+def _verify(source: Path, unfinished: Path, wanted: _Frames, encoding: Encoding, beat: Beat) -> None:
+    """Decode the written file and compare it with the source.
 
     Raises:
-        ReencodeError: it is not the same video, or has fewer key frames than asked for.
+        ReencodeError: it is not the same video, or has too few key frames.
         ClipDecodeError: it is damaged.
     """
-    found = _Pictures()
+    found = _Frames()
     since_key = 0
     with closing(decode_whole(unfinished)) as frames:
         for frame in frames:
             since_key = 0 if frame.key_frame else since_key + 1
             if since_key == encoding.gop:
-                raise ReencodeError(f"{source}: {encoding.gop} pictures after a key frame none was written{_MEND}")
+                raise ReencodeError(f"{source}: {encoding.gop} frames after a key frame none was written{_FIX}")
             found.add(frame)
             beat()
     before, after = probe(source), probe(unfinished)
@@ -317,38 +317,38 @@ def _verify(source: Path, unfinished: Path, wanted: _Pictures, encoding: Encodin
     difference = _difference(wanted, found)
     if difference is None:
         if abs((found.first_s - after.start_s) - (wanted.first_s - before.start_s)) > 1e-6:
-            difference = "the first picture has another time"
+            difference = "the first frame has another time"
         elif abs(after.duration_s - duration_s) > 0.5 * duration_s / count:
             difference = f"{after.duration_s:.3f} s long for {duration_s:.3f} s"
         elif abs(after.fps * duration_s - count) > 1:
             difference = f"{after.fps:g} frames per second for {count / duration_s:g}"
     if difference is not None:
-        raise ReencodeError(f"{source}: what was written is not the same video: {difference}{_MEND}")
+        raise ReencodeError(f"{source}: the written file is not the same video: {difference}{_FIX}")
 
 
-def _difference(wanted: _Pictures, found: _Pictures) -> str | None:
-    """The first difference between what two files show and when, apart from the loss of compression."""
+def _difference(wanted: _Frames, found: _Frames) -> str | None:
+    """Return the first difference between frames or times of two files, apart from the loss of compression."""
     if len(wanted.times_s) != len(found.times_s):
-        return f"{len(found.times_s)} pictures for {len(wanted.times_s)}"
+        return f"{len(found.times_s)} frames for {len(wanted.times_s)}"
     for number, (wanted_s, found_s) in enumerate(zip(wanted.times_s, found.times_s, strict=True)):
         if wanted_s != found_s:
-            return f"picture {number} at {float(found_s):.6f} s for {float(wanted_s):.6f} s"
+            return f"frame {number} at {float(found_s):.6f} s for {float(wanted_s):.6f} s"
     old, new = np.stack(wanted.thumbnails), np.stack(found.thumbnails)
     apart = _levels_apart(old, new)
     if apart.max() > _SAME_LEVELS:
-        return f"picture {apart.argmax()} differs by {apart.max():.1f} levels"
+        return f"frame {apart.argmax()} differs by {apart.max():.1f} levels"
     moved = _levels_apart(old[:-1], old[1:]) > _MOVED_LEVELS
     for own, other in ((apart[:-1], _levels_apart(old[:-1], new[1:])), (apart[1:], _levels_apart(old[1:], new[:-1]))):
         mistaken = np.flatnonzero(moved & (other <= own))
         if mistaken.size:
-            return f"a picture near number {mistaken[0]} shows its neighbour"
+            return f"a frame near number {mistaken[0]} shows its neighbour"
         if own.size and own.mean() > _SHIFTED_LEVELS and other.mean() < own.mean() / 2:
-            return "every picture shows its neighbour"
+            return "every frame shows its neighbour"
     return None
 
 
 def _levels_apart(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Mean absolute difference of each pair of thumbnails, [N]."""
+    """Return the mean absolute difference of each pair of thumbnails, [N]."""
     return np.array([np.abs(x.astype(np.int16) - y).mean() for x, y in zip(a, b, strict=True)])
 
 
@@ -394,13 +394,13 @@ def _reencode_below(path: str, root: Path, out: Path, encoding: Encoding, beat: 
 
 
 def clip_cost(root: Path, out: Path, paths: Sequence[str], size: int) -> tuple[float, float, float] | None:
-    """Processor time for reading clips of ``CLIP_S`` seconds before and after, at the same random places.
+    """Measure the processor time for reading clips of ``CLIP_S`` seconds before and after, at the same random places.
 
     Args:
         root: folder of the sources.
         out: folder of the re-encoded files.
-        paths: relative to both; a few of them are tried, those that have become unreadable left out.
-        size: side of the pictures in pixels.
+        paths: relative to both; a few of them are tried, those that cannot be read are left out.
+        size: side of the frames in pixels.
 
     Returns:
         Medians of milliseconds before and after, and of their ratio; None if nothing could be read.
@@ -435,7 +435,7 @@ def clip_cost(root: Path, out: Path, paths: Sequence[str], size: int) -> tuple[f
 
 
 def _paths(options: argparse.Namespace) -> list[str]:
-    """The files of this shard, relative to the root."""
+    """Return the files of this shard, relative to the root."""
     if options.root.resolve() == options.out.resolve():
         raise ValueError(f"--out is {options.out}, which is --root: sources are kept, choose another folder")
     number, count = options.shard
@@ -473,9 +473,9 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--files", type=Path, nargs="+", help="videos below the root")
     which.add_argument("--index", type=Path, help="index of pairs or instruction file: all videos it names")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new data set, with the same paths")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the new dataset, with the same paths")
     parser.add_argument("--short-side", type=int, default=default.short_side, help="pixels, even")
-    parser.add_argument("--gop", type=int, default=default.gop, help="pictures from one key frame to the next")
+    parser.add_argument("--gop", type=int, default=default.gop, help="frames from one key frame to the next")
     parser.add_argument("--crf", type=float, default=default.crf, help="x264's quality, 0 (best) to 40")
     parser.add_argument("--preset", choices=PRESETS, default=default.preset, help="x264's effort")
     parser.add_argument("--tune", choices=TUNES, default=default.tune, help="x264's purpose")
@@ -488,7 +488,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Re-encode and report; exit status 0 if all is well, 1 if a file failed, 2 for wrong arguments."""
+    """Re-encode and report; return exit status 0, 1 if a file failed, or 2 for wrong arguments."""
     options = _parser().parse_args(arguments)
     try:
         encoding = Encoding(options.short_side, options.gop, options.crf, options.preset, options.tune)

@@ -1,8 +1,8 @@
-"""Cuts a window out of a video as a file of its own, picture by picture.
+"""Cut a window out of a video as a file of its own, frame by frame.
 
-Pictures are encoded anew, upright and with even sides, so that a cut may begin between key frames. A clip begins with
-the picture that is shown when its window begins, and that picture's time is its time 0. A file takes its name only
-after its pictures were read back and held against those of the source, as ``ClipReader`` reads both.
+Frames are encoded again, upright and with even sides, so that a cut may begin between key frames. A clip begins with
+the frame that is displayed when its window begins, and that frame's time is its time 0. A file takes its name only
+after its frames were read back and compared with those of the source, as ``ClipReader`` reads both.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from datamodules.video.errors import ClipDecodeError, Damaged
 from datamodules.video.probe import probe
 from datamodules.video.reader import ClipReader
 
-_WHOLE = 1 << 14  # pixels: no picture is made smaller
+_WHOLE = 1 << 14  # pixels: no frame is made smaller
 _THUMBNAIL = 16
-_SAME_LEVELS = 8.0  # of 255: mean difference of thumbnails that show the same picture
+_SAME_LEVELS = 8.0  # of 255: mean difference of thumbnails that show the same frame
 
 
 def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
-    """Cut one clip, unless it is there and of the same file.
+    """Cut one clip, unless it exists and was cut from the same file.
 
     Args:
         root: folder that the video is below.
@@ -40,12 +40,12 @@ def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
         job: video, start and end in seconds, and clip; paths relative to the two folders.
 
     Returns:
-        Why it cannot be cut, on one line; empty if it was.
+        The reason why it cannot be cut, on one line; empty if it was cut.
     """
     video, start_s, end_s, clip = job
     source, target = root / video, out / clip
     if source.is_dir():
-        return f"{source} [{start_s:.3f}, {end_s:.3f}) s: a folder of pictures is not cut: encode it as a video first"
+        return f"{source} [{start_s:.3f}, {end_s:.3f}) s: a folder of images is not cut: encode it as a video first"
     target.parent.mkdir(parents=True, exist_ok=True)
     reader = ClipReader(max_open=2)
     try:
@@ -64,7 +64,7 @@ def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
 
 
 def _origin(source: Path) -> str:
-    """Tells the source of a clip from others, a changed one and one below another root among them."""
+    """Return a mark that differs for other sources, also for a changed one and one below another root."""
     status = source.stat()
     return f"cut out of {status.st_size} bytes of {status.st_mtime_ns}"
 
@@ -75,7 +75,7 @@ def _origin_of(clip: Path) -> str:
 
 
 def _write(source: Path, start_s: float, end_s: float, unfinished: Path) -> list[float]:
-    """Encode the pictures of [start, end); their times in the source, in seconds."""
+    """Encode the frames of [start, end); return their times in the source, in seconds."""
     info = probe(source)
     rate, pixel_aspect = header(source)
     tolerance_s = min(1e-3, 0.1 / info.fps)
@@ -112,7 +112,7 @@ def _mux(container: av.container.OutputContainer, packets: list[Packet[VideoStre
 
 
 def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterator[VideoFrame]:
-    """Pictures displayed from the one at ``start_s`` to before ``end_s``; times are counted from ``first_s``."""
+    """Yield the frames displayed from the one at ``start_s`` to before ``end_s``; times count from ``first_s``."""
     with av.open(os.fspath(source), metadata_errors="ignore") as container:
         stream = cast(VideoStream, container.streams.best("video"))
         stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
@@ -125,7 +125,7 @@ def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterat
             frames = container.decode(stream)
             held = next(frames, None)
         if held is None:
-            raise Damaged("no picture can be decoded", source)
+            raise Damaged("no frame can be decoded", source)
         for frame in frames:
             if frame.is_corrupt:
                 raise Damaged(f"corrupt frame at {frame.time - first_s:.3f} s", source)
@@ -139,17 +139,17 @@ def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterat
 
 
 def _verify(reader: ClipReader, source: Path, clip: Path, times_s: np.ndarray) -> None:
-    """Hold the pictures of a clip against those of its source.
+    """Compare the frames of a clip with those of its source.
 
     Raises:
         Damaged: they are not the same.
     """
     count = probe(clip).num_frames
     if count != len(times_s):
-        raise Damaged(f"{count} pictures were written for {len(times_s)}", source)
+        raise Damaged(f"{count} frames were written for {len(times_s)}", source)
     wanted = reader.read(source, times_s, _THUMBNAIL, "squash")
     found = reader.read(clip, times_s - times_s[0], _THUMBNAIL, "squash")
     apart = (wanted.frames.int() - found.frames.int()).abs().float().mean(dim=(1, 2, 3))
     if float(apart.max()) > _SAME_LEVELS:
         worst = int(apart.argmax())
-        raise Damaged(f"picture {worst} of the clip differs by {float(apart[worst]):.1f} levels", source)
+        raise Damaged(f"frame {worst} of the clip differs by {float(apart[worst]):.1f} levels", source)

@@ -1,8 +1,8 @@
-"""How much CPU time a clip costs, ours against other readers and against the decoder alone: ``make bench-clips``.
+"""CPU time of a clip, ours against other readers and against the decoder alone: ``make bench-clips``.
 
 The videos are generated: things that move before a textured background under a shaking camera, with grain, 30 fps,
 H.264 with B-frames, 448x448 as a wearer's camera and 796x448 as a tripod's. All methods read the same random spans, one
-after another in random order, and deliver the same thing: uint8 frames of 336x336, wide pictures padded.
+after another in random order, and deliver the same thing: uint8 frames of 336x336, wide frames padded.
 Times are CPU times of the process with all its threads, the better of two reads of a clip; ratios to ours are medians
 over clips, so that they survive a noisy machine. torchcodec, decord and OpenCV take part where they are installed
 (``pip install torchcodec decord opencv-python-headless``), each with its fastest settings,
@@ -58,16 +58,16 @@ OURS, LIMIT, SEEK, START = "ours", "decoder alone", "seek, all to RGB", "from th
 
 
 def dead_leaves(rng: np.random.Generator, height: int, width: int, leaves: int) -> np.ndarray:
-    """Float32 [height, width, 3], textured discs of all sizes upon one another: edges as in natural pictures."""
-    picture = np.full((height, width, 3), 110, np.float32)
+    """Float32 [height, width, 3], textured discs of all sizes upon one another: edges as in natural images."""
+    image = np.full((height, width, 3), 110, np.float32)
     rows, columns = np.ogrid[:height, :width]
     for _ in range(leaves):
         radius = min(5 * rng.uniform() ** -0.8, 0.3 * height)
         distance = (rows - rng.uniform(0, height)) ** 2 + (columns - rng.uniform(0, width)) ** 2
-        np.copyto(picture, rng.normal(110, 45) + rng.normal(0, 15, 3), where=(distance < radius**2)[..., None])
+        np.copyto(image, rng.normal(110, 45) + rng.normal(0, 15, 3), where=(distance < radius**2)[..., None])
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
     texture = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((height, width))) / (frequency + 0.01), (height, width))
-    return picture + (14 / texture.std() * texture[..., None]).astype(np.float32)
+    return image + (14 / texture.std() * texture[..., None]).astype(np.float32)
 
 
 def scene(view: str, seconds: int) -> Iterator[np.ndarray]:
@@ -136,7 +136,7 @@ def letterbox(frames: Tensor) -> Tensor:
 
 
 def usual_pyav(wanted: Wanted, seek: bool) -> Tensor:
-    """What most loaders do: reopen, seek or not, every frame on the way to RGB, pick, resize in torch."""
+    """The procedure of most loaders: reopen, seek or not, every frame on the way to RGB, pick, resize in torch."""
     frames: dict[int, np.ndarray] = {}
     with av.open(str(wanted.path)) as container:
         stream = container.streams.video[0]
@@ -145,9 +145,9 @@ def usual_pyav(wanted: Wanted, seek: bool) -> Tensor:
         if seek:
             container.seek(int(wanted.times_s[0] / stream.time_base), stream=stream)
         for frame in container.decode(stream):
-            number, picture = round(frame.time * FPS), frame.to_ndarray(format="rgb24")
+            number, image = round(frame.time * FPS), frame.to_ndarray(format="rgb24")
             if number >= wanted.frame_numbers[0]:
-                frames[number] = picture
+                frames[number] = image
             if number >= wanted.frame_numbers[-1]:
                 break
     return letterbox(torch.from_numpy(np.stack([frames[n] for n in wanted.frame_numbers])).permute(0, 3, 1, 2))
@@ -156,7 +156,7 @@ def usual_pyav(wanted: Wanted, seek: bool) -> Tensor:
 class DecoderAlone:
     """Decodes the packets that a clip depends on and nothing else: no reading, no seeking, no conversion.
 
-    For each wanted picture these are the packets from its key frame to itself, without those pictures that no other
+    For each wanted frame these are the packets from its key frame to itself, without those frames that no other
     refers to and nobody asked for.
     """
 
@@ -164,7 +164,7 @@ class DecoderAlone:
         self.files: dict[Path, tuple[av.container.InputContainer, list[av.Packet], dict[int, int]]] = {}
 
     def prepare(self, wanted: Wanted) -> Callable[[], int]:
-        """Find the packets; the returned call decodes them and returns the number of wanted pictures."""
+        """Find the packets; the returned call decodes them and returns the number of wanted frames."""
         if wanted.path not in self.files:
             container = av.open(str(wanted.path))
             container.streams.video[0].thread_type = "NONE"
@@ -401,7 +401,7 @@ def bench_loader(dataset: Pairs, blocks: int) -> dict[int, dict[str, list[float]
 
 
 def growth(videos: dict[str, Path], seconds: int, reads: int) -> dict[str, float]:
-    """What a process holds more of after many reads than after the first fifty: threads, descriptors, megabytes."""
+    """Return the growth of a process from fifty reads to many: threads, descriptors, megabytes."""
     reader, draw = ClipReader(timeout_s=60), random.Random(0)
 
     def held() -> dict[str, float]:
@@ -483,7 +483,7 @@ def loader_table(taken: dict[int, dict[str, list[float]]]) -> str:
 
 
 def targets(means: dict[str, dict[str, float]], from_start: float, loader: dict[int, dict[str, list[float]]]) -> str:
-    """What was aimed at and what was reached, in Markdown."""
+    """Return the targets and the results in Markdown."""
     in_process, one_worker = (statistics.median(loader[workers]["cpu"]) for workers in (0, 1))
     aims = [
         (f"share of {LIMIT}, geometric mean", means[LIMIT]["mean"], 0.90),

@@ -51,8 +51,8 @@ def write_release(root: Path, takes: int, narrations: int) -> None:
         for camera in cameras:
             (folder / (f"{camera}_214-1.mp4" if camera.startswith("aria") else f"{camera}.mp4")).write_bytes(b"0")
         if rng.random() < ANNOTATED_SHARE:
-            said = max(2, int(rng.normal(narrations / (takes * ANNOTATED_SHARE), 20)))
-            parts = [said - said // 2, said // 2] if rng.random() < 0.25 else [said]
+            narration = max(2, int(rng.normal(narrations / (takes * ANNOTATED_SHARE), 20)))
+            parts = [narration - narration // 2, narration // 2] if rng.random() < 0.25 else [narration]
             annotations[split][uid] = [_annotator(rng, number, part, seconds, cameras) for part in parts if part]
     (root / "annotations").mkdir()
     (root / "takes.json").write_text(json.dumps(records))
