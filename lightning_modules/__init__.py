@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_modules.stages.answer_guidance import AnswerGuidance
     from lightning_modules.stages.base import Stage
     from lightning_modules.stages.guidance import DemonstratorLearnerGuidance
     from lightning_modules.stages.initialisation import Initialisation
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_modules.stages.self_preparation import DemonstratorSelfPreparation
 
 __all__ = [
+    "AnswerGuidance",
     "DemonstratorLearnerGuidance",
     "DemonstratorSelfPreparation",
     "Initialisation",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AnswerGuidance": "stages.answer_guidance",
     "DemonstratorLearnerGuidance": "stages.guidance",
     "DemonstratorSelfPreparation": "stages.self_preparation",
     "Initialisation": "stages.initialisation",

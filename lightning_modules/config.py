@@ -59,6 +59,8 @@ RENAMED_KEYS: dict[str, Renamed] = {
     "data.init_args.max_skipped_share": Renamed("data.init_args.max_corrupt_fraction"),
     "network.learner_reads": Renamed("network.visual_inputs", _visual_inputs),
     "model.init_args.network.learner_reads": Renamed("model.init_args.network.visual_inputs", _visual_inputs),
+    "model.init_args.words_weight": Renamed("model.init_args.bow_weight"),
+    "model.init_args.kl.answer_tokens": Renamed("model.init_args.answer_tokens"),
     "data.init_args.prompt_level": Renamed("data.init_args.instruction_style", _instruction_style),
 }
 """Dotted keys of earlier versions that are still accepted, with their new names.
@@ -146,7 +148,22 @@ def rename_keys(content: dict[str, Any], source: str, stage: str | None) -> dict
             used = used or moved
         if used:
             print(f"{source}: {old} is now called {entry.new_key}", file=sys.stderr)
+    _name_answer_guidance(renamed, source)
     return renamed
+
+
+def _name_answer_guidance(layer: dict[str, Any], source: str) -> None:
+    """Replace ``model.init_args.kl.where: answers`` of earlier versions by the class that has this loss, in place."""
+    init_args = (layer.get("model") or {}).get("init_args") or {}
+    kl = init_args.get("kl")
+    if not isinstance(kl, dict) or kl.get("where") != "answers":
+        return
+    layer["model"]["class_path"] = "lightning_modules.AnswerGuidance"
+    _pop(layer, "model.init_args.kl.where")
+    print(
+        f"{source}: model.init_args.kl.where: answers is now model.class_path: lightning_modules.AnswerGuidance",
+        file=sys.stderr,
+    )
 
 
 _ABSENT = object()

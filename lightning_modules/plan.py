@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from datamodules.batch import ClipBatch, TextBatch
 from lightning_modules.compat import flash_attention, flash_attention_backward, storage_id, tree_leaves
 from lightning_modules.model.exo2ego import Exo2EgoModel
+from lightning_modules.stages.answer_guidance import AnswerGuidance
 from lightning_modules.stages.base import Stage
-from lightning_modules.stages.guidance import DemonstratorLearnerGuidance
 from lightning_modules.validation.report import markdown_table
 
 _GIB = 2**30
@@ -344,8 +344,8 @@ class _Probe:
             self.batch = ClipBatch(["meta"], text, float(assumed.label_tokens), video, video)
             self.batch.prompt = torch.empty(length - assumed.label_tokens, dtype=torch.int64)
         stage.read_text = self._read_text  # type: ignore[method-assign]
-        if isinstance(stage, DemonstratorLearnerGuidance):
-            self.answer_tokens = stage.kl.answer_tokens
+        if isinstance(stage, AnswerGuidance):
+            self.answer_tokens = stage.answer_tokens
             stage.caption = self._caption  # type: ignore[method-assign]
             stage.model.language_model.answer_logits = self._answer_logits  # type: ignore[method-assign]
 
@@ -412,7 +412,7 @@ class _Probe:
         return logits[0], torch.empty(self.assumed.label_tokens, dtype=torch.int64, device="meta")
 
     def _caption(self, prompt: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``DemonstratorLearnerGuidance.caption``: token by token, it computes what a pass over all of them does."""
+        """As ``AnswerGuidance.caption``: token by token, it computes what a pass over all of them does."""
         answers = torch.empty(1, self.answer_tokens, dtype=torch.int64, device="meta")
         self._answer_logits(prompt, visual, answers)
         return answers, torch.empty_like(answers, dtype=torch.bool)

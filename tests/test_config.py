@@ -177,6 +177,19 @@ def test_prompt_level_is_the_old_name_of_instruction_style(level, style):
     assert config["data"]["init_args"]["instruction_style"] == style
 
 
+def test_answers_as_a_place_of_the_kl_are_a_class_now(tmp_path, capsys):
+    kl = "{ kl: { where: answers, answer_tokens: 9, weight: 2.0 } }"
+    (tmp_path / "stage2.yaml").write_text(f"model: {{ init_args: {kl} }}\n")
+    base = "model: { class_path: lightning_modules.DemonstratorLearnerGuidance, init_args: { vtg_weight: 0.5 } }\n"
+    (tmp_path / "experiment.yaml").write_text(base)
+    config = compose(tmp_path, "stage2")
+    assert config["model"]["class_path"] == "lightning_modules.AnswerGuidance"
+    assert config["model"]["init_args"] == {"vtg_weight": 0.5, "answer_tokens": 9, "kl": {"weight": 2.0}}
+    shown = capsys.readouterr().err
+    assert "model.init_args.kl.where: answers is now model.class_path: lightning_modules.AnswerGuidance" in shown
+    assert "model.init_args.kl.answer_tokens is now called model.init_args.answer_tokens" in shown
+
+
 @pytest.mark.parametrize("entry", RENAMED_KEYS.values(), ids=list(RENAMED_KEYS))
 def test_new_keys_are_not_old_ones(entry):
     """One pass must be enough."""

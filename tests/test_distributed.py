@@ -26,7 +26,7 @@ TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)
 STEPS = 4
 ROUNDING = 2e-5
-ANSWERS = ["model.init_args.kl={where: answers, answer_tokens: 4}"]
+ANSWERS = ["model.class_path=lightning_modules.AnswerGuidance", "model.init_args.answer_tokens=4"]
 ANSWERS += ["model.init_args.init.exo_projector=${handoffs.stage1}:projector"]
 BF16 = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=bfloat16"]
 

@@ -219,8 +219,8 @@ def test_stage2_reads_the_demonstrator_without_moving_it(toy_tokenizer):
     assert before["kl"] != after["kl"]
 
 
-def guided(tokenizer, **changes):
-    stage = tiny.make_stage("stage2", tokenizer, **changes)
+def guided(tokenizer, name="stage2", **changes):
+    stage = tiny.make_stage(name, tokenizer, **changes)
     stage.configure_model()
     tiny.scatter(stage.model)
     return stage
@@ -250,23 +250,23 @@ def test_kl_on_tokens_compares_what_the_language_model_reads(toy_tokenizer, pool
     assert all(p.grad is None for p in stage.model.part("exo_encoder").values())
 
 
-def spoken_to(stage, batch):
-    """The prompt of captions, and the demonstrator's caption of each clip with its logits, clip by clip."""
+def demonstrator_captions(stage, batch):
+    """Yield visual tokens of y and the demonstrator's caption, clip by clip."""
     lm, model = stage.model.language_model, stage.model
     for video in batch.exo_video:
-        shown = model.project(model.exo_encoder(video[None]))
-        ids = batch.prompt[None]
-        (said,) = lm.generate(ids, torch.ones_like(ids, dtype=torch.bool), shown, 6, stage.tokenizer.eos_token_id, 0)
-        yield shown, said
+        visual = model.project(model.exo_encoder(video[None]))
+        ids, eos = batch.prompt[None], stage.tokenizer.eos_token_id
+        (caption,) = lm.generate(ids, torch.ones_like(ids, dtype=torch.bool), visual, 6, eos, 0)
+        yield visual, caption
 
 
 def test_kl_on_answers_follows_the_demonstrators_caption(toy_tokenizer):
     batch = tiny.clip_batch()
     batch.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
-    stage = guided(toy_tokenizer, kl=KLConfig(weight=2.0, where="answers", answer_tokens=6))
+    stage = guided(toy_tokenizer, "answers", kl=KLConfig(weight=2.0), answer_tokens=6)
     lm, expected = stage.model.language_model, []
-    for (shown, said), ego in zip(spoken_to(stage, batch), batch.ego_video, strict=True):
-        tokens = [*said, stage.tokenizer.eos_token_id][:6]
+    for (exo_tokens, caption), ego in zip(demonstrator_captions(stage, batch), batch.ego_video, strict=True):
+        tokens = [*caption, stage.tokenizer.eos_token_id][:6]
         log_p, log_q = (
             lm.causal_lm(
                 inputs_embeds=torch.cat(
@@ -275,7 +275,7 @@ def test_kl_on_answers_follows_the_demonstrators_caption(toy_tokenizer):
             )
             .logits[0, -len(tokens) :]
             .log_softmax(-1)
-            for visual in (shown, stage.model.learner_tokens(ego[None]))
+            for visual in (exo_tokens, stage.model.learner_tokens(ego[None]))
         )
         expected.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     kl = stage.losses(batch)["kl"]
@@ -287,7 +287,7 @@ def test_kl_on_answers_follows_the_demonstrators_caption(toy_tokenizer):
 
 @pytest.fixture
 def of_stage1(toy_tokenizer, tmp_path):
-    """A hand-off with the projector of a stage 1."""
+    """Stage weights with the projector of a stage 1."""
     stage = tiny.make_stage("stage1", toy_tokenizer)
     stage.configure_model()
     tiny.scatter(stage.model, seed=1)
@@ -296,14 +296,14 @@ def of_stage1(toy_tokenizer, tmp_path):
     return tmp_path / "handoff"
 
 
-@pytest.mark.parametrize("where", ["tokens", "answers"])
-def test_the_demonstrator_keeps_the_projector_of_stage_1(toy_tokenizer, of_stage1, where):
-    """What x and F(x) pass through differs from it, and changing that moves no target."""
+@pytest.mark.parametrize(("name", "where"), [("stage2", "tokens"), ("answers", "patches")])
+def test_the_demonstrator_keeps_the_projector_of_stage_1(toy_tokenizer, of_stage1, name, where):
+    """The projector of x and F(x) is another one, and changing that one moves no target."""
     batch = tiny.clip_batch()
     batch.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
-    kl = KLConfig(where=where, standardize="token", answer_tokens=6)
-    kept = guided(toy_tokenizer, kl=kl, init={"exo_projector": f"{of_stage1}:projector"})
-    shared = guided(toy_tokenizer, kl=kl)
+    kl = KLConfig(where=where, standardize="token")
+    kept = guided(toy_tokenizer, name, kl=kl, init={"exo_projector": f"{of_stage1}:projector"})
+    shared = guided(toy_tokenizer, name, kl=kl)
     for part, parameters in values(shared).items():
         for name, parameter in kept.model.part(part).items():
             parameter.data.copy_(parameters[name])
@@ -339,13 +339,13 @@ def test_kl_on_answers_leaves_out_clips_that_cannot_be_read(toy_tokenizer):
     batch.valid = torch.tensor([True, False])
     alone.valid = torch.tensor([True, True])
     alone.ego_video[1], alone.exo_video[1] = alone.ego_video[0], alone.exo_video[0]
-    stage = guided(toy_tokenizer, kl=KLConfig(where="answers", answer_tokens=6))
+    stage = guided(toy_tokenizer, "answers", answer_tokens=6)
     torch.testing.assert_close(2 * stage.losses(batch)["kl"], stage.losses(alone)["kl"])
 
 
 def test_kl_on_answers_needs_one_prompt(toy_tokenizer):
-    stage = guided(toy_tokenizer, kl=KLConfig(where="answers"))
-    with pytest.raises(ValueError, match="got answers, but the data have no common prompt"):
+    stage = guided(toy_tokenizer, "answers")
+    with pytest.raises(ValueError, match="AnswerGuidance needs data with one common prompt"):
         stage.losses(tiny.clip_batch())
 
 
@@ -412,7 +412,7 @@ def test_without_exocentric_video_text_is_learned_and_nothing_else_may_be_asked_
             guided(toy_tokenizer, network=network, **(off | on)).losses(batch)
 
 
-def test_word_loss_by_hand(toy_tokenizer):
+def test_bag_of_words_loss_by_hand(toy_tokenizer):
     stage = tiny.make_stage("stage0", toy_tokenizer)
     size = len(stage.tokenizer)
     stage.model = torch.nn.Module()
@@ -422,7 +422,7 @@ def test_word_loss_by_hand(toy_tokenizer):
         head.bias.zero_()
         head.bias[7] = math.log(size)  # p(7) = size / (2 size - 1), others 1 / (2 size - 1)
     labels = torch.tensor([[-100, 6, 7, 7, stage.tokenizer.eos_token_id], [-100, 7, -100, -100, -100]])
-    loss = stage._words_loss(torch.zeros(2, 1, 1), labels)
+    loss = stage._bag_of_words_loss(torch.zeros(2, 1, 1), labels)
     first, second = (
         0.5 * (math.log(1 / (2 * size - 1)) + math.log(size / (2 * size - 1))),
         math.log(size / (2 * size - 1)),

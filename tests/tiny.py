@@ -6,6 +6,7 @@ import torch
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
 from lightning_modules import (
+    AnswerGuidance,
     DemonstratorLearnerGuidance,
     DemonstratorSelfPreparation,
     Initialisation,
@@ -86,8 +87,11 @@ def clip_batch(seed=0):
 
 
 def make_stage(name, tokenizer, learning_rate=1e-2, optim=None, **changes):
+    """A stage by name; ``answers`` is stage 2 with the KL on answers."""
     optim = optim or OptimConfig(learning_rate=learning_rate, warmup_fraction=0.0)
-    stage = STAGES[name](**{"network": network(), "tokenizer": str(tokenizer), "optim": optim, **changes})
+    stage = {**STAGES, "answers": AnswerGuidance}[name](
+        **{"network": network(), "tokenizer": str(tokenizer), "optim": optim, **changes}
+    )
     stage.num_frames = FRAMES  # as `check` learns from the data
     return stage
 

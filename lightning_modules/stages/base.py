@@ -227,6 +227,18 @@ class Stage(L.LightningModule, ABC):
             if id(parameter) not in of_parts and parameter.requires_grad:
                 yield "stage", name, parameter
 
+    @staticmethod
+    def video_of(batch: ClipBatch, view: str) -> Tensor:
+        """Return the video of one view, uint8 [B, T, S, S, 3].
+
+        Raises:
+            ValueError: the data do not have the view.
+        """
+        video = batch.ego_video if view == "ego" else batch.exo_video
+        if video is None:
+            raise ValueError(f"data.views: the batch has no {view} video, which this stage needs: add {view}")
+        return video
+
     def read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
         """Run the language model on visual tokens and text.
 

@@ -12,7 +12,7 @@ from lightning_modules.stages.base import Stage
 class LearnerSelfPractice(Stage):
     """Learner Self-Practice (Exo2Ego, arXiv 2503.09143): instruction tuning with adapters on the language model.
 
-    The ego encoder and F go on learning. Nothing exocentric is needed any more, here or at inference.
+    The ego encoder and F continue to learn. Nothing exocentric is needed any more, here or at inference.
     """
 
     uses = ("ego_encoder", "projector", "ego_to_exo", "language_model", "lora")
@@ -20,7 +20,6 @@ class LearnerSelfPractice(Stage):
     views = ("ego",)
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Video-text generation on the answers."""
-        assert batch.ego_video is not None
-        visual = self.model.learner_tokens(batch.ego_video)
+        """Return video-text generation on the answers."""
+        visual = self.model.learner_tokens(self.video_of(batch, "ego"))
         return {"vtg": vtg_loss(*self.read_text(visual, batch), batch.label_tokens)}

@@ -1,4 +1,4 @@
-"""Stage 1: the demonstrator learns from exocentric clip-text pairs while the language model stays as it is."""
+"""Stage 1: the demonstrator learns from exocentric clip-text pairs while the language model is frozen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_modules.stages.base import Stage
 class DemonstratorSelfPreparation(Stage):
     """Demonstrator Self-Preparation (Exo2Ego, arXiv 2503.09143).
 
-    Whether the projector trains is not stated in the paper; it does here, ``train: [exo_encoder]`` turns it off.
+    The paper does not state whether the projector trains; it does here, ``train: [exo_encoder]`` turns it off.
     """
 
     uses = ("exo_encoder", "projector", "language_model")
@@ -20,7 +20,6 @@ class DemonstratorSelfPreparation(Stage):
     views = ("exo", "ego")
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Video-text generation on exocentric clips."""
-        assert batch.exo_video is not None
-        visual = self.model.demonstrator_tokens(batch.exo_video)
+        """Return video-text generation on exocentric clips."""
+        visual = self.model.demonstrator_tokens(self.video_of(batch, "exo"))
         return {"vtg": vtg_loss(*self.read_text(visual, batch), batch.label_tokens)}
