@@ -5,18 +5,25 @@ import csv
 import json
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from datamodules.egobench import TaskName
 from lightning_modules.egobench.published import AVERAGED, PAPER
 from lightning_modules.egobench.results import read_scores, score_folder, table
 from lightning_modules.egobench.scores import Score
 from lightning_modules.egobench.scoring import score
+from lightning_modules.egobench.tasks import TASKS
 from lightning_modules.egobench.tasks.multiple_choice import parse_choice
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "benchmarks"
 samples_only = pytest.mark.skipif(not SAMPLES.is_dir(), reason=f"needs the annotations of {SAMPLES}")
+
+
+def test_every_task_name_has_a_task():
+    assert tuple(TASKS) == get_args(TaskName)
 
 
 def header(task, total, **more):

@@ -31,7 +31,6 @@ from lightning_modules.egobench.scoring import candidate_rows, header_fields
 from lightning_modules.egobench.tasks import TASKS
 from lightning_modules.egobench.tasks.base import Result
 from lightning_modules.egobench.tasks.multiple_choice import MultipleChoice
-from lightning_modules.stages.base import Stage
 
 Places = Mapping[str, Mapping[int, tuple[Path, int]]]
 """File and byte offset of the result for each clip of a sample, by sample id."""
@@ -257,8 +256,13 @@ class _PredictionWriter(L.Callback):
             file.close()
 
 
-def predict(trainer: L.Trainer, stage: Stage, benchmarks: BenchmarkDataModule) -> None:
+def predict(trainer: L.Trainer, stage: L.LightningModule, benchmarks: BenchmarkDataModule) -> None:
     """Evaluate all remaining clips, and write one predictions file for each benchmark.
+
+    Args:
+        trainer: runs ``predict_step`` over the remaining clips of each benchmark.
+        stage: its ``predict_step`` returns the results of ``Evaluator.evaluate`` for a ``BenchmarkBatch``.
+        benchmarks: the clips and files.
 
     Raises:
         OtherPredictions: predictions of another model or other settings exist.
