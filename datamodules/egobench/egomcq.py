@@ -78,12 +78,11 @@ class EgoMCQ(Benchmark):
 
     def fast_samples(self, samples: Sequence[Sample]) -> list[Sample]:
         """Return equally many of both groups."""
-        taken = {
-            sample.id
-            for group in ("inter", "intra")
-            for sample in fixed_subset([sample for sample in samples if group in sample.groups], _FAST_OF_A_GROUP)
-        }
-        return [sample for sample in samples if sample.id in taken]
+        subset: set[str] = set()
+        for group in ("inter", "intra"):
+            of_group = [sample for sample in samples if group in sample.groups]
+            subset.update(sample.id for sample in fixed_subset(of_group, _FAST_OF_A_GROUP))
+        return [sample for sample in samples if sample.id in subset]
 
 
 _OF = {"intra": "one video", "inter": "several videos"}

@@ -33,7 +33,7 @@ class _EgoTaskQA(Benchmark):
 
     def _file(self, part: str, given: bool) -> Path:
         stems = [f"{part}_qas.json", f"formatted_{part}_qas_encode.json"]
-        names = [f"{folder}{stem}" for folder in (f"{self.split}/", "") for stem in stems]
+        names = [f"{self.split}/{stem}" for stem in stems] + stems
         return (self.main_file if given else self.other_file)(names, f"EgoTaskQA's {part} questions ({self.split})")
 
     def read(self, counts: Counts) -> Iterator[Sample | SourceError]:
@@ -152,6 +152,8 @@ def _types(row: Any) -> list[str]:
     joined = row.get("reasoning_type")
     if isinstance(joined, str):
         return [part.strip() for part in joined.split("$") if part.strip()]
-    values = [row.get(key) for key in _TYPES]
-    parts = [part for value in values for part in (value if isinstance(value, list) else [value])]
+    parts: list[Any] = []
+    for key in _TYPES:
+        value = row.get(key)
+        parts += value if isinstance(value, list) else [value]
     return [part for part in parts if isinstance(part, str) and part.strip()]

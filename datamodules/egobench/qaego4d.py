@@ -156,11 +156,10 @@ def _nlq_clips(file: Path) -> Iterator[tuple[str, tuple[str, float, float], dict
             name = text_of(clip, "clip_uid", f"{file} video {uid}")
             where = f"{file} clip {name}"
             start_s, end_s = (number_of(clip, key, where) for key in ("video_start_sec", "video_end_sec"))
-            queries = {
-                f"{text_of(asked, 'annotation_uid', where)}_{number}": query.get("query")
-                for asked in _list(clip, "annotations", where)
-                for number, query in enumerate(_list(asked, "language_queries", where))
-            }
+            queries: dict[str, Any] = {}
+            for annotation in _list(clip, "annotations", where):
+                for number, query in enumerate(_list(annotation, "language_queries", where)):
+                    queries[f"{text_of(annotation, 'annotation_uid', where)}_{number}"] = query.get("query")
             yield name, (uid, start_s, end_s), {key: query for key, query in queries.items() if is_text(query)}
 
 

@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,9 @@ def _egoschema(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -
     Each wrong option has the right objects with probability one half, so that no option stands out among the five. One
     question in six has no public answer.
     """
-    halves = [(take, half, _two(half, rng)) for take in takes for half in take.halves() if len(half) > 1]
+    halves = []
+    for take in takes:
+        halves += [(take, half, _two(half, rng)) for half in take.halves() if len(half) > 1]
     everywhere = [(first.verb, second.verb) for _, _, (first, second) in halves]
     rows: list[dict[str, Any]] = []
     answers: dict[str, int] = {}
@@ -177,7 +180,7 @@ def _egoschema(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -
         things = [take.thing(first), take.thing(second)]
         away = _absent(take, rng)
         elsewhere = [away, away] if things[0] == things[1] else [away, _absent(take, rng, [away])]
-        happened = {(a.verb, b.verb) for n, a in enumerate(half) for b in half[n + 1 :]}
+        happened = {(earlier.verb, later.verb) for earlier, later in combinations(half, 2)}
         drawn = [everywhere[n] for n in rng.permutation(len(everywhere))]
         drawn += [(VERBS[n // len(VERBS)], VERBS[n % len(VERBS)]) for n in rng.permutation(len(VERBS) ** 2)]
         others = [verbs for verbs in dict.fromkeys(drawn) if verbs not in happened][:4]
@@ -269,7 +272,9 @@ def _vlnqa(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> It
             if following in found:
                 found[following].append((take, begin, done))
     most = min(25, *(len(rows) for rows in found.values()))
-    asked = [(verb, rows[n]) for verb, rows in found.items() for n in rng.permutation(len(rows))[:most]]
+    asked = []
+    for verb, places in found.items():
+        asked += [(verb, places[n]) for n in rng.permutation(len(places))[:most]]
     rows, films = [], {}
     for number in rng.permutation(len(asked)).tolist():
         verb, (take, begin, done) = asked[number]
@@ -358,7 +363,9 @@ def _egotaskqa(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -
     by_answer: dict[tuple[str, str], list[int]] = {}
     for number in rng.permutation(len(rows)).tolist():
         by_answer.setdefault((rows[number]["answer"], rows[number]["reference"]), []).append(number)
-    train = {number for group in by_answer.values() for number in group[: -(-len(group) // 4)]}
+    train: set[int] = set()
+    for group in by_answer.values():
+        train.update(group[: -(-len(group) // 4)])  # a quarter, rounded up
     parts = {
         name: [row for number, row in enumerate(rows) if (number in train) == (name == "train")]
         for name in ("train", "test")
@@ -405,10 +412,12 @@ def _asked(take: _Take, half: Sequence[Action], reference: str, rng: np.random.G
 
 def _charades_ego(folder: Path, takes: Sequence[_Take], rng: np.random.Generator) -> Iterable[_Film]:
     """Write Charades-Ego: a class is an action with an object; the most frequent ones if there are too many."""
-    counted = Counter((action.verb, take.thing(action)) for take in takes for action in take.actions)
+    counted: Counter[tuple[str, Thing]] = Counter()
+    for take in takes:
+        counted.update((action.verb, take.thing(action)) for action in take.actions)
     kept = dict(counted.most_common(MOST_CLASSES))
-    things = [Thing(kind, colour) for kind in KINDS for colour in COLOURS]
-    classes = [(verb, thing) for verb in VERBS for thing in things if (verb, thing) in kept]
+    things = [Thing(kind, colour) for kind, colour in product(KINDS, COLOURS)]
+    classes = [(verb, thing) for verb, thing in product(VERBS, things) if (verb, thing) in kept]
     lines = [f"c{n:03d} Camera-wearer {phrase(verb, thing, '')}.\n" for n, (verb, thing) in enumerate(classes)]
     (folder / "Charades_v1_classes.txt").write_text("".join(lines))
     header = "id subject scene quality relevance verified script objects descriptions actions length".split()
@@ -508,7 +517,8 @@ def _placed(true: Any, wrong: Sequence[Any], place: int) -> list[Any]:
 def _absent(take: _Take, rng: np.random.Generator, more: Sequence[Thing] = ()) -> Thing:
     """Return an object that shares neither kind nor colour with one in the scene, or as little as possible."""
     world = take.simulated.world
-    things = [Thing(kind, colour) for kind in KINDS[: world.kinds] for colour in list(COLOURS)[: world.colours]]
+    kinds, colours = KINDS[: world.kinds], list(COLOURS)[: world.colours]
+    things = [Thing(kind, colour) for kind, colour in product(kinds, colours)]
     away = [thing for thing in things if thing not in take.simulated.things and thing not in more]
     common = [
         sum(thing.kind == other.kind or thing.colour == other.colour for other in (*take.simulated.things, *more))

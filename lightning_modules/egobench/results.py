@@ -40,7 +40,9 @@ def score_folder(folder: Path, config: JudgeConfig = NO_JUDGE) -> list[Score]:
     headers = sorted(predictions.glob("*.header.json"))
     if not headers:
         raise ValueError(f"{predictions}: holds no <benchmark>.header.json: evaluate a benchmark first")
-    scores = [number for file in headers for number in _score_file(file, config)]
+    scores: list[Score] = []
+    for file in headers:
+        scores += _score_file(file, config)
     content = [asdict(number) for number in scores]
     (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / "results.md").write_text(table({"ours": scores}, not _invented(folder)) + "\n", encoding="utf-8")
@@ -108,24 +110,36 @@ def table(columns: Mapping[str, Sequence[Score]], paper: bool = True) -> str:
         paper: whether to show the paper's numbers and its average, which mean nothing for a generated world.
     """
     found = {title: {(s.benchmark, s.metric): s for s in scores} for title, scores in columns.items()}
-    keys = dict.fromkeys(key for scores in found.values() for key in scores)
-    reported = {key: number for key, number in PAPER.items() if paper and key[0] in {name for name, _ in keys}}
-    order = list(dict.fromkeys(name for name, _ in keys))
+    keys: dict[tuple[str, str], None] = {}
+    for scores in found.values():
+        keys |= dict.fromkeys(scores)
+    order = list(dict.fromkeys(benchmark for benchmark, _ in keys))
+    reported = {key: number for key, number in PAPER.items() if paper and key[0] in order}
     rows = [["benchmark", "metric", *_pairs(columns), *(["paper"] if paper else []), "chance", "n of N"]]
+    # Scores that only the paper has come after ours of the same benchmark.
     for key in sorted(dict.fromkeys([*keys, *reported]), key=lambda key: order.index(key[0])):
-        numbers = [scores.get(key) for scores in found.values()]
-        known = [number for number in numbers if number is not None]
-        cells = [cell for number in numbers for cell in _cells(number)]
-        cells += [_reported(reported.get(key))] if paper else []
-        chance = dict.fromkeys(_shown(number.chance, number.unit) for number in known)
-        counts = dict.fromkeys(f"{number.n} of {'?' if number.total is None else number.total}" for number in known)
+        cells: list[str] = []
+        chance: dict[str, None] = {}
+        counts: dict[str, None] = {}
+        for scores in found.values():
+            score = scores.get(key)
+            cells += _cells(score)
+            if score is not None:
+                chance[_shown(score.chance, score.unit)] = None
+                counts[f"{score.n} of {'?' if score.total is None else score.total}"] = None
+        if paper:
+            cells.append(_reported(reported.get(key)))
         rows.append([*key, *cells, " / ".join(filter(None, chance)), " / ".join(counts)])
     means = [_mean(scores) for scores in found.values()]
     if any(means):
-        cells = [cell for mean in means for cell in (mean, "")]
-        whole = [f"{sum(PAPER[key].value for key in AVERAGED) / len(AVERAGED):.1f}"] if paper else []
-        rows.append([*AVERAGE, *cells, *whole, "", ""])
-    notes = [f"{mark} {MARKS[mark]}." for mark in dict.fromkeys(n.mark for n in reported.values() if n.mark)]
+        cells = []
+        for mean in means:
+            cells += [mean, ""]
+        if paper:
+            cells.append(f"{sum(PAPER[key].value for key in AVERAGED) / len(AVERAGED):.1f}")
+        rows.append([*AVERAGE, *cells, "", ""])
+    marks = dict.fromkeys(number.mark for number in reported.values() if number.mark)
+    notes = [f"{mark} {MARKS[mark]}." for mark in marks]
     return "\n\n".join([markdown_table(rows, left=2), *notes])
 
 
