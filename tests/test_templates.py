@@ -180,5 +180,33 @@ def test_missing_banks_and_impossible_choices_are_named(tmp_path):
         Templates().render(record_of("mcq", "x", "?", "x"), "base", 0)
 
 
+ASSUMPTIONS = re.compile(r"\b(hands?|tools?|held|holds?|moved|changed|touch\w*|kitchen|cook\w*|rooms?|home|table)\b")
+
+
+def pieces():
+    """Yield task, bank, name of a piece and its text for every template of this repository."""
+    for file in sorted(FOLDER.glob("*.yaml")):
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        for bank, entries in content.items():
+            if bank not in ("answer", "order", "join"):
+                for entry in entries:
+                    yield from ((file.stem, bank, name, entry[name]) for name in ("base", "task", "ego"))
+
+
+@pytest.mark.parametrize(("task", "bank", "name", "text"), pieces())
+def test_every_piece_is_a_plain_instruction(task, bank, name, text):
+    """Pieces are sentences, have the slots of their task, and assume nothing that some question does not have."""
+    assert text.endswith((".", "?", "{question}", "{options}"))
+    assert len(text.split()) >= 3 or "{" in text
+    slots = {
+        ("qa", "base"): ["question"],
+        ("mcq", "base"): ["question", "options"],
+        ("description", "task"): ["question"],
+    }
+    assert re.findall(r"\{(\w+)\}", text) == slots.get((task, name), [])
+    if bank == "default" or task == "qa":
+        assert not ASSUMPTIONS.search(text)
+
+
 def test_the_banks_come_with_the_package():
     assert sorted(file.stem for file in FOLDER.glob("*.yaml")) == sorted(TASKS)

@@ -29,11 +29,11 @@ from datamodules.io.jsonl import read_records
 
 TEXTS = {
     "no_hand": ("narration_en_no_hand_prompt", ""),
-    "hand": ("narration_en_hand_prompt", "Say which hand does what."),
-    "raw": ("narration_en", "Write it as an instruction to somebody who is to do the same, and name the hand to use."),
+    "hand": ("narration_en_hand_prompt", "State which hand performs each action."),
+    "raw": ("narration_en", "Write it as an instruction in the imperative, and name the hand to use."),
 }
 """Column of each text, and the request that makes its form predictable."""
-_STEPS = "If there are several steps, number them and give each a line."
+_STEPS = "If there are several steps, number them and put each on a line of its own."
 _SUBSETS, _VIEWS = ("train", "val", "test"), ("ego", "exo")
 _COLUMNS = ("video_uid", "subset", "view", "start_sec", "end_sec")
 _EGO_ROWS = {"train": Official(34_584, False), "val": Official(7_701, False), "test": Official(18_244)}
