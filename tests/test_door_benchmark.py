@@ -132,8 +132,11 @@ def test_names_on_the_command_line(entry):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("benchmark:Nothing", "benchmark:Nothing: cannot be imported (module 'benchmark' has no attribute 'Nothing')"),
-        ("no_such_file:Chores", "no_such_file:Chores: cannot be imported (No module named 'no_such_file')"),
+        (
+            "benchmark:Nothing",
+            "got 'benchmark:Nothing', which cannot be imported (module 'benchmark' has no attribute 'Nothing')",
+        ),
+        ("no_such_file:Chores", "got 'no_such_file:Chores', which cannot be imported (No module named 'no_such_file')"),
         ("pathlib:Path", "pathlib:Path: is no benchmark: derive it from datamodules.egobench.Benchmark"),
         (
             "datamodules.egobench:Benchmark",

@@ -7,7 +7,6 @@ import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -23,6 +22,7 @@ from datamodules.egobench.samples import Candidate, Sample, TaskName
 from datamodules.egobench.vlnqa import VlnQA
 from datamodules.io.annotations import Counts, SourceError, differences
 from datamodules.io.jsonl import InvalidRecords
+from datamodules.io.plugins import import_class
 
 _CLASSES: tuple[type[Benchmark], ...] = (
     EgoSchema,
@@ -177,13 +177,7 @@ def benchmark_class(name: Any) -> type[Benchmark]:
         return BENCHMARKS[name]
     if not isinstance(name, str) or ":" not in name:
         raise ValueError(f"benchmarks: name is {name!r}, allowed: {', '.join(BENCHMARKS)}, or module:Class of your own")
-    module, _, attribute = name.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        kind = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"benchmarks: {name}: cannot be imported ({error}): correct module:Class") from None
+    kind = import_class(name, "benchmarks")
     if not isinstance(kind, type) or not issubclass(kind, Benchmark):
         raise ValueError(f"benchmarks: {name}: is no benchmark: derive it from datamodules.egobench.Benchmark")
     known = get_args(TaskName)

@@ -25,23 +25,36 @@ def import_dataclass(name: str, known: Mapping[str, str], members: Iterable[str]
     Raises:
         ValueError: there is no such class, or it lacks a field or member.
     """
-    module, _, attribute = known.get(name, name).partition(":")
-    if not attribute:
+    if ":" not in known.get(name, name):
         raise ValueError(f"{noun}: got {name!r}, allowed: {', '.join(known)}, or module:Class of your own")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        kind = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{noun}: got {name!r}, which cannot be imported ({error}): run the command in the folder of its file"
-        ) from None
+    kind = import_class(known.get(name, name), noun)
     names = {item.name for item in fields(kind)} if isinstance(kind, type) and is_dataclass(kind) else set()
     missing = [member for member in members if member not in names and not hasattr(kind, member)]
     if "root" not in names or missing:
         lacking = ", ".join(missing if "root" in names else ["the dataclass field root", *missing])
         raise ValueError(f"{noun}: {name!r} lacks {lacking}: add it to the class")
     return kind
+
+
+def import_class(path: str, noun: str) -> Any:
+    """Return the class at an import path ``module:Class``; the working directory is importable.
+
+    Args:
+        path: the import path.
+        noun: the kind of class, for messages.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    module, _, attribute = path.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{noun}: got {path!r}, which cannot be imported ({error}): run the command in the folder of its file"
+        ) from None
 
 
 def add_field_options(parser: argparse.ArgumentParser, kind: Any, root_help: str, root_is_option: bool = True) -> None:

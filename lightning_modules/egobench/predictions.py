@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.batch import BenchmarkBatch
 from datamodules.egobench.dataset import BenchmarkDataset
+from datamodules.io.atomic import atomic_path
 from lightning_modules.egobench.scoring import candidate_rows, header_fields
 from lightning_modules.egobench.tasks import TASKS
 from lightning_modules.egobench.tasks.base import Result
@@ -329,7 +330,5 @@ def _as_lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 def _write(file: Path, texts: Iterable[str]) -> None:
     """Write texts to a file that is complete or unchanged at any moment."""
-    unfinished = file.with_name(f".{file.name}.new")
-    with unfinished.open("w", encoding="utf-8") as out:
+    with atomic_path(file) as unfinished, unfinished.open("w", encoding="utf-8") as out:
         out.writelines(texts)
-    unfinished.replace(file)
