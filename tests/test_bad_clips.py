@@ -384,6 +384,7 @@ def stage_of(name, tokenizer):
         stage.trainer = L.Trainer(logger=False, enable_checkpointing=False)
         stage.trainer.datamodule = type("Data", (), {"clips": ClipConfig(tiny.FRAMES, tiny.SIZE)})
     stage.configure_model()
+    stage.trainer = None  # losses need none
     stage.eval()  # no dropout
     tiny.scatter(stage.model)
     return stage
