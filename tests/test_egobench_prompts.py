@@ -18,7 +18,7 @@ TEMPLATES = {
     "choice": {
         "base": "{question}\n{options}",
         "task": "{context}\n\n{question}\n{options}",
-        "ego": "My view. {context}\n{question}\n{options}\nLetter?",
+        "ego": "My view. {context}\n{question}\n{options}\nGive a letter.",
     },
     "open": {"base": "{question}", "task": "{context}\n{question}", "ego": "My view. {question}\nShort."},
     "context": {"default": "", "egoplan": "Steps."},
@@ -37,7 +37,7 @@ def test_a_template_is_filled_once_and_empty_lines_go(tmp_path):
     asked = "Where {options} is the cup?"
     assert Prompts(file, "vlnqa", "task").choice(SAMPLE) == f"{asked}\n{lettered}"
     assert Prompts(file, "egoplan", "task").choice(SAMPLE) == f"Steps.\n{asked}\n{lettered}"
-    assert Prompts(str(file), "egoplan").choice(SAMPLE) == f"My view. Steps.\n{asked}\n{lettered}\nLetter?"
+    assert Prompts(str(file), "egoplan").choice(SAMPLE) == f"My view. Steps.\n{asked}\n{lettered}\nGive a letter."
     assert Prompts(file, "egoplan", "base").open(SAMPLE) == asked
     assert Prompts(file, "egoplan").open(SAMPLE) == f"My view. {asked}\nShort."
     assert Prompts(file, "egoplan").prefill == "Best ("
