@@ -27,7 +27,7 @@ def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
     Args:
         logits: float32 [M, V].
         targets: int64 [M].
-        label_tokens: what to divide the sum by, see ``ClipBatch.label_tokens``.
+        label_tokens: divisor of the sum, see ``ClipBatch.label_tokens``.
 
     Returns:
         float scalar; averaged over ranks and accumulated micro-batches it is the mean over the global batch's tokens.
@@ -55,13 +55,13 @@ def answer_kl_loss(target: Tensor, logits: Tensor, counts: Tensor, tau: float = 
 
 @torch.no_grad()
 def loss_by_source(logits: Tensor, targets: Tensor, source: Tensor, sources: int) -> Tensor:
-    """What ``vtg_loss`` is made of, source by source; for curves only.
+    """Return the sums behind ``vtg_loss`` source by source; for curves only.
 
     Args:
         logits: float32 [M, V].
         targets: int64 [M].
-        source: int64 [M], where each token comes from.
-        sources: S, how many sources there are.
+        source: int64 [M], the source of each token.
+        sources: S, number of sources.
 
     Returns:
         float32 [S, 2], on the device and without waiting for it: sum of the token losses, and number of tokens.
@@ -146,8 +146,8 @@ def guidance_kl_loss(
 def contrastive_loss(target: Tensor, mapped: Tensor, valid: Tensor, different: Tensor, tau: float = 0.1) -> Tensor:
     """Find y by F(x) among the micro-batch's other clips, by the cosine of features averaged over all positions.
 
-    Not of the paper. The other clips of the same micro-batch on the same rank are what a clip is told from, so unlike
-    the other losses it depends on how a global batch is split. The target is detached.
+    Not of the paper. A clip is told apart from the other clips of its micro-batch on its rank, so that
+    unlike the other losses this one depends on how a global batch is split. The target is detached.
 
     Args:
         target: float [B, T, h, w, C], standardised y.
@@ -197,7 +197,7 @@ class FeatureStandardizer(nn.Module):
 
     @torch.no_grad()
     def observe(self, target: Tensor, valid: Tensor) -> None:
-        """Take note of float [B, T, h, w, C], of the clips that bool [B] marks, for the next update."""
+        """Record float [B, T, h, w, C], of the clips that bool [B] marks, for the next update."""
         if self.kind != "ema" or not self.training:
             return
         flat = where_valid(valid, target.float(), target.new_zeros(())).flatten(0, -2)
@@ -206,7 +206,7 @@ class FeatureStandardizer(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Let what all ranks observed into the running statistics."""
+        """Update the running statistics with the features that all ranks observed since the last update."""
         if not self._sums:
             return
         sums = torch.stack(self._sums).sum(0)

@@ -1,4 +1,4 @@
-"""Curves and pictures: what a run writes to TensorBoard beside its losses."""
+"""Write the curves of a training run: losses, learning rates, throughput, memory, corrupt samples and sources."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ if TYPE_CHECKING:
 
 
 class TrainingMonitor(L.Callback):
-    """Losses, rates, gradient norm, speed, memory, corrupt samples and sources, every few steps, and a summary.
+    """Log losses, learning rates, gradient norm, throughput, memory, corrupt samples and sources, and print a summary.
 
-    Losses are averaged over steps and ranks. Corrupt samples are counted over all ranks from the start of the
-    process on, and each is named once by the rank that met it. Where samples are mixed, each source's share of them and
-    its loss per token are over all ranks and the steps since the last write. Values stay on the device until they are
-    written: it is waited for, and ranks talk, once per write only.
+    Losses are averaged over steps and ranks. Corrupt samples are counted over all ranks from the start of the process,
+    and each is printed once by its rank. If samples are mixed, the fraction and the loss per token of each source are
+    over all ranks and the steps since the last write. Values stay on the device: one synchronisation and one reduction
+    over ranks for each write, while Lightning's ThroughputMonitor synchronises a GPU in every batch and neither it nor
+    LearningRateMonitor averages over steps and ranks.
 
     Args:
         every_n_steps: optimiser steps between two writes; losses and norms are averaged in between.
 
     Attributes:
-        flops: useful operations of one sample of the stage, forward and backward; None if MFU is not wanted.
-        peak_flops: what a device could do in a second.
+        flops: useful operations of one sample of the stage, forward and backward; None if MFU is not logged.
+        peak_flops: peak operations of a device in a second.
+
+    Raises:
+        ValueError: ``every_n_steps`` is below 1.
     """
 
     def __init__(self, every_n_steps: int = 10) -> None:
@@ -45,7 +49,7 @@ class TrainingMonitor(L.Callback):
         self.windows: list[dict[str, float]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clocks; say what it took to come here."""
+        """Start the clocks; print time and memory that the start took."""
         self._clear()
         self.seen = self.corrupt = 0
         self.named: set[str] = set()
@@ -67,10 +71,10 @@ class TrainingMonitor(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: ClipBatch, batch_idx: int
     ) -> None:
-        """The batch has arrived: name what it lacks; the first one of a run is shown as the model reads it."""
+        """Print corrupt samples of the batch, and the text of the first sample of a run as the model reads it."""
         if trainer.global_step == 0 and batch_idx == 0 and trainer.is_global_zero:
             stage: Stage = pl_module  # type: ignore[assignment]
-            print(f"first sample, what is learned in brackets: {supervised_text(batch.text, 0, stage.tokenizer)}")
+            print(f"first sample, supervised tokens in brackets: {supervised_text(batch.text, 0, stage.tokenizer)}")
         self.seen += len(batch.ids)
         self.corrupt += len(batch.corrupt)
         for reason in batch.corrupt:
@@ -82,7 +86,7 @@ class TrainingMonitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: ClipBatch, batch_idx: int
     ) -> None:
-        """Collect, and write after every ``every_n_steps``-th optimiser step."""
+        """Collect values, and write them after every ``every_n_steps``-th optimiser step."""
         stage: Stage = pl_module  # type: ignore[assignment]
         for name, value in stage.step_log.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -147,14 +151,14 @@ class TrainingMonitor(L.Callback):
         self.window_began = time.perf_counter()
 
     def _of_all_ranks(self, trainer: L.Trainer, values: Sequence[float]) -> Tensor:
-        """Float64 [ranks, values]."""
+        """Return the values of all ranks, float64 [ranks, values]."""
         table = torch.zeros(trainer.world_size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
         table[trainer.global_rank] = torch.tensor(values, dtype=torch.float64)
         reduced: Any = trainer.strategy.reduce(table, reduce_op="sum")
         return torch.as_tensor(reduced).cpu()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print medians over the run, without the first window, in which caches and allocators fill."""
+        """Print medians over the run without the first window, in which caches and allocators fill."""
         windows = self.windows[1:] or self.windows
         if trainer.is_global_zero and windows:
             median = {name: statistics.median(window[name] for window in windows) for name in windows[0]}
@@ -168,27 +172,27 @@ class TrainingMonitor(L.Callback):
             )
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clocks."""
+        """Stop the clocks during validation."""
         self.validation_began = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Go on with the clocks."""
+        """Start the clocks again."""
         self.window_began += time.perf_counter() - self.validation_began
         self.batch_ended = time.perf_counter()
 
 
 def _host_gib() -> float:
-    """Most that this process has held in memory so far."""
+    """Return the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _peak_gib(device: torch.device) -> float:
-    """Most that was allocated on a GPU, or held by the process that computes on a CPU."""
+    """Return the peak memory in GiB: allocated on a GPU, or of the process if it computes on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else _host_gib()
 
 
 def supervised_text(text: TextBatch, row: int, tokenizer: Any) -> str:
-    """A row as words, runs of supervised tokens in brackets."""
+    """Return a row as text with runs of supervised tokens in brackets."""
     real = text.attention_mask[row]
     ids, labels = text.input_ids[row][real].tolist(), text.labels[row][real].tolist()
     words = ["<video>" if token == VIDEO_TOKEN_ID else str(tokenizer.decode([token])) for token in ids]

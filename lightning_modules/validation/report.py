@@ -1,4 +1,4 @@
-"""The table that shows what each stage brought: from every finished stage's ``metrics.json``."""
+"""Write the scores of a stage, and a table of all stages of an experiment."""
 
 from __future__ import annotations
 
@@ -9,16 +9,10 @@ from typing import Any
 
 from lightning_modules.validation.scores import Prediction
 
-SCORES = {
-    "caption": "caption, exact match",
-    "caption_verb": "caption, verb",
-    "caption_object": "caption, object",
-    "caption_colour": "caption, colour",
-    "caption_hand": "caption, hand",
-    "choice": "four-way choice",
-    "qa": "questions, all",
-}
 VIEWS = {"exo": "exocentric", "ego": "egocentric"}
+GROUPS = ("caption", "choice", "qa")
+"""Kinds of validation questions in the order of the table."""
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
 
 def write_metrics(folder: Path, stage: str, clips: int, metrics: dict[str, float], chance: dict[str, float]) -> None:
@@ -33,10 +27,10 @@ def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
 
 
 def write_report(runs: Path) -> str:
-    """Join the stages' metrics into ``results.json`` and ``results.md`` beside them.
+    """Join the stages' metrics in ``results.json`` and ``results.md`` of the experiment.
 
     Args:
-        runs: folder of one experiment, with a folder for each stage.
+        runs: folder of an experiment, with a folder for each stage.
 
     Returns:
         The Markdown table, in per cent.
@@ -55,20 +49,46 @@ def write_report(runs: Path) -> str:
 
 
 def _table(stages: dict[str, dict[str, Any]]) -> str:
-    chance = next(iter(stages.values()))["chance"]
-    names = SCORES | {name: f"questions, {name.removeprefix('qa_')}" for name in chance if name.startswith("qa_")}
-    clips = next(iter(stages.values()))["clips"]
+    first = next(iter(stages.values()))
+    chance, clips = first["chance"], first["clips"]
     rows = [["view", f"held-out, {clips} clips", "chance", *stages]]
     for view, view_name in VIEWS.items():
-        for name, title in names.items():
-            values = [stage["metrics"].get(f"{view}_{name}") for stage in stages.values()]
-            if name in chance and any(value is not None for value in values):
-                rows.append([view_name, title, *(_per_cent(value) for value in (chance[name], *values))])
+        for score in _ordered(chance):
+            values = [stage["metrics"].get(f"{view}_{score}") for stage in stages.values()]
+            if any(value is not None for value in values):
+                title = _title(score, chance[score])
+                rows.append([view_name, title, *(_per_cent(value) for value in (chance[score], *values))])
     return markdown_table(rows, left=2)
 
 
+def _ordered(scores: Iterable[str]) -> list[str]:
+    """Sort scores by kind of question, the score of all questions of a kind first."""
+
+    def key(score: str) -> tuple[int, bool]:
+        kind, _, part = score.partition("_")
+        return GROUPS.index(kind) if kind in GROUPS else len(GROUPS), bool(part)
+
+    return sorted(scores, key=key)
+
+
+def _title(score: str, chance: float) -> str:
+    """Describe a score, such as ``caption_verb``."""
+    kind, _, part = score.partition("_")
+    if kind == "caption":
+        return f"caption, {part or 'exact match'}"
+    if kind == "qa":
+        return f"questions, {part or 'all'}"
+    ways = round(1 / chance) if chance else 0
+    return f"{NUMBERS.get(ways, str(ways))}-way choice" if kind == "choice" else score
+
+
 def markdown_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows, the head first, as a table that also reads well unrendered; all but ``left`` columns lean right."""
+    """Return a Markdown table with padded cells.
+
+    Args:
+        rows: cells; the first row is the head.
+        left: number of columns that are aligned to the left; the others are aligned to the right.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
