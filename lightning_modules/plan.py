@@ -1,4 +1,4 @@
-"""What an experiment will cost, before it costs anything: ``make plan EXPERIMENT=name``.
+"""Estimate the cost of an experiment without allocating anything: ``make plan EXPERIMENT=name``.
 
 The stage's own losses run forward and backward on the meta device, which has shapes and no memory. Operations are
 counted as they are called, so frozen parts cost what autograd really does for them: no weight gradients, but the full
@@ -33,7 +33,7 @@ _SLACK, _CONTEXT_GIB = 1.1, 1.5
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What the plan cannot know from the rest of the configuration.
+    """Assumptions of a plan that the rest of the configuration does not state.
 
     Attributes:
         samples: training samples of an epoch; None leaves steps and hours out.
@@ -64,7 +64,7 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Cost of one stage.
+    """The cost of one stage.
 
     Attributes:
         name: ``stage0`` to ``stage3``.
@@ -73,7 +73,7 @@ class StagePlan:
         flops, flops_recomputed: of one sample, forward and backward, without and with checkpointed activations.
         activations, activations_checkpointed: bytes that autograd holds for one sample; with checkpointing that is the
             blocks' inputs, ``transient`` not included.
-        transient: bytes of the largest block, which exist while it is computed anew.
+        transient: bytes of the largest block, which exist while it is recomputed.
         states: bytes of weights, gradients and optimiser on one device.
         frozen_itemsize: bytes of a parameter that does not train.
         checkpointing: whether activations are checkpointed.
@@ -103,22 +103,22 @@ class StagePlan:
 
     @property
     def global_batch(self) -> int:
-        """Samples of one optimiser step."""
+        """Return the number of samples of one optimiser step."""
         return self.devices * self.micro_batch * self.accumulate
 
     def needed(self, micro_batch: int, checkpointing: bool) -> float:
-        """Bytes on one device, with a tenth of slack for the allocator and the device's own context."""
+        """Return the bytes on one device, with 10 % of slack for the allocator and the device's own context."""
         held = self.activations_checkpointed + self.transient if checkpointing else self.activations
         return _SLACK * (self.states + micro_batch * held) + _CONTEXT_GIB * _GIB
 
     def hours(self, peak_tflops: float, mfu: float) -> float | None:
-        """Duration of the stage; recomputation does not count as useful work."""
+        """Return the duration of the stage; recomputation does not count as useful work."""
         if self.steps is None:
             return None
         return self.steps * self.global_batch * self.flops / (self.devices * peak_tflops * 1e12 * mfu) / 3600
 
     def require_fit(self, memory_gib: float | None) -> None:
-        """Compare with the memory of one device.
+        """Compare the plan with the memory of one device.
 
         Raises:
             ValueError: it does not fit; the message names the keys to change. Never with None.
@@ -126,25 +126,25 @@ class StagePlan:
         needed = self.needed(self.micro_batch, self.checkpointing)
         if memory_gib is None or needed <= memory_gib * _GIB:
             return
-        mends = []
+        fixes = []
         if not self.checkpointing:
-            mends.append("set model.init_args.activation_checkpointing: true")
+            fixes.append("set model.init_args.activation_checkpointing: true")
         largest = max((b for b in range(1, self.micro_batch) if self.needed(b, True) <= memory_gib * _GIB), default=0)
         if largest:
             sizes = [b for b in range(largest, 0, -1) if self.global_batch % (self.devices * b) == 0]
-            mends.append(f"lower data.init_args.micro_batch_size to {sizes[0]}")
+            fixes.append(f"lower data.init_args.micro_batch_size to {sizes[0]}")
         if self.states > memory_gib * _GIB / _SLACK / 2:
-            mends.append("shard weights and optimiser over the devices (trainer.strategy)")
+            fixes.append("shard weights and optimiser over the devices (trainer.strategy)")
             if self.frozen_itemsize > 2 and not all(trained for _, trained in self.parts.values()):
-                mends.append("keep frozen parts in bfloat16 (model.init_args.frozen_dtype)")
+                fixes.append("keep frozen parts in bfloat16 (model.init_args.frozen_dtype)")
         raise ValueError(
             f"{self.name}: needs {needed / _GIB:.0f} GiB a device, plan.gpu_memory_gib is {memory_gib:g}: "
-            f"{', or '.join(mends) or 'use a smaller model'}"
+            f"{', or '.join(fixes) or 'use a smaller model'}"
         )
 
 
 def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
-    """Count what one stage costs.
+    """Count operations, memory and steps of one stage.
 
     Args:
         config: resolved configuration.
@@ -198,7 +198,7 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
 
 
 def flops_per_sample(config: dict[str, Any], stage: Stage) -> int:
-    """Useful operations of one sample, forward and backward, without what is computed twice to save memory.
+    """Return the useful operations of one sample, forward and backward, without recomputation that saves memory.
 
     Args:
         config: resolved configuration.
@@ -209,7 +209,7 @@ def flops_per_sample(config: dict[str, Any], stage: Stage) -> int:
 
 
 def plan_table(plans: Sequence[StagePlan], assumed: Sequence[PlanConfig]) -> str:
-    """Markdown: parameters of each part, then the costs, a column for each stage."""
+    """Return a Markdown table: parameters of each part, then the costs, with a column for each stage."""
     parts = list(dict.fromkeys(part for plan in plans for part in plan.parts))
     rows = [["million parameters", *(plan.name for plan in plans)]]
     rows += [[part, *(_count(plan.parts.get(part)) for plan in plans)] for part in parts]
@@ -254,7 +254,7 @@ def _hours(plan: StagePlan, assumed: PlanConfig) -> str | None:
 
 
 def device_count(trainer: dict[str, Any]) -> int:
-    """Devices of all nodes.
+    """Return the number of devices of all nodes.
 
     Raises:
         ValueError: the configuration leaves it to the machine.
@@ -266,7 +266,7 @@ def device_count(trainer: dict[str, Any]) -> int:
 
 
 def _split(data: dict[str, Any], trainer: dict[str, Any], devices: int) -> tuple[int, int]:
-    """Micro-batch and accumulation."""
+    """Return micro-batch size and number of accumulated micro-batches."""
     together, micro_batch = int(data["global_batch_size"]), data.get("micro_batch_size")
     per_device = together // devices
     if micro_batch is None:
@@ -280,7 +280,7 @@ def _split(data: dict[str, Any], trainer: dict[str, Any], devices: int) -> tuple
 
 
 def _state_bytes(trained: int, frozen: int, frozen_size: int, strategy: str, devices: int) -> int:
-    """Float32 weights, gradients, two moments and a bfloat16 copy while computing; DDP adds buckets of gradients."""
+    """Count float32 weights, gradients, two moments and a bfloat16 copy during computation; DDP adds buckets."""
     if "fsdp" in strategy.lower():
         return (16 * trained + frozen_size * frozen) // devices
     buckets = 4 if devices > 1 else 0
@@ -288,7 +288,7 @@ def _state_bytes(trained: int, frozen: int, frozen_size: int, strategy: str, dev
 
 
 def _gathered_bytes(model: Exo2EgoModel, itemsize: int) -> int:
-    """What sharded processes hold whole while they compute: what is in no unit inside, one unit, and the next one."""
+    """Count the gathered parameters during computation: those outside all inner units, one unit, and the next one."""
     counted: set[int] = set()
     sizes = []
     for unit in model.units():
@@ -302,7 +302,7 @@ def _gathered_bytes(model: Exo2EgoModel, itemsize: int) -> int:
 def _convolution_backward_flop(
     grad_out: Shape, x: Shape, weight: Shape, *settings: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    """Gradients of input and weight cost a forward each; torch's own count takes depthwise kernels for dense ones."""
+    """Count a forward each for the gradients of input and weight; torch's own count treats depthwise as dense."""
     transposed, wanted = settings[4], settings[7]
     positions = math.prod((x if transposed else grad_out)[2:])
     return int(2 * x[0] * positions * math.prod(weight) * sum(wanted[:2]))
@@ -311,7 +311,7 @@ def _convolution_backward_flop(
 def _attention_backward_flop(
     grad_out: Shape, query: Shape, key: Shape, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    """Twice the forward; that a fused kernel computes the weights anew is no useful work."""
+    """Count twice the forward; the recomputation of attention weights in a fused kernel is no useful work."""
     return int(8 * math.prod(query) * key[2])
 
 
@@ -323,7 +323,7 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 
 
 class _Probe:
-    """One sample through a stage's losses on the meta device."""
+    """Runs one sample through a stage's losses on the meta device."""
 
     def __init__(self, stage: Stage, num_frames: int, assumed: PlanConfig, dtype: torch.dtype) -> None:
         self.stage, self.assumed = stage, assumed
@@ -350,13 +350,13 @@ class _Probe:
             stage.model.language_model.answer_logits = self._answer_logits  # type: ignore[method-assign]
 
     def flops(self) -> int:
-        """Operations of forward and backward, a multiplication and an addition counted as two."""
+        """Count operations of forward and backward; a multiplication and an addition are two."""
         with _flash_attention(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
             self._loss().backward()
         return int(counter.get_total_flops())
 
     def saved_bytes(self) -> tuple[int, int, int]:
-        """Bytes that autograd holds after forward; with checkpointed blocks; and of the largest block inside."""
+        """Count bytes that autograd holds after forward, the same with checkpointed blocks, and the largest block."""
         seen: set[int] = {storage_id(p) for p in self.stage.parameters()} | {
             storage_id(b) for b in self.stage.buffers()
         }
@@ -407,22 +407,22 @@ class _Probe:
         return torch.stack(list(self.stage.losses(self.batch).values())).sum()
 
     def _read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-        """As ``Stage.read_text``, with supervision at the end of the row, whose place then needs no values."""
+        """Replace ``Stage.read_text``: labels are at the end of the row, so that their place needs no values."""
         logits = self._logits(visual, batch.text.input_ids, self.assumed.label_tokens)
         return logits[0], torch.empty(self.assumed.label_tokens, dtype=torch.int64, device="meta")
 
     def _caption(self, prompt: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``AnswerGuidance.caption``: token by token, it computes what a pass over all of them does."""
+        """Replace ``AnswerGuidance.caption``: token by token costs as much as one pass over all of them."""
         answers = torch.empty(1, self.answer_tokens, dtype=torch.int64, device="meta")
         self._answer_logits(prompt, visual, answers)
         return answers, torch.empty_like(answers, dtype=torch.bool)
 
     def _answer_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
-        """As ``LanguageModel.answer_logits``."""
+        """Replace ``LanguageModel.answer_logits``."""
         return self._logits(visual, torch.cat([prompt[None], answers], dim=1), answers.shape[1])
 
     def _logits(self, visual: Tensor, input_ids: Tensor, labels: int) -> Tensor:
-        """Of the last tokens of a row: float32 [1, labels, V]."""
+        """Return the logits of the last tokens of a row, float32 [1, labels, V]."""
         model = self.stage.model.language_model
         text = model.embed(input_ids)
         embeds = torch.cat([visual.to(text.dtype), text], dim=1)
@@ -450,7 +450,7 @@ def _hooks(model: Any, enter: Callable[..., None], leave: Callable[..., None]) -
 
 @contextmanager
 def _flash_attention() -> Iterator[None]:
-    """Attention as a GPU computes it: a fused kernel that holds no matrix of weights."""
+    """Compute attention as a GPU does: with a fused kernel that holds no matrix of weights."""
     usual = nn.functional.scaled_dot_product_attention
 
     def fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several processes learn what one does, sharded or not, and each goes on from what another number of them left."""
+"""Several processes, sharded or not, learn the same as one, and resume from checkpoints of another number of them."""
 
 import contextlib
 import json
@@ -70,7 +70,7 @@ def alone(toy_world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def by_two(alone, toy_world, tmp_path_factory):
-    """The same stages by two processes, each from the hand-offs that one process left, and one stage by four."""
+    """The same stages by two processes, each from the stage weights that one process wrote, and one stage by four."""
     runs = {
         strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four", "bf16", "answers")
     }
@@ -102,7 +102,7 @@ def test_two_processes_learn_what_one_does(alone, by_two, strategy, stage):
     torch.testing.assert_close(losses(by_two[strategy], stage), losses(alone, stage), rtol=1e-5, atol=1e-5)
 
 
-def test_sharded_processes_hear_the_demonstrator_s_captions(alone, by_two, toy_world, tmp_path):
+def test_sharded_processes_follow_the_demonstrator_s_captions(alone, by_two, toy_world, tmp_path):
     """One that the KL follows token by token, through a projector that nothing trains."""
     assert main(arguments("stage2", toy_world, tmp_path, alone, *ANSWERS)) == 0
     assert largest_difference(weights(tmp_path, "stage2"), weights(by_two["answers"], "stage2")) < ROUNDING
@@ -115,7 +115,7 @@ def test_four_processes_learn_what_one_does(alone, by_two):
 
 @pytest.mark.parametrize("stage", STAGES[2:])
 def test_bfloat16_is_gathered_and_float32_kept_and_summed(alone, by_two, toy_world, tmp_path, stage):
-    """What trains stays float32; losses are those of one process in bfloat16, which differ from float32 as much."""
+    """Trained weights stay float32; losses are those of one process in bfloat16, which differ from float32 as much."""
     assert main(arguments(stage, toy_world, tmp_path, alone, *BF16)) == 0
     sharded = weights(by_two["bf16"], stage)
     assert {tensor.dtype for tensor in sharded.values()} == {torch.float32}
@@ -133,7 +133,7 @@ def test_training_moves_weights_further_than_rounding(alone):
     assert float((started - trained).abs().max()) > 20 * ROUNDING
 
 
-def test_one_process_goes_on_from_the_handoff_of_two(alone, by_two, toy_world, tmp_path):
+def test_one_process_starts_from_the_stage_weights_of_two(alone, by_two, toy_world, tmp_path):
     shutil.copytree(by_two["chain"], tmp_path, dirs_exist_ok=True)
     assert main(arguments("stage2", toy_world, tmp_path, tmp_path)) == 0
     assert largest_difference(weights(alone, "stage2"), weights(tmp_path, "stage2")) < 5 * ROUNDING
@@ -160,7 +160,7 @@ def test_another_number_of_micro_batches_learns_the_same(alone, toy_world, tmp_p
         assert largest_difference(weights(alone, stage), weights(tmp_path, stage)) < ROUNDING, stage
 
 
-def test_each_part_is_said_to_train_with_its_whole_size(by_two):
+def test_the_parts_table_shows_whole_sizes(by_two):
     one_encoder = "| exo_encoder    |     14,944 |  14,944 |"
     assert one_encoder in by_two["printed"][0] and one_encoder in by_two["printed"][4]
 
@@ -209,7 +209,7 @@ class Launched:
         return status
 
 
-def test_what_stops_one_process_is_said_and_ends_the_other(alone, toy_world, tmp_path):
+def test_an_error_in_one_process_is_printed_and_ends_the_other(alone, toy_world, tmp_path):
     """One recording is gone and no corrupt sample is allowed: the process that meets it first reports it."""
     world = tmp_path / "world"
     shutil.copytree(toy_world, world)
@@ -224,17 +224,17 @@ def test_what_stops_one_process_is_said_and_ends_the_other(alone, toy_world, tmp
     assert re.search(r"error: rank \d: \d of \d+ samples of this rank could not be used", run.stderr)
 
 
-@pytest.mark.parametrize("told", [pytest.param("first", marks=pytest.mark.slow), "other"])
-def test_a_signal_to_one_process_saves_and_stops_both(alone, toy_world, tmp_path, told):
+@pytest.mark.parametrize("signalled", [pytest.param("first", marks=pytest.mark.slow), "other"])
+def test_a_signal_to_one_process_saves_and_stops_both(alone, toy_world, tmp_path, signalled):
     run = Launched("stage3", toy_world, tmp_path, alone, "trainer.strategy=fsdp2")
-    os.kill(run.process.pid if told == "first" else run.other, signal.SIGTERM)
+    os.kill(run.process.pid if signalled == "first" else run.other, signal.SIGTERM)
     assert run.ended(60) == STOPPED
     assert re.search(r"stopped: stage3 stopped at step \d+; run it again to resume", run.errors.read_text())
     reached = newest(run.folder / "checkpoints")
     check_files(reached)
 
 
-def test_another_number_of_processes_goes_on(alone, toy_world, tmp_path):
+def test_another_number_of_processes_resumes(alone, toy_world, tmp_path):
     """One process makes two steps, two the next two, one the last two: the weights are those of one process alone."""
     six = ["trainer.max_steps=6", "checkpoint_every_n_steps=2"]
     assert main(arguments("stage2", toy_world, tmp_path / "straight", alone, *six)) == 0
@@ -243,7 +243,7 @@ def test_another_number_of_processes_goes_on(alone, toy_world, tmp_path):
     for turn, options in enumerate(([], two, [])):
         command = arguments("stage2", toy_world, tmp_path / "turns", alone, *six, *options)
         run_together(2, [command], tmp_path) if options else main(command)
-        for step in range(2 * turn + 4, 8, 2):  # as if it had been killed two steps after it went on
+        for step in range(2 * turn + 4, 8, 2):  # as if it had been killed two steps after it resumed
             shutil.rmtree(folder / "checkpoints" / f"{step:07d}", ignore_errors=True)
         if turn < 2:
             shutil.rmtree(folder / "handoff")

@@ -1,4 +1,4 @@
-"""What each stage trains, how it steps, and that a resumed run equals an uninterrupted one."""
+"""Each stage trains the right parts, steps as configured, and resumes to the same weights as an uninterrupted run."""
 
 import math
 import warnings
