@@ -286,6 +286,7 @@ RECORD = InstructionRecord(
         RECORD,
         replace(RECORD, prompt=PromptFields("mcq", "Which?", "b", ("a", "b")), duration_s=30.0),
         replace(RECORD, prompt=PromptFields("action", "", "cut"), window_s=None, split=None, video_uid=None),
+        replace(RECORD, prompt=None, turns=(("What?", "That."), ("And then?", "This."))),
     ],
 )
 def test_a_record_is_read_back_as_it_was_written(tmp_path, record):

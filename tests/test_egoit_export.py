@@ -336,7 +336,7 @@ def test_a_clip_of_another_root_is_cut_again(tmp_path):
 def test_a_folder_of_frames_is_not_cut(tmp_path):
     (tmp_path / "scan").mkdir()
     file = write(tmp_path / "mine.jsonl", [cut_record("0", "scan")])
-    with pytest.raises(InvalidRecords, match=r"scan \[0\.000, 1\.000\) s: a folder of pictures is not cut: encode it"):
+    with pytest.raises(InvalidRecords, match=r"scan \[0\.000, 1\.000\) s: a folder of images is not cut: encode it"):
         export([file], "swift", tmp_path / "out", tmp_path)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.egoit.records import InstructionRecord, from_json, prompt_of
+from datamodules.egoit.records import InstructionRecord, entries_of, from_json, prompt_of
 from datamodules.io.conversation import VIDEO_TAG, Turn
 from datamodules.io.jsonl import is_array, read_records, require, seconds
 
@@ -100,20 +100,11 @@ class ConversationFile:
         ours = {names.get(key, key): value for key, value in given.items()}
         ours["video"] = _video(given, paths, where, changed.append)
         if turns:
-            ours["conversations"] = _conversations(turns)
+            ours["conversations"] = entries_of(turns)
         _check_window(ours, where)
         prompt_of(ours, where)  # raises if prompt fields are invalid
         self.changes.update(changed)
         return ours
-
-
-def _conversations(turns: list[Turn]) -> list[dict[str, str]]:
-    """Return turns as human and gpt entries, the clip's tag at the front."""
-    entries = []
-    for number, (question, answer) in enumerate(turns):
-        entries.append({"from": "human", "value": question if number else f"{VIDEO_TAG}\n{question}"})
-        entries.append({"from": "gpt", "value": answer})
-    return entries
 
 
 def _check_window(record: dict[str, Any], where: str) -> None:

@@ -1,8 +1,8 @@
 """The instruction record: one form from a source's annotations to the prompt, with its JSON form and a compact store.
 
 A source makes an ``InstructionRecord`` of each annotation. It holds the prompt fields (task, question, options, answer)
-and no finished text: a template renders them when a sample is drawn, see ``templates.Templates.render``. Records of
-other files hold a finished conversation instead.
+and no finished text: a template renders them when a sample is drawn, see ``templates.Templates.render``. A record may
+hold a finished conversation instead, as those of other files do.
 
 In a file, a record is one JSON object a line::
 
@@ -107,25 +107,40 @@ def window_of(record: InstructionRecord) -> dict[str, float]:
     return {"start": float(start_s), "end": float(end_s)}
 
 
+def entries_of(turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Return turns as human and gpt entries, the clip's tag at the front of the first."""
+    entries = []
+    for number, (question, answer) in enumerate(turns):
+        entries.append({"from": "human", "value": question if number else f"{VIDEO_TAG}\n{question}"})
+        entries.append({"from": "gpt", "value": answer})
+    return entries
+
+
 def to_json(record: InstructionRecord) -> dict[str, Any]:
-    """Return the JSON form of a record with prompt fields.
+    """Return the JSON form of a record: with its prompt fields, or else with its finished conversation.
 
     Every row of a file has the same keys and types, since some readers infer a type for each column from the first
     rows.
     """
-    assert record.prompt is not None, "a source gives prompt fields"
     prompt = record.prompt
+    text: dict[str, Any]
+    if prompt is None:
+        text = {"conversations": entries_of(record.turns)}
+    else:
+        text = {
+            "prompt": {
+                "task": prompt.task,
+                "query": prompt.query,
+                "options": list(prompt.options),
+                "target": prompt.target,
+            }
+        }
     return {
         "id": record.id,
         "video": record.video,
         **window_of(record),
         "source": record.source,
-        "prompt": {
-            "task": prompt.task,
-            "query": prompt.query,
-            "options": list(prompt.options),
-            "target": prompt.target,
-        },
+        **text,
         "video_uid": record.video_uid or "",
         "duration": -1.0 if record.duration_s is None else float(record.duration_s),
         "split": record.split or "",

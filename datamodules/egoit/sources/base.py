@@ -42,7 +42,7 @@ class InstructionSource(Protocol):
         """Return the official numbers of the things that ``read`` counts, by name; empty if none are known."""
 
     def read(self, counts: Counts) -> Iterator[InstructionRecord | SourceError]:
-        """Yield a record with prompt fields for every annotation, or the error of an invalid one.
+        """Yield a record for every annotation, or the error of an invalid one.
 
         Errors are yielded, not raised, so that all of them can be reported at once.
 
