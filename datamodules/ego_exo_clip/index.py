@@ -302,7 +302,7 @@ class PairIndex:
         clip_groups, best_views = array("i"), array("i")
         start_s, end_s = array("d"), array("d")
         for where, record in read_jsonl(folder / "clips.jsonl"):
-            clip = validate(_CLIP, record, where)
+            clip = validate(_CLIP_RECORD, record, where)
             if clip.group_id not in groups.numbers:
                 raise ValueError(
                     f"{where}: field 'group_id' is {clip.group_id!r}, which groups.jsonl lacks: correct either file"
@@ -372,12 +372,13 @@ class _ViewsRecord(Record):
     exo: Annotated[list[_ViewRecord], Field(min_length=1)]
 
 
-class _GroupRecord(Record):
+class GroupRecord(Record):
     """A line of ``groups.jsonl``: the fields that are read."""
 
     group_id: _Text
     fps: _Positive
     duration: _Positive
+    num_frames: int | None = None
     views: _ViewsRecord
     best_exo: str | None = None
     frame_offset: dict[str, int] | None = None
@@ -394,7 +395,7 @@ class _ClipRecord(Record):
     best_exo: str | None = None
 
 
-_GROUP, _CLIP = TypeAdapter(_GroupRecord), TypeAdapter(_ClipRecord)
+GROUP_RECORD, _CLIP_RECORD = TypeAdapter(GroupRecord), TypeAdapter(_ClipRecord)
 
 
 @dataclass(frozen=True)
@@ -421,7 +422,7 @@ class _Groups:
 def _read_groups(file: Path) -> _Groups:
     groups = _Groups()
     for where, record in read_jsonl(file):
-        group = validate(_GROUP, record, where)
+        group = validate(GROUP_RECORD, record, where)
         if groups.numbers.setdefault(group.group_id, len(groups.numbers)) != len(groups.fps):
             raise ValueError(
                 f"{where}: field 'group_id' is {group.group_id!r} a second time: name every take differently"

@@ -24,11 +24,12 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from tqdm import tqdm
 
-from datamodules.ego_exo_clip.index import PairIndex
+from datamodules.ego_exo_clip.index import GROUP_RECORD, PairIndex
 from datamodules.egoit.reader import ConversationFile
 from datamodules.io.atomic import atomic_path
-from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records, seconds
+from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records
 from datamodules.io.parallel import Beat, Failure, run_tasks
+from datamodules.io.validate import validate
 from datamodules.video.decode import is_torn
 from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, NotAVideo, SpanOutsideFile
 from datamodules.video.probe import nal_length_bytes, probe
@@ -144,16 +145,13 @@ def read_annotations(source: Path) -> Annotations:
 def _read_index(folder: Path) -> Annotations:
     index = PairIndex.read(folder)
     files: dict[str, VideoFile] = {}
-    views: list[tuple[tuple[str, float], ...]] = []  # of each take: paths, and when the files begin
+    views: list[tuple[tuple[str, float], ...]] = []  # of each take: paths, and take times at which the files begin
     for group, (where, record) in enumerate(read_jsonl(folder / "groups.jsonl")):
-        fps, duration_s = seconds(record, "fps", where), seconds(record, "duration", where)
-        num_frames = record.get("num_frames")
-        if num_frames is not None and not isinstance(num_frames, int):
-            raise ValueError(f"{where}: field 'num_frames' is {num_frames!r}, expected a whole number or null")
+        take = validate(GROUP_RECORD, record, where)
         numbers = range(index.first_view[group], index.first_view[group + 1])
         views.append(tuple((index.view_paths[view], float(index.view_offsets_s[view])) for view in numbers))
         for path, _ in views[-1]:
-            files.setdefault(path, VideoFile(path, fps, num_frames, duration_s))
+            files.setdefault(path, VideoFile(path, take.fps, take.num_frames, take.duration))
     paths_of_group = [tuple(path for path, _ in group) for group in views]
     for group, *span in zip(index.clip_groups.tolist(), index.start_s.tolist(), index.end_s.tolist(), strict=True):
         shared = (span[0], span[1])
