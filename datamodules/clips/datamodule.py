@@ -136,6 +136,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         together, size = self.global_batch_size, self.micro_batch_size
         assert size is not None, "without micro_batch_size the Trainer says how many are accumulated"
         if together % (world * size):
+            # Name the nearest settings that fit.
             below, share = together // (world * size) * world * size, together // world
             fits = [f"global_batch_size {n}" for n in (below, below + world * size) if n]
             if together % world == 0:

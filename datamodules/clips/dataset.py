@@ -133,6 +133,7 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         texts, failed = self._texts(request.epoch, request.global_indices)
         spans = [self.span(index, request.epoch) for index in request.indices]
         shape = (len(spans), self.clips.num_frames, self.clips.image_size, self.clips.image_size, 3)
+        # Corrupt samples keep their place in the batch, with zeros as frames and nothing to learn.
         frames = {view: _zeros(shape) for view in spans[0].paths}
         for row, (index, span) in enumerate(zip(request.indices, spans, strict=True)):
             if index in failed:

@@ -64,6 +64,7 @@ class GlobalBatchSampler(Sampler[BatchRequest]):
         order = self._order()
         parts = self.world * self.accumulate
         size = self.global_batch_size // parts
+        # Consecutive parts of a global batch go to all ranks of micro-batch 0, then to all ranks of micro-batch 1 ...
         for position in range(self.start, len(self)):
             batch, micro = divmod(position, self.accumulate)
             together = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size].tolist()
@@ -71,12 +72,14 @@ class GlobalBatchSampler(Sampler[BatchRequest]):
             yield BatchRequest(self.epoch, together[first : first + size], together, parts)
 
     def _order(self) -> NDArray[np.int64]:
+        # Changing the order of draws would change the order of samples of existing runs.
         rng = np.random.default_rng([self.seed, self.epoch])
         order = rng.permutation(self.samples)
         if self.epoch_samples is not None:
             order = self.epoch_samples(self.epoch)[order]
         if self.groups is None or not self.block_groups:
             return order
+        # Shuffle the groups, cut their order into blocks, and sort the shuffled samples by the block of their group.
         found, number = np.unique(self.groups, return_inverse=True)
         block = rng.permutation(len(found))[number] // self.block_groups
         return order[np.argsort(block[order], kind="stable")]

@@ -194,9 +194,11 @@ def select_clips(
         alpha = fit_alpha(_times(track) for _, tracks in narrated for track in tracks.values())
     if options.require_validated:
         narrated = [item for item in narrated if counts.keep("takes", "synchronisation validated", item[0].validated)]
+    # All files of all takes are looked at together, because a network file system answers slowly.
     views = [view for group, _ in narrated for view in (*group.egos, *group.exos)]
     footage = find_footage([source.root / view.path for view in views], probe_workers)
     usable = "that can be opened" if probe_workers else "on disk"
+    # Keep the takes with enough videos, and cut a clip around each of their wanted narrations.
     takes = []
     for group, tracks in narrated:
         offsets = {**group.frame_offset, **(frame_offsets or {}).get(group.group_id, {})}

@@ -296,6 +296,7 @@ class PairIndex:
         Raises:
             ValueError: there is no complete index in the folder, or a line is wrong; names file, line and field.
         """
+        # Columns grow in arrays: an object for each of a million clips would be copied by every worker process.
         header = read_header(folder)
         groups = _read_groups(folder / "groups.jsonl")
         clip_ids, texts = Strings(), Strings()
@@ -316,6 +317,7 @@ class PairIndex:
             start_s.append(clip.start)
             end_s.append(clip.end)
             best_views.append(groups.best_view(group, clip.best_exo))
+        # Files that were copied in part have fewer lines than the header counts.
         for name, count in (("groups", len(groups.numbers)), ("clips", len(clip_ids))):
             if header.get(name) != count:
                 raise ValueError(
@@ -348,6 +350,7 @@ class PairIndex:
         """Keep clips of takes with offsets inside all files, one frame at least."""
         if not len(self) or not self.view_offsets_s.any():
             return
+        # The seconds that all files of a take cover begin with the last file and end with the first.
         latest_s = np.maximum.reduceat(self.view_offsets_s, self.first_view[:-1])
         earliest_s = np.minimum.reduceat(self.view_offsets_s, self.first_view[:-1])
         of = self.clip_groups

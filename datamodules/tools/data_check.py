@@ -177,6 +177,7 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
     path = root / file.path
     reader = ClipReader(max_open=1)
     try:
+        # The header against the annotations: rate, number of frames, and length.
         info = probe(path)
         beat()
         if file.fps is not None and abs(info.fps / file.fps - 1) > RATE_TOLERANCE:
@@ -188,6 +189,7 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
                 reader.usable_end_s(path, 0.0, file.duration_s - 1e-3)  # 1 ms: durations are rounded decimals
             except SpanOutsideFile as error:
                 return Problem("WrongLength", f"{error.reason}, the annotations say {file.duration_s:.3f} s")
+        # Clips outside the file are collected: they cost only themselves, so a worse problem is looked for first.
         inside_s: list[tuple[float, float]] = []
         outside: list[SpanOutsideFile] = []
         for start_s, end_s in sorted(set(file.spans_s)):
@@ -196,6 +198,7 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
             except SpanOutsideFile as error:
                 outside.append(error)
             beat()
+        # A header may claim anything: decode a sample of the clips, or everything.
         for start_s, end_s in sampled(inside_s, file.samples):
             times_s = segment_midpoints(start_s, end_s, FRAMES_PER_CLIP)
             reader.read(path, times_s, size=16, fit="squash", span_s=(start_s, end_s))
@@ -239,6 +242,7 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
             codec, time_base, tick_s = stream.codec_context, stream.time_base, float(stream.time_base)
             codec.thread_type, codec.thread_count = "NONE", 1
             codec_name, length_bytes = codec.name, nal_length_bytes(codec)
+            # Every packet lists a frame; the decoder must return all of them, undamaged.
             for packet in container.demux(stream):
                 if packet.is_corrupt or is_torn(packet, codec_name, length_bytes):
                     raise Damaged(f"corrupt packet after {end_s:.3f} s", path)

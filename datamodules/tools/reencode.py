@@ -213,6 +213,7 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
         closing(decode_whole(source)) as frames,
         av.open(os.fspath(unfinished), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
+        # The mark lets a later run recognise the file; geometry and colours follow from the first frame.
         container.metadata["comment"] = mark
         first = next(frames)
         rate, pixel_aspect = header(source)
@@ -233,6 +234,7 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
                 frame, time_s = cast(VideoFrame, frame), float(written.duration_s)
                 if (frame.width, frame.height, frame.format.name) != size:
                     raise ReencodeError(f"{source}: other frame size or format from {time_s:.3f} s on{_FIX}")
+                # A frame is displayed until the next one; the last one as long as it says, or as the one before.
                 if following is not None:
                     shown = cast(int, following.pts) - cast(int, frame.pts)
                 elif frame.duration:
@@ -248,6 +250,7 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
                 beat()
             yield None  # for what the encoder holds back
 
+        # MP4 stores durations of packets: set that of the last displayed frame and of the last decoded one by hand.
         first_dts: int | None = None
         packets = chain.from_iterable(map(stream.encode, small_frames()))
         for packet, next_packet in pairwise(chain(packets, (None,))):
@@ -312,6 +315,7 @@ def _verify(source: Path, unfinished: Path, wanted: _Frames, encoding: Encoding,
                 raise ReencodeError(f"{source}: {encoding.gop} frames after a key frame none was written{_FIX}")
             found.add(frame)
             beat()
+    # Times within the file are equal now; compare the header's start, length and rate too, which readers rely on.
     before, after = probe(source), probe(unfinished)
     count, duration_s = len(wanted.times_s), float(wanted.duration_s)
     difference = _difference(wanted, found)
@@ -333,6 +337,7 @@ def _difference(wanted: _Frames, found: _Frames) -> str | None:
     for number, (wanted_s, found_s) in enumerate(zip(wanted.times_s, found.times_s, strict=True)):
         if wanted_s != found_s:
             return f"frame {number} at {float(found_s):.6f} s for {float(wanted_s):.6f} s"
+    # Compression changes thumbnails slightly; a moved frame must still resemble itself more than its neighbours.
     old, new = np.stack(wanted.thumbnails), np.stack(found.thumbnails)
     apart = _levels_apart(old, new)
     if apart.max() > _SAME_LEVELS:

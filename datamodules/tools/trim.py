@@ -92,6 +92,7 @@ def _write(source: Path, start_s: float, end_s: float, unfinished: Path) -> list
         codec.thread_count, codec.time_base = 1, tick_s
         begin = cast(int, first.pts)
         lasts = max(1, round(1 / (rate * tick_s)))  # ticks
+        # Every frame keeps its time relative to the first one; the last one lasts as long as the one before.
         for frame, following in pairwise(chain((first,), frames, (None,))):
             assert frame is not None, "only the last one is followed by none"
             pts = cast(int, frame.pts)
@@ -119,6 +120,7 @@ def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterat
         tick_s = cast(Fraction, stream.time_base)
         container.seek(int((first_s + start_s) / tick_s), stream=stream)
         frames = container.decode(stream)
+        # A frame is yielded when the next one shows that it was displayed at or after the start.
         held = next(frames, None)
         if held is None or held.time - first_s > start_s:  # the seek went too far
             container.seek(int(first_s / tick_s), stream=stream)

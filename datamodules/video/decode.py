@@ -40,6 +40,8 @@ def is_torn(packet: Packet[VideoStream], codec_name: str, length_bytes: int | No
     """
     if length_bytes is None:
         return False
+    # A packet is a sequence of units, each a length and so many bytes, of which the first tells the unit's type. Coded
+    # frames never hold three zero bytes in a row, except at their end.
     data, end = bytes(packet), 0
     while end < len(data):
         begin = end + length_bytes
@@ -128,6 +130,7 @@ def choose_frames(
     shown = sorted(cast(int, packet.pts) for packet in packets if not packet.is_discard)
     if not shown or shown[0] > ascending[0]:
         raise FrameMissing(f"no frame is displayed by {video.time_s(ascending[0]):.3f} s", video.path)
+    # The last frame is shown until its end; a later time is an error of the annotation, or of a file that was cut.
     if at_end:
         file_end_s = max(packet_end_s(video, packet) for packet in packets if not packet.is_discard)
         wanted_s = video.time_s(ascending[-1])

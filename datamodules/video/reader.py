@@ -313,6 +313,7 @@ class _OpenFiles:
         return Clip(torch.from_numpy(canvas), frame_numbers / IMAGES_FPS, frame_numbers)
 
     def _read_limits(self, video: OpenVideo, limits: list[int], size: int, fit: Fit) -> Clip:
+        # Each frame is decoded and converted once, straight into its row; equal rows are copied.
         ascending = sorted(set(limits))
         canvas = np.empty((len(limits), size, size, 3), dtype=np.uint8)
         try:
@@ -361,6 +362,7 @@ class _OpenFiles:
         canvas: np.ndarray,
         fit: Fit,
     ) -> None:
+        # Rows of the clip by the pts of their frame.
         rows: dict[int, list[int]] = {}
         for row, limit in enumerate(limits):
             if limit in picks:
