@@ -5,7 +5,7 @@ ARGS ?=
 SEEDS ?= 3
 RESULTS ?= $(RUNS)/ablations/results
 PORT ?= 6006
-STAGES ?= stage0 stage1 stage2 stage3
+STAGES ?= $(sort $(notdir $(patsubst %/handoff/manifest.json,%,$(wildcard $(RUNS)/$(EXPERIMENT)/stage*/handoff/manifest.json))))
 INDEX ?= $(ROOT)/ego_exo_clip
 BASE_PYTHON ?= python3
 VENV ?= .venv
@@ -16,8 +16,8 @@ OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
 # Experiments on a generated world generate it first.
 FAIR := data/fair/ego_exo_clip/index.json
 TOY := data/toy/ego_exo_clip/index.json
-WORLD := $(if $(filter toy_fair ablations/%,$(EXPERIMENT)),$(FAIR),$(if $(filter toy%,$(EXPERIMENT)),$(TOY)))
-ABLATE = $(PYTHON) -m experiments.ablations
+WORLD := $(if $(filter toy_fair,$(EXPERIMENT)),$(FAIR),$(if $(filter toy%,$(EXPERIMENT)),$(TOY)))
+ABLATE = $(PYTHON) -m experiments.ablations experiments/ablations/sweep.yaml
 
 # Threads that spin for long steal time from the decoding process, those that never spin are slow: spin briefly.
 export GOMP_SPINCOUNT ?= 10000
@@ -28,7 +28,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mix clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9 -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/installed ## create .venv and install, done by every other target on first use
 
@@ -87,11 +87,14 @@ stage2: $(VENV)/installed $(WORLD) ## Demonstrator-Learner Guidance, needs stage
 stage3: $(VENV)/installed $(WORLD) ## Learner Self-Practice, needs stage2
 	$(FIT) stage3 $(OPTIONS)
 
-ablations: $(VENV)/installed $(FAIR) ## run experiments/ablations/plan.yaml over SEEDS=3 or resume it; tables and figures go to RESULTS=folder
-	$(ABLATE) experiments/ablations/plan.yaml $(ARGS) --seeds $(SEEDS) --out $(RUNS)/ablations --results $(RESULTS)
+stage%: $(VENV)/installed $(WORLD) ## any other stage of the experiment, such as stage4 with a stage4.yaml
+	$(FIT) $@ $(OPTIONS)
+
+ablations: $(VENV)/installed $(FAIR) ## run experiments/ablations/sweep.yaml over SEEDS=3 or resume it; tables and figures go to RESULTS=folder
+	$(ABLATE) $(ARGS) --seeds $(SEEDS) --out $(RUNS)/ablations --results $(RESULTS)
 
 ablations-quick: $(VENV)/installed data/fair_quick/ego_exo_clip/index.json ## the same in minutes, to check that it works
-	$(ABLATE) experiments/ablations/quick.yaml data_root=data/fair_quick $(ARGS) --seeds 2 --out $(RUNS)/ablations_quick --results $(RUNS)/ablations_quick/results
+	$(ABLATE) --quick data_root=data/fair_quick $(ARGS) --seeds 2 --out $(RUNS)/ablations_quick --results $(RUNS)/ablations_quick/results
 
 plan: $(VENV)/installed $(WORLD) ## print parameters, memory, operations and hours of EXPERIMENT; allocates nothing
 	@$(PYTHON) -m lightning_modules plan experiments/$(EXPERIMENT) $(ARGS)
@@ -102,8 +105,7 @@ consolidate: $(VENV)/installed ## export stage weights from the last checkpoint 
 
 evaluate: $(VENV)/installed $(WORLD) ## validation QA of finished STAGES="stage3 ...", or BENCHMARKS=all|name,name; print the tables
 	@for stage in $(STAGES); do \
-	  if [ -f $(RUNS)/$(EXPERIMENT)/$$stage/handoff/manifest.json ]; then \
-	    $(PYTHON) -m lightning_modules evaluate experiments/$(EXPERIMENT) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS)) || exit; fi; done
+	  $(PYTHON) -m lightning_modules evaluate experiments/$(EXPERIMENT) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS)) || exit; done
 	@$(PYTHON) -m lightning_modules report $(RUNS)/$(EXPERIMENT)
 
 score: $(VENV)/installed ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..."
