@@ -2,7 +2,7 @@
 EXPERIMENT ?= toy
 RUNS ?= runs
 ARGS ?=
-SEEDS ?= 3
+SEEDS ?=
 RESULTS ?= $(RUNS)/ablations/results
 PORT ?= 6006
 STAGES ?= $(sort $(notdir $(patsubst %/handoff/manifest.json,%,$(wildcard $(RUNS)/$(EXPERIMENT)/stage*/handoff/manifest.json))))
@@ -91,10 +91,10 @@ stage%: $(VENV)/installed $(WORLD) ## any other stage of the experiment, such as
 	$(FIT) $@ $(OPTIONS)
 
 ablations: $(VENV)/installed $(FAIR) ## run experiments/ablations/sweep.yaml over SEEDS=3 or resume it; tables and figures go to RESULTS=folder
-	$(ABLATE) $(ARGS) --seeds $(SEEDS) --out $(RUNS)/ablations --results $(RESULTS)
+	$(ABLATE) $(ARGS) $(if $(SEEDS),--seeds $(SEEDS)) --out $(RUNS)/ablations --results $(RESULTS)
 
 ablations-quick: $(VENV)/installed data/fair_quick/ego_exo_clip/index.json ## the same in minutes, to check that it works
-	$(ABLATE) --quick data_root=data/fair_quick $(ARGS) --seeds 2 --out $(RUNS)/ablations_quick --results $(RUNS)/ablations_quick/results
+	$(ABLATE) --quick data_root=data/fair_quick $(ARGS) --out $(RUNS)/ablations_quick --results $(RUNS)/ablations_quick/results
 
 plan: $(VENV)/installed $(WORLD) ## print parameters, memory, operations and hours of EXPERIMENT; allocates nothing
 	@$(PYTHON) -m lightning_modules plan experiments/$(EXPERIMENT) $(ARGS)

@@ -24,36 +24,81 @@ from experiments.ablations.__main__ import main
 from experiments.ablations.plan import Regime, Sweep, all_jobs, read_plan
 from experiments.ablations.results import collect, estimate, markdown, read_scores
 from experiments.ablations.runner import RunsFailed, carry_out, is_finished
-from lightning_modules.config import ConfigError
+from lightning_modules.config import ConfigError, compose
+from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 
 FOLDER = tiny.EXPERIMENTS / "ablations"
-PLANS = [FOLDER / "plan.yaml", FOLDER / "quick.yaml"]
+SWEEP = FOLDER / "sweep.yaml"
+PLANS = {"full": read_plan(SWEEP), "quick": read_plan(SWEEP, quick=True)}
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-@pytest.mark.parametrize("file", PLANS, ids=lambda file: file.stem)
-def test_the_plans_name_what_there_is(file):
-    plan = read_plan(file)
-    waves = all_jobs(file, plan, range(2), Path("out"))
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_sweep_amounts_to_runs_of_its_own(plan):
+    waves = all_jobs(SWEEP, plan, range(2), Path("out"))
     assert [{job.stage for job in wave} for wave in waves] == [{"stage0"}, {"stage1"}, {"stage2"}, {"stage3"}]
     assert [len(wave) for wave in waves[:2]] == [1 if stage in plan.once else 2 for stage in ("stage0", "stage1")]
     folders = [job.folder for wave in waves for job in wave]
     assert len(set(folders)) == len(folders)
-    assert {job.variant for wave in waves[2:] for job in wave} - {plan.view_probe} <= set(plan.names) | {
-        "e_without_lora"
-    }
+    assert {job.variant for wave in waves[2:] for job in wave} <= plan.variants.keys()
 
 
-def test_every_ablation_is_in_the_plan():
-    plan = read_plan(PLANS[0])
+def test_every_variant_is_in_a_regime():
+    plan = PLANS["full"]
     run = {name for regime in plan.regimes.values() for name in (*regime.stage2, *regime.stage3)} | {plan.view_probe}
-    assert run == {file.parent.name for file in FOLDER.glob("*/experiment.yaml")}
+    assert run == plan.variants.keys()
+
+
+VARIANTS = list(PLANS["full"].variants)
+SAME = ("seed_everything", "clips", "data_root", "tokenizer", "start")
+
+
+def variant_config(name, stage):
+    shared = [f"handoffs.{earlier}=runs/toy_fair/{earlier}/handoff" for earlier in ("stage0", "stage1")]
+    given = [f"experiment=ablations/{name}", *shared, *PLANS["full"].overrides_of(name, stage)]
+    return compose(tiny.EXPERIMENTS / "toy_fair", stage, given)
+
+
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_variants_differ_in_their_overrides_alone(stage):
+    reference = compose(tiny.EXPERIMENTS / "toy_fair", stage)
+    for name in VARIANTS:
+        config = variant_config(name, stage)
+        second = "e_full" if name == "e_without_lora" else name
+        assert config["handoffs"]["stage2"] == f"runs/ablations/{second}/stage2/handoff"
+        for key in SAME:
+            assert config[key] == reference[key], (name, key)
+        assert config["model"]["init_args"]["optim"] == reference["model"]["init_args"]["optim"]
+        if name not in ("a_more_steps", "b_more_steps", "ego_preparation"):
+            assert config["trainer"]["max_steps"] == reference["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if re.match("[b-e]_", name)])
+def test_the_control_and_all_against_it_train_the_same_parts_of_the_learner(name):
+    """G, which only cycle consistency can train, is no part of the learner."""
+    learner = {"ego_encoder", "projector", "ego_to_exo"}
+    init = variant_config(name, "stage2")["model"]["init_args"]
+    trained = set(init.get("train", tiny.STAGES["stage2"].trains))
+    assert trained == (learner | {"exo_to_ego"} if init.get("cycle", {}).get("weight", 1.0) else learner)
+
+
+def test_the_attention_mapper_is_as_large_as_the_default_one():
+    sizes = []
+    for name in ("e_full", "e_attention_mapper"):
+        network = variant_config(name, "stage2")["network"]
+        mapping = FeatureMapping(network["encoder"]["width"], MapperConfig(**network["mapper"]))
+        sizes.append(sum(parameter.numel() for parameter in mapping.parameters()))
+    assert sizes == [179_552, 178_992]
+
+
+def test_the_full_method_is_that_of_toy_fair():
+    assert not PLANS["full"].overrides_of("e_full", "stage2") + PLANS["full"].overrides_of("e_full", "stage3")
 
 
 def test_a_seed_reaches_order_dropout_and_narrated_takes_but_not_stage_0(tmp_path):
-    waves = all_jobs(PLANS[1], read_plan(PLANS[1]), (3, 4), tmp_path)
+    waves = all_jobs(SWEEP, PLANS["quick"], (3, 4), tmp_path)
     (stage0,) = waves[0]
     assert (stage0.seed, stage0.folder) == (3, tmp_path / "prepared" / "seed3" / "toy_fair" / "stage0")
     for wave in waves[1:]:
@@ -72,10 +117,10 @@ def test_a_seed_reaches_order_dropout_and_narrated_takes_but_not_stage_0(tmp_pat
 
 
 def test_regimes_set_what_their_titles_say(tmp_path):
-    plan = read_plan(PLANS[0])
+    plan = PLANS["full"]
     given = {
         job.group: job.config["data"]["init_args"].get("narration", {})
-        for job in all_jobs(PLANS[0], plan, [0], tmp_path)[2]
+        for job in all_jobs(SWEEP, plan, [0], tmp_path)[2]
         if job.variant == plan.control
     }
     assert given["all"] == {}
@@ -89,21 +134,24 @@ def test_a_regime_reaches_both_stages_or_stage_2_alone(tmp_path):
     file = write_plan(tmp_path, GOOD)
     few = {"title": "", "overrides": ["x=1", "y=1"], "stage2_overrides": ["y=2"], "stage2": ["b"], "stage3": ["b"]}
     file.write_text(yaml.safe_dump(GOOD | {"regimes": {"few": few}}))
-    for name in ("toy", "b"):
-        (tmp_path / name / "experiment.yaml").write_text("run_dir: ${runs}/${stage}\nstage: x\nnetwork: {}")
+    (tmp_path / "toy" / "experiment.yaml").write_text("run_dir: ${runs}/${stage}\nnetwork: {}")
     waves = all_jobs(file, read_plan(file), [0], tmp_path, ["x=0", "z=0"])
     found = [{key: wave[0].config.get(key) for key in "xyz"} for wave in waves]
     shared = {"x": 0, "y": None, "z": 0}
     assert found == [shared, shared, {"x": 1, "y": 2, "z": 0}, {"x": 1, "y": 1, "z": 0}]
 
 
-GOOD = {"prepare": "toy", "control": "b", "regimes": {"few": {"title": "Few", "stage2": ["b", "e"]}}}
+GOOD = {
+    "prepare": "toy",
+    "control": "b",
+    "variants": {"b": {"title": "B"}, "e": {"title": "E", "extends": "b", "stage2": ["v=1"]}},
+    "regimes": {"few": {"title": "Few", "stage2": ["b", "e"]}},
+}
 
 
 def write_plan(folder, content):
-    for name in ("toy", "b", "e"):
-        (folder / name).mkdir()
-        (folder / name / "experiment.yaml").write_text("experiment: " + name)
+    (folder / "toy").mkdir()
+    (folder / "toy" / "experiment.yaml").write_text("experiment: toy")
     (folder / "plan.yaml").write_text(yaml.safe_dump(content))
     return folder / "plan.yaml"
 
@@ -112,6 +160,25 @@ def test_a_plan_is_read(tmp_path):
     plan = read_plan(write_plan(tmp_path, GOOD | {"sweep": {"title": "x", "variants": ["e"], "points": {1: "few"}}}))
     assert plan.regimes == {"few": Regime("Few", stage2=("b", "e"))}
     assert plan.sweep == Sweep("x", ("e",), {1: "few"})
+    assert plan.name("e") == "E" and plan.name("toy") == "toy"
+
+
+def test_overrides_of_a_variant_follow_those_that_it_extends(tmp_path):
+    variants = {
+        "b": {"title": "B", "overrides": ["a=1"], "stage2": ["b=1"], "stage3": ["c=1"]},
+        "e": {"title": "E", "extends": "b", "overrides": ["d=1"], "stage2": ["e=1"]},
+    }
+    plan = read_plan(write_plan(tmp_path, GOOD | {"variants": variants}))
+    assert plan.overrides_of("e", "stage2") == ["a=1", "b=1", "d=1", "e=1"]
+    assert plan.overrides_of("e", "stage3") == ["a=1", "c=1", "d=1"]
+
+
+def test_quick_replaces_keys(tmp_path):
+    few = {"few": {"title": "Quick", "stage2": ["b"]}}
+    file = write_plan(tmp_path, GOOD | {"seeds": 5, "quick": {"seeds": 1, "regimes": few}})
+    assert (read_plan(file).seeds, read_plan(file).regimes["few"].title) == (5, "Few")
+    quick = read_plan(file, quick=True)
+    assert (quick.seeds, quick.regimes["few"].title, quick.control) == (1, "Quick", "b")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +197,11 @@ def test_a_plan_is_read(tmp_path):
         (
             {"sweep": {"title": "", "variants": ["toy"], "points": {0: "few"}}},
             "regimes.few.stage2 lacks toy of the sweep",
+        ),
+        ({"regimes": {"few": {"title": "", "stage2": ["b", "x"]}}}, "no variant x"),
+        (
+            {"variants": {"a": {"title": "", "extends": "b"}, "b": {"title": ""}, "e": {"title": ""}}},
+            "variants.a.extends: b must come before it",
         ),
         ({"unknown": 1}, "unexpected keyword argument 'unknown'"),
         ({"regimes": {"few": {"stage2": ["b"]}}}, "missing 1 required positional argument: 'title'"),
@@ -181,7 +253,7 @@ def finish(job):
 
 @pytest.fixture(scope="module")
 def composed():
-    return all_jobs(FOLDER / "quick.yaml", read_plan(FOLDER / "quick.yaml"), (0, 1), Path("/OUT"))
+    return all_jobs(SWEEP, PLANS["quick"], (0, 1), Path("/OUT"))
 
 
 @pytest.fixture
@@ -268,7 +340,7 @@ def test_tables_of_what_is_finished_say_what_is_not(waves, content, tmp_path):
     late += [job for job in jobs if (job.group, job.variant, job.seed) == ("x0", "b_mapping_alone", 0)]
     late += [job for job in jobs if job.group in ("views", "prepared")]
     done = [job for job in jobs if job not in late]
-    text = results.write_results(read_plan(FOLDER / "quick.yaml"), done, tmp_path, [job.name for job in late])
+    text = results.write_results(PLANS["quick"], done, tmp_path, [job.name for job in late])
     assert f"{len(late)} runs are not finished and in no number: {late[0].name}, " in text
     kept = json.loads((tmp_path / "results.json").read_text())
     (one,) = [
@@ -287,7 +359,7 @@ def test_tables_of_what_is_finished_say_what_is_not(waves, content, tmp_path):
     assert not [e for e in kept["effects"] if (e["regime"], e["variant"]) == ("x0", "e_full")]  # no common seed
     assert "(of 1)" in text and kept["views"] == []
     with pytest.raises(ValueError, match="none of 7 runs is finished: run `make ablations` first"):
-        results.write_results(read_plan(FOLDER / "quick.yaml"), [], tmp_path, ["a"] * 7)
+        results.write_results(PLANS["quick"], [], tmp_path, ["a"] * 7)
 
 
 def test_which_streams_are_answered(waves, tmp_path):
@@ -370,7 +442,7 @@ def content(waves, monkeypatch):
             answers(folder, [1] * right + [0] * (4 - right), [0, 1])
             if job.group == "prepared":
                 answers(folder, [1, 1, 1, 0], [1, 0], view="exo")
-    return collect(read_plan(FOLDER / "quick.yaml"), [job for wave in waves for job in wave])
+    return collect(PLANS["quick"], [job for wave in waves for job in wave])
 
 
 WHOLE = {"reads": "whole", "clips": "all"}
@@ -448,7 +520,7 @@ def test_tables(content):
     assert "+0.0 ± 0.0" in cells(stage2, f"Minus {b}:", e, "F(x) alone, all clips")
     with pytest.raises(ValueError, match="not enough values"):
         cells(stage2, f"Minus {b}:", a, "F(x) alone, all clips")
-    assert cells(stage3, f"Minus {b}:", "e_without_lora", "all clips")
+    assert cells(stage3, f"Minus {b}:", "E without LoRA", "all clips")
     assert "95 %" in text
     by_stage = cells(stage3, "### Stage by stage", e, "four-way choice")
     assert by_stage[2] == "50.0 (of 1)" and by_stage[3] == "50.0 ± 0.0" and by_stage[4] == by_stage[5] == "66.7 ± 211.8"
@@ -527,7 +599,7 @@ def test_figures_show_the_numbers(content, tmp_path):
 
 def command(world, tmp_path, *more):
     given = [f"data_root={world}", *tiny.OVERRIDES[1:]]
-    words = [str(FOLDER / "quick.yaml"), *given, "--seeds", "2", "--jobs", "2"]
+    words = [str(SWEEP), "--quick", *given, "--seeds", "2", "--jobs", "2"]
     return [*words, "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), *more]
 
 

@@ -11,7 +11,6 @@ import yaml
 
 from lightning_modules.config import RENAMED_KEYS, ConfigError, Renamed, compose, config_hash, read_saved
 from lightning_modules.config_check import check_config
-from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 from lightning_modules.run import build
 
 EXPERIMENTS = sorted(
@@ -371,52 +370,6 @@ def test_data_root_reaches_tokenizers_and_files(toy_world):
     assert len(files) == 5
     for file in files:
         assert file.startswith(f"{toy_world}/")
-
-
-ABLATIONS = [path for path in EXPERIMENTS if path.parts[0] == "ablations"]
-SAME = ("seed_everything", "clips", "data_root", "tokenizer", "start")
-
-
-def test_ablations_share_the_stages_before_and_what_is_not_under_test(tmp_path):
-    full = {s: compose(tiny.EXPERIMENTS / "toy_fair", s, [f"runs={tmp_path}"]) for s in ("stage2", "stage3")}
-    for path in ABLATIONS:
-        for stage, reference in full.items():
-            config = compose(tiny.EXPERIMENTS / path, stage, [f"runs={tmp_path}"])
-            assert config["handoffs"]["stage0"] == f"{tmp_path}/toy_fair/stage0/handoff"
-            assert config["handoffs"]["stage1"] == f"{tmp_path}/toy_fair/stage1/handoff"
-            second = "e_full" if path.name == "e_without_lora" else path.name
-            assert config["handoffs"]["stage2"] == f"{tmp_path}/ablations/{second}/stage2/handoff"
-            for key in SAME:
-                assert config[key] == reference[key], (path, stage, key)
-            assert config["model"]["init_args"]["optim"] == reference["model"]["init_args"]["optim"]
-            if path.name not in ("a_more_steps", "b_more_steps", "ego_preparation"):
-                assert config["trainer"]["max_steps"] == reference["trainer"]["max_steps"]
-
-
-@pytest.mark.parametrize("name", [path.name for path in ABLATIONS if re.match("[b-e]_", path.name)])
-def test_the_control_and_all_against_it_train_the_same_parts_of_the_learner(name, tmp_path):
-    """G, which only cycle consistency can train, is no part of the learner."""
-    learner = {"ego_encoder", "projector", "ego_to_exo"}
-    init = compose(tiny.EXPERIMENTS / "ablations" / name, "stage2")["model"]["init_args"]
-    trained = set(init.get("train", tiny.STAGES["stage2"].trains))
-    assert trained == (learner | {"exo_to_ego"} if init.get("cycle", {}).get("weight", 1.0) else learner)
-
-
-def test_the_attention_mapper_is_as_large_as_the_default_one():
-    sizes = []
-    for name in ("e_full", "e_attention_mapper"):
-        network = compose(tiny.EXPERIMENTS / "ablations" / name, "stage2")["network"]
-        mapping = FeatureMapping(network["encoder"]["width"], MapperConfig(**network["mapper"]))
-        sizes.append(sum(parameter.numel() for parameter in mapping.parameters()))
-    assert sizes == [179_552, 178_992]
-
-
-def test_the_full_method_is_that_of_toy_fair(tmp_path):
-    for stage in ("stage2", "stage3"):
-        full, toy = (compose(tiny.EXPERIMENTS / name, stage) for name in ("ablations/e_full", "toy_fair"))
-        assert full["model"]["init_args"].get("kl") == toy["model"]["init_args"].get("kl")
-        assert full["data"] == toy["data"] and full["trainer"]["max_steps"] == toy["trainer"]["max_steps"]
-        assert full["network"] == toy["network"]
 
 
 def test_the_resolved_configuration_is_itself_runnable(toy_world, tmp_path):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from experiments.ablations.plan import read_plan
 from lightning_modules import training
 from lightning_modules.callbacks.checkpoint import newest, read_state
 from lightning_modules.cli import main
@@ -404,7 +405,8 @@ def test_a_run_without_held_out_clips(toy_world, tmp_path):
 # -------------------------------------------------------------------------------------------------- other experiments
 
 
-ABLATIONS = sorted(path.parent.name for path in (tiny.EXPERIMENTS / "ablations").glob("*/experiment.yaml"))
+SWEEP = read_plan(tiny.EXPERIMENTS / "ablations" / "sweep.yaml")
+ABLATIONS = sorted(SWEEP.variants)
 
 
 REMOVED = {
@@ -418,11 +420,13 @@ REMOVED = {
 def test_ablations_train_from_the_stages_before(finished, toy_world, tmp_path, name):
     shared = [f"handoffs.{stage}={finished}/toy/{stage}/handoff" for stage in ("stage0", "stage1")]
     few = ["data.init_args.held_out=null", "trainer.max_steps=1", *shared]
-    experiment, second = str(tiny.EXPERIMENTS / "ablations" / name), tmp_path / "ablations" / name / "stage2"
+    second = tmp_path / "ablations" / name / "stage2"
+    few.append(f"experiment=ablations/{name}")
     if name.startswith("e_"):
         few.append(f"handoffs.stage2={second}/handoff")
     for stage in ("stage2", "stage3"):
-        assert main(arguments(stage, toy_world, tmp_path, *few, experiment=experiment)) == 0
+        given = [*SWEEP.overrides_of(name, stage), *few]
+        assert main(arguments(stage, toy_world, tmp_path, *given)) == 0
         manifest = read_manifest(tmp_path / "ablations" / name / stage / "handoff")
         assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - REMOVED.get(name, set())
     assert manifest["started_from"]["projector"] == digest(second)

@@ -1,8 +1,8 @@
-"""Run a plan of ablations over seeds, resume it, and write tables and figures.
+"""Run a sweep of ablations over seeds, resume it, and write tables and figures.
 
 ::
 
-    python -m experiments.ablations experiments/ablations/plan.yaml --seeds 3
+    python -m experiments.ablations experiments/ablations/sweep.yaml --seeds 3
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STOPPED = 75
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a plan.
+    """Run a sweep.
 
     Returns:
         Exit status: 0 success, 1 some runs failed, 2 invalid input, 75 stopped before the end and resumable.
@@ -39,13 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    plan = read_plan(options.plan)
-    for name in ("seeds", "jobs", "threads"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name}: got {getattr(options, name)}, allowed: 1 or more")
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    plan = read_plan(options.sweep, options.quick)
+    count = plan.seeds if options.seeds is None else options.seeds
+    for name, value in (("seeds", count), ("jobs", options.jobs), ("threads", options.threads)):
+        if value < 1:
+            raise ConfigError(f"--{name}: got {value}, allowed: 1 or more")
+    seeds = range(options.first_seed, options.first_seed + count)
     overrides = [f"threads={options.threads}", "trainer.enable_progress_bar=false", *options.rest]
-    waves = all_jobs(options.plan, plan, seeds, options.out, overrides)
+    waves = all_jobs(options.sweep, plan, seeds, options.out, overrides)
     jobs = [job for wave in waves for job in wave]
     if options.dry_run:
         print("\n".join(job.name for job in jobs))
@@ -70,13 +71,14 @@ def _run(options: argparse.Namespace) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.ablations",
-        description="Run the unfinished runs of a plan of ablations, then write tables and figures.",
+        description="Run the unfinished runs of a sweep of ablations, then write tables and figures.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("plan", type=Path, help="e.g. experiments/ablations/plan.yaml")
+    parser.add_argument("sweep", type=Path, help="e.g. experiments/ablations/sweep.yaml")
     parser.add_argument("rest", nargs="*", metavar="key=value", help="overridden keys of every run")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--quick", action="store_true", help="use the keys below `quick`: a few steps of each run")
+    parser.add_argument("--seeds", type=int, help="number of seeds instead of that in the file")
     parser.add_argument("--first-seed", type=int, default=0, help="the first seed; the others follow it")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("runs/ablations/results"), help="for tables and figures")

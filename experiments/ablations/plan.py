@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ class Regime:
         title: for tables.
         overrides: ``key=value`` of both stages.
         stage2_overrides: further ones of stage 2 alone, such as its data.
-        stage2, stage3: experiments, next to the plan, that run these stages. One that is in ``stage3`` alone names
-            its start in its own files.
+        stage2, stage3: variants that run these stages. One that is in ``stage3`` alone names its start in its
+            overrides.
     """
 
     title: str
@@ -49,73 +49,115 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The experiments, regimes and comparisons of a plan.
+class Variant:
+    """A set of overrides under comparison.
 
     Attributes:
-        prepare: folder, from the plan's, of the experiment whose stages 0 and 1 all variants start from.
-        control: the variant that the others are compared with, run by seed.
+        title: for tables and figures.
+        extends: variant whose overrides come first.
+        overrides: ``key=value`` of stages 2 and 3.
+        stage2, stage3: further ones of one stage.
+    """
+
+    title: str
+    extends: str | None = None
+    overrides: tuple[str, ...] = ()
+    stage2: tuple[str, ...] = ()
+    stage3: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The content of a sweep file.
+
+    Attributes:
+        prepare: folder, relative to the file, of the experiment that the variants change. Its stages 0 and 1 run first.
+        control: the variant that the others are compared with, run by run.
+        variants: overrides by name.
         regimes: conditions by name.
-        once: stages of ``prepare`` that are run with the first seed alone; what follows runs with every seed.
-        names: variants for tables and figures.
+        seeds: number of seeds.
+        once: stages of ``prepare`` that are run with the first seed alone; later stages run with every seed.
         headline: scores that figures show.
         sweep: curve over regimes.
-        view_probe: experiment whose stage 2 does with egocentric video what stage 1 does with exocentric video.
+        view_probe: variant whose stage 2 does with egocentric video what stage 1 does with exocentric video.
         overrides: ``key=value`` of every run.
     """
 
     prepare: str
     control: str
+    variants: dict[str, Variant]
     regimes: dict[str, Regime]
+    seeds: int = 3
     once: tuple[str, ...] = ("stage0",)
-    names: dict[str, str] = field(default_factory=dict)
     headline: tuple[str, ...] = ("choice", "caption", "qa")
     sweep: Sweep | None = None
     view_probe: str | None = None
     overrides: tuple[str, ...] = ()
 
     def name(self, variant: str) -> str:
-        """Return the title of a variant."""
-        return self.names.get(variant, variant)
+        """Return the title of a variant, or the name of an experiment."""
+        return self.variants[variant].title if variant in self.variants else variant
+
+    def overrides_of(self, variant: str, stage: str) -> list[str]:
+        """Return the overrides of a variant in a stage; those of the variants that it extends come first."""
+        given = self.variants[variant]
+        inherited = self.overrides_of(given.extends, stage) if given.extends else []
+        return [*inherited, *given.overrides, *(given.stage2 if stage == "stage2" else given.stage3)]
 
 
-def read_plan(file: Path) -> Plan:
-    """Read and check a plan.
+def read_plan(file: Path, quick: bool = False) -> Plan:
+    """Read and check a sweep file.
+
+    Args:
+        file: the YAML file.
+        quick: replace keys by those below ``quick``.
 
     Raises:
         ConfigError: there is no such file, a key is unknown or missing, or a name refers to nothing.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        short = content.pop("quick", {})
+        content |= short if quick else {}
+        variants = {name: Variant(**_tuples(given)) for name, given in content["variants"].items()}
         regimes = {name: Regime(**_tuples(given)) for name, given in content["regimes"].items()}
         sweep = Sweep(**_tuples(content["sweep"])) if content.get("sweep") else None
-        plan = Plan(**_tuples(content) | {"regimes": regimes, "sweep": sweep})
+        plan = Plan(**_tuples(content) | {"variants": variants, "regimes": regimes, "sweep": sweep})
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file") from None
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
-    experiments = {name for regime in plan.regimes.values() for name in (*regime.stage2, *regime.stage3)}
-    problems = [
-        f"no experiment {name}"
-        for name in sorted({*experiments, plan.prepare, *filter(None, [plan.view_probe])})
-        if not (file.parent / name / "experiment.yaml").is_file()
-    ]
+    if problems := _problems(plan, file):
+        raise ConfigError(f"{file}: {'; '.join(problems)}")
+    return plan
+
+
+def _problems(plan: Plan, file: Path) -> list[str]:
+    """Return a line for each name in a plan that refers to nothing."""
+    problems = []
+    if not (file.parent / plan.prepare / "experiment.yaml").is_file():
+        problems.append(f"no experiment {plan.prepare}")
+    used = {plan.control, *filter(None, [plan.view_probe, *(v.extends for v in plan.variants.values())])}
+    for regime in plan.regimes.values():
+        used |= {*regime.stage2, *regime.stage3}
+    problems += [f"no variant {name}" for name in sorted(used - plan.variants.keys())]
+    known = list(plan.variants)
+    for name, variant in plan.variants.items():
+        if variant.extends in known and known.index(variant.extends) >= known.index(name):
+            problems.append(f"variants.{name}.extends: {variant.extends} must come before it")
     for name, regime in plan.regimes.items():
         if plan.control not in regime.stage2:
             problems.append(f"regimes.{name}.stage2 lacks the control {plan.control}")
         if regime.stage3 and plan.control not in regime.stage3:
             problems.append(f"regimes.{name}.stage3 lacks the control {plan.control}")
-    if sweep:
-        for name in sweep.points.values():
-            regime_of_point = plan.regimes.get(name)
-            if regime_of_point is None:
-                problems.append(f"sweep.points: no regime {name}")
-            else:
-                lacking = [variant for variant in sweep.variants if variant not in regime_of_point.stage2]
-                problems += [f"regimes.{name}.stage2 lacks {variant} of the sweep" for variant in lacking]
-    if problems:
-        raise ConfigError(f"{file}: {'; '.join(problems)}")
-    return plan
+    for name in plan.sweep.points.values() if plan.sweep else ():
+        if name not in plan.regimes:
+            problems.append(f"sweep.points: no regime {name}")
+            continue
+        for variant_name in plan.sweep.variants if plan.sweep else ():
+            if variant_name not in plan.regimes[name].stage2:
+                problems.append(f"regimes.{name}.stage2 lacks {variant_name} of the sweep")
+    return problems
 
 
 def _tuples(given: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +170,7 @@ class Job:
 
     Attributes:
         group: name of the regime; ``prepared`` or ``views`` for what belongs to none.
-        variant: name of the experiment's folder.
+        variant: name of the variant, or of the experiment that is prepared.
         words: arguments of ``python -m lightning_modules fit``.
         config: the same, resolved.
     """
@@ -161,31 +203,32 @@ def all_jobs(file: Path, plan: Plan, seeds: Sequence[int], out: Path, overrides:
     """Return the runs of a plan as lists: each list needs those before it, and its members are independent.
 
     Args:
-        file: the plan's file; the experiments are next to it.
+        file: the sweep file, which experiments are relative to.
         plan: its content.
         seeds: of the runs. A seed decides the order of samples, dropout, the random start of F and G, and
             which takes are narrated; the validation clips are the same for all.
         out: folder of all runs.
         overrides: ``key=value`` for every run, after the plan's own.
     """
+    experiment = file.parent / plan.prepare
 
-    def job(group: str, variant: str, stage: str, seed: int, more: Sequence[str] = ()) -> Job:
+    def job(group: str, variant: str | None, stage: str, seed: int, more: Sequence[str] = ()) -> Job:
         words = [f"runs={out / group / f'seed{seed}'}", f"seed_everything={seed}"]
-        if group != "prepared":
-            words += [f"handoffs.{stage}={folder}/handoff" for stage, folder in prepared[seed].items()]
+        if variant is not None:
+            words.append(f"experiment=ablations/{variant}")
+            words += [f"handoffs.{earlier}={folder}/handoff" for earlier, folder in prepared[seed].items()]
+            words += plan.overrides_of(variant, stage)
         elif stage == "stage1":
-            words += [f"handoffs.stage0={prepared[seed]['stage0']}/handoff"]
+            words.append(f"handoffs.stage0={prepared[seed]['stage0']}/handoff")
         words += [*plan.overrides, *overrides, *more]
-        experiment = file.parent / variant
-        return Job(
-            group, experiment.name, stage, seed, (str(experiment), stage, *words), compose(experiment, stage, words)
-        )
+        arguments = (str(experiment), stage, *words)
+        return Job(group, variant or experiment.name, stage, seed, arguments, compose(experiment, stage, words))
 
     prepared: dict[int, dict[str, Path]] = {seed: {} for seed in seeds}
     waves: dict[str, list[Job]] = {stage: [] for stage in STAGES}
     for stage in ("stage0", "stage1"):
         for seed in seeds[:1] if stage in plan.once else seeds:
-            waves[stage].append(job("prepared", plan.prepare, stage, seed))
+            waves[stage].append(job("prepared", None, stage, seed))
         for seed in seeds:
             made = next((j for j in waves[stage] if j.seed == seed), waves[stage][0])
             prepared[seed][stage] = made.folder
