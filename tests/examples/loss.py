@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datamodules import ClipBatch
 from lightning_modules import DemonstratorLearnerGuidance, Stage
 from lightning_modules.losses import vtg_loss
+from lightning_modules.stages.guidance import GuidanceFeatures
 
 
 class CosineGuidance(DemonstratorLearnerGuidance):
     """Stage 2 with one more term: the cosine distance of F(x) and y, each averaged over the clip.
 
     Args:
-        cosine_weight: weight of the term.
+        cosine_weight: weight of the term, relative to that of the KL.
         **others: arguments of ``DemonstratorLearnerGuidance``.
     """
 
@@ -25,17 +25,15 @@ class CosineGuidance(DemonstratorLearnerGuidance):
         super().__init__(**others)
         self.cosine_weight = cosine_weight
 
-    def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return the losses of stage 2 and the cosine distance."""
-        losses = super().losses(batch)
-        x = self.model.ego_encoder(batch.ego_video)  # [B, T, h, w, C]
-        mapped = self.model.ego_to_exo(x).mean(dim=(1, 2, 3))
-        with torch.no_grad():  # the demonstrator is frozen
-            y = self.model.exo_encoder(batch.exo_video).mean(dim=(1, 2, 3))
-        distance = 1 - F.cosine_similarity(mapped, y, dim=-1)
-        # Clips that could not be read are in the batch but must not count.
-        losses["cosine"] = self.cosine_weight * distance.where(batch.valid, 0.0).mean()
-        return losses
+    def kl_loss(self, features: GuidanceFeatures, batch: ClipBatch, feature_kl: Tensor) -> Tensor:
+        """Return the KL of features plus the cosine distance."""
+        mapped = features.mapped.mean(dim=(1, 2, 3))  # F(x): [B, T, h, w, C] to [B, C]
+        target = features.exo.mean(dim=(1, 2, 3))  # y, from the frozen demonstrator
+        distance = 1 - F.cosine_similarity(mapped, target, dim=-1)
+        # Clips that could not be read stay in the batch but must not count.
+        distance = distance.where(batch.valid, 0.0).mean()
+        self.step_log["guidance/cosine"] = distance.detach()
+        return feature_kl + self.cosine_weight * distance
 
 
 class LearnerRefinement(Stage):
