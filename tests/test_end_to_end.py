@@ -143,7 +143,7 @@ def test_report_joins_all_stages(finished, capsys):
     assert capsys.readouterr().out == table
 
 
-LOSSES = {"stage0": {"vtg", "words"}, "stage1": {"vtg"}, "stage2": {"vtg", "kl", "cycle"}, "stage3": {"vtg"}}
+LOSSES = {"stage0": {"vtg", "bow"}, "stage1": {"vtg"}, "stage2": {"vtg", "kl", "cycle"}, "stage3": {"vtg"}}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -167,10 +167,10 @@ def test_curves_and_pictures(finished, stage):
         (event,) = events.Scalars(f"val/{view}_choice")
         assert event.step == 2
         assert event.value == pytest.approx(manifest["metrics"][f"val/{view}_choice"])
-    (picture,) = events.Images("held_out/clips")
-    assert picture.height % tiny.SIZE == 0 and picture.width == 2 * tiny.FRAMES * tiny.SIZE
-    assert "held_out/answers/text_summary" in tags["tensors"]
-    table = events.Tensors("held_out/answers/text_summary")[0].tensor_proto.string_val[0].decode()
+    (image,) = events.Images("validation/clips")
+    assert image.height % tiny.SIZE == 0 and image.width == 2 * tiny.FRAMES * tiny.SIZE
+    assert "validation/answers/text_summary" in tags["tensors"]
+    table = events.Tensors("validation/answers/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "Describe the video." in table and "Camera-wearer" in table
 
 
@@ -201,7 +201,7 @@ def test_a_changed_configuration_is_refused(finished, toy_world, capsys):
     assert contents(finished) == before
 
 
-def test_force_trains_anew(runs, toy_world):
+def test_force_trains_from_scratch(runs, toy_world):
     folder = runs / "toy" / "stage1"
     before = weights(folder)
     assert main([*arguments("stage1", toy_world, runs, "trainer.max_steps=3"), "--force"]) == 0
@@ -215,7 +215,7 @@ def test_force_trains_anew(runs, toy_world):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2]  # no curve of the runs before
 
 
-def test_a_stage_whose_start_was_trained_anew_is_refused(runs, toy_world, capsys):
+def test_a_stage_whose_initial_weights_changed_is_refused(runs, toy_world, capsys):
     changed = "model.init_args.optim.learning_rate=1e-4"
     assert main([*arguments("stage1", toy_world, runs, changed), "--force"]) == 0
     before = contents(runs / "toy" / "stage2")
@@ -348,7 +348,10 @@ def test_a_handoff_that_cannot_be_written_costs_no_step(runs, toy_world, monkeyp
         patched.setattr(handoff, "save_file", full)
         assert main([*arguments("stage2", toy_world, runs), "--force"]) == 2
     shown = capsys.readouterr().err.splitlines()[-1]
-    assert shown.startswith(f"error: hand-off {folder}/handoff: could not be written (") and "No space left" in shown
+    assert (
+        shown.startswith(f"error: {folder}/handoff: the stage weights could not be written (")
+        and "No space left" in shown
+    )
     assert newest(folder / "checkpoints").name == "0000002"
     assert main(arguments("stage2", toy_world, runs)) == 0
     assert equal(weights(folder), written)
