@@ -51,7 +51,7 @@ UNKNOWN = [
         "clips.num_frame=3",
         r"clips.num_frame: no such key in clips, allowed: num_frames, image_size, frame_fit$",
     ),
-    ("stage0", "model.init_args.word_weight=3", r"model.init_args.word_weight: no such key .*\bwords_weight\b"),
+    ("stage0", "model.init_args.word_weight=3", r"model.init_args.word_weight: no such key .*\bbow_weight\b"),
     ("stage0", "model.init_args.optim.lr=3", r"model.init_args.optim.lr: no such key .*\blearning_rate\b"),
     ("stage2", "model.init_args.kl.axes=channel", r"model.init_args.kl.axes: no such key .*\baxis\b"),
     ("stage1", "data.init_args.view=exo", r"data.init_args.view: no such key .*\bviews\b"),

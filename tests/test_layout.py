@@ -125,11 +125,13 @@ def test_losses_take_tensors_only():
 
 
 def test_stages_do_not_know_each_other_nor_how_data_is_read():
-    assert len(STAGES) == 4
+    assert len(STAGES) == 5
     modules = {f"lightning_modules.stages.{file.stem}" for file in STAGES}
     for file in STAGES:
         names = imports(file)
-        assert not {name for name in names for module in modules if name.startswith(module)}, file
+        # A variant of a stage is a subclass in a file of its own.
+        parents = {"answer_guidance": {"lightning_modules.stages.guidance"}}.get(file.stem, set())
+        assert {module for module in modules if any(name.startswith(f"{module}.") for name in names)} == parents, file
         assert all(name.startswith("datamodules.batch.") for name in names if name.startswith("datamodules")), file
         assert "omegaconf" not in roots(file), file
 
