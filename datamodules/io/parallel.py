@@ -68,7 +68,9 @@ def parallel_map(
         return [function(item) for item in tqdm(items, **bar)]
     results: dict[int, Result] = {}
     task = partial(_apply_numbered, function)
-    for (number, _), outcome in tqdm(run_tasks(task, enumerate(items), workers), **bar):
+    module = (function.func if isinstance(function, partial) else function).__module__
+    preload = [] if module == "__main__" else [module]
+    for (number, _), outcome in tqdm(run_tasks(task, enumerate(items), workers, preload=preload), **bar):
         if isinstance(outcome, Failure):
             raise outcome.error or RuntimeError(f"{description}: {outcome.kind}: {outcome.reason}")
         results[number] = outcome
