@@ -363,18 +363,18 @@ BAD = {
         CHOICES[0],
         (),
         [
-            ({"letters": [[-1.0], [-2.0, -3.0]]}, "field 'letters' is .*, expected a list of numbers"),
-            ({"letters": [-1.0, -2.0]}, "field 'letters' is .*, expected a list of lists of numbers"),
+            ({"letters": [[-1.0], [-2.0, -3.0]]}, "field 'letters' has rotations of different lengths"),
+            ({"letters": [-1.0, -2.0]}, r"field 'letters\[0\]' is -1.0, expected a valid list"),
             ({"letters": [[-1.0, -2.0, -3.0]] * 2}, "field 'letters' has 2 rotations of 3 options, expected 1 or 3"),
-            ({"letters": [[-1.0, float("nan")]]}, "field 'letters' holds a number that is not finite"),
+            ({"letters": [[-1.0, float("nan")]]}, r"field 'letters\[0\]\[1\]' is nan, expected a finite number"),
             ({"likelihood": [-1.0]}, "field 'likelihood' has 1 numbers, expected 2, one for each option"),
             ({"answer": 2}, "field 'answer' is 2, expected a number from 0 to 1"),
-            ({"answer": "A"}, "field 'answer' is 'A', expected a number from 0 to 1"),
-            ({"answer": True}, "field 'answer' is True, expected a number from 0 to 1"),
-            ({"groups": "seen"}, "field 'groups' is 'seen', expected a list of texts"),
+            ({"answer": "A"}, "field 'answer' is 'A', expected a whole number"),
+            ({"answer": True}, "field 'answer' is True, expected a whole number"),
+            ({"groups": "seen"}, "field 'groups' is 'seen', 'str' instances are not allowed"),
             ({"options": ["a"]}, "field 'options' has 1 texts, expected 2"),
-            ({"id": 7}, "field 'id' is 7, expected text"),
-            ({"letters": None}, "field 'letters' is None, expected a list"),
+            ({"id": 7}, "field 'id' is 7, expected a text"),
+            ({"letters": None}, "field 'letters' is None, expected a valid list"),
         ],
     ),
     "vocabulary": (
@@ -382,8 +382,8 @@ BAD = {
         VOCABULARY,
         [
             ({"scores": [-1.0]}, "field 'scores' has 1 numbers, expected 3, one for each line of the texts file"),
-            ({"priors": ["x"] * 3}, "field 'priors' is .*, expected a list of numbers"),
-            ({"answer": 3}, "field 'answer' is 3, expected text"),
+            ({"priors": ["x"] * 3}, r"field 'priors\[0\]' is 'x', expected a valid number"),
+            ({"answer": 3}, "field 'answer' is 3, expected a text"),
         ],
     ),
     "rank_texts": (
@@ -392,7 +392,7 @@ BAD = {
         [
             ({"labels": {"classes": [9]}}, r"field 'labels' has classes \[9\] that no text has: fix either file"),
             ({"labels": {"class": 1}}, "labels: field 'classes' is missing"),
-            ({"labels": [1]}, r"field 'labels' is \[1\], expected an object"),
+            ({"labels": [1]}, r"field 'labels' is \[1\], expected a valid dictionary"),
         ],
     ),
     "rank_clips": (
@@ -428,7 +428,7 @@ def test_rows_and_header_that_disagree_are_named():
         score(header("choice", 4, missing={"q0": "gone"}), CHOICES)
     with pytest.raises(ValueError, match="header: field 'task' is 'guess', expected one of choice, open, vocabulary"):
         score(header("guess", 4), CHOICES)
-    with pytest.raises(ValueError, match="header: field 'total' is '4', expected the number of samples"):
+    with pytest.raises(ValueError, match="header: field 'total' is '4', expected a whole number"):
         score(header("choice", "4"), CHOICES)
     with pytest.raises(ValueError, match="toy: task is rank_texts, and the texts file is missing or empty"):
         score(header("rank_texts", 4), [])

@@ -30,8 +30,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from datamodules.io.jsonl import require
-from lightning_modules.egobench.fields import Row, read_text
+from pydantic import Field, TypeAdapter
+
+from datamodules.io.validate import Record, validate
+from lightning_modules.egobench.fields import Row
 from lightning_modules.egobench.metrics import Estimate
 
 
@@ -57,6 +59,19 @@ class Score:
     unit: Literal["share", "points"] = "share"
 
 
+class HeaderRecord(Record):
+    """Content of a header file."""
+
+    benchmark: str
+    task: str
+    total: int = Field(ge=1)
+    missing: dict[str, str] = {}
+    settings: dict[str, Any] = {}
+
+
+_HEADER = TypeAdapter(HeaderRecord)
+
+
 @dataclass(frozen=True)
 class Header:
     """Description of a whole predictions file; the attributes are the fields of its JSON."""
@@ -74,17 +89,8 @@ class Header:
         Raises:
             ValueError: a field is missing or of another type.
         """
-        total = require(dict(record), "total", where)
-        if isinstance(total, bool) or not isinstance(total, int) or total < 1:
-            raise ValueError(
-                f"{where}: field 'total' is {total!r}, expected the number of samples in the official file"
-            )
-        missing, settings = record.get("missing", {}), record.get("settings", {})
-        for name, value in (("missing", missing), ("settings", settings)):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{where}: field {name!r} is {type(value).__name__}, expected an object")
-        benchmark, task = read_text(record, "benchmark", where), read_text(record, "task", where)
-        return cls(benchmark, task, total, missing, settings)
+        parsed = validate(_HEADER, record, where)
+        return cls(parsed.benchmark, parsed.task, parsed.total, parsed.missing, parsed.settings)
 
     def score(
         self,

@@ -6,13 +6,27 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from datamodules.batch import Request
 from datamodules.egobench.requests import RequestEncoder
 from datamodules.egobench.samples import Sample
-from lightning_modules.egobench.fields import PlacedRow, Row, read_answer, read_array, read_text, read_texts
+from datamodules.io.validate import Record, validate
+from lightning_modules.egobench.fields import Index, Numbers, PlacedRow, Row, check_answer
 from lightning_modules.egobench.scores import Header, Score
 from lightning_modules.egobench.tasks.base import Prediction, Result, Task, accuracies
+
+
+class ClipChoiceRow(Record):
+    """A row of ``ClipChoice``."""
+
+    id: str
+    groups: Sequence[str]
+    answer: Index
+    scores: Numbers
+
+
+_ROW = TypeAdapter(ClipChoiceRow)
 
 
 class ClipChoice(Task):
@@ -37,14 +51,14 @@ class ClipChoice(Task):
 
     def parse(self, row: Row, where: str, candidates: Sequence[PlacedRow]) -> Prediction:
         """Validate a row."""
-        scores = read_array(row, "scores", where, np.float64)[None]
-        groups = read_texts(row, "groups", where)
-        if not groups:
+        parsed = validate(_ROW, row, where)
+        if not parsed.groups:
             raise ValueError(
                 f"{where}: field 'groups' is empty, and only groups are scored: name the sample's, such as inter"
             )
-        answer = read_answer(row, where, scores.shape[1])
-        return Prediction(read_text(row, "id", where), where, groups, answer, {"scores": scores})
+        check_answer(parsed.answer, len(parsed.scores), where)
+        scores = np.asarray(parsed.scores, dtype=np.float64)[None]
+        return Prediction(parsed.id, where, parsed.groups, parsed.answer, {"scores": scores})
 
     def score(self, header: Header, predictions: Sequence[Prediction], candidates: Sequence[PlacedRow]) -> list[Score]:
         """Compute the scores described above."""

@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from datamodules.batch import Request
 from datamodules.egobench.requests import RequestEncoder
 from datamodules.egobench.samples import Sample
-from datamodules.io.jsonl import require
-from lightning_modules.egobench.fields import PlacedRow, Row, read_answer, read_array, read_text, read_texts
+from datamodules.io.validate import Record, validate
+from lightning_modules.egobench.fields import Index, Numbers, PlacedRow, Row, check_answer, to_array
 from lightning_modules.egobench.metrics import Estimate, binomial_error, normalise_answer, option_log_p
 from lightning_modules.egobench.scores import Header, Score
 from lightning_modules.egobench.tasks.base import Prediction, Result, Task, accuracies, requested
 
 CROSS_CHECK_TOKENS = 8
+
+
+class ChoiceRow(Record):
+    """A row of ``MultipleChoice``."""
+
+    id: str
+    groups: Sequence[str]
+    answer: Index | None
+    letters: Annotated[list[Numbers], Field(min_length=1)]
+    likelihood: Numbers | None = None
+    options: Sequence[str] = ()
+    said: str | None = None
+
+
+_ROW = TypeAdapter(ChoiceRow)
 
 
 class MultipleChoice(Task):
@@ -53,27 +69,28 @@ class MultipleChoice(Task):
 
     def parse(self, row: Row, where: str, candidates: Sequence[PlacedRow]) -> Prediction:
         """Validate a row."""
-        letters = read_array(row, "letters", where, np.float64, dimensions=2)
+        parsed = validate(_ROW, row, where)
+        lengths = {len(rotation) for rotation in parsed.letters}
+        if len(lengths) != 1:
+            raise ValueError(f"{where}: field 'letters' has rotations of different lengths: evaluate the sample again")
+        letters = np.asarray(parsed.letters, dtype=np.float64)
         try:
             option_log_p(letters)
         except ValueError as error:
             raise ValueError(f"{where}: field 'letters' has {error}: evaluate the sample again") from None
-        count = letters.shape[1]
+        (count,) = lengths
         scores = {"letters": letters}
-        if "likelihood" in row:
-            likelihood = read_array(row, "likelihood", where, np.float64, count, "one for each option")
+        if parsed.likelihood is not None:
+            likelihood = to_array(parsed.likelihood, "likelihood", where, np.float64, count, "one for each option")
             scores["likelihood"] = likelihood[None]
-        options = read_texts(row, "options", where) if "options" in row else []
-        if options and len(options) != count:
+        if parsed.options and len(parsed.options) != count:
             raise ValueError(
-                f"{where}: field 'options' has {len(options)} texts, expected {count}: evaluate the sample again"
+                f"{where}: field 'options' has {len(parsed.options)} texts, expected {count}: evaluate the sample again"
             )
-        texts = {"said": read_text(row, "said", where)} if "said" in row else {}
-        answer = require(dict(row), "answer", where)
-        if answer is not None:
-            answer = read_answer(row, where, count)
-        groups = read_texts(row, "groups", where)
-        return Prediction(read_text(row, "id", where), where, groups, answer, scores, texts, options)
+        if parsed.answer is not None:
+            check_answer(parsed.answer, count, where)
+        texts = {} if parsed.said is None else {"said": parsed.said}
+        return Prediction(parsed.id, where, parsed.groups, parsed.answer, scores, texts, parsed.options)
 
     def score(self, header: Header, predictions: Sequence[Prediction], candidates: Sequence[PlacedRow]) -> list[Score]:
         """Compute the scores described above."""

@@ -5,15 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from pydantic import TypeAdapter
+
 from datamodules.batch import Request
 from datamodules.egobench.requests import RequestEncoder
 from datamodules.egobench.samples import Sample
-from lightning_modules.egobench.fields import PlacedRow, Row, read_text, read_texts
+from datamodules.io.validate import Record, validate
+from lightning_modules.egobench.fields import PlacedRow, Row
 from lightning_modules.egobench.metrics import Estimate, OpenAnswers, majority, normalise_answer
 from lightning_modules.egobench.scores import Header, Score
 from lightning_modules.egobench.tasks.base import Prediction, Result, Task, requested
 
 ANSWER_TOKENS = 32
+
+
+class OpenRow(Record):
+    """A row of ``OpenEnded``."""
+
+    id: str
+    groups: Sequence[str]
+    question: str
+    answer: str
+    prediction: str
+
+
+_ROW = TypeAdapter(OpenRow)
 
 
 class OpenEnded(Task):
@@ -37,9 +53,9 @@ class OpenEnded(Task):
 
     def parse(self, row: Row, where: str, candidates: Sequence[PlacedRow]) -> Prediction:
         """Validate a row."""
-        texts = {name: read_text(row, name, where) for name in ("question", "answer", "prediction")}
-        groups = read_texts(row, "groups", where)
-        return Prediction(read_text(row, "id", where), where, groups, texts["answer"], texts=texts)
+        parsed = validate(_ROW, row, where)
+        texts = {"question": parsed.question, "answer": parsed.answer, "prediction": parsed.prediction}
+        return Prediction(parsed.id, where, parsed.groups, parsed.answer, texts=texts)
 
     def score(self, header: Header, predictions: Sequence[Prediction], candidates: Sequence[PlacedRow]) -> list[Score]:
         """Compute the scores described above."""

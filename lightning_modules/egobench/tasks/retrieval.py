@@ -8,25 +8,60 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from datamodules.batch import Request
 from datamodules.egobench.requests import RequestEncoder
 from datamodules.egobench.samples import Sample
-from datamodules.io.jsonl import require
-from lightning_modules.egobench.fields import (
-    PlacedRow,
-    Row,
-    read_array,
-    read_label,
-    read_label_list,
-    read_labels,
-    read_text,
-)
+from datamodules.io.validate import Record, validate
+from lightning_modules.egobench.fields import Index, Numbers, PlacedRow, Row, to_array
 from lightning_modules.egobench.metrics import ClassAveragePrecision, Estimate, MultiInstanceRetrieval
 from lightning_modules.egobench.scores import Header, Score
 from lightning_modules.egobench.tasks.base import Prediction, Result, Task, requested
 from lightning_modules.egobench.tasks.vocabulary import PER_CANDIDATE
+
+
+class RetrievalRow(Record):
+    """A row of ``TextRetrieval``."""
+
+    id: str
+    labels: dict[str, Any]
+    scores: Numbers
+
+
+class RetrievalText(Record):
+    """A row of the texts file."""
+
+    labels: dict[str, Any]
+    prior: float | None
+
+
+class ClipClasses(Record):
+    """Labels of a clip of Charades-Ego."""
+
+    classes: list[Index]
+
+
+class TextClass(Record):
+    """Labels of a class of Charades-Ego."""
+
+    class_: Index = Field(alias="class")
+
+
+class VerbAndNouns(Record):
+    """Labels of a clip or caption of EPIC-KITCHENS MIR."""
+
+    verb: Index
+    nouns: list[Index]
+
+
+_ROW, _TEXT = TypeAdapter(RetrievalRow), TypeAdapter(RetrievalText)
+_CLIP_CLASSES, _TEXT_CLASS, _VERB_AND_NOUNS = (
+    TypeAdapter(ClipClasses),
+    TypeAdapter(TextClass),
+    TypeAdapter(VerbAndNouns),
+)
 
 
 class TextRetrieval(Task):
@@ -58,14 +93,15 @@ class TextRetrieval(Task):
 
     def parse(self, row: Row, where: str, candidates: Sequence[PlacedRow]) -> Prediction:
         """Validate a row."""
-        scores = read_array(row, "scores", where, np.float32, len(candidates), PER_CANDIDATE)
-        name, labels = read_text(row, "id", where), read_labels(row, where)
-        return Prediction(name, where, scores={"scores": scores}, labels=labels)
+        parsed = validate(_ROW, row, where)
+        scores = to_array(parsed.scores, "scores", where, np.float32, len(candidates), PER_CANDIDATE)
+        return Prediction(parsed.id, where, scores={"scores": scores}, labels=parsed.labels)
 
     def score(self, header: Header, predictions: Sequence[Prediction], candidates: Sequence[PlacedRow]) -> list[Score]:
         """Compute the scores described above."""
-        labels = [read_labels(row, where) for where, row in candidates]
-        prior = _priors(candidates)
+        texts = [validate(_TEXT, row, where) for where, row in candidates]
+        labels = [text.labels for text in texts]
+        prior = _priors([text.prior for text in texts], candidates)
         likelihood = torch.from_numpy(np.stack([each.scores["scores"] for each in predictions]))
         measure = _score_classes if "class" in labels[0] else _score_retrieval
 
@@ -85,16 +121,12 @@ class TextRetrieval(Task):
         return scores
 
 
-def _priors(candidates: Sequence[PlacedRow]) -> Tensor | None:
-    """Return the prior of each candidate, float64 [C]; None if they have none.
+def _priors(priors: Sequence[float | None], candidates: Sequence[PlacedRow]) -> Tensor | None:
+    """Return the priors of the candidates, float64 [C]; None if they have none.
 
     Raises:
         ValueError: only some of them have one.
     """
-    priors: list[float | None] = []
-    for where, row in candidates:
-        value = require(dict(row), "prior", where)
-        priors.append(None if value is None else float(read_array({"prior": [value]}, "prior", where, np.float64)[0]))
     missing = [where for (where, _), prior in zip(candidates, priors, strict=True) if prior is None]
     if len(missing) == len(candidates):
         return None
@@ -108,13 +140,15 @@ def _priors(candidates: Sequence[PlacedRow]) -> Tensor | None:
 def _score_classes(
     values: Tensor, predictions: Sequence[Prediction], candidates: Sequence[PlacedRow], labels: Sequence[Row]
 ) -> dict[str, Estimate]:
-    classes = [read_label(label, "class", where) for (where, _), label in zip(candidates, labels, strict=True)]
+    classes = []
+    for (where, _), label in zip(candidates, labels, strict=True):
+        classes.append(validate(_TEXT_CLASS, label, f"{where} labels").class_)
     column = {number: position for position, number in enumerate(classes)}
     if len(column) < len(classes):
         raise ValueError(f"{candidates[0][0]}: field 'labels' gives a class to two texts: remove one")
     target = torch.zeros(len(predictions), len(classes), dtype=torch.bool)
     for row, each in enumerate(predictions):
-        present = read_label_list(each.labels, "classes", each.where)
+        present = validate(_CLIP_CLASSES, each.labels, f"{each.where} labels").classes
         unknown = [number for number in present if number not in column]
         if unknown:
             raise ValueError(f"{each.where}: field 'labels' has classes {unknown} that no text has: fix either file")
@@ -133,12 +167,14 @@ def _score_retrieval(
 ) -> dict[str, Estimate]:
     text_verbs, text_nouns = [], []
     for (where, _), label in zip(candidates, labels, strict=True):
-        text_verbs.append(read_label(label, "verb", where))
-        text_nouns.append(read_label_list(label, "nouns", where))
+        parsed = validate(_VERB_AND_NOUNS, label, f"{where} labels")
+        text_verbs.append(parsed.verb)
+        text_nouns.append(parsed.nouns)
     clip_verbs, clip_nouns = [], []
     for each in predictions:
-        clip_verbs.append(read_label(each.labels, "verb", each.where))
-        clip_nouns.append(read_label_list(each.labels, "nouns", each.where))
+        parsed = validate(_VERB_AND_NOUNS, each.labels, f"{each.where} labels")
+        clip_verbs.append(parsed.verb)
+        clip_nouns.append(parsed.nouns)
     num_nouns = 1 + max((noun for nouns in (*clip_nouns, *text_nouns) for noun in nouns), default=0)
     metric = MultiInstanceRetrieval(text_verbs, text_nouns, num_nouns, alone=True)
     metric.update(torch.arange(len(predictions)), values, clip_verbs, clip_nouns)

@@ -7,17 +7,40 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from datamodules.batch import Request
 from datamodules.egobench.requests import RequestEncoder
 from datamodules.egobench.samples import Sample
-from lightning_modules.egobench.fields import PlacedRow, Row, read_array, read_text, read_texts
+from datamodules.io.validate import Record, validate
+from lightning_modules.egobench.fields import Numbers, PlacedRow, Row, to_array
 from lightning_modules.egobench.metrics import ChoiceAccuracy, majority, normalise_answer
 from lightning_modules.egobench.scores import Header, Score
 from lightning_modules.egobench.tasks.base import Prediction, Result, Task, requested
 from lightning_modules.egobench.tasks.open_ended import ANSWER_TOKENS, text_estimates
 
 PER_CANDIDATE = "one for each line of the texts file"
+
+
+class VocabularyRow(Record):
+    """A row of ``Vocabulary``."""
+
+    id: str
+    groups: Sequence[str]
+    question: str
+    answer: str
+    scores: Numbers
+    priors: Numbers
+    prediction: str | None = None
+
+
+class VocabularyText(Record):
+    """A row of the texts file."""
+
+    text: str
+
+
+_ROW, _TEXT = TypeAdapter(VocabularyRow), TypeAdapter(VocabularyText)
 
 
 class Vocabulary(Task):
@@ -50,18 +73,20 @@ class Vocabulary(Task):
 
     def parse(self, row: Row, where: str, candidates: Sequence[PlacedRow]) -> Prediction:
         """Validate a row."""
-        scores = {}
-        for name in ("scores", "priors"):
-            scores[name] = read_array(row, name, where, np.float32, len(candidates), PER_CANDIDATE)
-        texts = {name: read_text(row, name, where) for name in ("question", "answer")}
-        if "prediction" in row:
-            texts["prediction"] = read_text(row, "prediction", where)
-        groups = read_texts(row, "groups", where)
-        return Prediction(read_text(row, "id", where), where, groups, texts["answer"], scores, texts)
+        parsed = validate(_ROW, row, where)
+        count = len(candidates)
+        scores = {
+            "scores": to_array(parsed.scores, "scores", where, np.float32, count, PER_CANDIDATE),
+            "priors": to_array(parsed.priors, "priors", where, np.float32, count, PER_CANDIDATE),
+        }
+        texts = {"question": parsed.question, "answer": parsed.answer}
+        if parsed.prediction is not None:
+            texts["prediction"] = parsed.prediction
+        return Prediction(parsed.id, where, parsed.groups, parsed.answer, scores, texts)
 
     def score(self, header: Header, predictions: Sequence[Prediction], candidates: Sequence[PlacedRow]) -> list[Score]:
         """Compute the scores described above."""
-        vocabulary = [read_text(row, "text", where) for where, row in candidates]
+        vocabulary = [validate(_TEXT, row, where).text for where, row in candidates]
         index_of = {text: index for index, text in enumerate(vocabulary)}
         if len(index_of) < len(vocabulary):
             raise ValueError(f"{header.benchmark}: the texts file holds a text twice: remove one")
