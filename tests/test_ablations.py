@@ -297,8 +297,8 @@ def test_what_is_not_whole_or_of_another_configuration_is_not_finished(waves):
     assert not is_finished(job)
 
 
-def test_what_started_from_other_hand_offs_than_there_are_is_not_finished(waves):
-    """As after training stage 1 anew: its runs of stage 2 would be shown as if they came from it."""
+def test_a_run_that_started_from_other_stage_weights_is_not_finished(waves):
+    """When stage 1 is trained again, its old runs of stage 2 must not be shown as if they came from it."""
     stage1 = next(job for job in waves[1] if job.seed == 0)
     runs = [next(job for job in waves[2] if (job.group, job.seed) == ("few", seed)) for seed in (0, 1)]
     for job in (*waves[0], *waves[1], *runs):
@@ -496,7 +496,7 @@ def test_a_part_at_rate_0_does_not_count_as_trained(waves, monkeypatch):
 
 
 def cells(text, title, *first):
-    """Of the row that begins with ``first``, in the table below ``title``."""
+    """Return the cells of the row that begins with ``first``, in the table below ``title``."""
     table = text.split(f"{title}\n", 1)[1].lstrip("\n").split("\n\n")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     (row,) = [row for row in rows if tuple(row[: len(first)]) == first]

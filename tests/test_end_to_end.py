@@ -147,7 +147,7 @@ LOSSES = {"stage0": {"vtg", "bow"}, "stage1": {"vtg"}, "stage2": {"vtg", "kl", "
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_curves_and_pictures(finished, stage):
+def test_curves_and_images(finished, stage):
     events = EventAccumulator(str(finished / "toy" / stage))
     events.Reload()
     tags = events.Tags()
@@ -291,8 +291,8 @@ def test_a_killed_stage_goes_on_where_it_stopped(runs, toy_world, tmp_path, caps
     ).read_bytes()
 
 
-def test_how_a_run_is_run_may_change_when_it_goes_on(runs, toy_world, capsys):
-    """Other micro-batches, checkpoints, threads and pictures, but not how long texts may be."""
+def test_settings_that_do_not_change_results_may_differ_when_a_run_resumes(runs, toy_world, capsys):
+    """Other micro-batches, checkpoints, threads and sample panels, but not the longest text."""
     folder = runs / "toy" / "stage1"
     shutil.rmtree(folder)
     assert main(arguments("stage1", toy_world, runs, "trainer.max_steps=4")) == 0
@@ -437,7 +437,7 @@ def test_ablations_train_from_the_stages_before(finished, toy_world, tmp_path, n
 
 
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
-def test_one_stream_alone_is_answered_beside_the_run(runs, toy_world, stage):
+def test_each_visual_input_alone_is_evaluated_next_to_the_run(runs, toy_world, stage):
     before = contents(runs / "toy" / stage)
     assert main([*arguments(stage, toy_world, runs, command="evaluate"), "--single-inputs"]) == 0
     assert (runs / "toy" / stage / "metrics.json").read_bytes() == before[runs / "toy" / stage / "metrics.json"][1]
@@ -455,7 +455,7 @@ def test_one_stream_alone_is_answered_beside_the_run(runs, toy_world, stage):
     assert len(set(losses.values())) == 3
 
 
-def test_what_is_trained_anew_answers_by_one_stream_anew(runs, toy_world):
+def test_a_stage_trained_again_answers_again_by_each_visual_input(runs, toy_world):
     def losses():
         files = [runs / "toy" / f"reads_{reads}" / "stage2" / "metrics.json" for reads in ("ego", "mapped")]
         return [json.loads(file.read_text())["metrics"]["ego_loss"] for file in files]

@@ -29,7 +29,7 @@ WORDS = {
     "data set": (r"data sets?", "dataset"),
     "exam": (r"exams?|examiners?|sittings?", "Instance, Request, Evaluator"),
     "funnel": (r"funnels?|tally|tallies", "filter statistics, counts"),
-    "words_loss": (r"words_(loss|weight)", "bag-of-words loss, bow_weight"),
+    "words_loss": (r"(?<!of_)words_(loss|weight)", "bag-of-words loss, bow_weight"),
     "wording": (r"wordings?|worded|as_written|prompt_level", "prompt fields, rendered, raw, prompt style"),
     "learner_reads": (r"learner_reads", "visual_inputs"),
     "skipped": (r"(max_)?skipped_share", "max_corrupt_fraction"),
@@ -47,6 +47,11 @@ EXCEPTIONS: dict[tuple[str, str], int] = {
     ("lightning_modules/config.py", "wording"): 4,  # the old name of a key
     ("tests/test_config.py", "wording"): 3,  # the same
     ("lightning_modules/config.py", "skipped"): 1,  # the old name of a key
+    ("lightning_modules/config.py", "words_loss"): 1,  # the old name of a key
+    ("lightning_modules/config.py", "learner_reads"): 3,  # the old name of a key
+    ("tests/test_config.py", "learner_reads"): 2,  # the same
+    ("datamodules/ego_exo_clip/index.py", "funnel"): 2,  # a key of index files that exist
+    ("tests/test_conversations.py", "wording"): 1,  # a field of record files that exist
     ("datamodules/egobench/egomcq.py", "wording"): 2,  # the old name of a key, and of its value
     ("tests/test_egobench_loaders.py", "wording"): 3,  # the same
 }
@@ -125,17 +130,9 @@ RULES["what"] = "the noun itself: 'the output', not 'what it gives'"
 
 # Files that have not had their pass yet: uses left in each area, which may only become fewer.
 LEFT: dict[str, dict[str, int]] = {
-    "anew": {"experiments": 1, "tests": 5},
-    "beside": {"tests": 1},
-    "picture": {"tests": 5},
-    "hand-off": {"tests": 2},
-    "funnel": {"datamodules": 2},
-    "words_loss": {"lightning_modules": 3, "tests": 3},
-    "wording": {"tests": 1},
-    "learner_reads": {"lightning_modules": 3, "tests": 2},
-    "names": {"tests": 1},
-    "first line": {"tests": 4},
-    "what": {"experiments": 1},
+    "hand-off": {"tests": 1},
+    "words_loss": {"tests": 1},
+    "first line": {"tests": 1},
 }
 
 

@@ -1,4 +1,4 @@
-"""How runs are started on clusters: torchrun, and SLURM by the example script."""
+"""Starting runs on clusters: torchrun, and SLURM with the example script."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ ROOT = tiny.EXPERIMENTS.parent
 
 
 @pytest.mark.parametrize(("status", "requeued"), [(0, []), (2, []), (STOPPED, ["requeue 7"])])
-def test_the_slurm_script_requeues_a_stage_that_was_told_to_stop(tmp_path, status, requeued):
+def test_the_slurm_script_requeues_a_stage_that_was_asked_to_stop(tmp_path, status, requeued):
     """srun and scontrol are small scripts that note how they were called."""
     for name, end in (("srun", f"exit {status}"), ("scontrol", "")):
         (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/{name}.txt\n{end}\n')
