@@ -30,7 +30,7 @@ class ChoiceRow(Record):
     letters: Annotated[list[Numbers], Field(min_length=1)]
     likelihood: Numbers | None = None
     options: Sequence[str] = ()
-    said: str | None = None
+    generated: str | None = Field(default=None, alias="said")
 
 
 _ROW = TypeAdapter(ChoiceRow)
@@ -89,7 +89,7 @@ class MultipleChoice(Task):
             )
         if parsed.answer is not None:
             check_answer(parsed.answer, count, where)
-        texts = {} if parsed.said is None else {"said": parsed.said}
+        texts = {} if parsed.generated is None else {"said": parsed.generated}
         return Prediction(parsed.id, where, parsed.groups, parsed.answer, scores, texts, parsed.options)
 
     def score(self, header: Header, predictions: Sequence[Prediction], candidates: Sequence[PlacedRow]) -> list[Score]:
