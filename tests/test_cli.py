@@ -1,4 +1,4 @@
-"""What a user gets wrong, through the command line: one line that says what to change, and exit status 2."""
+"""Wrong input on the command line gives one line that names the change to make, and exit status 2."""
 
 import json
 import re
@@ -136,7 +136,7 @@ def test_report_without_results(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path}: no stage has been evaluated: run `make stage1` first\n"
 
 
-# ----------------------------------------------------------------------------------------------------------- hand-off
+# ------------------------------------------------------------------------------------------------------ stage weights
 
 
 @pytest.mark.parametrize(("stage", "needed"), [("stage1", "stage0"), ("stage2", "stage1"), ("stage3", "stage2")])
