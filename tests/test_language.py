@@ -50,7 +50,6 @@ EXCEPTIONS: dict[tuple[str, str], int] = {
     ("lightning_modules/config.py", "words_loss"): 1,  # the old name of a key
     ("lightning_modules/config.py", "learner_reads"): 3,  # the old name of a key
     ("tests/test_config.py", "learner_reads"): 2,  # the same
-    ("lightning_modules/egobench/tasks/multiple_choice.py", "names"): 3,  # a key of prediction files that exist
     ("datamodules/ego_exo_clip/index.py", "funnel"): 2,  # a key of index files that exist
     ("tests/test_conversations.py", "wording"): 1,  # a field of record files that exist
     ("datamodules/egobench/egomcq.py", "wording"): 2,  # the old name of a key, and of its value
