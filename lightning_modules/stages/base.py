@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batch import IGNORE_INDEX, BenchmarkBatch, ClipBatch, QuestionBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, BenchmarkBatch, ClipBatch, QuestionBatch
 from datamodules.text import load_tokenizer
 from lightning_modules.compat import attached_trainer
 from lightning_modules.egobench.evaluator import Evaluator
@@ -303,10 +303,6 @@ class Stage(L.LightningModule, ABC):
     def evaluator(self) -> QAEvaluator:
         """Answers validation questions with the model as it is."""
         return QAEvaluator(self.model, self.tokenizer, self.views)
-
-    def generate(self, prompts: TextBatch, visual: Tensor) -> list[str]:
-        """Answer R prompts about float [R, N, D] greedily."""
-        return self.evaluator.generate(prompts, visual)
 
     def on_validation_epoch_start(self) -> None:
         """Discard earlier results."""
