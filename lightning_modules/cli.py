@@ -56,6 +56,13 @@ def show(options: argparse.Namespace) -> None:
     build(config)
 
 
+def keys(options: argparse.Namespace) -> None:
+    """Print the help of all keys of a stage, with the arguments of its class and of its datamodule."""
+    from lightning_modules.run import print_keys
+
+    print_keys(_compose(options))
+
+
 def plan(options: argparse.Namespace) -> None:
     """Print parameters, memory, operations and hours of the stages, without allocating anything.
 
@@ -110,7 +117,7 @@ def score(options: argparse.Namespace) -> None:
     evaluation.report(options.runs)
 
 
-VERBS = {verb.__name__: verb for verb in (fit, evaluate, show, plan, consolidate, report, score)}
+VERBS = {verb.__name__: verb for verb in (fit, evaluate, show, keys, plan, consolidate, report, score)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""Experiment folders to one configuration: fragments laid over each other, then resolved once.
+"""Compose the configuration of a stage from the layers of an experiment, and resolve it once.
 
-An experiment is a folder with ``experiment.yaml`` and any of ``stage0.yaml`` to ``stage3.yaml``. Layers, later ones
+An experiment is a folder with ``experiment.yaml`` and any ``stage*.yaml``, such as ``stage1.yaml``. Layers, later ones
 winning: everything named by ``extends`` in ``experiment.yaml`` (fragments, or other experiments with their files for
 the same stage), then ``experiment.yaml``, then the stage's file, then ``key=value`` from the command line.
 Interpolations are resolved after all layers, so an overridden key reaches everything that refers to it.
@@ -76,7 +76,7 @@ def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) 
 
     Args:
         experiment: folder of the experiment, or one complete file such as a run's ``config.yaml``.
-        stage: ``stage0`` to ``stage3``; None for a complete file.
+        stage: name of the stage, such as ``stage1``; None for a complete file.
         overrides: ``key=value`` with dots between keys; values as in YAML.
 
     Raises:
@@ -218,7 +218,7 @@ def _with_new_keys(layer: DictConfig, source: str, stage: str | None) -> DictCon
 def single_visual_inputs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return, for a stage that reads x and F(x), configurations that read one of them, each with its own folder."""
     network = config["network"]
-    if config["stage"] not in ("stage2", "stage3") or len(network.get("visual_inputs", VISUAL_INPUTS)) < 2:
+    if config["stage"] in ("stage0", "stage1") or len(network.get("visual_inputs", VISUAL_INPUTS)) < 2:
         return {}
     folder, found = Path(config["run_dir"]), {}
     for reads in VISUAL_INPUTS:
@@ -230,7 +230,7 @@ def single_visual_inputs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def config_hash(config: dict[str, Any]) -> str:
-    """SHA-256 over the resolved configuration, 16 hexadecimal digits."""
+    """Return the SHA-256 of a resolved configuration, 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 

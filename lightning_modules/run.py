@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -73,8 +74,8 @@ class ExperimentCLI(LightningCLI):
     In addition to ``model``, ``data`` and ``trainer`` it has the keys that the stages of an experiment share.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.resolved = config
+    def __init__(self, config: dict[str, Any] | list[str]) -> None:
+        self.resolved: Any = config
         super().__init__(
             Stage,
             ClipDataModule,
@@ -214,6 +215,16 @@ def _parse(config: dict[str, Any], kind: type[ExperimentCLI]) -> ExperimentCLI:
         raise ConfigError(_root_message(error)) from None
     except (MisconfigurationException, ImportError) as error:
         raise ConfigError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def print_keys(config: dict[str, Any]) -> None:
+    """Print LightningCLI's help: all keys, then the arguments of the stage's class and of its datamodule's class."""
+    classes = [f"--{key}.help={config[key]['class_path']}" for key in ("model", "data")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for argument in ("--help", *classes):
+            with suppress(SystemExit):  # argparse exits after it has printed help
+                ExperimentCLI([argument])
 
 
 def _root_message(error: BaseException) -> str:

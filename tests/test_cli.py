@@ -125,6 +125,13 @@ def test_show_prints_a_configuration_that_runs(toy_world, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_keys_are_explained(toy_world, capsys):
+    assert main(["keys", TOY, "stage2"]) == 0
+    shown = capsys.readouterr().out
+    for key in ("--trainer.max_steps", "--stall_timeout_s", "--model.train", "--model.optim", "--data.views"):
+        assert key in shown, key
+
+
 def test_traceback_on_request(toy_world, tmp_path):
     with pytest.raises(ValueError, match=r"clips.num_frames: got 0"):
         words = ["show", TOY, "stage0", *tiny.OVERRIDES, f"data_root={toy_world}", f"runs={tmp_path}"]

@@ -21,7 +21,7 @@ from experiments.ablations.plan import read_plan
 from lightning_modules import training
 from lightning_modules.callbacks.checkpoint import newest, read_state
 from lightning_modules.cli import main
-from lightning_modules.config import compose
+from lightning_modules.config import compose, stage_names
 from lightning_modules.exits import STOPPED
 from lightning_modules.weights import handoff
 from lightning_modules.weights.handoff import read_manifest
@@ -259,7 +259,7 @@ def test_sanity_validation_does_not_disturb_training(runs, toy_world):
 LONG = ["trainer.max_steps=30", "trainer.val_check_interval=10", "checkpoint_every_n_steps=4"]
 
 
-def test_a_killed_stage_goes_on_where_it_stopped(runs, toy_world, tmp_path, capsys):
+def test_a_killed_stage_resumes_where_it_stopped(runs, toy_world, tmp_path, capsys):
     shutil.rmtree(runs / "toy" / "stage3")
     straight = shutil.copytree(runs, tmp_path / "straight")
     shared = [f"handoffs.{stage}={runs}/toy/{stage}/handoff" for stage in STAGES[:3]]
@@ -478,6 +478,55 @@ def test_other_networks_train_from_the_beginning(toy_world, tmp_path, name):
     for stage in STAGES:
         assert main(["fit", str(tiny.EXPERIMENTS / name), stage, *few]) == 0
         assert set(read_manifest(tmp_path / name / stage / "handoff")["parts"]) == set(tiny.STAGES[stage].trains)
+
+
+STAGE4 = """\
+model:
+  class_path: stage_of_mine.Refinement
+  init_args:
+    init:
+      ego_encoder: ${handoffs.stage3}
+      projector: ${handoffs.stage3}
+      language_model: ${start.language_model}
+    optim: { learning_rate: 1e-4 }
+    extra: 2
+data:
+  class_path: datamodules.InstructionDataModule
+  init_args: { view: ego, sources: ["${data_root}/instructions/egotimeqa.jsonl"] }
+"""
+REFINEMENT = """\
+from lightning_modules import LearnerSelfPractice
+
+
+class Refinement(LearnerSelfPractice):
+    def __init__(self, extra: int = 1, **kwargs) -> None:
+        super().__init__(**kwargs)
+"""
+
+
+def test_a_fourth_stage_is_a_file_of_the_experiment(runs, toy_world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "stage_of_mine.py").write_text(REFINEMENT)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "own"
+    folder.mkdir()
+    handoffs = "".join(f"  {stage}: {runs}/toy/{stage}/handoff\n" for stage in STAGES)
+    (folder / "experiment.yaml").write_text(f"extends: [{TOY}]\nexperiment: toy\nhandoffs:\n{handoffs}")
+    (folder / "stage4.yaml").write_text(STAGE4)
+    assert stage_names(folder) == [*STAGES, "stage4"]
+    assert main(arguments("stage5", toy_world, runs, experiment=str(folder))) == 2
+    assert "stage: got 'stage5', allowed: stage0, stage1, stage2, stage3, stage4" in capsys.readouterr().err
+    words = arguments("stage4", toy_world, runs, "model.init_args.extr=3", experiment=str(folder))
+    assert main(words) == 2
+    shown = capsys.readouterr().err
+    assert "model.init_args.extr: no such key in model.init_args, allowed: network, " in shown and ", extra" in shown
+    assert main(words[:-1]) == 0
+    assert read_manifest(runs / "toy" / "stage4" / "handoff")["stage"] == "stage4"
+    (runs / "toy" / "stage4" / "metrics.json").unlink()
+    assert main(["evaluate", *words[1:-1]]) == 0
+    capsys.readouterr()
+    assert main(["report", str(runs / "toy")]) == 0
+    head = capsys.readouterr().out.splitlines()[0]
+    assert [cell.strip() for cell in head.strip("|").split("|")][-5:] == [*STAGES, "stage4"]
 
 
 @pytest.mark.slow
