@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_modules.config import RENAMED_KEYS
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = [file for file in sorted((ROOT / "tests" / "examples").rglob("*")) if file.suffix in {".py", ".yaml"}]
@@ -85,6 +87,12 @@ def test_imports_in_code_exist(page):
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name), f"{page.name}: {node.module}.{alias.name}"
+
+
+def test_the_changelog_names_every_renamed_key():
+    changelog = read(ROOT / "CHANGELOG.md")
+    for old, renamed in RENAMED_KEYS.items():
+        assert f"| `{old}` | `{renamed.new_key}` |" in changelog
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
