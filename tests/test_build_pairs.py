@@ -339,11 +339,15 @@ def test_frame_offsets_reach_the_index(tmp_path):
             kitchen(tmp_path, "k2", narrate(1), narrate(3)),
         ],
     )
-    build_index(source, tmp_path / "index", frame_offsets={"k1": {"glasses": 5, "right": 2}, "elsewhere": {"x": 1}})
+    build_index(source, tmp_path / "index", frame_offsets={"k1": {"glasses": 5, "right": 2}})
     groups = [json.loads(line) for line in (tmp_path / "index" / "groups.jsonl").read_text().splitlines()]
     assert [group["frame_offset"] for group in groups] == [{"left": 1, "glasses": 5}, {}]
     with pytest.raises(SourceError, match=r"frame offset of k1: no camera cam09, allowed: glasses, left, right"):
         build_index(source, tmp_path / "index", frame_offsets={"k1": {"cam09": 1}})
+    with pytest.raises(
+        SourceError, match=r"frame offset of k11: no such take of split 'train' below .*; did you mean k"
+    ):
+        build_index(source, tmp_path / "index", frame_offsets={"k11": {"glasses": 1}})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -416,6 +420,32 @@ def test_options_of_the_command_reach_the_index(tmp_path, capsys):
     assert "takes synchronisation validated: 0 of 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["u1", "name_u1"])
+def test_frame_offsets_go_by_uid_or_by_name(tmp_path, key):
+    root, offsets = release(tmp_path), tmp_path / "offsets.json"
+    offsets.write_text(json.dumps({key: {"aria01": 5}, "name_u3": {"cam01": 1}}))  # u3 is of the other split
+    assert main(["ego-exo4d", str(root), "--frame-offsets", str(offsets)]) == 0
+    groups = [json.loads(line) for line in (root / "ego_exo_clip" / "groups.jsonl").read_text().splitlines()]
+    assert [group["frame_offset"] for group in groups] == [{"aria01": 5}, {}]
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ({"name_u9": {"aria01": 5}}, "frame offset of name_u9: no such take below"),
+        ({"elsewhere": {"aria01": 5}}, "correct the name, or remove it"),
+        ({"name_u1": {"aria1": 5}}, "frame offset of name_u1: no camera aria1, allowed: aria01, cam01, cam02"),
+        ({"u1": {"aria01": 5}, "name_u1": {"aria01": 6}}, "frame offset of name_u1: the same take as u1"),
+    ],
+)
+def test_frame_offsets_that_correct_nothing_are_refused(tmp_path, capsys, offsets, message):
+    root, file = release(tmp_path), tmp_path / "offsets.json"
+    file.write_text(json.dumps(offsets))
+    assert main(["ego-exo4d", str(root), "--frame-offsets", str(file)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (root / "ego_exo_clip").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -425,7 +455,10 @@ def test_options_of_the_command_reach_the_index(tmp_path, capsys):
             ["--frame-offsets", "nowhere.json"],
             r"error: nowhere.json: No such file or directory: correct --frame-offsets",
         ),
-        (["--frame-offsets", "{root}/bad.json"], r"error: .*bad.json: expected {group_id: {camera: whole frames}}"),
+        (
+            ["--frame-offsets", "{root}/bad.json"],
+            r"error: .*bad.json: expected {take: {camera: whole frames}}: correct it",
+        ),
         (["--resolution", "full"], r"error: .*takes ego video on disk: 0 of 2; fetch the videos"),
         (["--out", "{root}/takes.json"], r"error: .*takes.json"),
     ],

@@ -19,6 +19,7 @@ Clips are cut by the rule of EgoVLP, see ``egovlp``. The same dataset and option
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from datamodules.ego_exo_clip.egovlp import clip_length_s, expand_window, fit_alpha, mean_gap_s
 from datamodules.ego_exo_clip.footage import find_footage, with_footage
@@ -50,6 +51,14 @@ SOURCES = {
     "ego-exo4d": "datamodules.ego_exo_clip.ego_exo4d:EgoExo4D",
     "assembly101": "datamodules.ego_exo_clip.assembly101:Assembly101",
 }
+
+
+@runtime_checkable
+class _NamesTakes(Protocol):
+    """A ``PairSource`` with the optional method ``take_ids``."""
+
+    def take_ids(self) -> Mapping[str, str]:
+        """Return the group_id by each name that a take goes by, for the takes of all splits."""
 
 
 @dataclass(frozen=True)
@@ -169,19 +178,24 @@ def select_clips(
         alpha: mean gap between narrations in seconds that clip lengths are relative to, or a function that is called
             for it if a narration has no span of its own. None fits it on the source, whose split must then be "train";
             other splits take that of the training split, see ``training_alpha``.
-        frame_offsets: corrections of the synchronisation, added to those of the source.
+        frame_offsets: corrections of the synchronisation, added to those of the source; for a source with ``take_ids``
+            a take may go by any of its names, and takes of other splits are passed over.
         probe_workers: processes that open every video; a take then lasts as long as its shortest stream, and a video
             that does not open counts as missing. With 0 a video only has to exist and not to be empty.
 
     Raises:
-        ValueError: the dataset cannot be read, an option does not fit, or no clip is left.
+        ValueError: the dataset cannot be read, an option does not fit, an offset names no take or camera of the
+            dataset, or no clip is left.
     """
     options, counts = options or BuildOptions(), FilterCounts()
     narrated: list[tuple[Group, _Tracks]] = []
+    cameras: dict[str, set[str]] = {}
     for group, narrations in source.read(counts):
+        cameras[group.group_id] = {view.cam for view in (*group.egos, *group.exos)}
         tracks = _tracks(narrations, group.duration_s, counts)
         if counts.keep("takes", "narrated", bool(tracks)):
             narrated.append((group, tracks))
+    corrections = _corrections(frame_offsets, source, cameras) if frame_offsets else {}
     # Alpha comes before all other filters, which therefore do not change it.
     by_rule = any(narration.span_s is None for _, tracks in narrated for narration in _all(tracks))
     if callable(alpha):
@@ -201,7 +215,7 @@ def select_clips(
     # Keep the takes with enough videos, and cut a clip around each of their wanted narrations.
     takes = []
     for group, tracks in narrated:
-        offsets = {**group.frame_offset, **(frame_offsets or {}).get(group.group_id, {})}
+        offsets = {**group.frame_offset, **corrections.get(group.group_id, {})}
         kept = with_footage(group, source.root, footage, offsets, options.min_exo_views, usable, counts)
         for _ in _all(tracks):
             counts.keep("narrations", "of takes that are left", kept is not None)
@@ -241,6 +255,39 @@ def filter_table(header: Mapping[str, Any]) -> str:
     alpha = "" if header["alpha"] is None else f"; alpha {header['alpha']:.4f} s"
     lines.append(f"{header['groups']:,} takes, {header['clips']:,} clips, {header['pairs']:,} ego-exo pairs{alpha}")
     return "\n".join(lines)
+
+
+def _corrections(given: FrameOffsets, source: PairSource, cameras: Mapping[str, set[str]]) -> FrameOffsets:
+    """Return frame offsets by group_id.
+
+    Args:
+        given: offsets by group_id, or by another name that the source's ``take_ids`` knows.
+        source: the dataset.
+        cameras: the cameras of each take of the split, by group_id.
+
+    Raises:
+        SourceError: a name stands for no take of the dataset, a take is named twice, or a take of the split lacks a
+            camera.
+    """
+    ids = dict(source.take_ids()) if isinstance(source, _NamesTakes) else {}
+    ids |= {group_id: group_id for group_id in cameras}
+    offsets: dict[str, Mapping[str, int]] = {}
+    name_of: dict[str, str] = {}
+    for name, of_cameras in given.items():
+        if name not in ids:
+            near = difflib.get_close_matches(name, ids, n=3)
+            fix = f"did you mean {' or '.join(near)}?" if near else "correct the name, or remove it"
+            among = "take" if isinstance(source, _NamesTakes) else f"take of split {source.split!r}"
+            raise SourceError(f"frame offset of {name}: no such {among} below {source.root}; {fix}")
+        group_id = ids[name]
+        if group_id in offsets:
+            raise SourceError(f"frame offset of {name}: the same take as {name_of[group_id]}; remove one of the two")
+        allowed = cameras.get(group_id)
+        if allowed is not None and not of_cameras.keys() <= allowed:
+            unknown = ", ".join(sorted(of_cameras.keys() - allowed))
+            raise SourceError(f"frame offset of {name}: no camera {unknown}, allowed: {', '.join(sorted(allowed))}")
+        offsets[group_id], name_of[group_id] = of_cameras, name
+    return offsets
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -351,9 +398,7 @@ def _parser(kind: Any | None) -> argparse.ArgumentParser:
         default=len(os.sched_getaffinity(0)),
         help="processes that open videos (default: all cores)",
     )
-    parser.add_argument(
-        "--frame-offsets", type=Path, metavar="JSON", help="{group_id: {camera: frames its file lags by}}"
-    )
+    parser.add_argument("--frame-offsets", type=Path, metavar="JSON", help="{take: {camera: frames its file lags by}}")
     defaults = BuildOptions()
     parser.add_argument(
         "--min-exo-views",
@@ -399,7 +444,7 @@ def _frame_offsets(file: Path | None) -> dict[str, dict[str, int]]:
         raise ValueError(f"{file}: invalid JSON ({error}): fix this file") from None
     cameras = list(offsets.values()) if isinstance(offsets, dict) else [None]
     if not all(isinstance(of_take, dict) and all(type(n) is int for n in of_take.values()) for of_take in cameras):
-        raise ValueError(f"{file}: expected {{group_id: {{camera: whole frames}}}}")
+        raise ValueError(f"{file}: expected {{take: {{camera: whole frames}}}}: correct it")
     return dict(offsets)
 
 

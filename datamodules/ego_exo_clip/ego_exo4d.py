@@ -65,11 +65,7 @@ class EgoExo4D:
             raise SourceError(
                 f"{root}: no such folder; give the Ego-Exo4D release folder, the one that holds takes.json"
             )
-        records: dict[str, _Json] = {}
-        for record in _Json.load(root / "takes.json", f"egoexo -o {root} --parts metadata").elements():
-            identifier = record.at("take_uid")
-            if records.setdefault(identifier.text(), record) is not record:
-                raise identifier.wrong("an identifier used once in the file")
+        records = self._records()
         download = f"egoexo -o {root} --parts annotations"
         file = root / "annotations" / f"atomic_descriptions_{self.split}.json"
         annotated = dict(_Json.load(file, download).at("annotations").members())
@@ -93,6 +89,25 @@ class EgoExo4D:
                     list(_narrations(take_uid, annotated[take_uid], counts)),
                 )
 
+    def take_ids(self) -> dict[str, str]:
+        """Return the take_uid by take_uid and by take_name, for the takes of all splits."""
+        records = self._records()
+        ids: dict[str, str] = {}
+        for take_uid, record in records.items():
+            name = record.get("take_name")
+            if name is not None and ids.setdefault(name.text(), take_uid) != take_uid:
+                raise name.wrong("a name used once in the file")
+        return ids | {take_uid: take_uid for take_uid in records}
+
+    def _records(self) -> dict[str, _Json]:
+        """Return the records of ``takes.json`` by take_uid."""
+        records: dict[str, _Json] = {}
+        for record in _Json.load(self.root / "takes.json", f"egoexo -o {self.root} --parts metadata").elements():
+            identifier = record.at("take_uid")
+            if records.setdefault(identifier.text(), record) is not record:
+                raise identifier.wrong("an identifier used once in the file")
+        return records
+
     def _group(self, take_uid: str, record: _Json, captures: _Captures) -> Group:
         folder = PurePosixPath(record.at("root_dir").text()) / "frame_aligned_videos"
         if self.resolution is not None:
@@ -115,19 +130,37 @@ class EgoExo4D:
 
 _TAG = re.compile(r"#[CO](?=\s|$)", re.IGNORECASE)
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
-_WEARER = re.compile(
-    r"(?<![\w'\u2019#-])C(?![\w#-])"
-    r"(?!\s+(?i:major|minor|chord|note|string|sharp|flat|clamp|scale)(?![\w'\u2019-]))"
+_LETTER_C = re.compile(r"(?<![\w'\u2019#-])(?<!\b[A-Z]\.)C(?![\w#+-])")
+_THINGS = (
+    "major|minor|chord|note|string|sharp|flat|clamp|scale|key|button|cable|connector|port|charger|battery|batteries|"
+    "cell|washer|bracket|shaped?"
 )
+_IS_THING = re.compile(rf"\s+(?i:{_THINGS})(?![\w'\u2019-])")
+_ARE_THINGS = re.compile(rf"\s+(?i:{_THINGS})s?(?![\w'\u2019-])")
+_DETERMINER = re.compile(
+    r"\b(?:an?|the|this|these|those|another|each|every|his|her|its|their|your|my|our|no|some|any|which|whose|middle|"
+    r"letters?|usb|type|vitamin|hepatitis|(?:key|chord|note|scale|letter)s? of|deg(?:rees?)?)\s+$|[\u00b0\u00ba]\s*$",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"(?:\d|\b(?:two|three|four|five|six|several|few))\s*$", re.IGNORECASE)
+_LABELLED = re.compile(
+    r"\b(?:(?:answer|block|box|button|camera|card|chord|choice|class|column|door|drawer|exercise|figure|grade|group|key|"
+    r"level|line|model|note|number|option|page|paragraph|part|piece|plan|plate|point|position|row|room|section|shelf|"
+    r"size|slot|step|switch|task|team|tile|tray|tube|version|zone)s?|labell?ed|marked|named|called)\s+$",
+    re.IGNORECASE,
+)
+_VERB = re.compile(r"\s+(?!(?:as|is|was|across|towards|upwards|downwards)\b)[a-z]+s\b")
+_BETWEEN = r"\s*(?:,\s*(?:and|or)\b|,|/|&|\band\b|\bor\b|\bto\b)\s*"
+_LETTERS_BEFORE = re.compile(rf"(?:\b[A-Z]{_BETWEEN})+$")
+_LETTER_AFTER = re.compile(rf"{_BETWEEN}D\b")
 _SENTENCE_START = re.compile(r"(?:^|[.!?]\s+)[\"“(]*$")
 
 
 def camera_wearer_text(raw: str) -> str | None:
     """Return a narration as training text: the letter C spelled out as the camera-wearer, as in Exo2Ego's examples.
 
-    Ego4D's ``#C`` and ``#O`` tags go, spaces collapse and one period ends the text. C stays where it names a tone or a
-    tool: before exactly major, minor, chord, note, string, sharp, flat, clamp or scale, in ``C#``, or next to a hyphen.
-    Letters of other people stay, as does the case of the rest.
+    Ego4D's ``#C`` and ``#O`` tags go, spaces collapse and one period ends the text. C stays where it names a thing, see
+    ``_names_thing``. Letters of other people stay, as does the case of the rest.
 
     Returns:
         The text, or None for a narration to leave out: marked ``#unsure``, or of fewer than three words.
@@ -139,9 +172,36 @@ def camera_wearer_text(raw: str) -> str | None:
         return None
 
     def spelled_out(match: re.Match[str]) -> str:
-        return "Camera-wearer" if _SENTENCE_START.search(text[: match.start()]) else "the camera-wearer"
+        before, after = text[: match.start()], text[match.end() :]
+        if _names_thing(before, after):
+            return "C"
+        return "Camera-wearer" if _SENTENCE_START.search(before) else "the camera-wearer"
 
-    return _WEARER.sub(spelled_out, text) + "."
+    return _LETTER_C.sub(spelled_out, text) + "."
+
+
+def _names_thing(before: str, after: str) -> bool:
+    """Return True if the letter C between two texts stands for a thing, and not for the camera-wearer.
+
+    It does after an article or another determiner, a degree sign or a number ("the C line", "200 °C"); after a word
+    that letters label ("USB C", "drawer C"); before a thing that is named by it ("C major", "C cable"); in quotation
+    marks or brackets of its own; and in a list with the letter before or after it ("A, B and C"). A verb after it
+    makes it a person again ("the key C holds"), and so does a list that begins a sentence ("B and C carry the table").
+    """
+    if _DETERMINER.search(before) or _IS_THING.match(after):
+        return True
+    if before[-1:] + after[:1] in ('""', "\u201c\u201d", "''", "\u2018\u2019", "()", "[]"):
+        return True
+    is_subject = _VERB.match(after) is not None
+    if _NUMBER.search(before):
+        return not is_subject or _ARE_THINGS.match(after) is not None
+    letters = _LETTERS_BEFORE.search(before)
+    listed_after = before if letters is None else before[: letters.start()]
+    if _SENTENCE_START.search(listed_after) or (is_subject and (letters is None or letters[0].rstrip().endswith(","))):
+        return False
+    if _DETERMINER.search(listed_after) or _LABELLED.search(listed_after):
+        return True
+    return (letters is not None and "B" in letters[0]) or _LETTER_AFTER.match(after) is not None
 
 
 def is_ego_camera(cam_id: str, ego_flags: Mapping[str, bool]) -> bool:

@@ -154,6 +154,9 @@ class PairSource(Protocol):
 
     To add one, write a dataclass like this in a file of your own, and name it ``module:Class`` for the command
     ``python -m datamodules.ego_exo_clip.build``. Its fields become options of the command; one of them is ``root``.
+
+    A source whose takes have other names than their group_id may have a method ``take_ids() -> Mapping[str, str]``: the
+    group_id by each name, for the takes of all splits. Frame offsets may then go by any of these names.
     """
 
     @property
