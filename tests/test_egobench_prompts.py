@@ -6,13 +6,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from datamodules.egobench import BENCHMARKS, load
+from datamodules.egobench import BENCHMARKS, LoadedBenchmark, load
+from datamodules.egobench.config import EgoBenchConfig
 from datamodules.egobench.prompts import FILE, STYLES, Prompts
+from datamodules.egobench.requests import RequestEncoder
 from datamodules.egobench.samples import Clip, Sample
+from datamodules.text import PromptConfig, TextEncoder
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared" / "samples" / "benchmarks"
 SAMPLE = Sample("id-7", (Clip("left/7.mp4"),), "Where {options} is the cup?", ("on {question}", "in", "under"), 1)
+LOADED = LoadedBenchmark("vlnqa", "choice", Path("videos"), [SAMPLE], [], [], BENCHMARKS["vlnqa"], 1)
 TEMPLATES = {
     "prefill": "Best (",
     "choice": {
@@ -126,3 +132,38 @@ def test_no_question_shows_the_folder_of_its_video_which_is_the_answer(style):
         assert f"{Path(sample.clips[0].video).parent}/" not in text
         assert "Select the best" not in text  # the instructions of the file that it was taken from
         assert "Only give the best option" not in text
+
+
+def bytes_tokenizer(folder, merges):
+    """Write a tokenizer of single bytes, but for some merges of two."""
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<end>", *characters, *(left + right for left, right in merges)]
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    return TextEncoder(str(folder), 400, PromptConfig("plain"))
+
+
+@pytest.mark.parametrize(
+    ("merges", "tokens"),
+    [
+        ([], ["A", "B", "C"]),
+        ([("A", ")")], ["A", "B", "C"]),  # with the bracket, A would be scored as "A)" and the others without it
+        ([("A", ")"), ("B", ")"), ("C", ")")], ["A)", "B)", "C)"]),
+    ],
+)
+def test_letters_are_scored_as_tokens_of_one_form(tmp_path, merges, tokens):
+    encoder = bytes_tokenizer(tmp_path, merges)
+    request = RequestEncoder(LOADED, EgoBenchConfig(), encoder, captions=False).letters(SAMPLE)
+    assert [encoder.tokenizer.decode([choice]) for choice in request.choices[0]] == tokens
+    assert encoder.tokenizer.decode(request.contexts[0]).endswith("Best option: (")
+
+
+def test_letters_without_a_common_form_are_refused(tmp_path):
+    encoder = bytes_tokenizer(tmp_path, [("(", "A")])
+    requests = RequestEncoder(LOADED, EgoBenchConfig(), encoder, captions=False)
+    two = Sample("id-7", SAMPLE.clips, SAMPLE.text, SAMPLE.options[:2], 1)
+    for sample in (SAMPLE, two):
+        with pytest.raises(ValueError, match=r"does not tell letters A to . apart by tokens of one form"):
+            requests.letters(sample)

@@ -65,7 +65,7 @@ class RequestEncoder:
         """Ask for the letter of the right option, in every rotation of the options if ``egobench.cyclic`` is set.
 
         Raises:
-            ValueError: the tokenizer does not tell the letters apart after the prefill.
+            ValueError: the tokenizer has no tokens of one form for the letters after the prefill.
         """
         count = len(sample.options)
         contexts, choices = [], []
@@ -101,18 +101,23 @@ class RequestEncoder:
     def _letters(self, question: str, count: int) -> tuple[TokenIds, TokenIds]:
         """Return the token ids up to the letter, and the token in which each letter differs.
 
-        A letter may be merged with the characters around it, so that the rows are compared token by token.
+        A letter may be merged with the characters around it, so that the rows are compared token by token. A tokenizer
+        that merges ``A)`` but not ``B)`` would favour one of them: then the letters are scored without the bracket.
         """
-        openings = [f"{self.prompts.prefill}{letter})" for letter in LETTERS[:count]]
-        rows = [row for row, _ in self._encode(question, openings)]
-        shared = next(n for n, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
-        letters = tuple(row[shared] for row in rows)
-        if len(set(letters)) < count:
-            raise ValueError(
-                f"tokenizer: {self.encoder.name} does not tell letters A to {openings[-1][-2]} apart after "
-                f"{self.prompts.prefill!r}: set egobench.prompts to a file of prompts with another prefill"
-            )
-        return _after_clip(rows[0][:shared]), letters
+        letters = LETTERS[:count]
+        for closing in (")", ""):
+            answers = [f"{self.prompts.prefill}{letter}{closing}" for letter in letters]
+            rows = [row for row, _ in self._encode(question, answers)]
+            shared = next(n for n, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1)
+            choices = tuple(row[shared] for row in rows)
+            pieces = self.encoder.tokenizer.convert_ids_to_tokens(list(choices))
+            around = {piece.replace(letter, "*", 1) for piece, letter in zip(pieces, letters, strict=True)}
+            if len(set(choices)) == count and len(around) == 1:
+                return _after_clip(rows[0][:shared]), choices
+        raise ValueError(
+            f"tokenizer: {self.encoder.name} does not tell letters A to {letters[-1]} apart by tokens of one form "
+            f"after {self.prompts.prefill!r}: set egobench.prompts to a file of prompts with another prefill"
+        )
 
     def _split(self, question: str | None, answers: Sequence[str]) -> tuple[TokenIds, tuple[TokenIds, ...]]:
         """Return the token ids between the clip and the answers, and those of each answer with its end token."""

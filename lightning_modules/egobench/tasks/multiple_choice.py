@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -121,12 +121,17 @@ class MultipleChoice(Task):
         return int(option_log_p(np.array(row["letters"])).argmax())
 
 
+_EXPLANATION = re.compile(r"\b(?:because|since|due to|given that)\b.*", re.IGNORECASE | re.DOTALL)
+
+
 def parse_choice(answer: str, num_options: int, options: Sequence[str] = ()) -> int | None:
     """Return the option that a generated answer names, parsed strictly; None if it names none or several.
 
-    The answer names an option by its letter in brackets (the opening one may be part of the prompt), by being that
-    letter alone, or by holding the words of exactly one option. Options whose words are part of another's do not count
-    if the longer one is there.
+    The answer names an option by its letter: as the answer ("Answer: B", "the answer is (B)"), at its start ("B, ...",
+    "B) ..."; the opening bracket may be part of the prompt), or anywhere in brackets; or else by holding the words of
+    exactly one option. Letters that the answer rejects ("not (A)", "(A) is wrong") and, except after "answer", those
+    of an explanation ("because ...") do not count. Options whose words are part of another's do not count if the
+    longer one is there.
 
     Args:
         answer: the generated text.
@@ -134,15 +139,24 @@ def parse_choice(answer: str, num_options: int, options: Sequence[str] = ()) -> 
         options: texts of the options, if known.
     """
     letters = "".join(chr(ord("A") + number) for number in range(num_options))
-    either_case = f"[{letters}{letters.lower()}]"
-    named = {letters.index(found.upper()) for found in re.findall(rf"(?:^\s*|\()({either_case})\)", answer)}
-    if named:
-        return named.pop() if len(named) == 1 else None
-    alone = re.fullmatch(rf"\W*({either_case})\W*", answer)
-    if alone:
-        return letters.index(alone[1].upper())
+    one = rf"\(?\b([{letters}{letters.lower()}])\b\)?"
+    # Without its brackets, a letter before a word may be an article: "the answer is a dog", "A dog".
+    ends = r"(?!['\u2019-])(?=\s*(?:$|[^\s\w(])|\s+(?:because|since|as|is|or|and)\b|(?<=\))|\s*\()"
+    wrong = r"\s+(?:is|are)\s+(?:not|wrong|incorrect|false|impossible|ruled out)\b"
+    refused = r"\b(?:not|isn['\u2019]t|rather than|instead of|than)\s+(?:option\s+)?"
+    rejected = rf"{refused}{one}{ends}|{one}{wrong}"
+    kept = re.sub(rejected, " ", answer, flags=re.IGNORECASE)
+    before = _EXPLANATION.sub("", kept)
+    declared = rf"\banswer\b(?:\s+(?:is|would be|should be|must be))?\W*?(?:option\s+)?{one}{ends}"
+    first = rf"\s*(?:\W*(?:best |correct |right )?(?:option|choice)(?:\s+is)?\W*?)?{one}{ends}"
+    named = _letters(re.finditer(declared, kept, re.IGNORECASE), kept, one)
+    named |= _letters(filter(None, [re.match(first, before, re.IGNORECASE)]), before, one)
+    named = named or set(re.findall(rf"(?:^\s*|\()([{letters}{letters.lower()}])\)", before))
+    indices = {letters.index(letter.upper()) for letter in named}
+    if indices:
+        return indices.pop() if len(indices) == 1 else None
     # Spaces around both keep "cup" from being found in "cupboard".
-    spaced_answer = f" {normalise_answer(answer)} "
+    spaced_answer = f" {normalise_answer(before)} "
     inside: dict[int, str] = {}
     for number, text in enumerate(options):
         spaced = f" {normalise_answer(text)} "
@@ -153,3 +167,15 @@ def parse_choice(answer: str, num_options: int, options: Sequence[str] = ()) -> 
         if not any(text != other and text in other for other in inside.values()):
             longest.append(number)
     return longest[0] if len(longest) == 1 else None
+
+
+def _letters(found: Iterable[re.Match[str]], text: str, one: str) -> set[str]:
+    """Return the letters of some matches, each with those that it is listed with, as in "A or B"."""
+    letters = set()
+    for match in found:
+        letters.add(match[1])
+        end, following = match.end(), re.compile(rf"\s*(?:,|/|&|\bor\b|\band\b)\s*{one}(?![\w'\u2019-])")
+        while more := following.match(text, end):
+            letters.add(more[1])
+            end = more.end()
+    return letters
