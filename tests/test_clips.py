@@ -489,6 +489,52 @@ def test_a_time_that_is_no_number_is_named(value, tmp_path, toy_tokenizer):
         held_out(tmp_path, toy_tokenizer, RECORD, {**RECORD, "start": value})
 
 
+QUESTION = {"task": "choice", "question": "Which?", "answer": "x", "options": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": float("nan")}, "field 'start' is nan, expected a finite number"),
+        ({"start": -1.0}, "field 'start' is -1.0, expected greater than or equal to 0"),
+        ({"start": 2.0, "end": 1.0}, "field 'end' is 1.0, expected more than 'start' 2.0"),
+        ({"start": 1.0, "end": 1.0}, "field 'end' is 1.0, expected more than 'start' 1.0"),
+        ({"ego_visible": "0"}, "field 'ego_visible' is '0', expected a valid boolean"),
+        ({"ego_visible": None}, "field 'ego_visible' is None, expected a valid boolean"),
+        ({"views": None}, "field 'views' is None"),
+        ({"views": {}}, "field 'views' is {}"),
+        ({"views": {"ego": None}}, "field 'views.ego' is None, expected a text"),
+        ({"views": {"ego": " "}}, "field 'views.ego' is ' ', expected the path of a video"),
+        ({"views": {"exo": "x.mp4"}}, "field 'views' has exo, expected ego as in the first line"),
+        ({"questions": []}, r"field 'questions' is \[\], expected at least one entry"),
+        ({"questions": [{**QUESTION, "answer": "z"}]}, r"field 'questions\[0\].answer' is 'z', none of the options"),
+        (
+            {"questions": [{**QUESTION, "answer": " ", "options": []}]},
+            r"field 'questions\[0\].answer' is ' ', expected",
+        ),
+        ({"questions": [{**QUESTION, "options": "xy"}]}, r"field 'questions\[0\].options' is 'xy', expected"),
+        ({"questions": [{**QUESTION, "options": None}]}, r"field 'questions\[0\].options' is None, expected"),
+        ({"questions": [{**QUESTION, "options": ["x", "x"]}]}, r"field 'questions\[0\].options' is .* repeats one"),
+        ({"questions": [{**QUESTION, "options": ["x", ""]}]}, r"field 'questions\[0\]': the answer of turn 1 is empty"),
+        ({"questions": [{**QUESTION, "question": "<video>?"}]}, r"field 'questions\[0\]': text holds '<video>'"),
+    ],
+)
+def test_validation_clips_are_checked_when_the_data_module_is_made(changes, message, tmp_path, toy_tokenizer, options):
+    file = tmp_path / "held_out.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in (RECORD, RECORD | changes)))
+    with pytest.raises(ValueError, match=rf"held_out\.jsonl line 2: {message}"):
+        NumbersModule(**options, held_out=str(file))
+
+
+def test_validation_clips_may_be_an_array_but_not_none(tmp_path, toy_tokenizer):
+    file, encoder = tmp_path / "held_out.json", TextEncoder(str(toy_tokenizer), max_text_tokens=64)
+    file.write_text(json.dumps([RECORD | {"questions": [QUESTION]}], indent=1))
+    assert len(ValidationDataset(tmp_path, file, CLIPS, encoder)) == 1
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"held_out\.json: holds no validation clip"):
+        ValidationDataset(tmp_path, file, CLIPS, encoder)
+
+
 @pytest.mark.parametrize("field", ["task", "question", "answer"])
 def test_a_missing_field_of_a_question_is_named(field, tmp_path, toy_tokenizer):
     question = {name: value for name, value in RECORD["questions"][0].items() if name != field}

@@ -47,7 +47,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         decode_timeout_s: longest wait for one video file, in seconds; a clip that takes longer counts as corrupt.
 
     Raises:
-        ValueError: ``root`` or ``held_out`` is missing, or a number is impossible.
+        ValueError: ``root`` or ``held_out`` is missing, a line of ``held_out`` is invalid, or a number is impossible.
     """
 
     def __init__(
@@ -92,6 +92,8 @@ class ClipDataModule(L.LightningDataModule, ABC):
         self.encoder = TextEncoder(tokenizer, max_text_tokens, prompt)
         self.train_set: ClipTextDataset | None = None
         self.benchmarks: list[Dataset[BenchmarkBatch]] = []  # evaluated at every validation
+        if held_out is not None:
+            self.held_out_set()  # so that an invalid file stops a run at its start, not at the first validation
         # There may be fewer validation clips than ranks.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -228,7 +230,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         """Return the validation clips.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or a line of the file is invalid.
         """
         if self.held_out is None:
             raise ValueError("data.held_out: got null, but validation clips are needed: set data.init_args.held_out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,16 +14,19 @@ from torch.utils.data import Dataset
 
 from datamodules.batch import Question, QuestionBatch
 from datamodules.clips.dataset import VIEWS, ClipConfig, Span, read_span
-from datamodules.io.jsonl import read_jsonl
+from datamodules.io.jsonl import read_records
 from datamodules.io.validate import Record, validate
-from datamodules.text import TextEncoder
+from datamodules.text import TextEncoder, UnusableText
 from datamodules.video.reader import ClipReader
 
 
 class QuestionRecord(Record):
-    """A question about a validation clip; see ``datamodules.batch.Question`` for the fields."""
+    """A question about a validation clip; see ``datamodules.batch.Question`` for the fields.
 
-    task: str
+    The answer of a question with options is one of them.
+    """
+
+    task: str = Field(min_length=1)
     question: str
     answer: str
     options: list[str] = []
@@ -34,7 +38,7 @@ class ValidationRecord(Record):
 
     Attributes:
         id: name of the clip.
-        views: path of each view below the data root.
+        views: path of each view below the data root; every line has the same views.
         start, end: the span in seconds.
         ego_visible: the egocentric camera sees the action.
         questions: at least one.
@@ -42,10 +46,10 @@ class ValidationRecord(Record):
 
     id: str
     views: dict[Literal["ego", "exo"], str] = Field(min_length=1)
-    start: float
+    start: float = Field(ge=0)
     end: float
     ego_visible: bool = True
-    questions: list[QuestionRecord]
+    questions: list[QuestionRecord] = Field(min_length=1)
 
 
 _RECORD = TypeAdapter(ValidationRecord)
@@ -73,7 +77,7 @@ class ValidationDataset(Dataset[tuple[ValidationClip, dict[str, Tensor]]]):
 
     Args:
         root: folder that the paths of the file are below.
-        file: JSON Lines, a ``ValidationRecord`` a line.
+        file: JSON Lines or a JSON array, a ``ValidationRecord`` a line.
         clips: frames of a clip.
         encoder: text to tokens.
         timeout_s: longest wait for one video file.
@@ -86,7 +90,16 @@ class ValidationDataset(Dataset[tuple[ValidationClip, dict[str, Tensor]]]):
         self, root: Path, file: Path, clips: ClipConfig, encoder: TextEncoder, timeout_s: float | None = None
     ) -> None:
         self.clips, self.encoder, self.reader = clips, encoder, ClipReader(timeout_s=timeout_s)
-        self.items = [_clip(validate(_RECORD, record, where), root) for where, record in read_jsonl(file)]
+        self.items: list[ValidationClip] = []
+        for where, row in read_records(file):
+            if isinstance(row, ValueError):
+                raise row
+            record = validate(_RECORD, row, where)
+            views = self.items[0].span.paths.keys() if self.items else record.views.keys()
+            _check(record, where, views, encoder)
+            self.items.append(_clip(record, root))
+        if not self.items:
+            raise ValueError(f"{file}: holds no validation clip: add one, or set data.init_args.held_out to null")
 
     def __len__(self) -> int:
         """Return the number of clips."""
@@ -124,6 +137,45 @@ class ValidationDataset(Dataset[tuple[ValidationClip, dict[str, Tensor]]]):
             ego_video=videos.get("ego"),
             exo_video=videos.get("exo"),
         )
+
+
+def _check(record: ValidationRecord, where: str, views: Collection[str], encoder: TextEncoder) -> None:
+    """Check that fields agree with each other, and that the texts can be encoded.
+
+    Args:
+        record: of one line.
+        where: file and line, for messages.
+        views: views of the first line.
+        encoder: text to tokens.
+
+    Raises:
+        ValueError: they do not; names file, line and field.
+    """
+    if record.end <= record.start:
+        raise ValueError(f"{where}: field 'end' is {record.end}, expected more than 'start' {record.start}: correct it")
+    for view, path in record.views.items():
+        if not path.strip():
+            raise ValueError(f"{where}: field 'views.{view}' is {path!r}, expected the path of a video: correct it")
+    if record.views.keys() != set(views):
+        raise ValueError(
+            f"{where}: field 'views' has {', '.join(sorted(record.views))}, expected {', '.join(sorted(views))} as in "
+            "the first line: give all clips the same views"
+        )
+    for number, question in enumerate(record.questions):
+        field = f"questions[{number}]"
+        if not question.answer.strip():
+            raise ValueError(f"{where}: field '{field}.answer' is {question.answer!r}, expected a text: correct it")
+        options = question.options
+        if options and question.answer not in options:
+            raise ValueError(f"{where}: field '{field}.answer' is {question.answer!r}, none of the options: correct it")
+        if len(set(options)) < len(options):
+            raise ValueError(f"{where}: field '{field}.options' is {options}, which repeats one: correct it")
+        try:
+            encoder.prompt(question.question)
+            for option in options:
+                encoder.conversation([(question.question, option)])
+        except UnusableText as error:
+            raise ValueError(f"{where}: field '{field}': {error}") from None
 
 
 def _clip(record: ValidationRecord, root: Path) -> ValidationClip:
