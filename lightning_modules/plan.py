@@ -428,10 +428,12 @@ class _Probe:
         embeds = torch.cat([visual.to(text.dtype), text], dim=1)
         length = embeds.shape[1]
         mask = torch.empty(1, 1, length, length, dtype=torch.bool, device="meta")
+        position = torch.arange(length, device="meta")[None]  # OPT would derive it from the mask
         decoder = model.causal_lm.get_decoder()
-        hidden = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-        logits: Tensor = model.causal_lm.get_output_embeddings()(hidden[:, -labels - 1 : -1])
-        return logits.float()
+        hidden = decoder(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False
+        ).last_hidden_state
+        return model.logits(hidden[:, -labels - 1 : -1])
 
 
 @contextmanager

@@ -83,17 +83,22 @@ def test_greedy_answers_equal_those_of_transformers(model):
     torch.testing.assert_close(prefix.log_likelihoods(ROWS), before, atol=1e-5, rtol=0)
 
 
-def test_a_sliding_window_that_is_reached_is_refused(model):
-    model.causal_lm.config.sliding_window = 10
-    prefix = SharedPrefix(model, embeds(model))  # of 6 positions
-    prefix.log_likelihoods([(7, 8, 9, EOS)])
-    with pytest.raises(ValueError, match="10 positions reach its sliding window of 10"):
-        prefix.log_likelihoods([(7, 8, 9, 10, EOS)])
+@pytest.mark.parametrize("window", [3, 9, 10])
+def test_a_sliding_window_is_that_of_each_row_alone(window):
+    """The tree of all rows has more tokens than the window, none of them is as deep."""
+    with torch.no_grad():
+        model = build("mistral")
+        model.causal_lm.config.sliding_window = window
+        prefix = SharedPrefix(model, embeds(model))  # of 6 positions
+        expected = torch.stack([alone(model, row) for row in ROWS])
+        torch.testing.assert_close(prefix.log_likelihoods(ROWS), expected, atol=1e-5, rtol=0)
 
 
-def test_eager_attention_is_refused(model):
-    model.causal_lm.config._attn_implementation = "eager"
-    with pytest.raises(ValueError, match="attention is eager"):
+def test_attention_without_mask_is_refused(model):
+    model.causal_lm.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(
+        ValueError, match=r"attn_implementation: flash_attention_2 cannot take the mask .*: set it to sdpa"
+    ):
         SharedPrefix(model, embeds(model))
 
 

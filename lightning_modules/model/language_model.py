@@ -4,12 +4,17 @@ Letters: `B` clips, `L` text tokens, `N` visual tokens, `S` = L - 1 + N position
 `V` vocabulary, `M` supervised positions in the whole batch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -19,23 +24,47 @@ VIDEO_TOKEN_ID = -201
 IGNORE_INDEX = -100
 """Label of positions without supervision."""
 
+ARCHITECTURES = (
+    "cohere",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "opt",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+)
+"""Supported model types of transformers. The tests compare logits, weights and generation of each with transformers."""
+
+_LEARNED_POSITIONS = ("gpt2", "opt")
+"""Model types with an embedding for each position, and none beyond."""
+
 
 @dataclass
 class LanguageModelConfig:
     """Shape of the language model: exactly one of `architecture` and `pretrained`.
 
     Attributes:
-        architecture: model type in transformers ("mistral", "qwen3", "llama", ...).
+        architecture: model type in transformers, one of `ARCHITECTURES` ("mistral", "qwen3", "llama", ...).
         pretrained: folder or hub name of a causal language model; a stage also starts from its weights.
         overrides: settings of `architecture` that differ from its defaults, by their names in transformers. Without
             `vocab_size`, that of the tokenizer is taken.
+        attn_implementation: attention of transformers, such as "sdpa" or "eager"; None: its own choice.
     """
 
     architecture: str | None = None
     pretrained: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
+    attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
+        """Refuse contradicting keys."""
         problems = []
         if (self.architecture is None) == (self.pretrained is None):
             problems.append(
@@ -51,33 +80,57 @@ def transformers_config(config: LanguageModelConfig, vocab_size: int) -> Any:
     """Return the transformers configuration of a language model, without its weights.
 
     Raises:
-        ValueError: the architecture is unknown to transformers, one of its overrides to the architecture, or a model
-            named by `pretrained` cannot be read.
+        ValueError: the architecture is not supported or does not know one of its overrides, or a model named by
+            `pretrained` cannot be read.
     """
     if config.pretrained is not None:
-        local = Path(config.pretrained).is_dir()
-        try:
-            return AutoConfig.from_pretrained(config.pretrained, local_files_only=local)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"network.language_model.pretrained: {config.pretrained} cannot be read ({reason}): "
-                "give a folder or hub name of a causal language model"
-            ) from None
-    assert config.architecture is not None
+        key, found = "pretrained", _released_config(config.pretrained)
+    else:
+        key, found = "architecture", _config_from_scratch(config, vocab_size)
+    if found.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"network.language_model.{key}: {config.pretrained or config.architecture}: model type {found.model_type} "
+            f"is not supported, as its logits were not compared with those of transformers: use one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return found
+
+
+def _released_config(pretrained: str) -> Any:
+    local = Path(pretrained).is_dir()
     try:
-        known = {*AutoConfig.for_model(config.architecture).to_dict(), "rope_theta"}
+        return AutoConfig.from_pretrained(pretrained, local_files_only=local)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"network.language_model.pretrained: {pretrained} cannot be read ({reason}): "
+            "give a folder or hub name of a causal language model"
+        ) from None
+
+
+def _config_from_scratch(config: LanguageModelConfig, vocab_size: int) -> Any:
+    architecture = str(config.architecture)
+    try:
+        default = AutoConfig.for_model(architecture)
     except ValueError:
         raise ValueError(
-            f"network.language_model.architecture: {config.architecture} is no model type of transformers: give one, "
+            f"network.language_model.architecture: {architecture} is no model type of transformers: give one, "
             "such as mistral"
         ) from None
+    if default.model_type not in ARCHITECTURES:
+        return default
+    known = {*default.to_dict(), "rope_theta"}
     if unknown := sorted(config.overrides.keys() - known):
         raise ValueError(
-            f"network.language_model.overrides: {', '.join(unknown)} unknown to {config.architecture}, "
+            f"network.language_model.overrides: {', '.join(unknown)} unknown to {architecture}, "
             f"which has {', '.join(sorted(known))}"
         )
-    return AutoConfig.for_model(config.architecture, **{"vocab_size": vocab_size, **config.overrides})
+    settings = {"vocab_size": vocab_size, **config.overrides}
+    # The default padding token belongs to the released vocabulary and may lie outside of a smaller one.
+    padding = default.pad_token_id
+    if padding is not None and padding >= settings["vocab_size"]:
+        settings.setdefault("pad_token_id", None)
+    return AutoConfig.for_model(architecture, **settings)
 
 
 class Spliced(NamedTuple):
@@ -97,41 +150,118 @@ class Spliced(NamedTuple):
 class LanguageModel(nn.Module):
     """Causal language model of transformers that reads text and visual tokens; its weights are drawn at random.
 
-    Architectures whose logits are `lm_head(hidden)`, without scaling or capping, as in Llama, Mistral and Qwen.
+    Its head computes in float32 whatever the precision, since logits of bfloat16 have eight bits: up to a tenth of all
+    choices would be ties. Training, scoring and generation all use this head, see `logits`.
 
     Args:
         config: the model to build.
         vocab_size: V, where `config` does not give it.
 
     Raises:
-        ValueError: the architecture is unknown to transformers, or one of its overrides to the architecture.
+        ValueError: the architecture is not supported, or does not know one of its overrides or the kind of attention.
     """
 
     causal_lm: Any  # a PreTrainedModel that generates; its own annotations are too incomplete to check against
 
     def __init__(self, config: LanguageModelConfig, vocab_size: int) -> None:
         super().__init__()
-        self.causal_lm = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            transformers_config(config, vocab_size), dtype=torch.float32
-        )
+        settings = transformers_config(config, vocab_size)
+        try:
+            self.causal_lm = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                settings, dtype=torch.float32, attn_implementation=config.attn_implementation
+            )
+        except (ImportError, ValueError) as error:
+            if config.attn_implementation is None:
+                raise
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"network.language_model.attn_implementation: {config.attn_implementation} is not possible with "
+                f"{settings.model_type} ({reason}): use sdpa, eager, or null for the choice of transformers"
+            ) from None
         # A released model's defaults (sampling, repetition penalty) would leak into greedy decoding.
         self.causal_lm.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        head = self.causal_lm.get_output_embeddings()
+        head.forward = MethodType(_float32_head, head)
 
     def restore_buffers(self) -> None:
-        """Compute the buffers, which no checkpoint holds, after the model was built on the meta device."""
-        for module in self.causal_lm.modules():
-            if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-                for name, buffer in type(module)(module.config).named_buffers(recurse=False):
-                    setattr(module, name, buffer)
+        """Compute the buffers, which no checkpoint holds, after the model was built on the meta device.
+
+        Raises:
+            ValueError: a module has buffers of an unknown kind.
+        """
+        for name, module in list(self.causal_lm.named_modules()):
+            if not any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+                continue
+            if hasattr(module, "scalar_embed_scale"):  # Gemma's embeddings
+                module.embed_scale = torch.tensor(module.scalar_embed_scale)
+            elif type(module).__name__.endswith("RotaryEmbedding"):
+                self.causal_lm.set_submodule(name, type(module)(module.config))
+            else:
+                raise ValueError(
+                    f"network.language_model: {self.causal_lm.config.model_type} has buffers in {name} that are in no "
+                    "weights file and cannot be computed: use another architecture"
+                )
 
     def blocks(self) -> list[nn.Module]:
         """Return the decoder layers, the units of activation checkpointing and sharding."""
-        return list(self.causal_lm.get_decoder().layers)
+        decoder = self.causal_lm.get_decoder()
+        return list(decoder.h if self.causal_lm.config.model_type == "gpt2" else decoder.layers)
 
     @property
     def dim(self) -> int:
         """D, width of the input embeddings."""
-        return int(self.causal_lm.config.hidden_size)
+        return int(self.causal_lm.get_input_embeddings().embedding_dim)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return next-token logits, with the architecture's own scaling or capping, as `causal_lm` computes them.
+
+        Args:
+            hidden: final hidden states, float [..., D].
+
+        Returns:
+            float32 [..., V], also under autocast and for weights in bfloat16.
+        """
+        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden)
+        config = self.causal_lm.config
+        match config.model_type:
+            case "granite":
+                logits = logits / config.logits_scaling
+            case "cohere":
+                logits = logits * config.logit_scale
+            case "gemma2" | "gemma3_text" if config.final_logit_softcapping is not None:
+                logits = torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+        return logits
+
+    def check_positions(self, total: int, cached: int = 0) -> None:
+        """Refuse texts for which the position embeddings do not exist or change in the middle.
+
+        Args:
+            total: positions of the text, visual tokens included.
+            cached: positions whose keys were computed before the rest was known.
+
+        Raises:
+            ValueError: the text is too long.
+        """
+        config = self.causal_lm.config
+        limit = int(config.max_position_embeddings)
+        problem = None
+        if config.model_type in _LEARNED_POSITIONS and total > limit:
+            problem = f"{config.model_type} has embeddings for {limit}"
+        rope = getattr(config, "rope_parameters", None) or {}
+        nested = [each for each in rope.values() if isinstance(each, dict)]  # one for each type of layer
+        for each in nested or [rope]:
+            kind = each.get("rope_type")
+            if kind == "dynamic" and total > limit:
+                problem = f"rope type dynamic changes with the length beyond {limit}"
+            elif kind == "longrope":
+                switch = int(each["original_max_position_embeddings"])
+                if 0 < cached <= switch < total:
+                    problem = f"rope type longrope changes beyond {switch}, after keys of {cached} were computed"
+        if problem is not None:
+            raise ValueError(
+                f"network.language_model: {total} positions, but {problem}: lower clips.num_frames, shorten the text, "
+                "or use a model with other position embeddings"
+            )
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed tokens: int64 [B, L] to float [B, L, D]."""
@@ -209,8 +339,7 @@ class LanguageModel(nn.Module):
         hidden = self._hidden_states(spliced.embeds)
         targets = spliced.labels[:, 1:]
         supervised = targets != IGNORE_INDEX
-        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[:, :-1][supervised])
-        return logits.float(), targets[supervised]
+        return self.logits(hidden[:, :-1][supervised]), targets[supervised]
 
     def answer_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
         """Return next-token logits at every token of answers to one prompt.
@@ -226,8 +355,7 @@ class LanguageModel(nn.Module):
         ids = torch.cat([prompt.expand(len(answers), -1), answers], dim=1)
         spliced = self.splice(ids, torch.ones_like(ids, dtype=torch.bool), None, visual)
         hidden = self._hidden_states(spliced.embeds)
-        logits: Tensor = self.causal_lm.get_output_embeddings()(hidden[:, -answers.shape[1] - 1 : -1])
-        return logits.float()
+        return self.logits(hidden[:, -answers.shape[1] - 1 : -1])
 
     def token_log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, visual: Tensor
@@ -272,7 +400,10 @@ class LanguageModel(nn.Module):
         # Decoding appends at the right end, so padding has to move to the left.
         mask, order = spliced.attention_mask.int().sort(dim=1, stable=True)
         embeds = spliced.embeds.gather(1, order[..., None].expand(-1, -1, self.dim))
-        longest = int(mask.sum(1).max())
+        lengths = mask.sum(1)
+        longest = int(lengths.max())
+        # The last new token is not read again.
+        self.check_positions(longest + max_new_tokens - 1, cached=int(lengths.min()))
         generated: Tensor = self.causal_lm.generate(
             inputs_embeds=embeds[:, -longest:],
             attention_mask=mask[:, -longest:],
@@ -289,9 +420,46 @@ class LanguageModel(nn.Module):
         No padding mask is passed: what follows a token cannot reach it through causal attention, and without a mask
         PyTorch chooses its flash kernel.
         """
+        self.check_positions(embeds.shape[1])
         outputs = self.causal_lm.get_decoder()(inputs_embeds=embeds, use_cache=False)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
+
+
+class _Float32Linear(torch.autograd.Function):
+    """Linear map in float32 of weights in another type, of which no float32 copy is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Map float [..., D] by float [V, D] to float32 [..., V]."""
+        ctx.save_for_backward(hidden, weight)
+        return F.linear(hidden.float(), weight.float())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of the hidden states and of the weight, in their types."""
+        (gradient,) = gradients
+        hidden, weight = ctx.saved_tensors
+        of_hidden = of_weight = None
+        with _without_autocast(gradient):
+            if ctx.needs_input_grad[0]:
+                of_hidden = (gradient @ weight.float()).to(hidden.dtype)
+            if ctx.needs_input_grad[1]:
+                of_weight = (gradient.flatten(0, -2).T @ hidden.flatten(0, -2).float()).to(weight.dtype)
+        return of_hidden, of_weight
+
+
+def _float32_head(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Compute the head, which has no bias in any supported architecture, in float32."""
+    with _without_autocast(hidden):
+        if head.weight.dtype == torch.float32:
+            return F.linear(hidden.float(), head.weight)
+        logits: Tensor = _Float32Linear.apply(hidden, head.weight)  # type: ignore[no-untyped-call]
+        return logits
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 def _until(stop: int, tokens: Sequence[int]) -> list[int]:

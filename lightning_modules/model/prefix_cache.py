@@ -12,7 +12,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -123,19 +122,26 @@ class SharedPrefix:
     through the model at once, in one row, by a mask over a tree of their tokens.
 
     Args:
-        language_model: computes them; without sliding window, or with one that nothing here reaches.
+        language_model: computes them.
         embeds: float [P, D], P >= 1, see ``LanguageModel.embed``.
         tokens_a_pass: of continuations that are computed at once.
 
     Raises:
-        ValueError: attention is eager; or, from here on, if a sliding window is reached.
+        ValueError: attention takes no mask; or, from here on, positions reach a length at which the keys of the prefix
+            would change, see ``LanguageModel.check_positions``.
     """
 
     def __init__(self, language_model: LanguageModel, embeds: Tensor, tokens_a_pass: int = TOKENS_A_PASS) -> None:
-        if language_model.causal_lm.config._attn_implementation == "eager":
-            raise ValueError("network.language_model: attention is eager, which would add the mask to scores: use sdpa")
+        attention = language_model.causal_lm.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"network.language_model.attn_implementation: {attention} cannot take the mask of a tree of tokens: "
+                "set it to sdpa or eager"
+            )
         self.language_model, self.tokens_a_pass = language_model, tokens_a_pass
-        self.cache: Any = DynamicCache(config=language_model.causal_lm.config)
+        # Without a configuration it keeps all keys, also of layers with a sliding window: a tree has more tokens than
+        # it is deep. The window is part of the mask.
+        self.cache: Any = DynamicCache()
         self.length = 0
         self.last = embeds.new_empty(0)
         self._append(embeds)
@@ -156,31 +162,24 @@ class SharedPrefix:
         """Return log p of each row of tokens, none of them empty, as a continuation: float32 [R], sums over tokens."""
         log_p = torch.zeros(len(rows), dtype=torch.float64, device=self.last.device)  # GPUs add in any order
         for part in _passes(tuple(rows), True, self.tokens_a_pass):
-            log_p_next = self._logits(self._states(part)).log_softmax(-1)
+            log_p_next = self.language_model.logits(self._states(part)).log_softmax(-1)
             row, state, token = (t.to(log_p.device) for t in (part.scored_rows, part.scored_states, part.scored_tokens))
             log_p.index_add_(0, row, log_p_next[state, token].double())
         return log_p.float()
 
     def next_logits(self, rows: Sequence[Row]) -> Tensor:
-        """Return next-token logits after each row of tokens, any of which may be empty: float32 [R, V].
-
-        The head computes in float32 whatever the precision: logits of bfloat16 have eight bits, and up to a tenth of
-        all choices would be ties, which the first letter wins.
-        """
+        """Return next-token logits after each row of tokens, any of which may be empty: float32 [R, V]."""
         found = self.last.repeat(len(rows), 1)
         for part in _passes(tuple(rows), False, self.tokens_a_pass):
             found[part.rows.to(found.device)] = self._states(part)[part.ends.to(found.device)]
-        head = self.language_model.causal_lm.get_output_embeddings()
-        with torch.autocast(found.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            return F.linear(found.float(), head.weight.float(), bias)
+        return self.language_model.logits(found)
 
     def greedy(self, max_new_tokens: int, end: int) -> list[int]:
         """Continue with the most likely tokens until ``end``, which is left out, or ``max_new_tokens``."""
         tokens: list[int] = []
         before = self.last
         while len(tokens) < max_new_tokens:
-            token = int(self._logits(self.last).argmax())
+            token = int(self.language_model.logits(self.last).argmax())
             if token == end:
                 break
             tokens.append(token)
@@ -193,31 +192,53 @@ class SharedPrefix:
         return self.language_model.embed(torch.tensor(ids, dtype=torch.int64, device=self.last.device))
 
     def _append(self, embeds: Tensor) -> None:
-        self.last = self._read(embeds)[-1]
+        self.last = self._read(embeds, self.length + len(embeds))[-1]
         self.length += len(embeds)
 
     def _states(self, part: _Pass) -> Tensor:
         """Return the states of the prefix and after each token of a tree: float [1 + L, D]; the cache stays equal."""
-        count, device = len(part.tokens), self.last.device
+        count = len(part.tokens)
         if not count:
             return self.last[None]
-        prefix = torch.ones(count, self.length, dtype=torch.bool)
-        visible = torch.cat([prefix, part.visible], dim=1)[None, None].to(device)
+        position = self.length + part.depth
         states = self._read(
-            self.language_model.embed(part.tokens.to(device)),
-            attention_mask=visible,
-            position_ids=(self.length + part.depth)[None].to(device),
+            self.language_model.embed(part.tokens.to(self.last.device)),
+            int(position.max()) + 1,
+            attention_mask=self._masks(part, position),
+            position_ids=position[None].to(self.last.device),
         )
         self._crop_cache(count)
         return torch.cat([self.last[None], states])
 
-    def _read(self, embeds: Tensor, **how: Tensor) -> Tensor:
-        window = getattr(self.language_model.causal_lm.config, "sliding_window", None)
-        if window is not None and self.length + len(embeds) >= window:
-            raise ValueError(
-                f"network.language_model: {self.length + len(embeds)} positions reach its sliding window of {window}, "
-                "beyond which nothing is exact here: lower clips.num_frames"
-            )
+    def _masks(self, part: _Pass, position: Tensor) -> Any:
+        """Return the mask of a tree that attends to the prefix and to itself, [1, 1, L, P + L], for the model's layers.
+
+        Args:
+            part: the tree.
+            position: int64 [L], of its tokens.
+        """
+        config = self.language_model.causal_lm.config
+        visible = torch.cat([torch.ones(len(position), self.length, dtype=torch.bool), part.visible], dim=1)
+        window = getattr(config, "sliding_window", None)
+        types = getattr(config, "layer_types", None) or ()
+        if window is None or (types and "sliding_attention" not in types):
+            return self._mask(visible)
+        distance = position[:, None] - torch.cat([torch.arange(self.length), position])
+        sliding = self._mask(visible & (distance < window))
+        if not types:  # the window is that of all layers
+            return sliding
+        return {"full_attention": self._mask(visible), "sliding_attention": sliding}
+
+    def _mask(self, visible: Tensor) -> Tensor:
+        """Return a mask in the form that the attention takes: bool, or for eager attention numbers that it adds."""
+        mask = visible[None, None].to(self.last.device)
+        if self.language_model.causal_lm.config._attn_implementation == "sdpa":
+            return mask
+        return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    def _read(self, embeds: Tensor, total: int, **how: Any) -> Tensor:
+        """Return the states of tokens, float [L, D], the last of which has position ``total`` - 1."""
+        self.language_model.check_positions(total, cached=self.length)
         outputs = self.language_model.causal_lm.get_decoder()(
             inputs_embeds=embeds[None], past_key_values=self.cache, use_cache=True, **how
         )
@@ -231,7 +252,3 @@ class SharedPrefix:
     def _crop_cache(self, count: int) -> None:
         if count:
             self.cache.crop(-count)
-
-    def _logits(self, states: Tensor) -> Tensor:
-        logits: Tensor = self.language_model.causal_lm.get_output_embeddings()(states)
-        return logits.float()
