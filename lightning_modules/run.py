@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -182,6 +182,8 @@ def build(config: dict[str, Any]) -> Run:
         )
     if isinstance(trainer.strategy, FSDP2) and trainer.precision not in POLICIES:
         raise ConfigError(f"trainer.precision: got {trainer.precision}, allowed with fsdp2: {', '.join(POLICIES)}")
+    if datamodule.clips.pad_rgb is None:
+        datamodule.clips = replace(datamodule.clips, pad_rgb=stage.network.encoder_shape.mean_rgb)
     check_stage(stage, datamodule.clips, datamodule.encoder.max_text_tokens)
     if datamodule.micro_batch_size is not None:
         if trainer.accumulate_grad_batches != 1:

@@ -49,7 +49,7 @@ UNKNOWN = [
     (
         "stage0",
         "clips.num_frame=3",
-        r"clips.num_frame: no such key in clips, allowed: num_frames, image_size, frame_fit$",
+        r"clips.num_frame: no such key in clips, allowed: num_frames, image_size, frame_fit, pad_rgb$",
     ),
     ("stage0", "model.init_args.word_weight=3", r"model.init_args.word_weight: no such key .*\bbow_weight\b"),
     ("stage0", "model.init_args.optim.lr=3", r"model.init_args.optim.lr: no such key .*\blearning_rate\b"),

@@ -272,6 +272,15 @@ def test_geometry_of_pad_crop_and_squash(size: int, tmp_path: Path) -> None:
     assert colours == sorted(colours)
 
 
+def test_the_colour_of_the_padding_can_be_chosen(tmp_path: Path) -> None:
+    path, reader = make_video(tmp_path / "v.mp4", 3, width=64, height=32), ClipReader()
+    grey, clip = (reader.read(path, [0.0], 64, pad_rgb=colour).frames[0] for colour in ((127, 127, 127), None))
+    assert (grey[:16] == 127).all() and (clip[:16] == torch.tensor(PAD_RGB)).all()
+    assert torch.equal(grey[16:48], clip[16:48])
+    views = read_views(reader, {"ego": path}, 0.0, 0.3, 1, 64, "pad", pad_rgb=(1, 2, 3))
+    assert (views["ego"].frames[0, :16] == torch.tensor((1, 2, 3))).all()
+
+
 def test_portrait_is_padded_left_and_right_and_cut_at_top_and_bottom(tmp_path: Path) -> None:
     path = make_video(tmp_path / "tall.mp4", 12, width=96, height=160)
     reader = ClipReader()
@@ -478,6 +487,16 @@ def test_a_block_that_was_never_written_is_no_frame(codec: str, options: dict[st
     for number in [*range(12), *range(24, 36)]:  # the other groups
         clip = reader.read(path, [number / FPS + 0.05], SIDE, "squash")
         assert np.array_equal(clip.frames[0].numpy(), images[number])
+
+
+def test_a_relative_path_with_colons_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_video(tmp_path / "v.mp4", 10).rename(tmp_path / "12:30:05.mp4")
+    make_images(tmp_path / "scan:1", 4)
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("12:30:05.mp4"), tmp_path / "12:30:05.mp4"):
+        assert numbers_on(ClipReader().read(path, [0.35], SIDE, "squash")) == [3]
+        assert probe(path).num_frames == 10
+    assert numbers_on(ClipReader().read("scan:1", [3 / 30], SIDE)) == [3]
 
 
 def test_open_files_stay_within_the_cache_and_recover_from_errors(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import yaml
 
+from datamodules.video.convert import PAD_RGB
 from lightning_modules.config import RENAMED_KEYS, ConfigError, Renamed, compose, config_hash, read_saved
 from lightning_modules.config_check import check_config
 from lightning_modules.run import build
@@ -344,6 +345,12 @@ def test_a_shared_key_reaches_everything_that_depends_on_it(toy_world, tmp_path)
     assert handoff.folder == run.folder / "handoff"
     (checkpoints,) = [c for c in run.trainer.callbacks if type(c).__name__ == "Checkpoints"]
     assert checkpoints.folder == run.folder / "checkpoints"
+
+
+def test_padding_has_the_mean_colour_of_the_encoder(toy_world):
+    siglip = ["network.encoder.image_mean=[0.5, 0.5, 0.5]"]
+    for changes, colour in ((siglip, (127, 127, 127)), ([], PAD_RGB), (["clips.pad_rgb=[1, 2, 3]"], (1, 2, 3))):
+        assert build(compose(TOY, "stage1", [*overrides(toy_world), *changes])).datamodule.clips.pad_rgb == colour
 
 
 def test_runs_reaches_the_handoffs_of_earlier_stages(tmp_path):

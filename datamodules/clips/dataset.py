@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch
 from datamodules.clips.sampler import BatchRequest
 from datamodules.text import EncodedText, TextEncoder, UnusableText
-from datamodules.video.convert import Fit
+from datamodules.video.convert import RGB, Fit
 from datamodules.video.errors import ClipDecodeError
 from datamodules.video.reader import ClipReader
 from datamodules.video.sampling import read_views
@@ -38,17 +38,22 @@ class ClipConfig:
         num_frames: T, at the middles of T equal parts of the span.
         image_size: S, side of the square frames in pixels.
         frame_fit: ``pad`` to a square, ``crop`` the middle, or ``squash``; the same in training and evaluation.
+        pad_rgb: colour that ``pad`` fills with, 0-255. None: the mean colour of the vision encoder in a run of an
+            experiment, and CLIP's elsewhere.
     """
 
     num_frames: int
     image_size: int
     frame_fit: Fit = "pad"
+    pad_rgb: RGB | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for impossible values."""
         for name in ("num_frames", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"clips.{name}: got {getattr(self, name)}, allowed: 1 or more")
+        if self.pad_rgb is not None and not all(0 <= value <= 255 for value in self.pad_rgb):
+            raise ValueError(f"clips.pad_rgb: got {list(self.pad_rgb)}, allowed: three values from 0 to 255")
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,7 @@ def read_span(reader: ClipReader, span: Span, clips: ClipConfig) -> dict[str, Te
         clips.image_size,
         clips.frame_fit,
         span.offsets_s,
+        clips.pad_rgb,
     )
     return {view: clip.frames for view, clip in read.items()}
 

@@ -18,6 +18,7 @@ from datamodules.egobench.config import EgoBenchConfig
 from datamodules.egobench.requests import RequestBuilder, RequestEncoder
 from datamodules.egobench.samples import Clip, Sample
 from datamodules.text import TextEncoder, UnusableText
+from datamodules.video.convert import PAD_RGB
 from datamodules.video.errors import ClipDecodeError
 from datamodules.video.reader import ClipReader
 from datamodules.video.sampling import segment_midpoints
@@ -106,12 +107,15 @@ class BenchmarkDataset(Dataset[BenchmarkBatch]):
 
     def settings(self) -> dict[str, Any]:
         """Return everything besides model and samples that the results depend on, as JSON."""
+        clips = asdict(self.clips)
+        if self.clips.pad_rgb in (None, PAD_RGB):  # as before the colour could be chosen
+            del clips["pad_rgb"]
         return {
             "prompts": self.requests.prompts.templates(),
             "caption": self.config.caption,
             "cyclic": self.config.cyclic,
             "cross_check": len(self.cross_checked),
-            "clips": asdict(self.clips),
+            "clips": clips,
         }
 
     def check(self) -> None:
@@ -156,4 +160,4 @@ class BenchmarkDataset(Dataset[BenchmarkBatch]):
         times_s = segment_midpoints(clip.start_s, end_s, c.num_frames)
         if clip.last_at_end:
             times_s[-1] = end_s
-        return self.reader.read(path, times_s, c.image_size, c.frame_fit, (clip.start_s, end_s)).frames[None]
+        return self.reader.read(path, times_s, c.image_size, c.frame_fit, (clip.start_s, end_s), c.pad_rgb).frames[None]

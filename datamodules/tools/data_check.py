@@ -32,6 +32,7 @@ from datamodules.io.parallel import Beat, Failure, run_tasks
 from datamodules.io.validate import validate
 from datamodules.video.decode import is_torn
 from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, NotAVideo, SpanOutsideFile
+from datamodules.video.media import open_input, set_up_decoder
 from datamodules.video.probe import nal_length_bytes, probe
 from datamodules.video.sampling import segment_midpoints
 
@@ -235,12 +236,12 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
     listed: set[int] = set()
     end_s = packets_s = 0.0
     try:
-        with av.open(os.fspath(path), "r", metadata_errors="ignore") as container:
+        with open_input(os.fspath(path)) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream) or stream.time_base is None:
                 raise NotAVideo("the file changed while it was read", path)
             codec, time_base, tick_s = stream.codec_context, stream.time_base, float(stream.time_base)
-            codec.thread_type, codec.thread_count = "NONE", 1
+            set_up_decoder(codec)
             codec_name, length_bytes = codec.name, nal_length_bytes(codec)
             # Every packet lists a frame; the decoder must return all of them, undamaged.
             for packet in container.demux(stream):

@@ -43,6 +43,7 @@ from datamodules.io.jsonl import InvalidRecords
 from datamodules.io.parallel import Beat, Failure, run_tasks
 from datamodules.tools.data_check import decode_whole, read_annotations
 from datamodules.video.errors import ClipDecodeError, FileMissing
+from datamodules.video.media import media_url, open_input
 from datamodules.video.probe import probe
 from datamodules.video.sampling import segment_midpoints
 
@@ -160,7 +161,7 @@ def _is_done(output: Path, mark: str) -> bool:
     if not output.exists():
         return False
     try:
-        with av.open(os.fspath(output)) as container:
+        with open_input(os.fspath(output)) as container:
             found = container.metadata.get("comment", "")
     except av.error.FFmpegError:
         found = ""
@@ -211,7 +212,7 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
     written = _Frames()
     with (
         closing(decode_whole(source)) as frames,
-        av.open(os.fspath(unfinished), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+        av.open(media_url(os.fspath(unfinished)), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
         # The mark lets a later run recognise the file; geometry and colours follow from the first frame.
         container.metadata["comment"] = mark
@@ -267,7 +268,7 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
 
 def header(source: Path) -> tuple[Fraction, float]:
     """Return the frames per second, and the width of a stored pixel over its height."""
-    with av.open(os.fspath(source), metadata_errors="ignore") as container:
+    with open_input(os.fspath(source)) as container:
         stream = cast(VideoStream, container.streams.best("video"))
         rate = cast(Fraction, stream.average_rate or stream.guessed_rate)
         return rate, float(stream.sample_aspect_ratio or 1) or 1.0

@@ -23,6 +23,7 @@ from av.video.stream import VideoStream
 from datamodules.io.atomic import atomic_path
 from datamodules.tools.reencode import Encoding, header, upright
 from datamodules.video.errors import ClipDecodeError, Damaged
+from datamodules.video.media import media_url, open_input, set_up_decoder
 from datamodules.video.probe import probe
 from datamodules.video.reader import ClipReader
 
@@ -70,7 +71,7 @@ def _origin(source: Path) -> str:
 
 
 def _origin_of(clip: Path) -> str:
-    with av.open(os.fspath(clip), metadata_errors="ignore") as container:
+    with open_input(os.fspath(clip)) as container:
         return container.metadata.get("comment", "")
 
 
@@ -80,7 +81,7 @@ def _write(source: Path, start_s: float, end_s: float, unfinished: Path) -> list
     rate, pixel_aspect = header(source)
     tolerance_s = min(1e-3, 0.1 / info.fps)
     times_s: list[float] = []
-    with av.open(os.fspath(unfinished), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with av.open(media_url(os.fspath(unfinished)), "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata["comment"] = _origin(source)
         frames = _shown(source, info.start_s, start_s + tolerance_s, end_s - tolerance_s)
         first = next(frames)
@@ -114,9 +115,9 @@ def _mux(container: av.container.OutputContainer, packets: list[Packet[VideoStre
 
 def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterator[VideoFrame]:
     """Yield the frames displayed from the one at ``start_s`` to before ``end_s``; times count from ``first_s``."""
-    with av.open(os.fspath(source), metadata_errors="ignore") as container:
+    with open_input(os.fspath(source)) as container:
         stream = cast(VideoStream, container.streams.best("video"))
-        stream.codec_context.thread_type, stream.codec_context.thread_count = "NONE", 1
+        set_up_decoder(stream.codec_context)
         tick_s = cast(Fraction, stream.time_base)
         container.seek(int((first_s + start_s) / tick_s), stream=stream)
         frames = container.decode(stream)

@@ -13,7 +13,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 Fit = Literal["pad", "crop", "squash"]
 FITS: tuple[Fit, ...] = ("pad", "crop", "squash")
-PAD_RGB = (122, 116, 104)  # CLIP's mean colour, so that padding is about zero after normalisation
+RGB = tuple[int, int, int]
+PAD_RGB: RGB = (122, 116, 104)  # CLIP's mean colour, so that padding is about zero after normalisation
 
 # Pixel formats that are scaled in YUV and then converted to RGB without scaling, which is cheaper than one step.
 _YUV_STEP = {"yuv420p": "yuv420p", "yuvj420p": "yuvj420p", "yuv420p10le": "yuv420p"}
@@ -22,7 +23,9 @@ _YUV_STEP = {"yuv420p": "yuv420p", "yuvj420p": "yuvj420p", "yuv420p10le": "yuv42
 class FrameConverter:
     """Convert decoded frames of one size and format to RGB squares."""
 
-    def __init__(self, width: int, height: int, pixel_format: str, pixel_aspect: float, size: int, fit: Fit) -> None:
+    def __init__(
+        self, width: int, height: int, pixel_format: str, pixel_aspect: float, size: int, fit: Fit, pad_rgb: RGB
+    ) -> None:
         self._crop: Graph | None = None
         self._scaled = (size, size)
         shown_width = width * pixel_aspect
@@ -33,12 +36,12 @@ class FrameConverter:
             self._crop = _crop_graph(width, height, pixel_format, _even(side / pixel_aspect), _even(side))
         even = not (self._scaled[0] % 2 or self._scaled[1] % 2)
         self._step_format = _YUV_STEP.get(pixel_format) if even else None
-        self._pad = np.tile(np.array(PAD_RGB, dtype=np.uint8), (size, 1))  # one row of the border
+        self._pad = np.tile(np.array(pad_rgb, dtype=np.uint8), (size, 1))  # one row of the border
         self._scale = VideoReformatter()
         self._to_rgb = VideoReformatter()
 
     def write(self, frame: VideoFrame, out: np.ndarray) -> None:
-        """Convert ``frame`` and write it to the centre of ``out``, uint8 [size, size, 3], on ``PAD_RGB``."""
+        """Convert ``frame`` and write it to the centre of ``out``, uint8 [size, size, 3], on the padding."""
         pixels = self._scaled_rgb(frame)
         top, left = (out.shape[0] - pixels.shape[0]) // 2, (out.shape[1] - pixels.shape[1]) // 2
         bottom, right = top + pixels.shape[0], left + pixels.shape[1]

@@ -11,6 +11,7 @@ import av
 from av.video.frame import VideoFrame
 
 from datamodules.video.errors import Damaged, NotAVideo, SpanOutsideFile, error_text
+from datamodules.video.media import open_input, set_up_decoder
 
 IMAGES_FPS = 30.0
 """Frame rate of a folder of images, the one at which OpenEQA's own script encodes its episodes."""
@@ -51,7 +52,8 @@ class ImageFolder:
         """
         name = self.names[number]
         try:
-            with av.open(os.path.join(self.path, name), "r", metadata_errors="ignore") as container:
+            with open_input(os.path.join(self.path, name)) as container:
+                set_up_decoder(container.streams.video[0].codec_context)
                 frame = next(container.decode(video=0))
         except (av.error.FFmpegError, StopIteration, IndexError) as error:
             raise Damaged(f"image {name}: {error_text(error)}", self.path) from error

@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 
 from datamodules.video.errors import Damaged, FileMissing, NotAVideo, NoVideoStream, error_text
 from datamodules.video.images import IMAGES_FPS, ImageFolder, list_images
+from datamodules.video.media import open_input, set_up_decoder
 
 _HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # keeps FFmpeg from decoding frames while it opens a file
 
@@ -160,7 +161,7 @@ def open_video(name: str, stamp: tuple[int, int], thorough: bool = False) -> Ope
         ClipDecodeError: the file is not a video, or is truncated.
     """
     try:
-        container = av.open(name, "r", options={} if thorough else _HEADER_ONLY, metadata_errors="ignore")
+        container = open_input(name, {} if thorough else _HEADER_ONLY)
     except av.error.FFmpegError as error:
         raise NotAVideo(error_text(error), name) from error
     try:
@@ -190,8 +191,7 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
     for other in container.streams:
         if other.index != stream.index:
             other.discard = Discard.all
-    codec.thread_type = "NONE"  # parallelism comes from workers, and this avoids deadlocks
-    codec.thread_count = 1
+    set_up_decoder(codec)
     claims_s = [(stream.duration or 0) * stream.time_base, Fraction(container.duration or 0, 10**6)]
     return OpenVideo(
         path=name,

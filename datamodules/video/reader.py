@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import av
 import numpy as np
@@ -29,7 +29,7 @@ import torch
 from av.video.frame import VideoFrame
 from torch import Tensor
 
-from datamodules.video.convert import FITS, Fit, FrameConverter
+from datamodules.video.convert import FITS, PAD_RGB, RGB, Fit, FrameConverter
 from datamodules.video.decode import (
     NeedsFullDecode,
     choose_frames,
@@ -116,6 +116,7 @@ class ClipReader:
         size: int,
         fit: Fit = "pad",
         span_s: tuple[float, float] | None = None,
+        pad_rgb: RGB | None = None,
     ) -> Clip:
         """Read the frames displayed at the given times.
 
@@ -125,10 +126,11 @@ class ClipReader:
             path: video file, or folder of images.
             times_s: N times in seconds on the file's clock, in any order; several may fall on one frame.
             size: side of the square output in pixels.
-            fit: ``pad`` scales the whole frame to fit and centres it on ``PAD_RGB`` (its short side rounded to
+            fit: ``pad`` scales the whole frame to fit and centres it on ``pad_rgb`` (its short side rounded to
                 an even number of pixels when ``size`` is even), ``crop`` cuts the central square, ``squash``
                 ignores the aspect ratio. The file's rotation is applied.
             span_s: (start, end) that the times were drawn from, for error messages; their range by default.
+            pad_rgb: colour of the padding, 0-255: the mean colour of the vision encoder, CLIP's by default.
 
         Returns:
             The clip, frames in the order of ``times_s``.
@@ -143,7 +145,9 @@ class ClipReader:
         if not times or not all(map(math.isfinite, times)):
             raise EmptySpan(f"cannot read frames at times {times}", path, *(span_s or (None, None)))
         span_s = span_s or (min(times), max(times))
-        return self._bounded(path, span_s, lambda files: files.read(os.fspath(path), times, size, fit))
+        return self._bounded(
+            path, span_s, lambda files: files.read(os.fspath(path), times, _Square(size, fit, pad_rgb or PAD_RGB))
+        )
 
     def usable_end_s(self, path: str | os.PathLike[str], start_s: float, end_s: float) -> float:
         """Check a span against the file and clamp an end that lies less than one frame past it.
@@ -229,6 +233,14 @@ def _run_calls(
         del call, outcome  # keep no frames or files alive while waiting for the next call
 
 
+class _Square(NamedTuple):
+    """Form of the frames that a call returns."""
+
+    size: int
+    fit: Fit
+    pad_rgb: RGB
+
+
 class _OpenFiles:
     """Open videos with their decoders and scalers, used by one thread at a time."""
 
@@ -250,14 +262,14 @@ class _OpenFiles:
         if video is not None:
             video.container.close()
 
-    def read(self, name: str, times: list[float], size: int, fit: Fit) -> Clip:
+    def read(self, name: str, times: list[float], square: _Square) -> Clip:
         if os.path.isdir(name):
-            return self._read_images(self._list(name), times, size, fit)
+            return self._read_images(self._list(name), times, square)
         video = self._open(name)
         limits = [video.last_tick_shown_by(time_s) for time_s in times]
         if min(limits) < video.start_tick:
             raise SpanOutsideFile(f"{min(times):.3f} s is before the first frame at 0 s")
-        return self._read_limits(video, limits, size, fit)
+        return self._read_limits(video, limits, square)
 
     def usable_end_s(self, name: str, start_s: float, end_s: float) -> float:
         if os.path.isdir(name):
@@ -277,7 +289,7 @@ class _OpenFiles:
         self._pid = os.getpid()
         self._videos: OrderedDict[str, OpenVideo] = OrderedDict()
         self._images = None
-        self._converters: dict[tuple[int, int, str, float, int, Fit], FrameConverter] = {}
+        self._converters: dict[tuple[int, int, str, float, int, Fit, RGB], FrameConverter] = {}
 
     def _open(self, name: str, thorough: bool = False) -> OpenVideo:
         if self._pid != os.getpid():  # a forked process shares the file offsets of its parent: never read through them
@@ -300,32 +312,32 @@ class _OpenFiles:
             self._images = ImageFolder(name, stamp, list_images(name))
         return self._images
 
-    def _read_images(self, images: ImageFolder, times: list[float], size: int, fit: Fit) -> Clip:
+    def _read_images(self, images: ImageFolder, times: list[float], square: _Square) -> Clip:
         numbers = [images.number_shown_by(time_s) for time_s in times]
-        canvas = np.empty((len(numbers), size, size, 3), dtype=np.uint8)
+        canvas = np.empty((len(numbers), square.size, square.size, 3), dtype=np.uint8)
         for number in sorted(set(numbers)):
             first, *others = (row for row, wanted in enumerate(numbers) if wanted == number)
             frame = images.frame(number)
-            self._converter(frame, 1.0, size, fit).write(frame, canvas[first])
+            self._converter(frame, 1.0, square).write(frame, canvas[first])
             for row in others:
                 canvas[row] = canvas[first]
         frame_numbers = np.array(numbers, dtype=np.int64)
         return Clip(torch.from_numpy(canvas), frame_numbers / IMAGES_FPS, frame_numbers)
 
-    def _read_limits(self, video: OpenVideo, limits: list[int], size: int, fit: Fit) -> Clip:
+    def _read_limits(self, video: OpenVideo, limits: list[int], square: _Square) -> Clip:
         # Each frame is decoded and converted once, straight into its row; equal rows are copied.
         ascending = sorted(set(limits))
-        canvas = np.empty((len(limits), size, size, 3), dtype=np.uint8)
+        canvas = np.empty((len(limits), square.size, square.size, 3), dtype=np.uint8)
         try:
-            chosen = self._decode_by_seeking(video, ascending, limits, canvas, fit)
+            chosen = self._decode_by_seeking(video, ascending, limits, canvas, square)
         except NeedsFullDecode:
-            chosen = self._decode_from_start(video, ascending, limits, canvas, fit)
+            chosen = self._decode_from_start(video, ascending, limits, canvas, square)
         times_s = np.array([video.time_s(chosen[limit]) for limit in limits], dtype=np.float64)
         frame_numbers = np.rint(times_s * video.fps).astype(np.int64)
         return Clip(torch.from_numpy(canvas), times_s, frame_numbers)
 
     def _decode_by_seeking(
-        self, video: OpenVideo, ascending: list[int], limits: list[int], canvas: np.ndarray, fit: Fit
+        self, video: OpenVideo, ascending: list[int], limits: list[int], canvas: np.ndarray, square: _Square
     ) -> dict[int, int]:
         chosen: dict[int, int] = {}
         for group in split_at_key_frames(video, ascending):
@@ -333,11 +345,11 @@ class _OpenFiles:
             picks = choose_frames(video, packets, at_end, group)
             chosen.update(picks)
             frames = decode_segments(video, packets, sorted(set(picks.values())))
-            self._place(video, frames, picks, limits, canvas, fit)
+            self._place(video, frames, picks, limits, canvas, square)
         return chosen
 
     def _decode_from_start(
-        self, video: OpenVideo, ascending: list[int], limits: list[int], canvas: np.ndarray, fit: Fit
+        self, video: OpenVideo, ascending: list[int], limits: list[int], canvas: np.ndarray, square: _Square
     ) -> dict[int, int]:
         self.drop(video.path)
         fresh = self._open(video.path, thorough=True)  # stands at its first packet, whatever its index knows
@@ -347,7 +359,7 @@ class _OpenFiles:
         stop = 1 + max(i for i, packet in enumerate(packets) if packet.pts in wanted)
         try:
             self._place(
-                fresh, decode_packets(fresh, packets[:stop], wanted, exact_start=False), picks, limits, canvas, fit
+                fresh, decode_packets(fresh, packets[:stop], wanted, exact_start=False), picks, limits, canvas, square
             )
         except NeedsFullDecode:
             raise FrameMissing("the decoder did not return a frame that the file lists", fresh.path) from None
@@ -360,7 +372,7 @@ class _OpenFiles:
         picks: dict[int, int],
         limits: list[int],
         canvas: np.ndarray,
-        fit: Fit,
+        square: _Square,
     ) -> None:
         # Rows of the clip by the pts of their frame.
         rows: dict[int, list[int]] = {}
@@ -369,12 +381,12 @@ class _OpenFiles:
                 rows.setdefault(picks[limit], []).append(row)
         for frame in frames:
             first, *others = rows[cast(int, frame.pts)]
-            self._converter(frame, video.pixel_aspect, canvas.shape[1], fit).write(frame, canvas[first])
+            self._converter(frame, video.pixel_aspect, square).write(frame, canvas[first])
             for row in others:
                 canvas[row] = canvas[first]
 
-    def _converter(self, frame: VideoFrame, pixel_aspect: float, size: int, fit: Fit) -> FrameConverter:
-        key = (frame.width, frame.height, frame.format.name, pixel_aspect, size, fit)
+    def _converter(self, frame: VideoFrame, pixel_aspect: float, square: _Square) -> FrameConverter:
+        key = (frame.width, frame.height, frame.format.name, pixel_aspect, *square)
         converter = self._converters.get(key)
         if converter is None:
             if len(self._converters) >= _MAX_CONVERTERS:

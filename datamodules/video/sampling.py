@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from datamodules.video.convert import Fit
+    from datamodules.video.convert import RGB, Fit
     from datamodules.video.reader import Clip, ClipReader
 
 
@@ -41,6 +41,7 @@ def read_views(
     size: int,
     fit: Fit,
     offsets_s: Mapping[str, float] | None = None,
+    pad_rgb: RGB | None = None,
 ) -> dict[str, Clip]:
     """Read the same moments from every view of a take.
 
@@ -56,6 +57,7 @@ def read_views(
         size: side of the square output in pixels.
         fit: how frames are made square, see ``ClipReader.read``.
         offsets_s: take time at which each view's file begins, 0 where a view is not named.
+        pad_rgb: colour of the padding, CLIP's mean colour by default.
 
     Returns:
         One clip of N frames per view, under the keys of ``paths``; times on each file's own clock.
@@ -71,7 +73,9 @@ def read_views(
         usable_end_s = reader.usable_end_s(path, start_s - shift_s, end_s - shift_s) + shift_s
         common_end_s = min(common_end_s, usable_end_s)
     times_s = segment_midpoints(start_s, common_end_s, num_frames)
-    return {
-        view: reader.read(path, times_s - shifts_s[view], size, fit, (start_s - shifts_s[view], end_s - shifts_s[view]))
-        for view, path in paths.items()
-    }
+    clips = {}
+    for view, path in paths.items():
+        shift_s = shifts_s[view]
+        span_s = (start_s - shift_s, end_s - shift_s)
+        clips[view] = reader.read(path, times_s - shift_s, size, fit, span_s, pad_rgb)
+    return clips

@@ -23,11 +23,13 @@ class EncoderShape:
         image_size: side of the square input in pixels.
         dim: width of the features.
         grid: patch rows and columns.
+        mean_rgb: mean colour of its inputs, 0-255 and rounded down; padding in it is about zero after normalisation.
     """
 
     image_size: int
     dim: int
     grid: tuple[int, int]
+    mean_rgb: tuple[int, int, int]
 
 
 def build_encoder(config: EncoderConfig) -> VisionEncoder:
@@ -52,10 +54,17 @@ def encoder_shape(config: EncoderConfig) -> EncoderShape:
     """
     if config.type is None:
         side = config.image_size // config.patch_size
-        return EncoderShape(config.image_size, config.width, (side, side))
+        return EncoderShape(
+            config.image_size, config.width, (side, side), _rgb([255 * mean for mean in config.image_mean])
+        )
     with torch.device("meta"):
         encoder = build_encoder(config)
-    return EncoderShape(encoder.image_size, encoder.dim, encoder.grid)
+    return EncoderShape(encoder.image_size, encoder.dim, encoder.grid, _rgb(encoder.mean.flatten().tolist()))
+
+
+def _rgb(mean: list[float]) -> tuple[int, int, int]:
+    red, green, blue = (int(value) for value in mean)
+    return red, green, blue
 
 
 def _encoder_class(config: EncoderConfig) -> type[VisionEncoder]:
