@@ -12,10 +12,20 @@ from typing import Any
 
 from experiments.ablations.figures import draw
 from experiments.ablations.plan import STAGES, Job, Plan
-from lightning_modules.validation.report import SCORES, markdown_table
+from lightning_modules.validation.report import markdown_table
 from lightning_modules.weights.handoff import read_manifest
 
-COLUMNS = {**SCORES, "loss": "loss of the true option, nats per token"}
+COLUMNS = {
+    "caption": "caption, exact match",
+    "caption_verb": "caption, verb",
+    "caption_object": "caption, object",
+    "caption_colour": "caption, colour",
+    "caption_hand": "caption, hand",
+    "choice": "four-way choice",
+    "qa": "questions, all",
+    "loss": "loss of the true option, nats per token",
+}
+"""Scores of the generated world that the tables compare, with their titles."""
 CLIPS = {
     "all": "all clips",
     "seen": "clips whose action the glasses see",
