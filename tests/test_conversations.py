@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from dataclasses import replace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from datamodules.egoit.reader import ConversationFile
-from datamodules.egoit.records import InstructionRecord, PromptFields, RecordStore, to_json, write_rows
+from datamodules.egoit.records import InstructionRecord, PromptFields, RecordStore, output_files, to_json, write_rows
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.tools.data_check import main as check
 
@@ -366,3 +367,65 @@ def test_the_rows_of_the_documentation_are_read_alike(tmp_path):
     assert [record.turns for record in found] == [(("What do I hold?", "A ladle."),)] * 2
     assert [(record.video, record.window_s) for record in found] == [("kitchen/0001.mp4", (3.0, 5.5))] * 2
     assert len(file.changes) == 4
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# forms of files
+
+
+ROW = without("id")
+LINE = json.dumps(ROW).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "pretty.json",
+            json.dumps(ROW, indent=2).encode(),
+            "a JSON object over several lines: write one record a line",
+        ),
+        (
+            "two.json",
+            json.dumps(ROW, indent=2).encode() * 2,
+            "a JSON object over several lines: write one record a line",
+        ),
+        ("wrapped.json", json.dumps({"data": [ROW]}).encode(), "holds the records as an array under 'data': write one"),
+        (
+            "deep.json",
+            json.dumps({"info": {}, "rows": [ROW]}, indent=1).encode(),
+            "as an array under 'rows': write one",
+        ),
+        ("by_id.json", json.dumps({"0": ROW, "1": ROW}).encode(), "holds the records by id: write one a line, `jq -c"),
+        ("table.parquet", b"PAR1" + bytes(20), "table.parquet: a Parquet file: convert it"),
+        ("old_mac.jsonl", LINE + b"\r" + LINE, r"its lines end with \r alone: convert it, `tr"),
+        ("cut.jsonl.gz", gzip.compress(LINE)[:-9], "damaged gzip file"),
+        ("packed.jsonl.zst", b"\x28\xb5\x2f\xfd" + bytes(20), "packed by zstd: unpack it"),
+        ("pointer.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
+    ],
+)
+def test_a_file_of_another_form_is_one_problem_that_names_it(tmp_path, capsys, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content)
+    conversations = ConversationFile(file)
+    assert list(conversations) == []
+    (problem,) = conversations.problems
+    assert problem.startswith(f"{file}: ")
+    assert message in problem
+    assert check([str(file), "--root", str(tmp_path), "--clean", str(tmp_path / "clean")]) == 2
+    assert capsys.readouterr().err == f"error: {problem}\n"
+
+
+@pytest.mark.parametrize("content", [LINE + b"\n" + LINE, json.dumps([ROW, ROW], indent=1).encode()])
+def test_files_packed_by_gzip_are_read(tmp_path, content):
+    file = tmp_path / "packed.jsonl.gz"
+    file.write_bytes(gzip.compress(content))
+    assert [record.video for record in ConversationFile(file)] == ["a.mp4", "a.mp4"]
+    assert output_files([file], tmp_path / "out", ".json") == [tmp_path / "out" / "packed.json"]
+
+
+def test_a_file_of_one_record_is_no_other_form(tmp_path):
+    file = tmp_path / "one.jsonl"
+    for content in (LINE, b"\xef\xbb\xbf" + LINE + b"\r\n", b"\n" + LINE + b"\n\n"):
+        file.write_bytes(content)
+        assert len(list(ConversationFile(file))) == 1

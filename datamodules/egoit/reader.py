@@ -27,7 +27,7 @@ class ConversationFile:
     """The records of an instruction file, in its order.
 
     Args:
-        path: JSON Lines or a JSON array.
+        path: JSON Lines or a JSON array, which may be packed by gzip.
         texts: every row must hold a conversation or prompt fields. If False, this holds only from the first such row
             on, so that a list of videos without texts is accepted too.
 

@@ -222,9 +222,10 @@ def output_files(files: Sequence[Path], folder: Path, suffix: str) -> list[Path]
     Raises:
         ValueError: two files have one name, or an input would be overwritten.
     """
-    if len({file.stem for file in files}) < len(files):
+    stems = [Path(file.name.removesuffix(".gz")).stem for file in files]
+    if len(set(stems)) < len(files):
         raise ValueError(f"{', '.join(map(str, files))}: two have one name: rename one")
-    outputs = [folder / f"{file.stem}{suffix}" for file in files]
+    outputs = [folder / f"{stem}{suffix}" for stem in stems]
     inputs = {file.resolve() for file in files}
     for output in outputs:
         if output.resolve() in inputs:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from datamodules.io.jsonl import is_text
+from datamodules.io.jsonl import is_text, read_bytes
 
 Row = TypeVar("Row")
 
@@ -78,14 +78,15 @@ def option(default: Any, text: str, choices: Sequence[str] | None = None) -> Any
 
 
 def find_file(root: Path, names: Sequence[str], what: str) -> Path:
-    """Return the first of some paths below the root that exists.
+    """Return the first of some paths below the root that exists, as it is or packed by gzip.
 
     Raises:
         SourceError: none does; names all of them.
     """
     for name in names:
-        if (root / name).is_file():
-            return root / name
+        for file in (root / name, root / f"{name}.gz"):
+            if file.is_file():
+                return file
     raise SourceError(f"{root}: holds none of {', '.join(names)}: put {what} there")
 
 
@@ -97,13 +98,20 @@ def try_parse(make: Callable[..., Row], *arguments: Any) -> Row | SourceError:
         return error
 
 
+def _content(file: Path) -> bytes:
+    try:
+        return read_bytes(file)
+    except ValueError as error:
+        raise SourceError(str(error)) from None
+
+
 def read_text(file: Path) -> str:
     """Return the content of a text file without its byte order mark.
 
     Raises:
         SourceError: it is not UTF-8.
     """
-    content = file.read_bytes()
+    content = _content(file)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -137,9 +145,11 @@ def read_json(file: Path, kind: type[Row]) -> Row:
         SourceError: it is not there, or not such a file.
     """
     try:
-        value = json.loads(file.read_bytes())
+        value = json.loads(_content(file))
     except FileNotFoundError:
         raise SourceError(f"{file}: no such file: correct the path") from None
+    except SourceError:
+        raise
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{file}: invalid JSON ({error}): fetch the file again") from None
     if not isinstance(value, kind):

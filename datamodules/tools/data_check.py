@@ -123,7 +123,8 @@ def read_annotations(source: Path) -> Annotations:
         source: folder of an index of pairs, or an instruction file of any form that ``ConversationFile`` reads.
 
     Raises:
-        ValueError: there is no such file, or a line of an index is wrong; names file, line and field.
+        ValueError: there is no such file, it is of another form, or a line of an index is wrong; names file, line and
+            field.
     """
     if source.is_dir():
         return _read_index(source)
@@ -132,8 +133,10 @@ def read_annotations(source: Path) -> Annotations:
     files: dict[str, VideoFile] = {}
     paths_by_line: list[tuple[str, ...] | None] = []
     conversations = ConversationFile(source, texts=False)
-    for _, record in conversations.entries():
+    for where, record in conversations.entries():
         if isinstance(record, ValueError):
+            if where == str(source):  # a file of another form, without lines
+                raise record
             paths_by_line.append(None)
             continue
         path = record["video"]
