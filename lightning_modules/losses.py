@@ -71,9 +71,7 @@ def loss_by_source(logits: Tensor, targets: Tensor, source: Tensor, sources: int
     return of_source.float() @ torch.stack([losses, torch.ones_like(losses)], dim=1)
 
 
-def cycle_consistency_loss(
-    feature: Tensor, round_trip: Tensor, valid: Tensor, norm: Literal["none", "channel_std"] = "none"
-) -> Tensor:
+def cycle_consistency_loss(feature: Tensor, round_trip: Tensor, valid: Tensor) -> Tensor:
     """L1 distance of features to themselves after a round trip through both mappings.
 
     The paper writes a norm; averaged over elements here, so that the weight does not depend on the number of patches.
@@ -82,7 +80,6 @@ def cycle_consistency_loss(
         feature: float [B, T, h, w, C], the target.
         round_trip: the same shape, after F then G or G then F.
         valid: bool [B], the clips that count.
-        norm: ``channel_std`` divides each channel by its standard deviation in ``feature``.
 
     Returns:
         float scalar >= 0.
@@ -92,19 +89,7 @@ def cycle_consistency_loss(
     """
     if feature.shape != round_trip.shape:
         raise ValueError(f"round trip gave {tuple(round_trip.shape)}, expected {tuple(feature.shape)}")
-    if norm == "channel_std":
-        scale = _channel_deviation(feature.detach(), valid) + 1e-6
-        feature, round_trip = feature / scale, round_trip / scale
     return F.l1_loss(where_valid(valid, round_trip, feature), feature)
-
-
-def _channel_deviation(feature: Tensor, valid: Tensor) -> Tensor:
-    """Standard deviation of each channel over the valid clips, 0 if there are none: float [C]."""
-    zero = feature.new_zeros((), dtype=torch.float32)
-    positions = valid.sum() * (feature[0].numel() // feature.shape[-1])
-    mean = where_valid(valid, feature.float(), zero).sum((0, 1, 2, 3)) / positions.clamp(min=1)
-    squares = where_valid(valid, (feature - mean).square(), zero).sum((0, 1, 2, 3))
-    return (squares / (positions - 1).clamp(min=1)).sqrt()
 
 
 def where_valid(valid: Tensor, feature: Tensor, other: Tensor) -> Tensor:
@@ -170,7 +155,7 @@ def contrastive_loss(target: Tensor, mapped: Tensor, valid: Tensor, different: T
 
 
 class FeatureStandardizer(nn.Module):
-    """Brings features to zero mean and unit deviation per channel, by the statistics of the exocentric ones.
+    """Bring features to zero mean and unit deviation per channel, by the statistics of a target, such as y.
 
     CLIP features carry a few channels far larger than the rest, on which an unstandardised softmax would spend all its
     mass. ``ema`` keeps running statistics of the target, averaged over ranks, fixed within an optimiser step so that

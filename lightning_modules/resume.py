@@ -38,6 +38,14 @@ RESUMABLE_KEYS = (
 )
 """Keys that may differ when a run is resumed: the result does not depend on them, except for rounding and dropout."""
 
+SPLIT_KEYS = (
+    "data.init_args.micro_batch_size",
+    "trainer.accumulate_grad_batches",
+    "trainer.devices",
+    "trainer.num_nodes",
+)
+"""Those of ``RESUMABLE_KEYS`` that split a global batch, on which the contrastive loss depends."""
+
 
 def check_resumable(folder: Path, config: dict[str, Any], state: str) -> None:
     """Compare the configuration of the run in a folder with the present one.
@@ -48,12 +56,13 @@ def check_resumable(folder: Path, config: dict[str, Any], state: str) -> None:
         state: ``finished`` or ``interrupted``, for the message.
 
     Raises:
-        ConfigError: a key outside ``RESUMABLE_KEYS`` differs.
+        ConfigError: a key outside ``RESUMABLE_KEYS`` differs, or one of ``SPLIT_KEYS`` with a contrastive loss.
     """
     file = folder / "config.yaml"
     before = read_saved(file) if file.is_file() else {}
     old, new = _flatten(before), _flatten(config)
-    free = tuple(f"{key}." for key in RESUMABLE_KEYS)
+    contrastive = json.loads(new.get("model.init_args.contrastive.weight", "0"))
+    free = tuple(f"{key}." for key in RESUMABLE_KEYS if not (contrastive and key in SPLIT_KEYS))
     changed = [
         key
         for key in sorted(old.keys() | new.keys())

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from datamodules import ClipConfig, InstructionDataModule
-from datamodules.batch import VIDEO_TOKEN_ID
+from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch, TextBatch
 from lightning_modules import OptimConfig
 from lightning_modules.callbacks.checkpoint import (
     CheckpointError,
@@ -204,6 +204,51 @@ def test_cycle_directions_add_up(toy_tokenizer):
         cycles[forward, backward] = stage.losses(tiny.clip_batch())["cycle"]
     assert cycles[True, False] != cycles[False, True]
     torch.testing.assert_close(cycles[True, True], cycles[True, False] + cycles[False, True])
+
+
+def halves(batch):
+    """The two clips of a batch as micro-batches of one."""
+    for row in range(2):
+        text = TextBatch(
+            batch.text.input_ids[row, None], batch.text.attention_mask[row, None], batch.text.labels[row, None]
+        )
+        videos = (batch.ego_video[row, None], batch.exo_video[row, None])
+        yield ClipBatch(batch.ids[row : row + 1], text, batch.label_tokens / 2, *videos, valid=batch.valid[row, None])
+
+
+def test_cycle_by_channel_deviations_does_not_depend_on_the_micro_batch(toy_tokenizer):
+    values, widths = {}, {}
+    for split in (False, True):
+        stage = tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(norm="channel_std"))
+        stage.configure_model()
+        tiny.scatter(stage.model)
+        values[split] = []
+        for step in range(2):
+            batch = tiny.clip_batch(seed=step)
+            parts = list(halves(batch)) if split else [batch]
+            values[split].append(torch.stack([stage.losses(part)["cycle"] for part in parts]).mean())
+            stage.on_before_optimizer_step(None)
+        widths[split] = {view: s.variance for view, s in stage.cycle_standardizers.items()}
+    torch.testing.assert_close(values[True], values[False])
+    torch.testing.assert_close(widths[True], widths[False])
+
+    plain = tiny.make_stage("stage2", toy_tokenizer)
+    plain.configure_model()
+    tiny.scatter(plain.model)
+    expected = [plain.losses(tiny.clip_batch(seed=step))["cycle"] for step in range(2)]
+    torch.testing.assert_close(values[False][0], expected[0])  # without statistics yet
+    assert abs(values[False][1] / expected[1] - 1) > 0.01
+    assert not plain.cycle_standardizers.state_dict()
+
+
+def test_cycle_by_channel_deviations_weighs_channels_alike(toy_tokenizer):
+    stage = tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(norm="channel_std"))
+    stage.configure_model()
+    exo = torch.stack([-torch.arange(1.0, 33), torch.arange(1.0, 33)]).view(2, 1, 1, 1, 32)
+    valid = torch.ones(2, dtype=torch.bool)
+    stage._cycle("exo", exo, exo, valid)
+    stage.on_before_optimizer_step(None)
+    assert stage._cycle("exo", exo, 1.5 * exo, valid).item() == pytest.approx(0.5, abs=1e-4)
 
 
 def test_stage2_reads_the_demonstrator_without_moving_it(toy_tokenizer):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datamodules.batch import ClipBatch
 from lightning_modules.losses import (
@@ -32,7 +32,8 @@ class CycleConfig:
         weight: of the sum of both directions; with 0, G is not run.
         forward, backward: the directions that count: x -> F -> G -> x and y -> G -> F -> y.
         detach_target: keep the gradient out of the target x, which could otherwise shrink to lower the loss.
-        norm: ``channel_std`` gives all channels the same weight.
+        norm: ``channel_std`` gives all channels the same weight: features are divided by running deviations of the
+            target, see ``FeatureStandardizer``, which has none yet in the very first step.
     """
 
     weight: float = 1.0
@@ -142,10 +143,13 @@ class DemonstratorLearnerGuidance(Stage):
         return self.kl.where == "tokens"
 
     def attach(self, model: Exo2EgoModel) -> None:
-        """Set the model, and add the statistics that standardise the features of the KL."""
+        """Set the model, and add the statistics that standardise the features of the KL and of the cycles."""
         super().attach(model)
         dim = model.language_model.dim if self.kl.where == "tokens" else self.network.encoder_shape.dim
         self.standardizer = FeatureStandardizer(dim, self.kl.standardize)
+        width = self.network.encoder_shape.dim
+        views = ("ego", "exo") if self.cycle.norm == "channel_std" else ()
+        self.cycle_standardizers = nn.ModuleDict({view: FeatureStandardizer(width, "ema") for view in views})
 
     def on_fit_start(self) -> None:
         """Refuse to compare tokens of F(x) where the language model reads none."""
@@ -157,9 +161,11 @@ class DemonstratorLearnerGuidance(Stage):
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Update the statistics with the exocentric features of this step, for the next one."""
+        """Update the statistics with the features of this step, for the next one."""
         super().on_before_optimizer_step(optimizer)
-        self.standardizer.update()
+        for standardizer in (self.standardizer, *self.cycle_standardizers.values()):
+            assert isinstance(standardizer, FeatureStandardizer)
+            standardizer.update()
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return video-text generation on x and F(x), KL(y || F(x)) and cycle consistency."""
@@ -247,9 +253,18 @@ class DemonstratorLearnerGuidance(Stage):
         if self.cycle.forward:
             target = features.ego.detach() if self.cycle.detach_target else features.ego
             round_trip = model.exo_to_ego(features.mapped)
-            directions["ego"] = cycle_consistency_loss(target, round_trip, valid, self.cycle.norm)
+            directions["ego"] = self._cycle("ego", target, round_trip, valid)
         if self.cycle.backward:
             round_trip = model.ego_to_exo(model.exo_to_ego(features.exo))
-            directions["exo"] = cycle_consistency_loss(features.exo, round_trip, valid, self.cycle.norm)
+            directions["exo"] = self._cycle("exo", features.exo, round_trip, valid)
         self.step_log |= {f"guidance/cycle_{view}": loss.detach() for view, loss in directions.items()}
         return torch.stack(list(directions.values())).sum()
+
+    def _cycle(self, view: str, target: Tensor, round_trip: Tensor, valid: Tensor) -> Tensor:
+        """Return the loss of one direction; its statistics do not depend on how a global batch is split."""
+        if self.cycle.norm == "channel_std":
+            standardizer = self.cycle_standardizers[view]
+            assert isinstance(standardizer, FeatureStandardizer)
+            standardizer.observe(target, valid)
+            target, round_trip = standardizer(target), standardizer(round_trip)
+        return cycle_consistency_loss(target, round_trip, valid)
