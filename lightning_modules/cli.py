@@ -69,8 +69,8 @@ def plan(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: a stage does not fit its devices; the message names the keys to change.
     """
-    from lightning_modules.egobench.cost import cost_table
-    from lightning_modules.plan import PlanConfig, device_count, plan_stage, plan_table
+    from lightning_modules.plan.benchmarks import cost_table
+    from lightning_modules.plan.stages import PlanConfig, device_count, plan_stage, plan_table
     from lightning_modules.run import build_stage
 
     stage = _stage_argument(options)

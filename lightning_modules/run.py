@@ -30,7 +30,7 @@ from lightning_modules.config import ConfigError, config_hash
 from lightning_modules.config_check import check_config
 from lightning_modules.egobench.judge import JudgeConfig
 from lightning_modules.model.exo2ego import NetworkConfig
-from lightning_modules.plan import PlanConfig
+from lightning_modules.plan.stages import PlanConfig
 from lightning_modules.stages.base import Stage
 from lightning_modules.stages.checks import check_stage
 from lightning_modules.strategy import FSDP2, POLICIES

@@ -21,7 +21,7 @@ from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.config import config_hash
 from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.evaluation import answer_validation, evaluate
-from lightning_modules.plan import flops_per_sample
+from lightning_modules.plan.stages import flops_per_sample
 from lightning_modules.resume import check_resumable, check_same_start, discard_run
 from lightning_modules.run import Run, build, build_stage
 from lightning_modules.weights.handoff import write_stage_weights

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_modules.model.language_model import ARCHITECTURES, LanguageModel, LanguageModelConfig
 from lightning_modules.model.language_model import VIDEO_TOKEN_ID as V
 from lightning_modules.model.prefix_cache import SharedPrefix
-from lightning_modules.plan import plan_stage
+from lightning_modules.plan.stages import plan_stage
 
 TINY = {
     "hidden_size": DIM,

@@ -5,9 +5,9 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_modules.egobench.cost import LEAD_TOKENS, SIZES, cost_table
 from lightning_modules.model.prefix_cache import SharedPrefix
-from lightning_modules.plan import PlanConfig
+from lightning_modules.plan.benchmarks import LEAD_TOKENS, SIZES, cost_table
+from lightning_modules.plan.stages import PlanConfig
 
 
 def hours_of(table):

@@ -120,8 +120,42 @@ def test_weights_build_on_the_model_alone():
         assert all(name.startswith(allowed) for name in imports(file) if name.startswith(PACKAGES)), file
 
 
-def test_losses_take_tensors_only():
-    assert roots(ROOT / "lightning_modules" / "losses.py").isdisjoint(PACKAGES)
+BUILDS_ON = {
+    "compat": set(),
+    "distributed": set(),
+    "losses": set(),
+    "model": set(),
+    "config": set(),
+    "config_check": {"config"},
+    "strategy": {"compat"},
+    "weights": {"model"},
+    "validation": {"distributed", "model"},
+    "egobench": {"model", "validation"},
+    "stages": {"compat", "egobench", "losses", "model", "strategy", "validation", "weights"},
+    "plan": {"compat", "model", "stages", "validation"},
+    "callbacks": {"compat", "distributed", "egobench", "stages", "validation", "weights"},
+    "resume": {"config", "stages", "weights"},
+    "run": {"callbacks", "compat", "config", "config_check", "egobench", "model", "plan", "stages", "strategy"},
+    "evaluation": {"config", "egobench", "run", "validation", "weights"},
+    "training": {"callbacks", "config", "egobench", "evaluation", "plan", "resume", "run", "weights"},
+    "exits": {"callbacks", "compat", "training"},
+    "cli": {"", "config", "egobench", "evaluation", "exits", "plan", "run", "training"},
+    "__main__": {"cli"},
+    "__init__": {"stages"},
+}
+"""What each file or folder of ``lightning_modules`` may import of the others, from the ground up."""
+
+
+def test_imports_only_go_down():
+    below = set()
+    for name, allowed in BUILDS_ON.items():
+        assert allowed - {""} <= below, name  # the table itself has no arrow that runs back up
+        below.add(name)
+    for file in files("lightning_modules"):
+        name = file.relative_to(ROOT / "lightning_modules").parts[0].removesuffix(".py")
+        ours = [module.split(".")[1:] for module in imports(file) if module.startswith("lightning_modules.")]
+        used = {parts[0] if parts[0] in BUILDS_ON else "" for parts in ours} - {name}
+        assert used <= BUILDS_ON[name], f"{file}: {sorted(used - BUILDS_ON[name])} is not below {name}"
 
 
 def test_stages_do_not_know_each_other_nor_how_data_is_read():

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch
 from lightning_modules.cli import main
 from lightning_modules.config import compose
-from lightning_modules.plan import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
+from lightning_modules.plan.stages import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
 from lightning_modules.run import build_stage
 
 TEXT, LABELS = 5, 3  # of the first row of tiny.clip_batch, its placeholder apart

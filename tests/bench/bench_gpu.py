@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
 from lightning_modules.config import compose
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
-from lightning_modules.plan import PlanConfig, plan_stage
+from lightning_modules.plan.stages import PlanConfig, plan_stage
 from lightning_modules.run import build_stage
 from lightning_modules.stages.base import Stage
 from lightning_modules.validation.report import markdown_table

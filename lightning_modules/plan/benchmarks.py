@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_modules.model.prefix_cache import SharedPrefix
-from lightning_modules.plan import PlanConfig
+from lightning_modules.plan.stages import PlanConfig
 from lightning_modules.stages.base import Stage
 from lightning_modules.validation.report import markdown_table
 

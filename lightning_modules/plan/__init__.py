@@ -1,0 +1,1 @@
+"""The cost of an experiment before it runs: ``stages`` of training, ``benchmarks`` of evaluation."""
