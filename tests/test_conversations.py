@@ -56,6 +56,22 @@ def messages(*contents):
             ["<video> moved to the front"],
         ),
         (
+            without(conversations=[{"from": "human", "value": "<image>\nWhat is cut?"}, GPT]),
+            ["<image> read as <video>"],
+        ),
+        (
+            without(conversations=[{"from": "human", "value": "What is cut?\n<image>"}, GPT]),
+            ["<image> read as <video>", "<video> moved to the front"],
+        ),
+        (
+            without(conversations=[{"from": "human", "value": "<image>\n<video>\nWhat is cut?"}, GPT]),
+            ["<image> next to <video> dropped"],
+        ),
+        (
+            without(conversations=[{"from": "human", "value": "What is cut?"}, GPT]),
+            ["a missing <video> put in front"],
+        ),
+        (
             without(conversations=[{"from": "system", "value": "Be brief."}, HUMAN, GPT]),
             ["a system text dropped: set it in data.init_args.prompt.system"],
         ),
@@ -142,7 +158,9 @@ INVALID = {
     "a turn that is no object": without(conversations=[HUMAN, "A tomato."]),
     "a value that is a number": without(conversations=[HUMAN, {"from": "gpt", "value": 3}]),
     "a piece that is no text": without("conversations", messages=messages([{"type": "image", "image": "x"}], "y")),
-    "no tag": without(conversations=[{"from": "human", "value": "What is cut?"}, GPT]),
+    "two tags of images": without(conversations=[{"from": "human", "value": "<image>\n<image> x"}, GPT]),
+    "a tag of an image in the answer": without(conversations=[HUMAN, {"from": "gpt", "value": "<image>"}]),
+    "a tag in prompt fields": {**PROMPT, "prompt": {**PROMPT["prompt"], "query": "What does <video> show?"}},
     "two tags": without(conversations=[{"from": "human", "value": "<video><video> x"}, GPT]),
     "a tag in the answer": without(conversations=[HUMAN, {"from": "gpt", "value": "<video>"}]),
     "a start alone": without(start=1.0),

@@ -696,6 +696,26 @@ def test_wrong_rows_stop_a_conversion_and_are_all_named_or_left_out_with_a_warni
     ]
 
 
+@pytest.mark.parametrize(
+    ("field", "text", "message"),
+    [
+        ("question", "What does the <video> show?", "entry 2: field 'prompt.query' holds <video>, which stands for"),
+        ("answer", "An <image> tag", "entry 2: field 'prompt.target' holds <image>, which stands for the clip"),
+    ],
+)
+def test_a_conversion_names_rows_that_the_reader_would_refuse(tmp_path, field, text, message):
+    row = {"question": "What?", "answer": "A cat", "category": "c", "episode_history": "hm3d-v0/000-hm3d-BFRyYbPCCPE"}
+    rows = [row | {"question_id": "q1"}, row | {"question_id": "q2", field: text}]
+    write(tmp_path / "open-eqa-v0.json", rows)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(InvalidRecords, match=message):
+        convert(OpenEQA(tmp_path), out)
+    assert not out.exists()
+    assert convert(OpenEQA(tmp_path), out, skip_invalid=True).records == 1
+    read = ConversationFile(out)
+    assert [record.id for record in read] == ["openeqa/q1"] and not read.problems
+
+
 def test_repeated_ids_are_named_with_both_lines(tmp_path):
     row = "v,b1,train,ego,lab,1,3,x,x,Go.\n"
     file = write(tmp_path / "fine_annotation_trainval_en.csv", FINE.format("annotation_uid") + row * 3)

@@ -18,8 +18,9 @@ from datamodules.egoit.__main__ import main as convert_main
 from datamodules.egoit.reader import ConversationFile
 from datamodules.egoit.records import InstructionRecord, PromptFields, to_json, write_rows
 from datamodules.egoit.templates import Templates, draw
+from datamodules.io.atomic import atomic_path
 from datamodules.io.jsonl import InvalidRecords
-from datamodules.tools.export import FORMATS, export
+from datamodules.tools.export import FORMATS, clip_path, export
 from datamodules.tools.export import main as export_main
 from datamodules.tools.leaks import BENCHMARKS, benchmark_recordings, report
 from datamodules.tools.leaks import main as leaks_main
@@ -81,8 +82,15 @@ def test_forms_are_those_of_their_readers(windows, tmp_path):
         export([windows], to, tmp_path / to)
         return (tmp_path / to / name).read_text()
 
-    array = json.loads(written("llava", "mine.json"))
+    array = json.loads(written("videollama2", "mine.json"))
     assert [type(entry["video"]) for entry in array] == [str] * 3
+    assert all(entry["conversations"][0]["value"].startswith("<video>\n") for entry in array)
+    # LLaVA-NeXT puts visual tokens in the place of "<image>", whatever the medium is, and of nothing else.
+    for entry, other in zip(json.loads(written("llava", "mine.json")), array, strict=True):
+        text = entry["conversations"][0].pop("value")
+        assert text.startswith("<image>\n") and (text.count("<image>"), text.count("<video>")) == (1, 0)
+        assert text.replace("<image>", "<video>") == other["conversations"][0]["value"]
+        assert entry["video"] == other["video"]
     lines = [json.loads(line) for line in written("videollama3", "mine.jsonl").splitlines()]
     assert [entry["video"] for entry in lines] == [["v/one.mp4"], ["v/one.mp4"], ["two.mp4"]]
     assert [json.loads(line) for line in written("swift", "mine.jsonl").splitlines()] == array
@@ -110,6 +118,21 @@ def test_forms_are_those_of_their_readers(windows, tmp_path):
             "columns": {"messages": "conversations", "videos": "video"},
         },
     }
+
+
+def test_a_name_that_is_too_long_for_a_clip_is_shortened(tmp_path):
+    names = [f"{'n' * 246}{number}.mp4" for number in range(2)]
+    clips = {clip_path(f"v/{name}", 1.0, 2.5) for name in names}
+    assert len(clips) == 2
+    for clip in clips:
+        assert clip.startswith("clips/v/nnn") and clip.endswith("_1.000000_2.500000.mp4")
+        with atomic_path(tmp_path / Path(clip).name) as unfinished:
+            unfinished.write_bytes(b"x")
+        assert (tmp_path / Path(clip).name).read_bytes() == b"x"
+    assert clip_path("v/a.mp4", 1.0, 2.5) == "clips/v/a.mp4_1.000000_2.500000.mp4"
+    longest = tmp_path / f"{'n' * 249}.jsonl"
+    assert write_rows(longest, [{"video": "a.mp4"}]) == 1
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == [longest.name]
 
 
 def test_users_files_are_exported_with_what_all_records_have(tmp_path):

@@ -2,21 +2,24 @@
 
 Rows of our own files are read as they are. Files of other training stacks are converted, and
 ``ConversationFile.changes`` counts the conversions: JSON arrays; ``messages`` of roles and contents; contents in
-pieces; lists of one video; ``{"image": {"video": path}}``; system texts; a tag that is not at the front; repeated
-ids. A row that is invalid becomes a problem that names file and line; no row is dropped without one.
+pieces; lists of one video; ``{"image": {"video": path}}``; system texts; ``<image>`` for the video; a tag that is
+missing or not at the front; repeated ids. A row that is invalid becomes a problem that names file and line; no row is
+dropped without one.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from datamodules.egoit.records import InstructionRecord, entries_of, from_json, prompt_of
-from datamodules.io.conversation import VIDEO_TAG, Turn
-from datamodules.io.jsonl import is_array, read_records, require, seconds
+from datamodules.io.conversation import IMAGE_TAG, VIDEO_TAG, Turn
+from datamodules.io.jsonl import is_array, is_text, read_records, require, seconds
 
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 _CONVERSATION_KEYS = ("conversations", "conversation", "messages")
@@ -81,30 +84,58 @@ class ConversationFile:
         return f"{self.path}: {changes}" if changes else ""
 
     def _normalised(self, row: dict[str, Any], where: str) -> dict[str, Any]:
-        """Return a row in our form.
-
-        Raises:
-            ValueError: the row is invalid; names the place.
-        """
-        changed: list[str] = []
-        given = {key: value for key, value in row.items() if value is not None}  # readers by column fill with null
-        has_conversation = any(key in given for key in _CONVERSATION_KEYS)
-        has_prompt = isinstance(given.get("prompt"), dict)
-        self.texts = self.texts or has_conversation or has_prompt
-        turns: list[Turn] = []
-        paths: list[str] = []
-        if has_conversation or (self.texts and not has_prompt):
-            turns, paths = _turns(given, where, changed.append)
-        # Fields keep their order, so that a file of our own is exported byte for byte.
-        names = dict.fromkeys(_CONVERSATION_KEYS, "conversations") | dict.fromkeys(_VIDEO_KEYS, "video")
-        ours = {names.get(key, key): value for key, value in given.items()}
-        ours["video"] = _video(given, paths, where, changed.append)
-        if turns:
-            ours["conversations"] = entries_of(turns)
-        _check_window(ours, where)
-        prompt_of(ours, where)  # raises if prompt fields are invalid
+        """Return a row in our form, and count its conversions."""
+        has_conversation = any(row.get(key) is not None for key in _CONVERSATION_KEYS)
+        self.texts = self.texts or has_conversation or isinstance(row.get("prompt"), dict)
+        ours, changed = normalise(row, where, self.texts)
         self.changes.update(changed)
         return ours
+
+
+def normalise(row: dict[str, Any], where: str, texts: bool = True) -> tuple[dict[str, Any], list[str]]:
+    """Bring a row of any common form to our form.
+
+    Args:
+        row: a JSON object.
+        where: its place, for messages.
+        texts: whether it must hold a conversation or prompt fields.
+
+    Returns:
+        The row in our form, with its unknown fields, and a line for each conversion.
+
+    Raises:
+        ValueError: the row is invalid; names the place.
+    """
+    changed: list[str] = []
+    given = {key: value for key, value in row.items() if value is not None}  # readers by column fill with null
+    has_conversation = any(key in given for key in _CONVERSATION_KEYS)
+    has_prompt = isinstance(given.get("prompt"), dict)
+    turns: list[Turn] = []
+    paths: list[str] = []
+    if has_conversation or (texts and not has_prompt):
+        turns, paths = _turns(given, where, changed.append)
+    # Fields keep their order, so that a file of our own is exported byte for byte.
+    names = dict.fromkeys(_CONVERSATION_KEYS, "conversations") | dict.fromkeys(_VIDEO_KEYS, "video")
+    ours = {names.get(key, key): value for key, value in given.items()}
+    ours["video"] = _video(given, paths, where, changed.append)
+    if turns:
+        ours["conversations"] = entries_of(turns)
+    _check_window(ours, where)
+    prompt_of(ours, where)  # raises if prompt fields are invalid
+    return ours, changed
+
+
+def accept(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield rows that are about to be written, given with their places, once ``normalise`` takes them.
+
+    Raises:
+        ValueError: it refuses one, so that the written file would be refused; names the place.
+    """
+    for where, row in rows:
+        normalise(row, where)
+        if not is_text(json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"{where}: a text holds half of a character (a lone surrogate): correct it")
+        yield row
 
 
 def _check_window(record: dict[str, Any], where: str) -> None:
@@ -152,14 +183,31 @@ def _turns_in(
         if wanted == "gpt" and not text.strip():
             raise ValueError(f"{where}: {key}[{number}] is an empty answer: give its text")
         texts.append(text)
-    if VIDEO_TAG not in texts[0]:
-        raise ValueError(f"{where}: {key}[0].value lacks {VIDEO_TAG}, the place of the clip")
-    if texts[0].count(VIDEO_TAG) > 1 or any(VIDEO_TAG in text for text in texts[1:]):
-        raise ValueError(f"{where}: {VIDEO_TAG} stands for the one clip: only {key}[0].value may hold it, once")
+    texts[0] = _with_tag(texts[0], f"{where}: {key}[0].value", note)
+    for number, text in enumerate(texts):
+        for tag in (VIDEO_TAG, IMAGE_TAG):
+            if text.count(tag) > (number == 0 and tag == VIDEO_TAG):
+                raise ValueError(f"{where}: {tag} stands for the one clip: only {key}[0].value may hold it, once")
     if not texts[0].startswith(VIDEO_TAG):
         note(f"{VIDEO_TAG} moved to the front")
     texts[0] = texts[0].replace(VIDEO_TAG, "").strip()
     return list(zip(texts[::2], texts[1::2], strict=True)), paths
+
+
+def _with_tag(question: str, where: str, note: Callable[[str], None]) -> str:
+    """Return the first question with the tag that this repository knows; a record is about one video."""
+    if question.count(IMAGE_TAG) > 1:
+        raise ValueError(f"{where} holds {question.count(IMAGE_TAG)} {IMAGE_TAG}: a record is about one video")
+    if VIDEO_TAG in question:
+        if IMAGE_TAG in question:
+            note(f"{IMAGE_TAG} next to {VIDEO_TAG} dropped")
+            question = re.sub(rf"{IMAGE_TAG}\n?", "", question)
+        return question
+    if IMAGE_TAG in question:
+        note(f"{IMAGE_TAG} read as {VIDEO_TAG}")
+        return question.replace(IMAGE_TAG, VIDEO_TAG)
+    note(f"a missing {VIDEO_TAG} put in front")
+    return f"{VIDEO_TAG}\n{question}"
 
 
 def _speaker(entry: dict[str, Any]) -> str | None:

@@ -38,7 +38,7 @@ from pydantic import Field, TypeAdapter
 
 from datamodules.ego_exo_clip.index import Strings
 from datamodules.io.atomic import atomic_path
-from datamodules.io.conversation import VIDEO_TAG, Turn
+from datamodules.io.conversation import IMAGE_TAG, VIDEO_TAG, Turn
 from datamodules.io.validate import Record, validate
 
 RESERVED = frozenset({"label", "rejected_response", "tools", "objects", "images", "audios", "margin"})
@@ -187,6 +187,10 @@ def prompt_of(row: Mapping[str, Any], where: str) -> PromptFields | None:
     else:
         return None
     prompt = validate(_ROW, {"prompt": given}, where).prompt
+    for name, text in (("query", prompt.query), ("target", prompt.target), *(("options", o) for o in prompt.options)):
+        for tag in (VIDEO_TAG, IMAGE_TAG):
+            if tag in text:
+                raise ValueError(f"{where}: field 'prompt.{name}' holds {tag}, which stands for the clip: respell it")
     try:
         return PromptFields(prompt.task, prompt.query, prompt.target, tuple(prompt.options))
     except ValueError as error:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_LONGEST_NAME = 230
 
 
 @contextmanager
@@ -20,9 +23,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Args:
         path: the file; its folder exists.
     """
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+    name = path.name
+    if len(name.encode()) > _LONGEST_NAME:  # the temporary name is longer, and file systems take 255 bytes
+        name = hashlib.sha256(name.encode()).hexdigest()
+    for leftover in path.parent.glob(f".{glob.escape(name)}.*.partial"):
         leftover.unlink(missing_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield partial
         _flush(partial)

@@ -3,9 +3,10 @@
 Other stacks need finished conversations, so prompt fields are rendered here, with the templates that epoch 0 of a run
 with the same seed draws. The fields stay in the rows, and ``reader.ConversationFile`` reads every form back.
 
-``llava``: a JSON array. ``videollama3``: ``video`` as a list of one. ``llamafactory``: JSON Lines and an entry in
-``dataset_info.json``. ``swift``: JSON Lines (``--dataset file.jsonl#5000`` takes a sample). ``openai``: ``messages`` of
-content items.
+``llava``: a JSON array for LLaVA-NeXT, with ``<image>`` for the video, the only tag it knows. ``videollama2``: a JSON
+array with ``<video>``, for VideoLLaMA2 and Video-LLaVA. ``videollama3``: ``video`` as a list of one. ``llamafactory``:
+JSON Lines and an entry in ``dataset_info.json``. ``swift``: JSON Lines (``--dataset file.jsonl#5000`` takes a sample).
+``openai``: ``messages`` of content items.
 
 None of these readers cuts windows out of videos, so records with ``start`` and ``end`` need their clips cut: with a
 data root given, each window becomes a file of its own below the output folder and the record loses its window.
@@ -14,6 +15,7 @@ data root given, each window becomes a file of its own below the output folder a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +25,15 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from datamodules.egoit.reader import ConversationFile
+from datamodules.egoit.reader import ConversationFile, accept
 from datamodules.egoit.records import RESERVED, from_json, output_files, window_of, write_rows
 from datamodules.egoit.templates import FOLDER, STYLES, Templates, draw
-from datamodules.io.conversation import VIDEO_TAG
+from datamodules.io.conversation import IMAGE_TAG, VIDEO_TAG
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.io.parallel import parallel_map
 
 Row = dict[str, Any]
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ def _as_is(row: Row) -> Row:
     return row
 
 
+def _image_tag(row: Row) -> Row:
+    first, *others = row["conversations"]
+    return {**row, "conversations": [{**first, "value": first["value"].replace(VIDEO_TAG, IMAGE_TAG)}, *others]}
+
+
 def _videos_in_lists(row: Row) -> Row:
     return {**row, "video": [row["video"]]}
 
@@ -118,7 +126,8 @@ class _Format:
 
 
 FORMATS = {
-    "llava": _Format(array=True),
+    "llava": _Format(_image_tag, array=True),
+    "videollama2": _Format(array=True),
     "videollama3": _Format(_videos_in_lists),
     "llamafactory": _Format(),
     "swift": _Format(),
@@ -194,7 +203,8 @@ def export(
                 f"{file.path}: has windows, which readers of this form ignore: add --trim ROOT to cut them out"
             )
         rows = _rows(ConversationFile(file.path), rendering, survey, trim_root is not None)
-        written = write_rows(target, map(FORMATS[to].form, rows), FORMATS[to].array)
+        formed = ((f"{target}: record {row.get('id', '?')}", FORMATS[to].form(row)) for row in rows)
+        written = write_rows(target, accept(formed), FORMATS[to].array)
         lines.append(f"{written:,} records written to {target}")
         if to == "llamafactory":
             registered[target.stem] = _entry(target)
@@ -222,7 +232,7 @@ def _survey(file: ConversationFile, rendering: Rendering, trimmed: bool) -> _Sur
         some |= row.keys()
         if "start" in row:
             window = (row["video"], float(row["start"]), float(row["end"]))
-            windows[window] = windows.get(window) or _clip_path(*window)
+            windows[window] = windows.get(window) or clip_path(*window)
         else:
             whole.add(row["video"])
     kept = frozenset(every or ()) - RESERVED
@@ -233,9 +243,15 @@ def _survey(file: ConversationFile, rendering: Rendering, trimmed: bool) -> _Sur
     return _Survey(kept, tuple(sorted(some - kept)), windows, frozenset(whole))
 
 
-def _clip_path(video: str, start_s: float, end_s: float) -> str:
+def clip_path(video: str, start_s: float, end_s: float) -> str:
+    """Return the path of the clip of a window, below the output folder; a name that is too long is shortened."""
     path = PurePosixPath(video)
-    return str(PurePosixPath("clips") / path.parent / f"{path.name}_{start_s:.6f}_{end_s:.6f}.mp4")
+    window = f"{start_s:.6f}_{end_s:.6f}"
+    name = f"{path.name}_{window}.mp4"
+    if len(name.encode()) > _LONGEST_NAME:  # file systems take 255 bytes, and a name in the making is longer
+        begin = path.name.encode()[:100].decode(errors="ignore")
+        name = f"{begin}_{hashlib.sha256(path.name.encode()).hexdigest()[:16]}_{window}.mp4"
+    return str(PurePosixPath("clips") / path.parent / name)
 
 
 def _rows(file: ConversationFile, rendering: Rendering, survey: _Survey, trimmed: bool) -> Iterator[Row]:

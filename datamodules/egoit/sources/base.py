@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from datamodules.egoit.reader import accept
 from datamodules.egoit.records import InstructionRecord, to_json, write_rows
 from datamodules.io.annotations import Counts, Official, SourceError, differences
 from datamodules.io.jsonl import InvalidRecords
@@ -94,8 +95,14 @@ def convert(source: InstructionSource, out: Path, skip_invalid: bool = False) ->
                 problems.append(f"{record.where}: {record.id!r} is the id of {first} too: give each its own")
             else:
                 places[record.id] = record.where
+                row = to_json(record)
+                try:
+                    (row,) = accept([(record.where, row)])
+                except ValueError as error:
+                    problems.append(str(error))
+                    continue
                 if skip_invalid or not problems:
-                    yield to_json(record)
+                    yield row
         # Raised from within the writer, which then leaves no file.
         if problems and not skip_invalid:
             raise InvalidRecords(problems, "--skip-invalid (which also writes the others)")
