@@ -58,7 +58,7 @@ egoit: $(VENV)/installed ## build the instruction file of SOURCE=egtea|ssv2|egot
 	@test -n "$(SOURCE)" && test -n "$(ROOT)" || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }
 	$(PYTHON) -m datamodules.egoit convert $(SOURCE) --root "$(ROOT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
 
-egoit-export: $(VENV)/installed ## export instruction FILES=... for other training stacks, TO=llava|videollama3|llamafactory|swift|openai OUT=folder
+egoit-export: $(VENV)/installed ## export instruction FILES=... for other training stacks, TO=llava|videollama2|videollama3|llamafactory|swift|openai OUT=folder
 	@test -n "$(FILES)" && test -n "$(TO)" && test -n "$(OUT)" || { echo "error: name all: make egoit-export FILES=data/egoit/egtea.jsonl TO=llava OUT=export"; exit 2; }
 	$(PYTHON) -m datamodules.tools.export $(FILES) --to $(TO) --out "$(OUT)" $(ARGS)
 

@@ -132,7 +132,10 @@ def test_a_window_outside_the_file_and_a_missing_file_are_named(read, toy_world)
         (without(conversations=[TURNS[0], TURNS[2]]), r"conversations\[1\] must be {'from': 'gpt', 'value': text}"),
         (without(conversations=[TURNS[0], {"from": "gpt", "value": 3}]), r"conversations\[1\] must be"),
         (without(conversations=[TURNS[0], "taps"]), r"conversations\[1\] must be"),
-        (without(conversations=TURNS[2:]), r"conversations\[0\]\.value lacks <video>"),
+        (
+            without(conversations=[{"from": "human", "value": "<image><image> What?"}, TURNS[1]]),
+            r"conversations\[0\]\.value holds 2 <image>: a record is about one video",
+        ),
         (without(conversations=[*TURNS[:2], *TURNS[:2]]), r"<video> stands for the one clip: only conversations\[0\]"),
         (without(start=1.0), "only one of 'start' and 'end' is given"),
         (without(start=None, end=1.0), "only one of 'start' and 'end' is given"),
