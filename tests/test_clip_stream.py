@@ -6,6 +6,7 @@ frame it was given.
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -94,6 +95,20 @@ def make_video(
             frame = av.VideoFrame.from_ndarray(draw(number, width, height), "rgb24")
             frame.time_base = Fraction(1, 1000)
             frame.pts = number * 1000 // FPS if times_ms is None else times_ms[number]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def make_avi(path: Path, codec: str, b_frames: int = 0, pixel_format: str = "yuv420p", num_frames: int = 40) -> Path:
+    """Write a video whose container has no display times, at 10 frames per second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=FPS, options={"q:v": "3"} if codec != "libx264" else {"crf": "16"})
+        stream.width = stream.height = SIDE
+        stream.pix_fmt, stream.gop_size, stream.max_b_frames = pixel_format, 12, b_frames
+        for number in range(num_frames):
+            frame = av.VideoFrame.from_ndarray(painted(number, SIDE, SIDE), "rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, FPS)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -502,6 +517,7 @@ def test_a_relative_path_with_colons_is_a_file(tmp_path: Path, monkeypatch: pyte
 def test_open_files_stay_within_the_cache_and_recover_from_errors(tmp_path: Path) -> None:
     paths = [make_video(tmp_path / f"{i}.mp4", 12) for i in range(5)]
     reader = ClipReader(max_open=3)
+    gc.collect()  # files that readers of other tests left open
     before = len(os.listdir("/proc/self/fd"))
     for i in range(100):
         reader.read(paths[i % 5], [0.05, 0.75], SIDE)
@@ -620,6 +636,15 @@ def test_a_damaged_image_is_an_error_that_names_it(tmp_path: Path) -> None:
         assert numbers_on(reader.read(folder, [0.0, 1 / 30, 3 / 30], SIDE)) == [0, 1, 3]
         with pytest.raises(Damaged, match=rf"^{folder} \[0\.067, 0\.067\) s: image 000002-rgb\.png: .*re-download"):
             reader.read(folder, [2 / 30], SIDE)
+
+
+def test_a_jpeg_cut_in_half_is_damaged(tmp_path: Path) -> None:
+    folder = make_images(tmp_path / "scan", 4, suffix=".jpg")
+    file = folder / "000002-rgb.jpg"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert numbers_on(ClipReader().read(folder, [0.0, 1 / 30, 3 / 30], SIDE)) == [0, 1, 3]
+    with pytest.raises(Damaged, match=r"image 000002-rgb\.jpg"):
+        ClipReader().read(folder, [2 / 30], SIDE)
 
 
 @pytest.mark.parametrize(("start_s", "end_s"), [(-1.0, 0.1), (1.4, 1.5), (0.0, 1.5)])

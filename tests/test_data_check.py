@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from test_clip_stream import KINDS, make_video
+from test_clip_stream import KINDS, SIDE, make_avi, make_video, numbers_on, painted
 
 from datamodules.io.parallel import Failure, run_tasks
 from datamodules.tools.data_check import (
@@ -27,6 +29,10 @@ from datamodules.tools.data_check import (
     read_annotations,
     sampled,
 )
+from datamodules.tools.reencode import Encoding, reencode
+from datamodules.video.errors import Damaged
+from datamodules.video.probe import probe
+from datamodules.video.reader import ClipReader
 
 FAST_START = {"movflags": "faststart"}
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
@@ -162,7 +168,77 @@ def test_an_end_before_the_one_that_the_header_promises_is_found(tmp_path: Path)
         third = [packet.pos for packet in container.demux(video=0) if packet.size and packet.is_keyframe][2]
     path.write_bytes(content[:third])
     found = check_file(VideoFile(path.name), tmp_path, decode_all=True)
+    reason = f"truncated: {third} bytes, but its header lists {len(content)}"
+    assert (found.kind, found.reason) == ("Damaged", reason)
+    segment = content.index(bytes.fromhex("18538067")) + 4  # its size is unknown in a recording
+    path.write_bytes(content[:segment] + b"\x01" + 7 * b"\xff" + content[segment + 8 : third])
+    found = check_file(VideoFile(path.name), tmp_path, decode_all=True)
     assert (found.kind, found.reason) == ("Damaged", "frames end at 2.400 s, the header promises 4.000 s")
+
+
+VP9 = ("libvpx-vp9", "libopus", {"deadline": "realtime", "cpu-used": "8"}, 0)
+CONTAINERS = {
+    ".mkv": ("libx264", "aac", {}, 2),
+    ".webm": VP9,
+    ".flv": ("libx264", "aac", {}, 2),
+    ".mp4": ("libx264", "aac", {}, 2),
+}
+TIMES_MS = {
+    "sound outlasts the frames": [*range(0, 2000, 100)],
+    "the first frame comes late": [*range(700, 2700, 100)],
+    "one frame is very long": [*range(0, 1000, 100), *range(6000, 7000, 100)],
+}
+
+
+@pytest.mark.parametrize("suffix", CONTAINERS)
+@pytest.mark.parametrize("kind", TIMES_MS)
+def test_the_length_is_that_of_the_frames(suffix: str, kind: str, tmp_path: Path) -> None:
+    codec, sound_codec, options, b_frames = CONTAINERS[suffix]
+    times_ms, path = TIMES_MS[kind], tmp_path / f"v{suffix}"
+    with av.open(str(path), "w") as container:
+        video = container.add_stream(codec, rate=10, options=options)
+        video.width = video.height = SIDE
+        video.pix_fmt, video.codec_context.max_b_frames = "yuv420p", b_frames
+        video.codec_context.time_base = Fraction(1, 1000)
+        sound = container.add_stream(sound_codec, rate=48000)
+        for number, time_ms in enumerate(times_ms):
+            frame = av.VideoFrame.from_ndarray(painted(number, SIDE, SIDE), "rgb24")
+            frame.pts, frame.time_base = time_ms, Fraction(1, 1000)
+            container.mux(video.encode(frame))
+        container.mux(video.encode())
+        size = sound.codec_context.frame_size
+        for number in range((times_ms[-1] + 1500) * 48 // size):
+            samples = np.zeros((1, size), np.float32 if "flt" in sound.format.name else np.int16)
+            silence = av.AudioFrame.from_ndarray(samples, sound.format.name, "mono")
+            silence.rate, silence.pts, silence.time_base = 48000, number * size, Fraction(1, 48000)
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode())
+    length_s = (times_ms[-1] - times_ms[0]) / 1000
+    assert probe(path).duration_s == pytest.approx(length_s, abs=0.4)
+    assert probe(path).duration_s > length_s
+    assert check_file(VideoFile(path.name, spans_s=[(0.0, math.inf)]), tmp_path, decode_all=True) is None
+    clip = ClipReader().read(path, [length_s + 0.05, 0.05], SIDE, "squash")
+    assert numbers_on(clip) == [len(times_ms) - 1, 0]
+    assert reencode(path, tmp_path / "out.mp4", Encoding(preset="ultrafast"))
+
+
+@pytest.mark.parametrize(("codec", "pixel_format"), [("mjpeg", "yuvj420p"), ("wmv2", "yuv420p")])
+def test_damage_that_the_decoder_can_detect_is_found(codec: str, pixel_format: str, tmp_path: Path) -> None:
+    path = make_avi(tmp_path / "v.avi", codec, pixel_format=pixel_format)
+    file = VideoFile(path.name)
+    assert check_file(file, tmp_path, decode_all=True) is None
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    content = bytearray(path.read_bytes())
+    for packet in packets[12:24]:
+        half, end = packet.pos + packet.size // 2, packet.pos + packet.size
+        content[half:end] = np.random.default_rng(packet.pos).bytes(end - half)
+    path.write_bytes(content)
+    assert check_file(file, tmp_path, decode_all=True).kind == "Damaged"
+    with pytest.raises(Damaged):
+        ClipReader().read(path, [number / 10 + 0.05 for number in range(24)], SIDE)
+    with pytest.raises(Damaged):
+        reencode(path, tmp_path / "out.mp4", Encoding(preset="ultrafast"))
 
 
 def test_samples_are_spread_and_hold_the_clip_that_ends_last() -> None:

@@ -21,7 +21,6 @@ from typing import cast
 
 import av
 from av.video.frame import VideoFrame
-from av.video.stream import VideoStream
 from tqdm import tqdm
 
 from datamodules.ego_exo_clip.index import GROUP_RECORD, PairIndex
@@ -31,9 +30,8 @@ from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records
 from datamodules.io.parallel import Beat, Failure, run_tasks
 from datamodules.io.validate import validate
 from datamodules.video.decode import is_torn
-from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, NotAVideo, SpanOutsideFile
-from datamodules.video.media import open_input, set_up_decoder
-from datamodules.video.probe import nal_length_bytes, probe
+from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, SpanOutsideFile
+from datamodules.video.probe import file_stamp, open_video, probe
 from datamodules.video.sampling import segment_midpoints
 
 RATE_TOLERANCE = 0.01  # passes 29.97 for 30 frames per second, not 25 for 24
@@ -235,20 +233,16 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
         ClipDecodeError: as ``ClipReader.read``, on reaching a damaged packet or frame, or at the end if the decoder
             left out a frame that the file lists or the file ends more than a frame before its header says.
     """
-    info = probe(path)
+    name = os.fspath(path)
+    video = open_video(name, file_stamp(name), thorough=True)
     listed: set[int] = set()
     end_s = packets_s = 0.0
     try:
-        with open_input(os.fspath(path)) as container:
-            stream = container.streams.best("video")
-            if not isinstance(stream, VideoStream) or stream.time_base is None:
-                raise NotAVideo("the file changed while it was read", path)
-            codec, time_base, tick_s = stream.codec_context, stream.time_base, float(stream.time_base)
-            set_up_decoder(codec)
-            codec_name, length_bytes = codec.name, nal_length_bytes(codec)
+        with video.container as container:
+            codec, tick_s = video.codec, video.tick_s
             # Every packet lists a frame; the decoder must return all of them, undamaged.
-            for packet in container.demux(stream):
-                if packet.is_corrupt or is_torn(packet, codec_name, length_bytes):
+            for packet in container.demux(video.stream):
+                if packet.is_corrupt or is_torn(packet, video.codec_name, video.nal_length_bytes):
                     raise Damaged(f"corrupt packet after {end_s:.3f} s", path)
                 if packet.pts is not None and not packet.is_discard:
                     listed.add(packet.pts)
@@ -257,19 +251,19 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
                     if frame.pts is None:
                         raise Damaged(f"a frame after {end_s:.3f} s has no time stamp", path)
                     if frame.is_corrupt:
-                        raise Damaged(f"corrupt frame at {frame.pts * tick_s - info.start_s:.3f} s", path)
+                        raise Damaged(f"corrupt frame at {video.time_s(frame.pts):.3f} s", path)
                     listed.discard(frame.pts)
-                    end_s = (frame.pts + (frame.duration or 0)) * tick_s - info.start_s
-                    frame.time_base = time_base  # the decoder's own knows none when drained
+                    end_s = video.time_s(frame.pts + (frame.duration or 0))
+                    frame.time_base = video.stream.time_base  # the decoder's own knows none when drained
                     yield frame
     except av.error.FFmpegError as error:
         raise Damaged(f"{error.strerror or error} after {end_s:.3f} s", path) from error
     if listed:
-        missing_s = min(listed) * tick_s - info.start_s
+        missing_s = video.time_s(min(listed))
         raise FrameMissing(f"{len(listed)} frames are never decoded, the first at {missing_s:.3f} s", path)
     # If frames are not decoded in the order they are displayed, the duration of the last one is another packet's.
-    if max(end_s, packets_s) < info.duration_s - 1 / info.fps - 1e-3:
-        raise Damaged(f"frames end at {end_s:.3f} s, the header promises {info.duration_s:.3f} s", path)
+    if not video.is_whole and max(end_s, packets_s) < video.header_end_s - video.frame_s - 1e-3:
+        raise Damaged(f"frames end at {end_s:.3f} s, the header promises {video.header_end_s:.3f} s", path)
 
 
 # --------------------------------------------------------------------------------------------------------------------

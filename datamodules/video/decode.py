@@ -133,6 +133,8 @@ def choose_frames(
     # The last frame is shown until its end; a later time is an error of the annotation, or of a file that was cut.
     if at_end:
         file_end_s = max(packet_end_s(video, packet) for packet in packets if not packet.is_discard)
+        if video.is_whole:  # packets list durations in the order of decoding, so the last frame may last longer
+            file_end_s = max(file_end_s, video.header_end_s)
         wanted_s = video.time_s(ascending[-1])
         if file_end_s <= wanted_s < video.header_end_s - video.frame_s:
             raise Damaged(

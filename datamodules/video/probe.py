@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import cast
 
@@ -59,7 +59,10 @@ class OpenVideo:
         tick_s: seconds of one tick.
         start_tick: time stamp of the first displayed frame.
         fps: average frames per second.
-        header_end_s: end of the video by its header, in seconds after the first displayed frame.
+        header_end_s: end of the last frame by the file's header, in seconds after the first displayed frame; where the
+            header has only the end of all streams together, by the last packet.
+        is_whole: the file has all the bytes that its header lists, so a last frame may be displayed until
+            ``header_end_s``; otherwise frames that end earlier mean that it was cut.
         pixel_aspect: width of a stored pixel over its height.
         nal_length_bytes: see the function of that name.
     """
@@ -74,6 +77,7 @@ class OpenVideo:
     start_tick: int
     fps: float
     header_end_s: float
+    is_whole: bool
     pixel_aspect: float
     nal_length_bytes: int | None
 
@@ -184,6 +188,9 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
         raise NotAVideo("the video stream has no known codec, frame size or frame rate", name)
     # A file that is shorter than its index was cut: its last clips would end early without any error.
     index = stream.index_entries
+    size_bytes = _listed_bytes(name, container.format.name)
+    if size_bytes is not None and size_bytes > stamp[1]:
+        raise Damaged(f"truncated: {stamp[1]} bytes, but its header lists {size_bytes}", name)
     if len(index):
         last = index[len(index) - 1]
         if last.pos + last.size > stamp[1]:
@@ -192,8 +199,11 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
         if other.index != stream.index:
             other.discard = Discard.all
     set_up_decoder(codec)
+    start_tick = stream.start_time or 0
     claims_s = [(stream.duration or 0) * stream.time_base, Fraction(container.duration or 0, 10**6)]
-    return OpenVideo(
+    if not stream.duration:  # one duration for the whole file, counted from time 0: see below
+        claims_s = [claims_s[1] - start_tick * stream.time_base]
+    video = OpenVideo(
         path=name,
         stamp=stamp,
         container=container,
@@ -201,12 +211,60 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
         codec=codec,
         codec_name=codec.name,
         tick_s=float(stream.time_base),
-        start_tick=stream.start_time or 0,
+        start_tick=start_tick,
         fps=float(rate),
         header_end_s=float(min((claim_s for claim_s in claims_s if claim_s > 0), default=0)),
+        is_whole=size_bytes is not None or 0 < stream.frames == len(index),
         pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0,
         nal_length_bytes=nal_length_bytes(codec),
     )
+    # Sound and subtitles may outlast the frames, so the duration of the file is not that of the video.
+    if not stream.duration and (video.is_whole or len(container.streams) > 1 or not video.header_end_s):
+        with open_input(name) as other:  # the position of the first one stays at its first packet
+            elsewhere = replace(video, container=other, stream=cast(VideoStream, other.streams[stream.index]))
+            video.header_end_s = max(last_frame_end_s(elsewhere), float(_tagged_end_s(stream)))
+    return video
+
+
+def _listed_bytes(name: str, format_name: str) -> int | None:
+    """Return the size of a Matroska, WebM or FLV file as its own bytes list it; None for others and for recordings."""
+    with open(name, "rb") as file:
+        if "matroska" in format_name:
+            # Two elements follow each other, the header and the segment; each has an identity of four bytes and a size.
+            end = 0
+            for _ in range(2):
+                file.seek(end + 4)
+                first = file.read(1) or b"\0"
+                length = 9 - first[0].bit_length()  # of the size, 1-8 bytes
+                if length > 8:
+                    return None
+                size = int.from_bytes(bytes([first[0] & (0xFF >> length)]) + file.read(length - 1), "big")
+                if size == (1 << 7 * length) - 1:  # of unknown size, as in a recording
+                    return None
+                end += 4 + length + size
+            return end
+        if format_name == "flv":
+            # Each tag is followed by its size, which stands at the beginning of the tag as well.
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(0, end - 4))
+            tag_bytes = int.from_bytes(file.read(4), "big")
+            if 11 <= tag_bytes <= end - 4:
+                file.seek(end - 4 - tag_bytes)
+                head = file.read(4)
+                if head[0] in (8, 9, 18) and int.from_bytes(head[1:], "big") == tag_bytes - 11:
+                    return end
+    return None
+
+
+def _tagged_end_s(stream: VideoStream) -> Fraction:
+    """Return the end of a Matroska track by its own tag, in seconds after its first frame; 0 if it has none."""
+    parts = stream.metadata.get("DURATION", "").split(":")
+    start_s = (stream.start_time or 0) * cast(Fraction, stream.time_base)
+    try:
+        hours, minutes, seconds = (Fraction(part) for part in parts)
+    except ValueError:
+        return Fraction(0)
+    return max(Fraction(0), 3600 * hours + 60 * minutes + seconds - start_s)
 
 
 def nal_length_bytes(codec: VideoCodecContext) -> int | None:
@@ -220,9 +278,14 @@ def nal_length_bytes(codec: VideoCodecContext) -> int | None:
 
 def last_frame_end_s(video: OpenVideo) -> float:
     """Demux the last group of frames and return the time at which its last frame ends."""
+    claimed_tick = video.start_tick + math.ceil(video.header_end_s / video.tick_s)
+    packets: list[Packet[VideoStream]] = []
     try:
-        video.container.seek(video.start_tick + math.ceil(video.header_end_s / video.tick_s), stream=video.stream)
-        packets = [p for p in video.container.demux(video.stream) if p.pts is not None and not p.is_discard]
+        for tick in (claimed_tick, video.start_tick):  # some containers, such as FLV, seek past their last packet
+            video.container.seek(tick, stream=video.stream)
+            packets = [p for p in video.container.demux(video.stream) if p.pts is not None and not p.is_discard]
+            if packets:
+                break
     except av.error.FFmpegError as error:
         raise Damaged(error_text(error), video.path) from error
     return max((packet_end_s(video, packet) for packet in packets), default=0.0)
