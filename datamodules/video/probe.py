@@ -220,8 +220,8 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
     )
     # Sound and subtitles may outlast the frames, so the duration of the file is not that of the video.
     if not stream.duration and (video.is_whole or len(container.streams) > 1 or not video.header_end_s):
-        with open_input(name) as other:  # the position of the first one stays at its first packet
-            elsewhere = replace(video, container=other, stream=cast(VideoStream, other.streams[stream.index]))
+        with open_input(name) as again:  # the position of the first one stays at its first packet
+            elsewhere = replace(video, container=again, stream=cast(VideoStream, again.streams[stream.index]))
             video.header_end_s = max(last_frame_end_s(elsewhere), float(_tagged_end_s(stream)))
     return video
 
