@@ -447,3 +447,11 @@ def test_a_file_of_one_record_is_no_other_form(tmp_path):
     for content in (LINE, b"\xef\xbb\xbf" + LINE + b"\r\n", b"\n" + LINE + b"\n\n"):
         file.write_bytes(content)
         assert len(list(ConversationFile(file))) == 1
+
+
+def test_data_check_names_the_conversions(tmp_path, capsys):
+    file = tmp_path / "llava.jsonl"
+    row = without(conversations=[{"from": "human", "value": "<image>\n<video>\nWhat?"}, GPT])
+    file.write_text(json.dumps(row) + "\n")
+    check([str(file), "--root", str(tmp_path), "--workers", "1"])
+    assert f"{file}: <image> next to <video> dropped (1x)\n" in capsys.readouterr().out

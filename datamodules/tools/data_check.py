@@ -96,12 +96,14 @@ class Annotations:
         files: by path relative to the data root, in the order they are named.
         paths_by_line: the files that each line needs, empty lines not counted; None for a line that cannot be read.
         malformed: problems of the lines that cannot be read.
+        conversions: what was converted to the form that training reads, in one line; empty if nothing was.
     """
 
     file: Path
     files: dict[str, VideoFile]
     paths_by_line: list[tuple[str, ...] | None]
     malformed: list[str] = field(default_factory=list)
+    conversions: str = ""
 
     def spoiled(self, problems: Mapping[str, Problem]) -> list[list[str] | None]:
         """Return for each line the files that it needs and cannot use; None for a line that cannot be read."""
@@ -141,7 +143,7 @@ def read_annotations(source: Path) -> Annotations:
         window = (float(record.get("start", 0.0)), float(record.get("end", math.inf)))
         files.setdefault(path, VideoFile(path)).spans_s.append(window)
         paths_by_line.append((path,))
-    return Annotations(source, files, paths_by_line, conversations.problems)
+    return Annotations(source, files, paths_by_line, conversations.problems, conversations.report())
 
 
 def _read_index(folder: Path) -> Annotations:
@@ -364,6 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for path in paths or ():
                 if problems[path].spans_s:
                     print(f"{where}: its clip lies outside {path}")
+    if annotations.conversions:
+        print(annotations.conversions)
     kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(p.kind for p in problems.values()).most_common())
     print(f"{len(problems)} of {len(files)} files are bad{f' ({kinds})' if kinds else ''}")
     print(f"{sum(is_clean)} of {len(is_clean)} lines of {annotations.file.name} are clean")
