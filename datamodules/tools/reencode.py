@@ -30,6 +30,7 @@ from typing import Any, cast
 
 import av
 import numpy as np
+from av.container import OutputContainer
 from av.filter import Graph
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
@@ -53,8 +54,13 @@ TUNES = ("none", "fastdecode", "film", "animation", "grain", "stillimage", "zero
 CLIP_S = 0.68  # mean clip of Ego-ExoClip (Exo2Ego, arXiv 2503.09143), for the measured saving
 _MARK = "re-encoded with "
 _FIX = "; nothing was kept: use the file as it is"
+INTERLACED = (
+    "its frames are interlaced, and scaling would mix fields of different times: deinterlace it first, such as by "
+    "ffmpeg -i IN -vf bwdif -c:v libx264 -crf 16 -an OUT.mp4"
+)
 _THUMBNAIL = 16  # pixels
 _SAME_LEVELS = 8.0  # of 255: mean difference of thumbnails that show the same frame, however strongly compressed
+_FULL_RANGE = 2  # FFmpeg's number of it
 _UNSPECIFIED = 2  # colour matrix, in the numbering of ISO/IEC 23001-8
 _MOVED_LEVELS = 1.0  # neighbouring frames that differ by more can be told apart after compression
 _SHIFTED_LEVELS = 0.5  # the same for all frames of a file taken together
@@ -185,6 +191,7 @@ class _Frames:
         first_s: time stamp of the first frame.
         times_s: of every frame, from the first one.
         duration_s: from the first frame to the end of the last; of sources only.
+        colours: those of the first frame.
         thumbnails: uint8 [side, side] luma of every frame, upright.
     """
 
@@ -192,6 +199,7 @@ class _Frames:
         self.first_s = Fraction(0)
         self.times_s: list[Fraction] = []
         self.duration_s = Fraction(0)
+        self.colours: Colours | None = None
         self.thumbnails: list[NDArray[np.uint8]] = []
         self._scaler = VideoReformatter()
 
@@ -219,14 +227,9 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
         first = next(frames)
         rate, pixel_aspect = header(source)
         graph, width, height = upright(first, pixel_aspect, encoding.short_side)
-        stream = container.add_stream("libx264", rate=rate, options=encoding.x264_options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        codec, tick_s = stream.codec_context, cast(Fraction, first.time_base)
-        codec.thread_count = 1
-        codec.time_base = tick_s
-        if not first.format.is_rgb:
-            codec.color_range, codec.colorspace = first.color_range, first.colorspace
-            codec.color_primaries, codec.color_trc = first.color_primaries, first.color_trc
+        stream = add_h264_stream(container, first, rate, (width, height), encoding.x264_options)
+        tick_s = cast(Fraction, first.time_base)
+        written.colours = colours(first)
 
         def small_frames() -> Iterator[VideoFrame | None]:
             shown = max(1, round(1 / (rate * tick_s)))  # ticks
@@ -235,6 +238,8 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
                 frame, time_s = cast(VideoFrame, frame), float(written.duration_s)
                 if (frame.width, frame.height, frame.format.name) != size:
                     raise ReencodeError(f"{source}: other frame size or format from {time_s:.3f} s on{_FIX}")
+                if frame.interlaced_frame:
+                    raise ReencodeError(f"{source}: {INTERLACED}")
                 # A frame is displayed until the next one; the last one as long as it says, or as the one before.
                 if following is not None:
                     shown = cast(int, following.pts) - cast(int, frame.pts)
@@ -264,6 +269,41 @@ def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat:
                 packet.duration = round(written.duration_s / tick_s) - (dts - first_dts)
             container.mux(packet)
     return written
+
+
+Colours = tuple[int, int, int, bool]
+
+
+def colours(frame: VideoFrame) -> Colours | None:
+    """Return the matrix, primaries and transfer of a frame, and True if its range is full; None for an RGB frame."""
+    if frame.format.is_rgb:
+        return None
+    full = frame.color_range == _FULL_RANGE or frame.format.name.startswith("yuvj")
+    return int(frame.colorspace), int(frame.color_primaries), int(frame.color_trc), full
+
+
+def add_h264_stream(
+    container: OutputContainer, first: VideoFrame, rate: Fraction, size: tuple[int, int], options: dict[str, str]
+) -> VideoStream:
+    """Add a stream for frames that ``upright`` filtered, with the colours and the ticks of the source.
+
+    Args:
+        container: file to write.
+        first: first frame of the source, before it is filtered.
+        rate: frames per second.
+        size: width and height after filtering.
+        options: of x264.
+    """
+    stream = container.add_stream("libx264", rate=rate, options=options)
+    stream.width, stream.height = size
+    stream.pix_fmt = "yuv420p"
+    codec = stream.codec_context
+    codec.thread_count, codec.time_base = 1, cast(Fraction, first.time_base)
+    if not first.format.is_rgb:
+        full = first.format.name.startswith("yuvj")
+        codec.color_range, codec.colorspace = _FULL_RANGE if full else first.color_range, first.colorspace
+        codec.color_primaries, codec.color_trc = first.color_primaries, first.color_trc
+    return stream
 
 
 def header(source: Path) -> tuple[Fraction, float]:
@@ -314,8 +354,12 @@ def _verify(source: Path, unfinished: Path, wanted: _Frames, encoding: Encoding,
             since_key = 0 if frame.key_frame else since_key + 1
             if since_key == encoding.gop:
                 raise ReencodeError(f"{source}: {encoding.gop} frames after a key frame none was written{_FIX}")
+            if not found.times_s:
+                found.colours = colours(frame)
             found.add(frame)
             beat()
+    if wanted.colours is not None and found.colours != wanted.colours:
+        raise ReencodeError(f"{source}: the colours are not those of the source{_FIX}")
     # Times within the file are equal now; compare the header's start, length and rate too, which readers rely on.
     before, after = probe(source), probe(unfinished)
     count, duration_s = len(wanted.times_s), float(wanted.duration_s)

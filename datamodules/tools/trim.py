@@ -8,7 +8,8 @@ after its frames were read back and compared with those of the source, as ``Clip
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from fractions import Fraction
 from itertools import chain, pairwise
 from pathlib import Path
@@ -21,10 +22,10 @@ from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
 from datamodules.io.atomic import atomic_path
-from datamodules.tools.reencode import Encoding, header, upright
+from datamodules.tools.reencode import INTERLACED, Encoding, add_h264_stream, colours, header, upright
 from datamodules.video.errors import ClipDecodeError, Damaged
-from datamodules.video.media import media_url, open_input, set_up_decoder
-from datamodules.video.probe import probe
+from datamodules.video.media import media_url, open_input
+from datamodules.video.probe import file_stamp, open_video, probe
 from datamodules.video.reader import ClipReader
 
 _WHOLE = 1 << 14  # pixels: no frame is made smaller
@@ -55,13 +56,17 @@ def cut(root: Path, out: Path, job: tuple[str, float, float, str]) -> str:
         end_s = reader.usable_end_s(source, start_s, end_s)
         with atomic_path(target) as unfinished:
             times_s = _write(source, start_s, end_s, unfinished)
-            _verify(reader, source, unfinished, np.array(times_s))
-    except (ClipDecodeError, av.error.FFmpegError, OSError) as error:
+            _verify(reader, source, unfinished, np.array(times_s), start_s, end_s)
+    except (ClipDecodeError, _CannotCut, av.error.FFmpegError, OSError) as error:
         words = " ".join(str(error).split())
         return words if isinstance(error, ClipDecodeError) else f"{source} [{start_s:.3f}, {end_s:.3f}) s: {words}"
     finally:
         reader.close()
     return ""
+
+
+class _CannotCut(ValueError):
+    """The source is sound, but a clip of it cannot be written."""
 
 
 def _origin(source: Path) -> str:
@@ -87,15 +92,15 @@ def _write(source: Path, start_s: float, end_s: float, unfinished: Path) -> list
         first = next(frames)
         graph, width, height = upright(first, pixel_aspect, _WHOLE)
         options = {**Encoding(crf=18).x264_options, "bf": "0"}
-        stream = container.add_stream("libx264", rate=rate, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        codec, tick_s = stream.codec_context, cast(Fraction, first.time_base)
-        codec.thread_count, codec.time_base = 1, tick_s
+        stream = add_h264_stream(container, first, rate, (width, height), options)
+        tick_s = cast(Fraction, first.time_base)
         begin = cast(int, first.pts)
         lasts = max(1, round(1 / (rate * tick_s)))  # ticks
         # Every frame keeps its time relative to the first one; the last one lasts as long as the one before.
         for frame, following in pairwise(chain((first,), frames, (None,))):
             assert frame is not None, "only the last one is followed by none"
+            if frame.interlaced_frame:
+                raise _CannotCut(INTERLACED)
             pts = cast(int, frame.pts)
             times_s.append(pts * float(tick_s) - info.start_s)
             lasts = lasts if following is None else cast(int, following.pts) - pts
@@ -115,23 +120,18 @@ def _mux(container: av.container.OutputContainer, packets: list[Packet[VideoStre
 
 def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterator[VideoFrame]:
     """Yield the frames displayed from the one at ``start_s`` to before ``end_s``; times count from ``first_s``."""
-    with open_input(os.fspath(source)) as container:
-        stream = cast(VideoStream, container.streams.best("video"))
-        set_up_decoder(stream.codec_context)
-        tick_s = cast(Fraction, stream.time_base)
-        container.seek(int((first_s + start_s) / tick_s), stream=stream)
-        frames = container.decode(stream)
-        # A frame is yielded when the next one shows that it was displayed at or after the start.
+    frames = _decoded(source, first_s, start_s)
+    held = next(frames, None)
+    if held is None or held.time - first_s > start_s:
+        # The seek went too far, as it may without an index: decode the file from its start.
+        frames.close()
+        frames = _decoded(source, first_s, None)
         held = next(frames, None)
-        if held is None or held.time - first_s > start_s:  # the seek went too far
-            container.seek(int(first_s / tick_s), stream=stream)
-            frames = container.decode(stream)
-            held = next(frames, None)
-        if held is None:
-            raise Damaged("no frame can be decoded", source)
+    if held is None:
+        raise Damaged("no frame can be decoded", source)
+    # A frame is yielded when the next one shows that it was displayed at or after the start.
+    with closing(frames):
         for frame in frames:
-            if frame.is_corrupt:
-                raise Damaged(f"corrupt frame at {frame.time - first_s:.3f} s", source)
             time_s = frame.time - first_s
             if time_s > start_s:
                 yield held
@@ -141,18 +141,45 @@ def _shown(source: Path, first_s: float, start_s: float, end_s: float) -> Iterat
         yield held
 
 
-def _verify(reader: ClipReader, source: Path, clip: Path, times_s: np.ndarray) -> None:
-    """Compare the frames of a clip with those of its source.
+def _decoded(source: Path, first_s: float, start_s: float | None) -> Generator[VideoFrame, None, None]:
+    """Yield the frames of a file from the key frame before a time, or from its first packet."""
+    name = os.fspath(source)
+    video = open_video(name, file_stamp(name), thorough=True)
+    with video.container as container:
+        if start_s is not None:
+            try:
+                container.seek(int((first_s + start_s) / video.tick_s), stream=video.stream)
+            except av.error.FFmpegError:
+                return
+        for frame in container.decode(video.stream):
+            if frame.is_corrupt:
+                raise Damaged(f"corrupt frame at {frame.time - first_s:.3f} s", source)
+            yield frame
+
+
+def _verify(reader: ClipReader, source: Path, clip: Path, times_s: np.ndarray, start_s: float, end_s: float) -> None:
+    """Compare the frames of a clip with those that the reader returns for its window.
 
     Raises:
-        Damaged: they are not the same.
+        _CannotCut: they are not the same.
     """
     count = probe(clip).num_frames
     if count != len(times_s):
-        raise Damaged(f"{count} frames were written for {len(times_s)}", source)
-    wanted = reader.read(source, times_s, _THUMBNAIL, "squash")
+        raise _CannotCut(f"{count} frames were written for {len(times_s)}")
+    # The frames displayed first, just before each next frame, and last are exactly those written.
+    tolerance_s = 2 * min(1e-3, 0.1 / probe(source).fps)
+    last_s = max(start_s, end_s - tolerance_s)
+    moments_s = [start_s, *(times_s[1:] - tolerance_s), *times_s, last_s]
+    wanted = reader.read(source, moments_s, _THUMBNAIL, "squash")
+    expected_s = [times_s[0], *times_s[:-1], *times_s, times_s[-1]]
+    if not np.allclose(wanted.times_s, expected_s, atol=1e-4):
+        raise _CannotCut(f"the frames written, {times_s[0]:.3f}-{times_s[-1]:.3f} s, are not those of the window")
     found = reader.read(clip, times_s - times_s[0], _THUMBNAIL, "squash")
-    apart = (wanted.frames.int() - found.frames.int()).abs().float().mean(dim=(1, 2, 3))
+    shown = wanted.frames[count : 2 * count].int()
+    apart = (shown - found.frames.int()).abs().float().mean(dim=(1, 2, 3))
     if float(apart.max()) > _SAME_LEVELS:
         worst = int(apart.argmax())
-        raise Damaged(f"frame {worst} of the clip differs by {float(apart[worst]):.1f} levels", source)
+        raise _CannotCut(f"frame {worst} of the clip differs by {float(apart[worst]):.1f} levels")
+    before, after = (colours(next(_decoded(file, 0.0, None))) for file in (source, clip))
+    if before is not None and before != after:
+        raise _CannotCut("the clip does not have the colours of its source")
