@@ -96,7 +96,7 @@ class Annotations:
         files: by path relative to the data root, in the order they are named.
         paths_by_line: the files that each line needs, empty lines not counted; None for a line that cannot be read.
         malformed: problems of the lines that cannot be read.
-        conversions: what was converted to the form that training reads, in one line; empty if nothing was.
+        conversions: a line of the conversions to the form that training reads; empty if there were none.
     """
 
     file: Path
