@@ -84,27 +84,50 @@ def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) 
     """
     files = [experiment] if stage is None else _layers(experiment, f"{stage}.yaml")
     merged: Any = OmegaConf.create({} if stage is None else {"stage": stage})
+    layers: list[Any] = []
     for file in files:
         layer = _load(file)
         layer.pop("extends", None)
-        merged = OmegaConf.merge(merged, _with_new_keys(layer, str(file), stage))
+        layers.append(_with_new_keys(layer, str(file), stage))
+        merged = OmegaConf.merge(merged, layers[-1])
+    layers.append(OmegaConf.create())  # all overrides together
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r}: expected key=value, e.g. trainer.max_steps=100")
         try:
             layer = OmegaConf.from_dotlist([override])
-            merged = OmegaConf.merge(
-                merged, _with_new_keys(layer, f"override {override}", stage or merged.get("stage"))
-            )
+            layer = _with_new_keys(layer, f"override {override}", stage or merged.get("stage"))
+            layers[-1] = OmegaConf.merge(layers[-1], layer)
+            merged = OmegaConf.merge(merged, layer)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"override {override!r}: the value is no YAML ({' '.join(str(error).split())})") from None
+    _drop_replaced_encoder(merged, layers)
     try:
         resolved = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{files[-1]}: {_first_line(error)} (key {error.full_key})") from None
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _drop_replaced_encoder(merged: Any, layers: Sequence[Any]) -> None:
+    """Remove the settings of a built-in encoder if a later layer replaces it by a class.
+
+    Settings in the layer that names the class, or after it, stay: they are a mistake, which the encoder refuses.
+
+    Args:
+        merged: all layers; changed in place.
+        layers: one by one.
+    """
+    sections = [OmegaConf.select(layer, "network.encoder") or {} for layer in layers]
+    naming = [number for number, section in enumerate(sections) if section.get("type") is not None]
+    encoder = OmegaConf.select(merged, "network.encoder")
+    if not naming or encoder.get("type") is None:
+        return
+    kept = {"type", "args"}.union(*sections[naming[-1] :])
+    for key in set(encoder) - kept:
+        del encoder[key]
 
 
 def read_saved(file: Path) -> dict[str, Any]:

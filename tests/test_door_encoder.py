@@ -29,7 +29,8 @@ def example_on_the_python_path(monkeypatch):
 @pytest.fixture
 def arguments(toy_world, tmp_path):
     """Arguments after the stage's name: the tiny network with the example's encoder."""
-    return [*tiny.OVERRIDES, f"data_root={toy_world}", f"runs={tmp_path}", *ENCODER, *FROM_SCRATCH]
+    overrides = [override for override in tiny.OVERRIDES if not override.startswith("network.encoder.")]
+    return [*overrides, f"data_root={toy_world}", f"runs={tmp_path}", *ENCODER, *FROM_SCRATCH]
 
 
 def test_stages_1_and_2_train_it_and_hand_its_weights_on(arguments, tmp_path):
@@ -93,3 +94,26 @@ def test_unusable_classes_are_refused(type_, args, message):
 def test_arguments_without_a_class_are_refused():
     with pytest.raises(ValueError, match=r"network.encoder: .*args are given without type"):
         EncoderConfig(args={"dim": 3})
+
+
+def test_settings_of_the_encoder_that_it_replaces_are_dropped():
+    encoder = compose(tiny.EXPERIMENTS / "toy", "stage1", ENCODER)["model"]["init_args"]["network"]["encoder"]
+    assert encoder == {"type": "encoder.ConvEncoder", "args": {"image_size": tiny.SIZE, "dim": 24}}
+    back = compose(tiny.EXPERIMENTS / "toy", "stage1", [*ENCODER, "network.encoder.type=null"])["network"]["encoder"]
+    assert (back["type"], back["patch_size"]) == (None, 8)
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_settings_next_to_a_class_that_would_be_ignored_are_refused(arguments, position, capsys):
+    overrides = [*ENCODER]
+    overrides[position:position] = ["network.encoder.width=48", "network.encoder.image_mean=[0.5, 0.5, 0.5]"]
+    assert main(["fit", TOY, "stage1", *arguments, *overrides]) == 2
+    message = (
+        "network.encoder: width, image_mean would be ignored, as type is encoder.ConvEncoder: remove them, or put them "
+        "into args if it takes them"
+    )
+    assert message in capsys.readouterr().err
+
+
+def test_a_class_and_its_defaults_are_accepted():
+    EncoderConfig(type="encoder.ConvEncoder", image_mean=list(EncoderConfig.image_mean), timm=None, width=0)

@@ -284,8 +284,9 @@ def test_missing_tensors_of_a_checkpoint_are_named(reference, tmp_path):
 )
 def test_another_tower_is_refused(released, changes, message):
     shape = {"image_size": SIZE, "patch_size": PATCH, "width": 32, "layers": 3, "heads": 2}
+    config = EncoderConfig(**changes) if "type" in changes else EncoderConfig(**shape | changes)
     with pytest.raises(WeightsError, match=message):
-        find_weights([str(released)], "exo_encoder", network(encoder=EncoderConfig(**shape | changes)))
+        find_weights([str(released)], "exo_encoder", network(encoder=config))
 
 
 def test_heads_that_shapes_do_not_show_are_compared(reference, tmp_path):

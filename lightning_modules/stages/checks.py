@@ -27,9 +27,10 @@ def check_stage(stage: Stage, clips: ClipConfig, max_text_tokens: int) -> None:
     """
     network, encoder = stage.network, stage.network.encoder_shape
     if clips.image_size != encoder.image_size:
+        own = network.encoder.type
+        where = "network.encoder.image_size" if own is None else f"that of {own} (network.encoder.type)"
         raise ValueError(
-            f"clips.image_size: got {clips.image_size}, but network.encoder.image_size is {encoder.image_size}: "
-            "make them agree"
+            f"clips.image_size: got {clips.image_size}, but {where} is {encoder.image_size}: make them agree"
         )
 
     # The embedding table must have a row for every token: its size is overridden, or comes with released weights.

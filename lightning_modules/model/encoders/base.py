@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import timm
@@ -43,7 +43,7 @@ class EncoderConfig:
         image_mean: RGB, on the 0-1 scale. CLIP's by default, whatever the tower: SigLIP's is 0.5.
         image_std: RGB, on the 0-1 scale, as `image_mean`.
         type: import path of a subclass of `VisionEncoder`, such as `my_encoder.MyEncoder`, to build instead of a
-            built-in one. All keys above are then unused.
+            built-in one. The keys above are then refused.
         args: arguments of that class.
     """
 
@@ -61,14 +61,27 @@ class EncoderConfig:
     args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuse impossible sizes."""
-        problems = []
-        if self.type is None:
-            problems = self._problems()
+        """Refuse impossible sizes, and keys without effect."""
+        problems = self._problems() if self.type is None else self._ignored()
         if self.args and self.type is None:
             problems.append("args are given without type, the import path of a class")
         if problems:
             raise ValueError("network.encoder: " + "; ".join(problems))
+
+    def _ignored(self) -> list[str]:
+        """Name the keys of the built-in encoders that are set although a class is built."""
+        ignored = []
+        for each in fields(self):
+            value = getattr(self, each.name)
+            value = tuple(value) if isinstance(value, list) else value
+            if each.name not in ("type", "args") and value != each.default:
+                ignored.append(each.name)
+        if not ignored:
+            return []
+        names = ", ".join(ignored)
+        return [
+            f"{names} would be ignored, as type is {self.type}: remove them, or put them into args if it takes them"
+        ]
 
     def _problems(self) -> list[str]:
         """Name the sizes that the built-in encoders cannot have."""
