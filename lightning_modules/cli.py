@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         if options.verb not in ("report", "score"):
-            from lightning_modules.run import silence_expected_warnings
+            from lightning_modules.compat import silence_expected_warnings
 
             silence_expected_warnings()
         VERBS[options.verb](options)

@@ -6,6 +6,8 @@ so an upgrade that breaks one is repaired here.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -18,6 +20,26 @@ from torch.distributed import distributed_c10d
 from torch.utils import _pytree
 
 _TESTED = {"lightning": "2.6.6", "torch": "2.15.0"}
+_EXPECTED_WARNINGS = (
+    "LeafSpec",
+    "does not have many workers",
+    "exists and is not empty",
+    "sync_dist=True",
+    "across ranks is zero",
+    "assuming the intent is to save",
+    "assuming the intent is to load",
+    "returned a view tensor",
+    "Grad strides do not match bucket view strides",
+)
+"""Parts of warnings of lightning and torch that do not concern our runs."""
+
+
+def silence_expected_warnings() -> None:
+    """Hide Lightning's notes about absent devices and warnings that are expected in our runs."""
+    for name in ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=f".*{message}")
 
 
 def ignore_signals(trainer: L.Trainer) -> None:

@@ -32,6 +32,7 @@ RESUMABLE_KEYS = (
     "trainer.devices",
     "trainer.enable_progress_bar",
     "trainer.logger",
+    "trainer.max_time",
     "trainer.num_nodes",
     "trainer.profiler",
     "trainer.strategy",
@@ -95,14 +96,28 @@ def check_same_start(folder: Path, stage: Stage) -> None:
 def discard_run(folder: Path) -> None:
     """Remove checkpoints, answers and curves of a run; its stage weights are kept as ``handoff.previous``."""
     for name in ("checkpoints", "egobench", "metrics.json", "predictions.jsonl"):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        _remove(folder / name)
     for events in folder.glob("events.out.tfevents.*"):
         events.unlink()
     previous = folder / "handoff.previous"
     if (folder / "handoff").exists():
-        shutil.rmtree(previous, ignore_errors=True)
+        _remove(previous)
+        previous.unlink(missing_ok=True)  # a link whose folder was emptied
         (folder / "handoff").rename(previous)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder; of a link to a folder, such as one on another disk, empty that folder."""
+    if path.is_symlink() and path.is_dir():
+        for inside in path.iterdir():
+            if inside.is_symlink():
+                inside.unlink()
+            else:
+                _remove(inside)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

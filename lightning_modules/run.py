@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -14,7 +15,7 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -82,7 +83,7 @@ class ExperimentCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             run=False,
-            args=config,
+            args=copy.deepcopy(config),  # the parser changes lists in place
             save_config_callback=None,
             auto_configure_optimizers=False,
             seed_everything_default=0,
@@ -169,6 +170,7 @@ def build(config: dict[str, Any]) -> Run:
     """
     cli = _parse(config, ExperimentCLI)
     parsed = cli.config_init
+    _check_limits(parsed["trainer"])
     trainer, stage, datamodule = cli.trainer, cli.model, cli.datamodule
     if isinstance(trainer.strategy, DDPStrategy | FSDP2):
         # Ends hangs that StallWatch does not see, such as the rendezvous; later than StallWatch, which can name ranks.
@@ -198,6 +200,32 @@ def build(config: dict[str, Any]) -> Run:
     return Run(config, trainer, stage, datamodule, parsed["egobench"], parsed["judge"], parsed["plan"])
 
 
+def _check_limits(trainer: Mapping[str, Any]) -> None:
+    """Refuse limits with which a stage would never be complete.
+
+    Args:
+        trainer: the Trainer's arguments.
+
+    Raises:
+        ConfigError: a limit is no number of steps, epochs or time, or there is none.
+    """
+    max_steps, max_epochs, max_time = (trainer.get(key) for key in ("max_steps", "max_epochs", "max_time"))
+    for key, limit in (("max_steps", max_steps), ("max_epochs", max_epochs)):
+        if limit == 0:
+            raise ConfigError(f"trainer.{key}: got 0, allowed: 1 or more, or -1 for no limit")
+    if max_steps in (None, -1) and max_epochs in (None, -1):
+        raise ConfigError("trainer.max_steps: got no limit: set max_steps or max_epochs, the schedule depends on it")
+    if max_time is not None and not (Timer(max_time).time_remaining() or 0) > 0:
+        raise ConfigError(f"trainer.max_time: got {max_time}, allowed: above 0, as DD:HH:MM:SS in quotes")
+    for key, whole in (("limit_train_batches", 1.0), ("overfit_batches", 0), ("fast_dev_run", False)):
+        value = trainer.get(key)
+        if value is not None and (value != whole or (key == "limit_train_batches" and isinstance(value, int))):
+            raise ConfigError(
+                f"trainer.{key}: got {value}, but a stage reads whole epochs, so that it can be resumed: remove it, "
+                "and set trainer.max_steps for a shorter run"
+            )
+
+
 def build_stage(config: dict[str, Any]) -> Stage:
     """Check a resolved configuration and make the stage alone; files that it names need not exist."""
     stage: Stage = _parse(config, _StageOnlyCLI).model
@@ -209,6 +237,9 @@ def _parse(config: dict[str, Any], kind: type[ExperimentCLI]) -> ExperimentCLI:
         raise ConfigError(f"configuration: {', '.join(missing)} missing: name an experiment folder and a stage")
     lightning_keys = {"seed_everything": bool | int, "trainer": L.Trainer, "model": Stage, "data": ClipDataModule}
     check_config(config, SHARED_KEYS | lightning_keys)
+    seed = config.get("seed_everything")
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ConfigError(f"seed_everything: got {seed}, allowed: from 0 to {2**32 - 1}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -234,14 +265,3 @@ def _root_message(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())
-
-
-def silence_expected_warnings() -> None:
-    """Hide Lightning's notes about absent devices and warnings that are expected in our runs."""
-    for name in ("lightning.fabric.utilities.seed", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    expected = ["LeafSpec", "does not have many workers", "exists and is not empty", "sync_dist=True"]
-    expected += ["across ranks is zero", "assuming the intent is to save", "assuming the intent is to load"]
-    expected += ["returned a view tensor", "Grad strides do not match bucket view strides"]
-    for message in expected:
-        warnings.filterwarnings("ignore", message=f".*{message}")

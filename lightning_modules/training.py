@@ -15,6 +15,7 @@ from lightning_modules.callbacks.checkpoint import (
     newest,
     read_state,
     read_tensors,
+    stopped_early,
     stored_tensors,
 )
 from lightning_modules.callbacks.throughput import TrainingMonitor
@@ -44,6 +45,7 @@ def fit(config: dict[str, Any], force: bool = False) -> None:
     Raises:
         ConfigError: the folder contains a run with a different configuration.
         Interrupted: training stopped early; the same call resumes it.
+        CheckpointError: training stopped early, and no checkpoint could be written to resume from.
         ValueError: something the stage needs is missing or invalid.
     """
     run = build(config)
@@ -69,12 +71,16 @@ def fit(config: dict[str, Any], force: bool = False) -> None:
         print(f"{run.name} of {config['experiment']} is finished ({folder}/handoff); FORCE=1 trains it from scratch")
         return
 
+    _limit_steps(run)
     if is_rank_zero:
         _prepare_folder(run)
         _enable_mfu(run)
     run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
-    if run.trainer.interrupted or run.trainer.global_step < run.stage.total_steps():
+    if stopped_early(run.trainer, run.stage):
+        _require_progress(run, checkpoint)
         raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; run it again to resume")
+    if run.trainer.global_step < run.stage.total_steps() and is_rank_zero:
+        print(f"{run.name} is complete at step {run.trainer.global_step}: a callback of trainer.callbacks ended it")
 
     if checkpoint and int(checkpoint.name) == run.trainer.global_step:
         # The checkpoint was the last one and only the stage weights were missing: the Trainer may not have read it.
@@ -102,6 +108,36 @@ def consolidate(config: dict[str, Any]) -> None:
     out = folder / f"handoff_{checkpoint.name}"
     parts = _export(checkpoint, config, out)
     print(f"{out} holds {', '.join(parts)} after step {int(checkpoint.name)}: handoffs.{config['stage']}={out}")
+
+
+def _limit_steps(run: Run) -> None:
+    """Express ``max_epochs`` in steps: a checkpoint of an epoch's last step does not count that epoch as done."""
+    epochs = run.trainer.max_epochs
+    if epochs is None or epochs < 0:
+        return
+    run.datamodule.setup("fit")
+    in_epochs = run.datamodule.steps_per_epoch() * epochs
+    loop = run.trainer.fit_loop
+    loop.epoch_loop.max_steps = in_epochs if loop.max_steps < 0 else min(loop.max_steps, in_epochs)
+    loop.max_epochs = -1
+
+
+def _require_progress(run: Run, resumed_from: Path | None) -> None:
+    """Require that a repeated call resumes from a later step than this one, else it would be repeated for ever.
+
+    Raises:
+        CheckpointError: no checkpoint was written.
+    """
+    if run.trainer.interrupted:
+        return
+    # Rank 0 looks for all, since files may appear later on other nodes.
+    last = newest(run.folder / "checkpoints") if run.trainer.is_global_zero else None
+    saved = run.trainer.strategy.broadcast(last is not None and last != resumed_from)
+    if not saved:
+        raise CheckpointError(
+            f"{run.folder}/checkpoints: {run.name} was stopped at step {run.trainer.global_step}, but no checkpoint "
+            "could be written: free space or permit writing there, and run it again"
+        )
 
 
 def _prepare_folder(run: Run) -> None:

@@ -86,6 +86,9 @@ WRONG = [
         r"model.train: got lora, allowed: exo_encoder, projector, language_model$",
     ),
     ("stage0", "data.init_args.global_batch_size=0", r"data.global_batch_size: got 0, allowed: 1 or more$"),
+    ("stage0", "data.init_args.num_workers=-1", r"data.num_workers: got -1, allowed: 0 or more$"),
+    ("stage0", "data.init_args.seed=-1", r"data.seed: got -1, allowed: 0 or more$"),
+    ("stage0", "seed_everything=-1", r"seed_everything: got -1, allowed: from 0 to 4294967295$"),
     ("stage0", "monitor.every_n_steps=0", r"monitor.every_n_steps: got 0, allowed: 1 or more$"),
     (
         "stage0",

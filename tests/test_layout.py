@@ -139,7 +139,7 @@ BUILDS_ON = {
     "evaluation": {"config", "egobench", "run", "validation", "weights"},
     "training": {"callbacks", "config", "egobench", "evaluation", "plan", "resume", "run", "weights"},
     "exits": {"callbacks", "compat", "training"},
-    "cli": {"", "config", "egobench", "evaluation", "exits", "plan", "run", "training"},
+    "cli": {"", "compat", "config", "egobench", "evaluation", "exits", "plan", "run", "training"},
     "__main__": {"cli"},
     "__init__": {"stages"},
 }

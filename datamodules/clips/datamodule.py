@@ -71,6 +71,8 @@ class ClipDataModule(L.LightningDataModule, ABC):
             ("global_batch_size", global_batch_size, 1),
             ("micro_batch_size", micro_batch_size, 1),
             ("shuffle_block_groups", shuffle_block_groups, 0),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
         ):
             if number is not None and number < least:
                 raise ValueError(f"data.{key}: got {number}, allowed: {least} or more")

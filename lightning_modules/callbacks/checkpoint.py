@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -31,6 +32,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
@@ -241,7 +243,8 @@ class Checkpoints(L.Callback):
 
     SIGTERM, SIGUSR1 (as SLURM sends it ahead of a time limit or a preemption) and SIGINT stop all processes after the
     same optimiser step; a second signal has its usual effect. A request to stop reaches the other processes one step
-    later, so that no step waits for this message.
+    later, so that no step waits for this message. The time limit of ``Trainer(max_time=...)`` is such a request too: it
+    counts from the start of each call, so that the next call resumes.
 
     The last step is saved too, so that nothing is lost where the stage weights cannot be written.
 
@@ -251,20 +254,32 @@ class Checkpoints(L.Callback):
 
     Raises:
         ValueError: ``every_n_steps`` is negative.
+
+    Attributes:
+        stopped: training was asked to stop, and a checkpoint was saved to resume from.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
         if every_n_steps < 0:
             raise ValueError(f"checkpoint_every_n_steps: got {every_n_steps}, allowed: 0 or more")
         self.folder, self.every_n_steps = folder, every_n_steps
+        self.stopped = False
         self._signalled = False
+        self._max_time_s: float | None = None
+        self._deadline = float("inf")
         self._group: Any = None
         self._pending_all_reduce: tuple[Tensor, Any] | None = None
         self._usual_handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take signals over from Lightning; allow checkpoints without frozen parameters."""
+        """Take signals and the time limit over from Lightning; allow checkpoints without frozen parameters."""
         ignore_signals(trainer)
+        # Lightning's Timer stops between micro-batches, without a checkpoint, and counts the time of earlier calls.
+        timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
+        limits = [limit for limit in (timer.time_remaining() for timer in timers) if limit is not None]
+        if limits:
+            self._max_time_s = min(limits)
+            trainer.callbacks = [c for c in trainer.callbacks if c not in timers]  # type: ignore[attr-defined]
         pl_module.strict_loading = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -275,6 +290,8 @@ class Checkpoints(L.Callback):
         if trainer.ckpt_path:
             _restore(Path(trainer.ckpt_path), pl_module, trainer.optimizers[0])
         self._usual_handlers = {number: signal.signal(number, self.on_signal) for number in STOPPING}
+        if self._max_time_s is not None:
+            self._deadline = time.monotonic() + self._max_time_s
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -288,7 +305,7 @@ class Checkpoints(L.Callback):
         if stop or (every and (step % every == 0 or step == stage.total_steps())):
             trainer.save_checkpoint(self.folder / f"{step:07d}", weights_only=False)
         if stop:
-            trainer.should_stop = True
+            self.stopped = trainer.should_stop = True
             trainer.limit_val_batches = 0  # Lightning would validate once more, which may take longer than is left
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -337,14 +354,15 @@ class Checkpoints(L.Callback):
 
     def stop_requested(self) -> bool:
         """Return whether this process, or any of several up to the previous step, was asked to stop."""
+        asked = self._signalled or time.monotonic() >= self._deadline
         if self._group is None:
-            return self._signalled
+            return asked
         requested = False
         if self._pending_all_reduce is not None:
             flag, work = self._pending_all_reduce
             work.wait()
             requested = bool(flag)
-        flag = torch.tensor(int(self._signalled))
+        flag = torch.tensor(int(asked))
         self._pending_all_reduce = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True)
         return requested
 
@@ -364,6 +382,15 @@ class Checkpoints(L.Callback):
                 f"checkpoints {self.folder}: the processes resume from different steps ({steps}): every node must see "
                 "the same files; wait until they do, and start again"
             )
+
+
+def stopped_early(trainer: L.Trainer, stage: Stage) -> bool:
+    """Return whether training was asked to stop before its last step; another callback may end it: it is complete."""
+    if trainer.interrupted:
+        return True
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    stopped = any(callback.stopped for callback in callbacks if isinstance(callback, Checkpoints))
+    return stopped and trainer.global_step < stage.total_steps()
 
 
 def _restore(folder: Path, stage: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:

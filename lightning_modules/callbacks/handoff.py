@@ -11,6 +11,7 @@ import lightning as L
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lightning_modules.callbacks.checkpoint import stopped_early
 from lightning_modules.weights.handoff import full_tensors, write_stage_weights
 from lightning_modules.weights.tensors import WeightsError
 
@@ -39,7 +40,7 @@ class StageHandoff(L.Callback):
             WeightsError: the folder cannot be written.
         """
         stage: Stage = pl_module  # type: ignore[assignment]
-        if trainer.interrupted or trainer.global_step < stage.total_steps():
+        if stopped_early(trainer, stage):
             return
         # All ranks gather every tensor, one at a time and in the same order; rank 0 alone keeps and writes them.
         trained = [part for part in stage.model.parts if part in stage.trained]

@@ -162,9 +162,12 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     stage.model.checkpoint_activations()
     samples = assumed.samples
     steps_per_epoch = None if samples is None else samples // int(data["global_batch_size"])
-    steps = trainer.get("max_steps", -1)
-    if steps < 0:
-        steps = None if steps_per_epoch is None else steps_per_epoch * trainer["max_epochs"]
+    max_steps, max_epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
+    steps = None if max_steps < 0 else max_steps
+    if steps_per_epoch is not None and max_epochs is not None and max_epochs >= 0:
+        # The stage ends at the nearer limit.
+        in_epochs = steps_per_epoch * max_epochs
+        steps = in_epochs if steps is None else min(steps, in_epochs)
     parts = {
         part: (sum(p.numel() for p in stage.model.part(part).values()), part in stage.trained)
         for part in stage.model.parts

@@ -281,19 +281,21 @@ class Stage(L.LightningModule, ABC):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def total_steps(self) -> int:
-        """Return the number of optimiser steps of the whole stage.
+        """Return the number of optimiser steps of the whole stage: the nearer limit of max_steps and max_epochs.
 
         Raises:
             ValueError: the Trainer has no limit.
         """
-        if self.trainer.max_steps >= 0:
-            return self.trainer.max_steps
+        max_steps, max_epochs = self.trainer.max_steps, self.trainer.max_epochs
+        if max_steps >= 0 and max_epochs == -1:
+            return max_steps
         datamodule: Any = getattr(self.trainer, "datamodule", None)
-        if hasattr(datamodule, "steps_per_epoch"):
+        if hasattr(datamodule, "steps_per_epoch") and max_epochs is not None and max_epochs >= 0:
             # Not Lightning's estimate: that makes the loader before its state is restored, and the state is lost.
-            return int(datamodule.steps_per_epoch() * (self.trainer.max_epochs or 1))
+            in_epochs = int(datamodule.steps_per_epoch()) * max_epochs
+            return in_epochs if max_steps < 0 else min(max_steps, in_epochs)
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        if steps == float("inf") or steps < 0:
             raise ValueError("trainer.max_steps: got no limit: set max_steps or max_epochs, the schedule depends on it")
         return int(steps)
 

@@ -150,7 +150,9 @@ def write_stage_weights(
     # Replace the earlier folder.
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    if folder.is_symlink():
+        folder.unlink()  # a rename would keep the link under the other name, where no folder can replace it
+    elif folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
     sync(folder.parent)
