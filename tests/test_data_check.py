@@ -30,7 +30,8 @@ from datamodules.tools.data_check import (
     sampled,
 )
 from datamodules.tools.reencode import Encoding, reencode
-from datamodules.video.errors import Damaged
+from datamodules.tools.trim import cut
+from datamodules.video.errors import Damaged, NoTimes, SpanOutsideFile
 from datamodules.video.probe import probe
 from datamodules.video.reader import ClipReader
 
@@ -220,6 +221,56 @@ def test_the_length_is_that_of_the_frames(suffix: str, kind: str, tmp_path: Path
     clip = ClipReader().read(path, [length_s + 0.05, 0.05], SIDE, "squash")
     assert numbers_on(clip) == [len(times_ms) - 1, 0]
     assert reencode(path, tmp_path / "out.mp4", Encoding(preset="ultrafast"))
+
+
+@pytest.mark.parametrize(
+    ("codec", "b_frames", "pixel_format"),
+    [("libx264", 0, "yuv420p"), ("libx264", 2, "yuv420p"), ("mpeg4", 2, "yuv420p"), ("mpeg4", 0, "yuv420p")],
+)
+def test_a_container_without_display_times_is_read_in_order(
+    codec: str, b_frames: int, pixel_format: str, tmp_path: Path
+) -> None:
+    path = make_avi(tmp_path / "v.avi", codec, b_frames, pixel_format)
+    assert check_file(VideoFile(path.name, spans_s=[(0.0, math.inf)]), tmp_path, decode_all=True) is None
+    reader = ClipReader()
+    wanted = [5, 0, 12, 12, 39, 2]
+    clip = reader.read(path, [number / 10 + 0.05 for number in wanted], SIDE, "squash")
+    assert numbers_on(clip) == wanted == clip.frame_numbers.tolist()
+    assert reader.usable_end_s(path, 0.0, math.inf) == pytest.approx(4.0)
+    with pytest.raises(SpanOutsideFile):
+        reader.read(path, [4.3], SIDE)
+    assert reencode(path, tmp_path / "out.mp4", Encoding())
+    assert cut(tmp_path, tmp_path, (path.name, 0.3, 0.9, "clip.mp4")) == ""
+    assert numbers_on(reader.read(tmp_path / "out.mp4", [number / 10 + 0.05 for number in wanted], SIDE)) == wanted
+    assert numbers_on(reader.read(tmp_path / "clip.mp4", [0.05, 0.55], SIDE)) == [3, 8]
+
+
+@pytest.mark.parametrize("suffix", [".avi", ".mov"])
+def test_palettes_are_read_in_order(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"v{suffix}"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("msrle", rate=10)
+        stream.width = stream.height = SIDE
+        stream.pix_fmt, stream.gop_size = "pal8", 12
+        grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 4, axis=1)
+        grey[:, 0] = 255
+        for number in range(20):
+            frame = av.VideoFrame.from_ndarray((painted(number, SIDE, SIDE)[..., 0], grey), "pal8")
+            frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert check_file(VideoFile(path.name, spans_s=[(0.0, math.inf)]), tmp_path, decode_all=True) is None
+    reader = ClipReader()
+    for number in (15, 3, 0, 19):
+        assert numbers_on(reader.read(path, [number / 10 + 0.05], SIDE, "squash")) == [number]
+
+
+def test_a_raw_stream_is_refused_by_name(tmp_path: Path) -> None:
+    path = make_video(tmp_path / "v.h264")
+    found = check_file(VideoFile(path.name, spans_s=[(0.0, 1.0)]), tmp_path, decode_all=True)
+    assert found.kind == "NoTimes"
+    with pytest.raises(NoTimes, match=r"a raw stream .h264. does not say .*ffmpeg -i IN"):
+        ClipReader().read(path, [0.5], SIDE)
 
 
 @pytest.mark.parametrize(("codec", "pixel_format"), [("mjpeg", "yuvj420p"), ("wmv2", "yuv420p")])

@@ -29,8 +29,8 @@ from datamodules.io.atomic import atomic_path
 from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records
 from datamodules.io.parallel import Beat, Failure, run_tasks
 from datamodules.io.validate import validate
-from datamodules.video.decode import is_torn
-from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, SpanOutsideFile
+from datamodules.video.decode import decode_in_order, is_torn
+from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, NoTimes, SpanOutsideFile
 from datamodules.video.probe import file_stamp, open_video, probe
 from datamodules.video.sampling import segment_midpoints
 
@@ -242,6 +242,13 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
     try:
         with video.container as container:
             codec, tick_s = video.codec, video.tick_s
+            if video.in_order_only:
+                for frame in decode_in_order(video):
+                    end_s = video.time_s(cast(int, frame.pts)) + video.frame_s
+                    yield frame
+                if end_s < video.header_end_s - video.frame_s - 1e-3:
+                    raise Damaged(f"frames end at {end_s:.3f} s, the header promises {video.header_end_s:.3f} s", path)
+                return
             # Every packet lists a frame; the decoder must return all of them, undamaged.
             for packet in container.demux(video.stream):
                 if packet.is_corrupt or is_torn(packet, video.codec_name, video.nal_length_bytes):
@@ -251,7 +258,7 @@ def decode_whole(path: Path) -> Generator[VideoFrame, None, None]:
                     packets_s += (packet.duration or 0) * tick_s
                 for frame in codec.decode(packet if packet.size or packet.dts is not None else None):
                     if frame.pts is None:
-                        raise Damaged(f"a frame after {end_s:.3f} s has no time stamp", path)
+                        raise NoTimes(f"a frame after {end_s:.3f} s has no display time", path)
                     if frame.is_corrupt:
                         raise Damaged(f"corrupt frame at {video.time_s(frame.pts):.3f} s", path)
                     listed.discard(frame.pts)

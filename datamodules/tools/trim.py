@@ -23,6 +23,7 @@ from av.video.stream import VideoStream
 
 from datamodules.io.atomic import atomic_path
 from datamodules.tools.reencode import INTERLACED, Encoding, add_h264_stream, colours, header, upright
+from datamodules.video.decode import decode_in_order
 from datamodules.video.errors import ClipDecodeError, Damaged
 from datamodules.video.media import media_url, open_input
 from datamodules.video.probe import file_stamp, open_video, probe
@@ -146,6 +147,9 @@ def _decoded(source: Path, first_s: float, start_s: float | None) -> Generator[V
     name = os.fspath(source)
     video = open_video(name, file_stamp(name), thorough=True)
     with video.container as container:
+        if video.in_order_only:
+            yield from decode_in_order(video)
+            return
         if start_s is not None:
             try:
                 container.seek(int((first_s + start_s) / video.tick_s), stream=video.stream)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from itertools import chain
 from typing import cast
 
@@ -17,7 +18,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from datamodules.video.errors import Damaged, FrameMissing, SpanOutsideFile
+from datamodules.video.errors import Damaged, FrameMissing, NoTimes, SpanOutsideFile
 from datamodules.video.probe import OpenVideo, packet_end_s
 
 _SKIPS_UNREFERENCED = frozenset({"h264", "hevc"})  # decoders that honour skip_frame packet by packet
@@ -103,13 +104,13 @@ def take_until(
     """Return the packets up to the decode time ``last_tick``, and True if the file ended first.
 
     Raises:
-        Damaged: a packet has no time stamp.
+        NoTimes: a packet has no display time.
     """
     taken: list[Packet[VideoStream]] = []
     for packet in packets:
         if packet.pts is None:
             if packet.size:
-                raise Damaged("a packet has no time stamp", video.path)
+                raise NoTimes("a packet has no display time", video.path)
             break
         if packet.dts is not None and packet.dts > last_tick:
             return taken, False
@@ -211,3 +212,31 @@ def decode_packets(
     codec.flush_buffers()
     if missing:
         raise NeedsFullDecode
+
+
+def decode_in_order(video: OpenVideo) -> Iterator[VideoFrame]:
+    """Decode a file whose packets have no display times from its start, and set the time of every frame.
+
+    The frames come out in the order in which they are displayed, one at each decode time of a packet.
+
+    Raises:
+        Damaged: a packet or frame is corrupt.
+        FrameMissing: the decoder returned fewer or more frames than there are packets.
+    """
+    slots: list[int] = []
+    count = 0
+    for packet in video.container.demux(video.stream):
+        if packet.is_corrupt:
+            raise Damaged(f"corrupt packet after {count} frames", video.path)
+        if packet.size and packet.dts is not None:
+            slots.append(packet.dts)
+        for frame in video.codec.decode(packet if packet.size or packet.dts is not None else None):
+            if frame.is_corrupt:
+                raise Damaged(f"corrupt frame at number {count}", video.path)
+            if count >= len(slots):
+                raise FrameMissing(f"{count + 1} frames in {len(slots)} packets", video.path)
+            frame.pts, frame.time_base = slots[count], cast(Fraction, video.stream.time_base)
+            count += 1
+            yield frame
+    if count != len(slots):
+        raise FrameMissing(f"{len(slots) - count} of {len(slots)} frames are never decoded", video.path)

@@ -72,6 +72,12 @@ class FrameMissing(ClipDecodeError):
     fix = "re-encode it or remove the take"
 
 
+class NoTimes(ClipDecodeError):
+    """The file does not say when its frames are displayed, such as a raw stream; it need not be damaged."""
+
+    fix = "write it with times, by ffmpeg -i IN -c:v libx264 -crf 16 -an OUT.mp4 (raw streams: -r RATE before -i)"
+
+
 class Damaged(ClipDecodeError):
     """A packet or frame that the clip depends on is corrupt, or the file is shorter than its header claims."""
 

@@ -16,11 +16,12 @@ from av.stream import Discard, Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
-from datamodules.video.errors import Damaged, FileMissing, NotAVideo, NoVideoStream, error_text
+from datamodules.video.errors import Damaged, FileMissing, NotAVideo, NoTimes, NoVideoStream, error_text
 from datamodules.video.images import IMAGES_FPS, ImageFolder, list_images
 from datamodules.video.media import open_input, set_up_decoder
 
 _HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # keeps FFmpeg from decoding frames while it opens a file
+_NO_TIMES = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class OpenVideo:
         is_whole: the file has all the bytes that its header lists, so a last frame may be displayed until
             ``header_end_s``; otherwise frames that end earlier mean that it was cut.
         pixel_aspect: width of a stored pixel over its height.
+        in_order_only: it must be decoded from its start, since packets have no display times or depend on an earlier
+            palette. Frames are displayed at the decode times, in the order in which the decoder returns them.
         nal_length_bytes: see the function of that name.
     """
 
@@ -79,6 +82,7 @@ class OpenVideo:
     header_end_s: float
     is_whole: bool
     pixel_aspect: float
+    in_order_only: bool
     nal_length_bytes: int | None
 
     @property
@@ -182,6 +186,8 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
     stream = container.streams.best("video")
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
         raise NoVideoStream("the file has no video stream", name)
+    if container.format.flags & _NO_TIMES:
+        raise NoTimes(f"a raw stream ({container.format.name}) does not say when its frames are displayed", name)
     codec = stream.codec_context
     rate = stream.average_rate or stream.guessed_rate
     if codec is None or not stream.width or not rate or stream.time_base is None:
@@ -216,6 +222,7 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
         header_end_s=float(min((claim_s for claim_s in claims_s if claim_s > 0), default=0)),
         is_whole=size_bytes is not None or 0 < stream.frames == len(index),
         pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0,
+        in_order_only=_in_order_only(container, codec),
         nal_length_bytes=nal_length_bytes(codec),
     )
     # Sound and subtitles may outlast the frames, so the duration of the file is not that of the video.
@@ -224,6 +231,13 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
             elsewhere = replace(video, container=again, stream=cast(VideoStream, again.streams[stream.index]))
             video.header_end_s = max(last_frame_end_s(elsewhere), float(_tagged_end_s(stream)))
     return video
+
+
+def _in_order_only(container: InputContainer, codec: VideoCodecContext) -> bool:
+    """Return True for an AVI whose frames may be reordered, and for palettes, which only some packets carry."""
+    if codec.pix_fmt == "pal8" and codec.name not in ("png", "gif"):
+        return True
+    return container.format.name == "avi" and (codec.name in ("h264", "hevc") or bool(codec.has_b_frames))
 
 
 def _listed_bytes(name: str, format_name: str) -> int | None:
@@ -294,4 +308,5 @@ def last_frame_end_s(video: OpenVideo) -> float:
 def packet_end_s(video: OpenVideo, packet: Packet[VideoStream]) -> float:
     """Return the time at which a packet's frame ends, in seconds after the first displayed frame."""
     duration_s = (packet.duration or 0) * video.tick_s or video.frame_s
-    return video.time_s(cast(int, packet.pts)) + duration_s
+    begin = packet.dts if video.in_order_only else packet.pts
+    return video.time_s(cast(int, begin)) + duration_s

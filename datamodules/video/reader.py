@@ -20,6 +20,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, TypeVar, cast
 
@@ -33,6 +34,7 @@ from datamodules.video.convert import FITS, PAD_RGB, RGB, Fit, FrameConverter
 from datamodules.video.decode import (
     NeedsFullDecode,
     choose_frames,
+    decode_in_order,
     decode_packets,
     decode_segments,
     demux_span,
@@ -329,7 +331,10 @@ class _OpenFiles:
         ascending = sorted(set(limits))
         canvas = np.empty((len(limits), square.size, square.size, 3), dtype=np.uint8)
         try:
-            chosen = self._decode_by_seeking(video, ascending, limits, canvas, square)
+            if video.in_order_only:
+                chosen = self._decode_in_order(video, ascending, limits, canvas, square)
+            else:
+                chosen = self._decode_by_seeking(video, ascending, limits, canvas, square)
         except NeedsFullDecode:
             chosen = self._decode_from_start(video, ascending, limits, canvas, square)
         times_s = np.array([video.time_s(chosen[limit]) for limit in limits], dtype=np.float64)
@@ -347,6 +352,37 @@ class _OpenFiles:
             frames = decode_segments(video, packets, sorted(set(picks.values())))
             self._place(video, frames, picks, limits, canvas, square)
         return chosen
+
+    def _decode_in_order(
+        self, video: OpenVideo, ascending: list[int], limits: list[int], canvas: np.ndarray, square: _Square
+    ) -> dict[int, int]:
+        self.drop(video.path)
+        fresh = self._open(video.path, thorough=True)  # stands at its first packet
+        picks: dict[int, int] = {}
+        held: VideoFrame | None = None
+        waiting = list(ascending)
+        # The last frame before the first one that is displayed after a wanted tick is the frame of that tick.
+        for frame in chain(decode_in_order(fresh), (None,)):
+            if held is not None:
+                passed = [tick for tick in waiting if frame is None or tick < cast(int, frame.pts)]
+                if passed:
+                    pts = cast(int, held.pts)
+                    if (
+                        frame is None
+                        and fresh.time_s(passed[-1])
+                        >= max(fresh.header_end_s, fresh.time_s(pts) + fresh.frame_s) + fresh.frame_s
+                    ):
+                        raise SpanOutsideFile(f"the video ends at {fresh.header_end_s:.3f} s", fresh.path)
+                    shown = dict.fromkeys(passed, pts)
+                    self._place(fresh, [held], shown, limits, canvas, square)
+                    picks.update(shown)
+                    waiting = waiting[len(passed) :]
+            if not waiting:
+                break
+            held = frame
+        if waiting:
+            raise FrameMissing("the file holds no frame", fresh.path)
+        return picks
 
     def _decode_from_start(
         self, video: OpenVideo, ascending: list[int], limits: list[int], canvas: np.ndarray, square: _Square
