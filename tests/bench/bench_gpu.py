@@ -42,6 +42,7 @@ from lightning_modules.plan.stages import PlanConfig, plan_stage
 from lightning_modules.run import build_stage
 from lightning_modules.stages.base import Stage
 from lightning_modules.validation.report import markdown_table
+from lightning_modules.weights.loading import load_weights
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "A800": 312.0}
@@ -277,18 +278,12 @@ def random_model(stage: Stage, device: torch.device) -> None:
     """Build the stage's model directly on the device with random weights of a usual size, frozen parts in bfloat16."""
     model = Exo2EgoModel(stage.network, stage.vocab_size, stage.uses, empty=PARTS)
     model.language_model.restore_buffers()
-    done: set[int] = set()
-    for unit in model.units():
-        for part in model.parts:
-            trained = part in stage.trained
-            parameters = model.allocate(part, unit, torch.float32 if trained else stage.frozen_dtype, device, done)
-            for name, parameter in parameters.items():
-                if parameter.ndim > 1:
-                    parameter.normal_(std=0.02)
-                else:
-                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                parameter.requires_grad_(trained)
-        done |= {id(parameter) for parameter in unit.parameters()}
+    load_weights(model, {}, stage.trained, stage.frozen_dtype, device)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     stage.attach(model)
     stage.train()
 
