@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from lightning_modules.weights.tensors import FoundWeights, Release
 
 
 def find_language_model(release: Release, part: str) -> FoundWeights:
-    """Find the language model in a folder of transformers, of any model type."""
+    """Find the language model in a folder of transformers, of any type of causal language model."""
+    if release.kind in CONFIG_MAPPING and release.kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        fix = (
+            "give a causal language model" if part == "language_model" else "give CLIP or SigLIP weights for an encoder"
+        )
+        return release.found(part, {}, f"holds a {release.kind} model, no {part}: {fix}")
     if part != "language_model":
         return release.found(part, {}, f"holds a language model ({release.kind}), no {part}")
     # A tied head, and the rotary frequencies of old checkpoints, are no parameters.

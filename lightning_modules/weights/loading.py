@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -9,6 +10,12 @@ from torch import Tensor, nn
 
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.weights.tensors import FoundWeights, WeightsError
+
+_POSITIONS = {
+    "tower.positional_embedding": "tower.conv1.weight",
+    "tower.pos_embed": "tower.patch_embed.proj.weight",
+}
+"""Positions of the built-in encoders, and the patch filters whose size they go with."""
 
 
 def require_fit(found: FoundWeights, parameters: Mapping[str, Tensor]) -> None:
@@ -36,9 +43,28 @@ def require_fit(found: FoundWeights, parameters: Mapping[str, Tensor]) -> None:
             shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
             problems.append(f"{len(names)} {kind} ({shown})")
     if problems:
-        raise WeightsError(
-            f"{found.where}: does not fit {found.part} of this model: {'; '.join(problems)}. {found.fix}."
-        )
+        fix = _fix_of_resolution(found, parameters) or found.fix
+        raise WeightsError(f"{found.where}: does not fit {found.part} of this model: {'; '.join(problems)}. {fix}.")
+
+
+def _fix_of_resolution(found: FoundWeights, parameters: Mapping[str, Tensor]) -> str | None:
+    """Name the frame size of stored positions that differ from a built-in encoder's in their number alone."""
+    if found.tensors.keys() != set(parameters):
+        return None
+    wrong = [name for name, tensor in found.tensors.items() if tuple(parameters[name].shape) != tensor.shape]
+    if len(wrong) != 1 or wrong[0] not in _POSITIONS:
+        return None
+    stored, ours = found.tensors[wrong[0]].shape, tuple(parameters[wrong[0]].shape)
+    patch = parameters[_POSITIONS[wrong[0]]].shape[-1]
+    if stored[-1] != ours[-1]:
+        return None
+    side = math.isqrt(stored[-2])  # a class token may come before the patches
+    if side**2 not in (stored[-2], stored[-2] - 1):
+        return None
+    return (
+        f"Its positions are those of frames of {side * patch} x {side * patch} pixels: set clips.image_size to "
+        f"{side * patch}"
+    )
 
 
 def load_weights(
