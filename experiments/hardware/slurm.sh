@@ -5,7 +5,8 @@
 #   sbatch --dependency=afterok:<job> experiments/hardware/slurm.sh exo2ego_7b stage2
 #
 # Before the time limit or a preemption, SLURM sends SIGUSR1 (or SIGTERM): the stage saves a checkpoint and exits with
-# status 75, and the job is requeued and resumes from that step. The job is also requeued when a node fails.
+# status 75, and the job is requeued and resumes from that step; trainer.max_time does the same. Any other status ends
+# the job: a stage that is complete, or that could not save a checkpoint. It is also requeued when a node fails.
 #SBATCH --job-name=exo2ego
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
