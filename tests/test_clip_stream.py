@@ -29,6 +29,7 @@ from datamodules.video.errors import (
     Damaged,
     EmptySpan,
     FileMissing,
+    Mirrored,
     NotAVideo,
     NoVideoStream,
     SpanOutsideFile,
@@ -324,6 +325,38 @@ def test_the_rotation_in_the_file_is_applied(rotation: int, turns: int, tmp_path
     assert np.array_equal(turned, np.rot90(plain, turns))
     assert probe(path).rotation == rotation
     assert probe(stored).rotation == 0
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_mirrored_display_matrix_is_refused(mirrored: bool, tmp_path: Path) -> None:
+    path = make_video(tmp_path / "v.mp4", 5)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44  # the matrix of the track: a, b, u, c, d
+    assert data[at : at + 4] == b"\0\1\0\0"
+    data[at : at + 4] = (-0x10000 if mirrored else 0x10000).to_bytes(4, "big", signed=True)
+    path.write_bytes(data)
+    if not mirrored:
+        assert numbers_on(ClipReader().read(path, [0.35], SIDE)) == [3]
+        return
+    with pytest.raises(Mirrored, match="display matrix mirrors"):
+        ClipReader().read(path, [0.35], SIDE)
+    with pytest.raises(Mirrored, match=r"v\.mp4: its display matrix"):
+        probe(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_by_their_orientation_or_refused(orientation: int, suffix: str, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    turned = {1: 0, 3: 2, 6: 1, 8: 3}.get(orientation)
+    image = np.rot90(painted(1234, SIDE, SIDE), turned or 0)  # so that the orientation makes it upright
+    Image.fromarray(np.ascontiguousarray(image)).save(tmp_path / f"1{suffix}", exif=exif, quality=95)
+    if turned is None:
+        with pytest.raises(Mirrored, match=f"EXIF orientation {orientation} mirrors"):
+            ClipReader().read(tmp_path, [0.0], SIDE)
+    else:
+        assert numbers_on(ClipReader().read(tmp_path, [0.0], SIDE)) == [1234]
 
 
 def test_views_of_different_size_and_length_carry_equal_frame_numbers(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from datamodules.io.jsonl import InvalidRecords
 from datamodules.io.parallel import Beat, Failure, run_tasks
 from datamodules.tools.data_check import decode_whole, read_annotations
 from datamodules.video.errors import ClipDecodeError, FileMissing
-from datamodules.video.media import media_url, open_input
+from datamodules.video.media import media_url, open_input, quarter_turns
 from datamodules.video.probe import probe
 from datamodules.video.sampling import segment_midpoints
 
@@ -152,6 +152,7 @@ def reencode(source: Path, output: Path, encoding: Encoding, beat: Beat = lambda
     mark = _mark(source, encoding)
     if _is_done(output, mark):
         return False
+    probe(source)  # refuses what no frame can be written upright from
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(output) as unfinished:
         frames = _encode(source, unfinished, encoding, mark, beat)
@@ -212,7 +213,7 @@ class _Frames:
         small = self._scaler.reformat(frame, side, side, "gray", interpolation=Interpolation.AREA, threads=1)
         plane = small.planes[0]
         luma = np.frombuffer(cast(Any, plane), dtype=np.uint8).reshape(side, plane.line_size)[:, :side]
-        self.thumbnails.append(np.rot90(luma, (frame.rotation // 90) % 4).copy())
+        self.thumbnails.append(np.rot90(luma, quarter_turns(frame)).copy())
 
 
 def _encode(source: Path, unfinished: Path, encoding: Encoding, mark: str, beat: Beat) -> _Frames:
@@ -330,10 +331,10 @@ def upright(first: VideoFrame, pixel_aspect: float, short_side: int) -> tuple[Gr
         graph.add("setsar", "1"),
         graph.add("format", "yuv420p"),
     ]
-    quarter_turns = (first.rotation // 90) % 4  # counter-clockwise
-    nodes += [graph.add("transpose", "cclock") for _ in range(quarter_turns)]
+    turns = quarter_turns(first)
+    nodes += [graph.add("transpose", "cclock") for _ in range(turns)]
     graph.link_nodes(*nodes, graph.add("buffersink")).configure()
-    return (graph, height, width) if quarter_turns % 2 else (graph, width, height)
+    return (graph, height, width) if turns % 2 else (graph, width, height)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from av.filter import Graph
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from datamodules.video.media import quarter_turns
+
 Fit = Literal["pad", "crop", "squash"]
 FITS: tuple[Fit, ...] = ("pad", "crop", "squash")
 RGB = tuple[int, int, int]
@@ -51,7 +53,7 @@ class FrameConverter:
 
     def _scaled_rgb(self, frame: VideoFrame) -> np.ndarray:
         """Return the upright scaled frame, uint8 [height, width, 3]."""
-        quarter_turns = (frame.rotation // 90) % 4
+        turns = quarter_turns(frame)
         if self._crop is not None:
             self._crop.vpush(frame)
             frame = self._crop.vpull()
@@ -64,7 +66,7 @@ class FrameConverter:
         plane = rgb.planes[0]
         rows = np.frombuffer(cast(Any, plane), dtype=np.uint8, count=height * plane.line_size)
         pixels = rows.reshape(height, plane.line_size)[:, : width * 3].reshape(height, width, 3)
-        return np.rot90(pixels, quarter_turns) if quarter_turns else pixels
+        return np.rot90(pixels, turns) if turns else pixels
 
 
 def _even(length: float) -> int:

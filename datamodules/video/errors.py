@@ -78,6 +78,12 @@ class NoTimes(ClipDecodeError):
     fix = "write it with times, by ffmpeg -i IN -c:v libx264 -crf 16 -an OUT.mp4 (raw streams: -r RATE before -i)"
 
 
+class Mirrored(ClipDecodeError):
+    """The display matrix or the EXIF orientation mirrors the frames, which is not supported."""
+
+    fix = "write it upright, such as by ffmpeg -i IN -c:v libx264 -crf 16 -an OUT.mp4"
+
+
 class Damaged(ClipDecodeError):
     """A packet or frame that the clip depends on is corrupt, or the file is shorter than its header claims."""
 

@@ -16,9 +16,9 @@ from av.stream import Discard, Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
-from datamodules.video.errors import Damaged, FileMissing, NotAVideo, NoTimes, NoVideoStream, error_text
+from datamodules.video.errors import Damaged, FileMissing, Mirrored, NotAVideo, NoTimes, NoVideoStream, error_text
 from datamodules.video.images import IMAGES_FPS, ImageFolder, list_images
-from datamodules.video.media import open_input, set_up_decoder
+from datamodules.video.media import open_input, quarter_turns, set_up_decoder
 
 _HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # keeps FFmpeg from decoding frames while it opens a file
 _NO_TIMES = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS
@@ -127,8 +127,10 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
             num_frames=video.stream.frames or round(video.header_end_s * video.fps),
             codec=video.codec_name,
             start_s=video.start_tick * video.tick_s,
-            rotation=next(video.container.decode(video.stream)).rotation % 360,
+            rotation=90 * quarter_turns(next(video.container.decode(video.stream))),
         )
+    except Mirrored as error:
+        raise Mirrored(error.reason, path) from None
     except StopIteration:
         raise Damaged("the file holds no frame", path) from None
     except av.error.FFmpegError as error:
