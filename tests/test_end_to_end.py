@@ -378,14 +378,14 @@ def test_consolidate_makes_a_handoff_of_an_unfinished_stage(runs, toy_world, cap
     assert "no checkpoint: run `make stage2` first" in capsys.readouterr().err
 
 
-def test_an_early_stop_is_no_finished_stage(runs, toy_world, monkeypatch, capsys):
+def test_a_stopped_stage_is_not_finished(runs, toy_world, monkeypatch, capsys):
     folder = runs / "toy" / "stage1"
     shutil.rmtree(folder)
     build = training.build
 
     def stopping(config):
         run = build(config)
-        monkeypatch.setattr(run.stage, "on_train_batch_end", lambda *_: setattr(run.trainer, "should_stop", True))
+        monkeypatch.setattr(run.stage, "on_train_batch_start", lambda *_: signal.raise_signal(signal.SIGTERM))
         return run
 
     with monkeypatch.context() as patched:
