@@ -12,6 +12,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -114,11 +115,10 @@ def _check_dataclass(value: dict[str, Any], kind: type, key: str, problems: list
     checked = _check_arguments(value, known, required, key, found)
     if not found:
         try:
-            return kind(**checked)
+            with suppress(TypeError):  # jsonargparse reports a wrong type further inside
+                return kind(**checked)
         except ValueError as error:
             found.append(" ".join(str(error).split()))
-        except TypeError:
-            pass  # left to jsonargparse
     problems += found
     return value
 
