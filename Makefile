@@ -114,7 +114,7 @@ score: $(VENV)/installed ## compute benchmark scores again from the predictions 
 tensorboard: $(VENV)/installed ## serve TensorBoard for all runs on PORT
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --port $(PORT)
 
-test: $(VENV)/installed ## tests, under 10 minutes on 2 cores
+test: $(VENV)/installed ## run the fast tests, 10 to 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow"
 
 test-all: $(VENV)/installed ## all tests, with the long end-to-end runs
