@@ -5,6 +5,7 @@ ARGS ?=
 SEEDS ?=
 RESULTS ?= $(RUNS)/ablations/results
 PORT ?= 6006
+JOBS ?= 2
 STAGES ?= $(sort $(notdir $(patsubst %/handoff/manifest.json,%,$(wildcard $(RUNS)/$(EXPERIMENT)/stage*/handoff/manifest.json))))
 INDEX ?= $(ROOT)/ego_exo_clip
 BASE_PYTHON ?= python3
@@ -17,6 +18,8 @@ OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
 FAIR := data/fair/ego_exo_clip/index.json
 TOY := data/toy/ego_exo_clip/index.json
 WORLD := $(if $(filter toy_fair,$(EXPERIMENT)),$(FAIR),$(if $(filter toy%,$(EXPERIMENT)),$(TOY)))
+# A file of tests stays in one process, since its tests share the stages that they train.
+PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 ABLATE = $(PYTHON) -m experiments.ablations experiments/ablations/sweep.yaml
 
 # Threads that spin for long steal time from the decoding process, those that never spin are slow: spin briefly.
@@ -114,11 +117,11 @@ score: $(VENV)/installed ## compute benchmark scores again from the predictions 
 tensorboard: $(VENV)/installed ## serve TensorBoard for all runs on PORT
 	$(VENV)/bin/tensorboard --logdir $(RUNS) --port $(PORT)
 
-test: $(VENV)/installed ## run the fast tests, 10 to 15 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow"
+test: $(VENV)/installed ## run the fast tests in JOBS=2 processes, less than 10 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(VENV)/installed ## all tests, with the long end-to-end runs
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL)
 
 chaos: $(VENV)/installed ## kill stages at random moments and compare the exported weights, ARGS="--hits 100 --processes 2 --signal TERM"
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench/chaos.py $(ARGS)
