@@ -1,23 +1,73 @@
-# `make help` lists the targets. Any stage takes EXPERIMENT=name, ARGS="key=value ..." and FORCE=1.
+# `make help` lists the targets and, in brackets, the variables that each of them reads. Works with GNU make 3.81 (macOS).
 EXPERIMENT ?= toy
 RUNS ?= runs
 ARGS ?=
-SEEDS ?=
 RESULTS ?= $(RUNS)/ablations/results
 PORT ?= 6006
 JOBS ?= 2
-STAGES ?= $(sort $(notdir $(patsubst %/handoff/manifest.json,%,$(wildcard $(RUNS)/$(EXPERIMENT)/stage*/handoff/manifest.json))))
 INDEX ?= $(ROOT)/ego_exo_clip
 BASE_PYTHON ?= python3
 VENV ?= .venv
+# Where PyTorch comes from is remembered with the environment.
+RECORDED := $(shell cat '$(VENV)/installed' 2>/dev/null)
+TORCH_INDEX ?= $(RECORDED)
 
-PYTHON := $(VENV)/bin/python
-FIT = $(PYTHON) -m lightning_modules fit experiments/$(EXPERIMENT)
-OPTIONS = runs=$(RUNS) $(ARGS) $(if $(FORCE),--force)
+HASH := \#
+# Refuse a variable on the command line that none of the named targets reads: a misspelt one would be ignored.
+READ := BASE_PYTHON PYTHON SHELL TORCH_INDEX VENV $(sort $(shell awk -v goals='$(MAKECMDGOALS)' '\
+  /^[a-z0-9%-]+:.*$(HASH)$(HASH) .*\[.*\]$$/ { \
+    target = $$1; sub(/%?:.*/, "", target); gsub(/.*\[|\]$$/, ""); count = split(goals, goal, " "); \
+    for (n = 1; n <= count; n++) if (goal[n] == target || target == "stage" && goal[n] ~ /^stage/) print }' Makefile))
+TYPED := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+UNKNOWN := $(filter-out $(READ) MAKEFLAGS MAKEOVERRIDES,$(TYPED))
+NEAREST = import difflib, sys; near = difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0.7); \
+  print("did you mean %s?" % near[0] if near else "allowed: " + ", ".join(sys.argv[2:]))
+ifneq ($(UNKNOWN),)
+  $(error $(firstword $(UNKNOWN)): `make $(MAKECMDGOALS)` reads no such variable, $(shell \
+    $(BASE_PYTHON) -c '$(NEAREST)' '$(firstword $(UNKNOWN))' $(READ) 2>/dev/null || echo 'allowed: $(READ)') \
+    (what belongs to the environment goes in front of make: CUDA_VISIBLE_DEVICES=1 make ...))
+endif
+
+# $(call flag,FORCE): not empty for FORCE=1, empty for FORCE=0 and FORCE=; anything else is refused at once.
+flag = $(if $(filter-out 0 1,$($1))$(word 2,$($1)),$(error $1: got $($1), allowed: $1=1 for yes, $1=0 for no),$(filter 1,$($1)))
+FLAGS := $(call flag,FORCE)$(call flag,YES)
+# $(call path,NAME): the path as one word of the shell, whatever characters it has; a leading ~ is the home folder.
+path = '$(subst ','\'',$(subst <path>,,$(subst <path>~/,$(HOME)/,<path>$1)))'
+# The experiment is also taken as its folder, as tab completion gives it.
+NAME := $(patsubst %/,%,$(patsubst experiments/%,%,$(EXPERIMENT)))
+ifneq ($(words $(NAME)),1)
+  $(error EXPERIMENT: got "$(EXPERIMENT)", expected one folder of experiments/, such as EXPERIMENT=toy)
+endif
+
+# `make PYTHON=/my/env/bin/python ...` uses that environment as it is and installs nothing.
+ifneq ($(filter command,$(firstword $(origin PYTHON))),)
+  READY := existing-environment
+else
+  PYTHON := $(VENV)/bin/python
+  READY := $(VENV)/installed
+  ifneq ($(words $(VENV)),1)
+    $(error VENV: got "$(VENV)", but an environment cannot be in a path with spaces)
+  endif
+endif
+
+FIT = $(PYTHON) -m lightning_modules fit experiments/$(NAME)
+RUN = $(call path,$(RUNS))/$(NAME)
+OPTIONS = runs=$(call path,$(RUNS)) $(if $(filter runs=%,$(ARGS)),$(error ARGS: name the folder of the runs as RUNS=folder),$(ARGS)) \
+  $(if $(call flag,FORCE),--force)
+FINISHED = $$(cd $(RUN) 2>/dev/null && ls -d stage*/handoff/manifest.json 2>/dev/null | cut -d / -f 1)
+# Stage 0 gets the ARGS of stage 1 except those of stage 1's own classes and folders.
+STAGE0_IF_MISSING = test -f $(RUN)/stage0/handoff/manifest.json || { set -- $(ARGS); \
+  for word do shift; case $$word in \
+    handoffs.stage0=*) exit 0;; \
+    model.*|data.*|run_dir=*|handoffs.*|start.*|-*) ;; \
+    *) set -- "$$@" "$$word";; esac; done; \
+  echo "No stage 0 in" $(RUN)": it runs first"; set -x; $(FIT) stage0 runs=$(call path,$(RUNS)) "$$@"; }
+# FILES are words of the shell, such as data/*.jsonl, or one path with spaces.
+FILE_LIST = if test -e $(call path,$(FILES)); then set -- $(call path,$(FILES)); else eval set -- $(call path,$(FILES)); fi
 # Experiments on a generated world generate it first.
 FAIR := data/fair/ego_exo_clip/index.json
 TOY := data/toy/ego_exo_clip/index.json
-WORLD := $(if $(filter toy_fair,$(EXPERIMENT)),$(FAIR),$(if $(filter toy%,$(EXPERIMENT)),$(TOY)))
+WORLD := $(if $(filter toy_fair,$(NAME)),$(FAIR),$(if $(filter toy%,$(NAME)),$(TOY)))
 # A file of tests stays in one process, since its tests share the stages that they train.
 PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 ABLATE = $(PYTHON) -m experiments.ablations experiments/ablations/sweep.yaml
@@ -28,133 +78,159 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mix clean
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / {printf "  %-30s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
+	  if (match($$2, / \[[A-Z0-9_ ]+\]$$/)) { variables = substr($$2, RSTART + 2, RLENGTH - 3); $$2 = substr($$2, 1, RSTART - 1) } \
+	  printf "  %-16s %s\n", $$1, $$2; if (variables) printf "  %-16s reads %s\n", "", variables }' Makefile
+	@echo
+	@echo 'All of them read PYTHON=/my/env/bin/python, to use that environment and install nothing; and for the environment'
+	@echo 'that they create VENV=folder, BASE_PYTHON=python3.12, and TORCH_INDEX=URL of wheels for CPUs or another CUDA.'
 
-setup: $(VENV)/installed ## create .venv and install, done by every other target on first use
+setup: $(READY) ## create .venv and install, done by every other target on first use
 
+ifneq ($(TORCH_INDEX),$(RECORDED))
+.PHONY: $(VENV)/installed
+endif
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(BASE_PYTHON) is older: make BASE_PYTHON=python3.12"; exit 2; }
+	@echo "Installing about 110 packages into $(VENV): 6 GB on disk with CUDA, 1.6 GB with TORCH_INDEX= for CPUs."
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
-	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
+	$(if $(TORCH_INDEX)$(RECORDED),$(PYTHON) -m pip install --force-reinstall --no-deps --constraint constraints.txt $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch torchvision)
+	$(PYTHON) -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') --constraint constraints.txt --editable '.[dev]'
+	@echo '$(TORCH_INDEX)' > $@
+
+existing-environment:
+	@$(PYTHON) .ci/environment.py
 
 data: $(TOY) ## generate the default dataset
 
-$(TOY): | $(VENV)/installed
+$(TOY): | $(READY)
 	$(PYTHON) -m datamodules.toy_world --root data/toy
 
-$(FAIR): | $(VENV)/installed
+$(FAIR): | $(READY)
 	$(PYTHON) -m datamodules.toy_world --root data/fair --preset fair --train-takes 330 --val-takes 100
 
-data/fair_quick/ego_exo_clip/index.json: | $(VENV)/installed
+data/fair_quick/ego_exo_clip/index.json: | $(READY)
 	$(PYTHON) -m datamodules.toy_world --root data/fair_quick --preset fair --train-takes 9 --val-takes 2 --initialisation-takes 6 --practice-takes 4
 
-ego-exoclip: $(VENV)/installed ## build the index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..."
-	@test -n "$(EGOEXO4D)" || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
-	$(PYTHON) -m datamodules.ego_exo_clip.build ego-exo4d $(EGOEXO4D) $(ARGS)
+ego-exoclip: $(READY) ## build the index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..." [EGOEXO4D ARGS]
+	@test -n $(call path,$(EGOEXO4D)) || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
+	$(PYTHON) -m datamodules.ego_exo_clip.build ego-exo4d $(call path,$(EGOEXO4D)) $(ARGS)
 
-egoit: $(VENV)/installed ## build the instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn|module:Class from its files in ROOT=folder
-	@test -n "$(SOURCE)" && test -n "$(ROOT)" || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }
-	$(PYTHON) -m datamodules.egoit convert $(SOURCE) --root "$(ROOT)" $(if $(OUT),--out "$(OUT)") $(ARGS)
+egoit: $(READY) ## build the instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn|module:Class from its files in ROOT=folder [SOURCE ROOT OUT ARGS]
+	@test -n "$(SOURCE)" && test -n $(call path,$(ROOT)) || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }
+	$(PYTHON) -m datamodules.egoit convert '$(SOURCE)' --root $(call path,$(ROOT)) $(if $(OUT),--out $(call path,$(OUT))) $(ARGS)
 
-egoit-export: $(VENV)/installed ## export instruction FILES=... for other training stacks, TO=llava|videollama2|videollama3|llamafactory|swift|openai OUT=folder
-	@test -n "$(FILES)" && test -n "$(TO)" && test -n "$(OUT)" || { echo "error: name all: make egoit-export FILES=data/egoit/egtea.jsonl TO=llava OUT=export"; exit 2; }
-	$(PYTHON) -m datamodules.tools.export $(FILES) --to $(TO) --out "$(OUT)" $(ARGS)
+egoit-export: $(READY) ## export instruction FILES=... for other training stacks, TO=llava|videollama2|videollama3|llamafactory|swift|openai OUT=folder [FILES TO OUT ARGS]
+	@test -n $(call path,$(FILES)) && test -n "$(TO)" && test -n $(call path,$(OUT)) || { echo "error: name all: make egoit-export FILES=data/egoit/egtea.jsonl TO=llava OUT=export"; exit 2; }
+	$(FILE_LIST); $(PYTHON) -m datamodules.tools.export "$$@" --to '$(TO)' --out $(call path,$(OUT)) $(ARGS)
 
-egoit-leaks: $(VENV)/installed ## count recordings that instruction FILES=... share with the benchmarks in BENCHMARKS=folder
-	@test -n "$(FILES)" && test -n "$(BENCHMARKS)" || { echo "error: name both: make egoit-leaks FILES=data/egoit/egtea.jsonl BENCHMARKS=/data/benchmarks"; exit 2; }
-	$(PYTHON) -m datamodules.tools.leaks $(FILES) --benchmarks "$(BENCHMARKS)" $(ARGS)
+egoit-leaks: $(READY) ## count recordings that instruction FILES=... share with the benchmarks in BENCHMARKS=folder [FILES BENCHMARKS ARGS]
+	@test -n $(call path,$(FILES)) && test -n $(call path,$(BENCHMARKS)) || { echo "error: name both: make egoit-leaks FILES=data/egoit/egtea.jsonl BENCHMARKS=/data/benchmarks"; exit 2; }
+	$(FILE_LIST); $(PYTHON) -m datamodules.tools.leaks "$$@" --benchmarks $(call path,$(BENCHMARKS)) $(ARGS)
 
-data-check: $(VENV)/installed ## check the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."
-	@test -n "$(ROOT)" || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }
-	$(PYTHON) -m datamodules.tools.data_check $(INDEX) --root $(ROOT) $(ARGS)
+data-check: $(READY) ## check the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..." [ROOT INDEX ARGS]
+	@test -n $(call path,$(ROOT)) || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }
+	$(PYTHON) -m datamodules.tools.data_check $(call path,$(INDEX)) --root $(call path,$(ROOT)) $(ARGS)
 
-reencode: $(VENV)/installed ## re-encode the videos of INDEX below ROOT=folder to OUT=folder, so that clips are cheap to read
-	@test -n "$(ROOT)" && test -n "$(OUT)" || { echo "error: name both folders: make reencode ROOT=/data/egoexo4d OUT=/data/egoexo4d_336"; exit 2; }
-	$(PYTHON) -m datamodules.tools.reencode --root $(ROOT) --index $(INDEX) --out $(OUT) $(ARGS)
+reencode: $(READY) ## re-encode the videos of INDEX below ROOT=folder to OUT=folder, so that clips are cheap to read [ROOT INDEX OUT ARGS]
+	@test -n $(call path,$(ROOT)) && test -n $(call path,$(OUT)) || { echo "error: name both folders: make reencode ROOT=/data/egoexo4d OUT=/data/egoexo4d_336"; exit 2; }
+	$(PYTHON) -m datamodules.tools.reencode --root $(call path,$(ROOT)) --index $(call path,$(INDEX)) --out $(call path,$(OUT)) $(ARGS)
 
-stage0: $(VENV)/installed $(WORLD) ## initialisation: encoder, projector and language model learn to work together
+stage0: $(READY) $(WORLD) ## initialisation: encoder, projector and language model learn to work together [EXPERIMENT RUNS ARGS FORCE]
 	$(FIT) stage0 $(OPTIONS)
 
-stage1: $(VENV)/installed $(WORLD) ## Demonstrator Self-Preparation; in the generated world after stage0 if that is missing
-	@$(if $(WORLD),test -f $(RUNS)/$(EXPERIMENT)/stage0/handoff/manifest.json || $(FIT) stage0 runs=$(RUNS))
+stage1: $(READY) $(WORLD) ## Demonstrator Self-Preparation; in the generated world after stage0 if that is missing [EXPERIMENT RUNS ARGS FORCE]
+	@$(if $(WORLD),$(STAGE0_IF_MISSING))
 	$(FIT) stage1 $(OPTIONS)
 
-stage2: $(VENV)/installed $(WORLD) ## Demonstrator-Learner Guidance, needs stage1
+stage2: $(READY) $(WORLD) ## Demonstrator-Learner Guidance, needs stage1 [EXPERIMENT RUNS ARGS FORCE]
 	$(FIT) stage2 $(OPTIONS)
 
-stage3: $(VENV)/installed $(WORLD) ## Learner Self-Practice, needs stage2
+stage3: $(READY) $(WORLD) ## Learner Self-Practice, needs stage2 [EXPERIMENT RUNS ARGS FORCE]
 	$(FIT) stage3 $(OPTIONS)
 
-stage%: $(VENV)/installed $(WORLD) ## any other stage of the experiment, such as stage4 with a stage4.yaml
+stage%: $(READY) $(WORLD) ## any other stage of the experiment, such as stage4 with a stage4.yaml [EXPERIMENT RUNS ARGS FORCE]
 	$(FIT) $@ $(OPTIONS)
 
-ablations: $(VENV)/installed $(FAIR) ## run experiments/ablations/sweep.yaml over SEEDS=3 or resume it; tables and figures go to RESULTS=folder
-	$(ABLATE) $(ARGS) $(if $(SEEDS),--seeds $(SEEDS)) --out $(RUNS)/ablations --results $(RESULTS)
+ablations: $(READY) $(FAIR) ## run experiments/ablations/sweep.yaml over SEEDS=3 or resume it; tables and figures go to RESULTS=folder [RUNS RESULTS SEEDS ARGS]
+	$(ABLATE) $(ARGS) $(if $(SEEDS),--seeds $(SEEDS)) --out $(call path,$(RUNS)/ablations) --results $(call path,$(RESULTS))
 
-ablations-quick: $(VENV)/installed data/fair_quick/ego_exo_clip/index.json ## the same in minutes, to check that it works
-	$(ABLATE) --quick data_root=data/fair_quick $(ARGS) --out $(RUNS)/ablations_quick --results $(RUNS)/ablations_quick/results
+ablations-quick: $(READY) data/fair_quick/ego_exo_clip/index.json ## the same in minutes, to check that it works [RUNS ARGS]
+	$(ABLATE) --quick data_root=data/fair_quick $(ARGS) --out $(call path,$(RUNS)/ablations_quick) --results $(call path,$(RUNS)/ablations_quick/results)
 
-plan: $(VENV)/installed $(WORLD) ## print parameters, memory, operations and hours of EXPERIMENT; allocates nothing
-	@$(PYTHON) -m lightning_modules plan experiments/$(EXPERIMENT) $(ARGS)
+plan: $(READY) $(WORLD) ## print parameters, memory, operations and hours of EXPERIMENT; allocates nothing [EXPERIMENT ARGS]
+	@$(PYTHON) -m lightning_modules plan experiments/$(NAME) $(ARGS)
 
-consolidate: $(VENV)/installed ## export stage weights from the last checkpoint of an unfinished STAGE=stage2
+consolidate: $(READY) ## export stage weights from the last checkpoint of an unfinished STAGE=stage2 [EXPERIMENT RUNS STAGE ARGS]
 	@test -n "$(STAGE)" || { echo "error: name the stage: make consolidate STAGE=stage2"; exit 2; }
-	$(PYTHON) -m lightning_modules consolidate experiments/$(EXPERIMENT) $(STAGE) runs=$(RUNS) $(ARGS)
+	$(PYTHON) -m lightning_modules consolidate experiments/$(NAME) $(STAGE) runs=$(call path,$(RUNS)) $(ARGS)
 
-evaluate: $(VENV)/installed $(WORLD) ## validation QA of finished STAGES="stage3 ...", or BENCHMARKS=all|name,name; print the tables
-	@for stage in $(STAGES); do \
-	  $(PYTHON) -m lightning_modules evaluate experiments/$(EXPERIMENT) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks $(BENCHMARKS)) || exit; done
-	@$(PYTHON) -m lightning_modules report $(RUNS)/$(EXPERIMENT)
+evaluate: $(READY) $(WORLD) ## validation QA of finished STAGES="stage3 ...", or BENCHMARKS=all|name,name; print the tables [EXPERIMENT RUNS STAGES BENCHMARKS ARGS FORCE]
+	@for stage in $(STAGES); do ls experiments/*/$$stage.yaml >/dev/null 2>&1 || { \
+	  echo "error: STAGES: got $$stage, expected names of stages such as STAGES=\"stage2 stage3\""; exit 2; }; done
+	@for stage in $(or $(STAGES),$(FINISHED)); do \
+	  $(PYTHON) -m lightning_modules evaluate experiments/$(NAME) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks '$(BENCHMARKS)') || exit; done
+	@$(PYTHON) -m lightning_modules report $(RUN)
 
-score: $(VENV)/installed ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..."
-	@$(PYTHON) -m lightning_modules score $(RUNS)/$(EXPERIMENT) $(ARGS)
+score: $(READY) ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..." [EXPERIMENT RUNS ARGS]
+	@$(PYTHON) -m lightning_modules score $(RUN) $(ARGS)
 
-tensorboard: $(VENV)/installed ## serve TensorBoard for all runs on PORT
-	$(VENV)/bin/tensorboard --logdir $(RUNS) --port $(PORT)
+tensorboard: $(READY) ## serve TensorBoard for all runs on PORT [RUNS PORT]
+	@case '$(PORT)' in ''|*[!0-9]*|??????*) echo "error: PORT: got $(PORT), expected a number such as PORT=6006"; exit 2;; esac
+	$(PYTHON) -m tensorboard.main --logdir $(call path,$(RUNS)) --port $(PORT)
 
-test: $(VENV)/installed ## run the fast tests in JOBS=2 processes, less than 10 minutes on 2 cores
+test: $(READY) ## run the fast tests in JOBS=2 processes, less than 10 minutes on 2 cores [JOBS]
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" $(PARALLEL)
 
-test-all: $(VENV)/installed ## all tests, with the long end-to-end runs
+test-all: $(READY) ## all tests, with the long end-to-end runs [JOBS]
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL)
 
-chaos: $(VENV)/installed ## kill stages at random moments and compare the exported weights, ARGS="--hits 100 --processes 2 --signal TERM"
+chaos: $(READY) ## kill stages at random moments and compare the exported weights, ARGS="--hits 100 --processes 2 --signal TERM" [ARGS]
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench/chaos.py $(ARGS)
 
-lint: $(VENV)/installed ## ruff and mypy
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+lint: $(READY) ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
-format: $(VENV)/installed ## format with ruff
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+format: $(READY) ## format with ruff
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
 
-bench: $(VENV)/installed $(TOY) ## measure memory of the loss, clip reading and training steps
+bench: $(READY) $(TOY) ## measure memory of the loss, clip reading and training steps
 	$(PYTHON) tests/bench/bench_steps.py
 
-bench-gpu: $(VENV)/installed ## measure each stage's full-size training step on one GPU, ARGS=--smoke for tiny sizes on a CPU
+bench-gpu: $(READY) ## measure each stage's full-size training step on one GPU, ARGS=--smoke for tiny sizes on a CPU [ARGS]
 	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONPATH=. $(PYTHON) tests/bench/bench_gpu.py $(ARGS)
 
-bench-clips: $(VENV)/installed ## measure clip reading against other readers, pip install '.[bench]' for all of them
+bench-clips: $(READY) ## measure clip reading against other readers, pip install '.[bench]' for all of them [ARGS]
 	$(PYTHON) tests/bench/bench_clips.py $(ARGS)
 
-bench-step: $(VENV)/installed ## measure the overhead of the Trainer over a bare loop
+bench-step: $(READY) ## measure the overhead of the Trainer over a bare loop [ARGS]
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench/bench_step.py $(ARGS)
 
-bench-egobench: $(VENV)/installed ## measure scoring many captions of a clip that is read once
+bench-egobench: $(READY) ## measure scoring many captions of a clip that is read once [ARGS]
 	$(PYTHON) tests/bench/bench_egobench.py $(ARGS)
 
-bench-index: $(VENV)/installed ## measure building and holding an index of 1.1 million pairs
+bench-index: $(READY) ## measure building and holding an index of 1.1 million pairs [ARGS]
 	$(PYTHON) tests/bench/bench_index.py $(ARGS)
 
-bench-mix: $(VENV)/installed ## measure loading a mix of 600,000 instruction records
+bench-mix: $(READY) ## measure loading a mix of 600,000 instruction records [ARGS]
 	$(PYTHON) tests/bench/bench_mix.py $(ARGS)
 
-clean: ## remove runs and the generated data; .venv stays
-	rm -rf $(RUNS) data/toy data/fair data/fair_quick
+clean: ## remove the generated data and caches; runs and .venv stay
+	rm -rf data/toy data/fair data/fair_quick .pytest_cache .mypy_cache .ruff_cache
+	find datamodules experiments lightning_modules tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-runs: ## remove the runs of all experiments in RUNS, after listing them and asking; YES=1 does not ask [RUNS YES]
+	@runs() { for folder in $(call path,$(RUNS))/*/; do \
+	  test -z "$$(find "$$folder" -mindepth 2 -maxdepth 3 -name config.yaml 2>/dev/null)" || "$$@" "$${folder%/}"; done; }; \
+	test -n "$$(runs echo)" || { echo "no runs in" $(call path,$(RUNS)); exit 0; }; \
+	runs du -sh; \
+	test -n '$(call flag,YES)' || { printf 'Remove these folders? [y/N] '; read -r answer; \
+	  case $$answer in y|Y|yes) ;; *) echo "nothing removed"; exit 1;; esac; }; \
+	runs rm -rf

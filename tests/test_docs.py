@@ -13,6 +13,7 @@ from lightning_modules.config import RENAMED_KEYS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+RULE = re.compile(r"^([a-z0-9%-]+):.* ## .*?(?: \[([A-Z0-9_ ]+)\])?\n((?:\t.*\n)*)", re.MULTILINE)
 EXAMPLES = [file for file in sorted((ROOT / "tests" / "examples").rglob("*")) if file.suffix in {".py", ".yaml"}]
 
 
@@ -57,6 +58,29 @@ def test_make_targets_exist(page):
     for command in re.findall(r"(?:^|`)make ([^`\n#]+)", read(page), re.MULTILINE):
         words = [word for word in re.sub(r'"[^"]*"', "", command).split() if "=" not in word]
         assert set(words) <= targets, f"{page.name}: make {command}"
+
+
+def test_each_target_lists_the_variables_of_its_recipe():
+    makefile = read(ROOT / "Makefile")
+    macros = dict(re.findall(r"^([A-Z0-9_]+) :?= ((?:.*\\\n)*.*)$", makefile, re.MULTILINE))
+    everywhere = {"PYTHON", "BASE_PYTHON", "VENV", "TORCH_INDEX", "READY"}
+
+    def variables(text):
+        names = set(re.findall(r"\$\(([A-Z0-9_]+)\)|flag,([A-Z]+)", text))
+        names = {first or second for first, second in names}
+        for name in names & macros.keys() - everywhere:
+            names = names - {name} | variables(macros[name])
+        return names
+
+    rules = RULE.findall(makefile)
+    assert len(rules) > 30
+    defaults = {"INDEX": {"ROOT"}, "RESULTS": {"RUNS"}}
+    for target, listed, recipe in rules:
+        line = re.search(rf"^{re.escape(target)}:(.*) ## ", makefile, re.MULTILINE)[1]
+        used = variables(line + recipe) - everywhere
+        for name in used & defaults.keys():
+            used = used | defaults[name]
+        assert used == set(listed.split()), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
