@@ -1,4 +1,4 @@
-"""The Makefile runs the command that is typed, or refuses it. A recorder takes Python's place and writes down its arguments."""
+"""The Makefile runs the command that is typed, or refuses it. A recorder in Python's place writes down its arguments."""
 
 from __future__ import annotations
 
