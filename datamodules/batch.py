@@ -42,11 +42,21 @@ class TextBatch(_Movable):
         input_ids: int64 [R, L] with one ``VIDEO_TOKEN_ID`` per row; 0 where padded.
         attention_mask: bool [R, L].
         labels: int64 [R, L]: the token itself where it is supervised, else ``IGNORE_INDEX``.
+        supervised: int64 [M], places of the supervised tokens in the flattened rows. By default found from ``labels``,
+            on the host before the batch is moved, so that a stage need not ask a GPU how many there are.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    supervised: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        """Find the supervised tokens; the first of a row is none, as nothing predicts it."""
+        if self.supervised is None:
+            marked = self.labels != IGNORE_INDEX
+            marked[:, :1] = False
+            self.supervised = marked.flatten().nonzero().flatten()
 
 
 @dataclass

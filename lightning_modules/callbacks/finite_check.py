@@ -57,9 +57,10 @@ class FiniteCheck(L.Callback):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
+        stage: Stage = pl_module  # type: ignore[assignment]
+        stage.gradient_norm = norm  # clipping need not compute it again
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        stage: Stage = pl_module  # type: ignore[assignment]
         stage.step_log["optim/grad_norm"] = norm
 
         self.settle()

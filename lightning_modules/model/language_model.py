@@ -6,8 +6,8 @@ Letters: `B` clips, `L` text tokens, `N` visual tokens, `S` = L - 1 + N position
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, masking_utils
 
 VIDEO_TOKEN_ID = -201
 """Stands in the text where the visual tokens go; never in the vocabulary."""
@@ -140,11 +140,13 @@ class Spliced(NamedTuple):
         embeds: float [B, S, D].
         attention_mask: bool [B, S], False at padding.
         labels: int64 [B, S], -100 at visual tokens, padding and unsupervised text.
+        supervised: int64 [M], places of the supervised tokens among the B * S.
     """
 
     embeds: Tensor
     attention_mask: Tensor
     labels: Tensor
+    supervised: Tensor
 
 
 class LanguageModel(nn.Module):
@@ -268,7 +270,14 @@ class LanguageModel(nn.Module):
         embeds: Tensor = self.causal_lm.get_input_embeddings()(input_ids)
         return embeds
 
-    def splice(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None, visual: Tensor) -> Spliced:
+    def splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        visual: Tensor,
+        supervised: Tensor | None = None,
+    ) -> Spliced:
         """Put the visual tokens of each row in the place of its `VIDEO_TOKEN_ID`.
 
         Args:
@@ -276,6 +285,8 @@ class LanguageModel(nn.Module):
             attention_mask: bool [B, L], False at padding.
             labels: int64 [B, L], -100 where not supervised, or None for no supervision at all.
             visual: float [B, N, D], N >= 1.
+            supervised: int64 [M], places of the supervised tokens among the B * L, see `TextBatch`. Without them they
+                are looked up in `labels`, for which a GPU has to wait.
 
         Returns:
             S = L - 1 + N positions. A row without placeholder takes no visual tokens and is padded on the right; its
@@ -289,7 +300,7 @@ class LanguageModel(nn.Module):
         count = is_placeholder.sum(1)
         if visual.ndim != 3 or visual.shape[0] != batch or visual.shape[1] < 1 or visual.shape[2] != self.dim:
             raise ValueError(f"visual: got {tuple(visual.shape)}, expected ({batch}, at least 1, {self.dim})")
-        if not count.is_cuda and bool((count > 1).any()):  # looking would make a GPU wait
+        if _at_hand(count) and bool((count > 1).any()):
             raise ValueError(f"input_ids: {int(count.max())} video placeholders in one row, at most 1 is allowed")
         num_visual = visual.shape[1]
 
@@ -314,10 +325,21 @@ class LanguageModel(nn.Module):
 
         if labels is None:
             labels = torch.full_like(input_ids, IGNORE_INDEX)
+            supervised = input_ids.new_empty(0)
+        spliced_labels = place(labels, at_visual=IGNORE_INDEX, at_padding=IGNORE_INDEX)
+        if supervised is not None:
+            row, place_in_row = supervised // length, supervised % length
+            moved = torch.where(place_in_row > start[row, 0], place_in_row + num_visual - 1, place_in_row)
+            supervised = row * position.shape[1] + moved
+        else:
+            marked = spliced_labels != IGNORE_INDEX
+            marked[:, :1] = False  # nothing predicts the first token
+            supervised = marked.flatten().nonzero().flatten()
         return Spliced(
             embeds=embeds,
             attention_mask=place(attention_mask.bool(), at_visual=True, at_padding=False),
-            labels=place(labels, at_visual=IGNORE_INDEX, at_padding=IGNORE_INDEX),
+            labels=spliced_labels,
+            supervised=supervised,
         )
 
     def supervised_logits(self, spliced: Spliced) -> tuple[Tensor, Tensor]:
@@ -334,12 +356,11 @@ class LanguageModel(nn.Module):
             ValueError: a row is padded on the left (checked on the CPU only, since a GPU would have to wait).
         """
         mask = spliced.attention_mask
-        if not mask.is_cuda and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+        if _at_hand(mask) and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("attention_mask: a row is padded on the left, training and scoring need it on the right")
         hidden = self._hidden_states(spliced.embeds)
-        targets = spliced.labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        return self.logits(hidden[:, :-1][supervised]), targets[supervised]
+        before = hidden.flatten(0, 1).index_select(0, spliced.supervised - 1)
+        return self.logits(before), spliced.labels.flatten().index_select(0, spliced.supervised)
 
     def answer_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
         """Return next-token logits at every token of answers to one prompt.
@@ -371,9 +392,9 @@ class LanguageModel(nn.Module):
         spliced = self.splice(input_ids, attention_mask, labels, visual)
         logits, targets = self.supervised_logits(spliced)
         log_p = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-        supervised = spliced.labels[:, 1:] != IGNORE_INDEX
-        row = supervised.nonzero()[:, 0]
-        return log_p.new_zeros(len(input_ids)).index_add(0, row, log_p), supervised.sum(1)
+        row = spliced.supervised // spliced.labels.shape[1]
+        counts = (spliced.labels[:, 1:] != IGNORE_INDEX).sum(1)
+        return log_p.new_zeros(len(input_ids)).index_add(0, row, log_p), counts
 
     @torch.no_grad()
     def generate(
@@ -421,7 +442,8 @@ class LanguageModel(nn.Module):
         PyTorch chooses its flash kernel.
         """
         self.check_positions(embeds.shape[1])
-        outputs = self.causal_lm.get_decoder()(inputs_embeds=embeds, use_cache=False)
+        with _rows_not_packed():
+            outputs = self.causal_lm.get_decoder()(inputs_embeds=embeds, use_cache=False)
         hidden: Tensor = outputs.last_hidden_state
         return hidden
 
@@ -460,6 +482,22 @@ def _float32_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+def _at_hand(tensor: Tensor) -> bool:
+    """True if the values can be read at once; a GPU would have to wait, and other tensors have none."""
+    return tensor.is_cpu and type(tensor) is Tensor
+
+
+@contextmanager
+def _rows_not_packed() -> Iterator[None]:
+    """Keep transformers from looking for several texts in one row, for which it reads positions back from a GPU."""
+    looked_up = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = looked_up
 
 
 def _until(stop: int, tokens: Sequence[int]) -> list[int]:

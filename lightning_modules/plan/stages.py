@@ -343,7 +343,8 @@ class _Probe:
         with torch.device("meta"):
             video = torch.empty(1, num_frames, side, side, 3, dtype=torch.uint8)
             ids = torch.empty(1, length, dtype=torch.int64)
-            text = TextBatch(ids, torch.empty(1, length, dtype=torch.bool), ids)
+            supervised = torch.empty(assumed.label_tokens, dtype=torch.int64)
+            text = TextBatch(ids, torch.empty(1, length, dtype=torch.bool), ids, supervised)
             self.batch = ClipBatch(["meta"], text, float(assumed.label_tokens), video, video)
             self.batch.prompt = torch.empty(length - assumed.label_tokens, dtype=torch.int64)
         stage.read_text = self._read_text  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from datamodules.batch import IGNORE_INDEX, BenchmarkBatch, ClipBatch, QuestionBatch
+from datamodules.batch import BenchmarkBatch, ClipBatch, QuestionBatch
 from datamodules.text import load_tokenizer
 from lightning_modules.compat import attached_trainer
 from lightning_modules.egobench.evaluator import Evaluator
@@ -58,6 +58,7 @@ class Stage(L.LightningModule, ABC):
             ``loss_by_source``; None if the samples are not mixed.
         results: answers to validation questions since the start of the last evaluation.
         num_frames: frames of a clip, 0 if unknown.
+        gradient_norm: norm of all gradients of the step, if it was computed before they are clipped.
 
     Raises:
         ValueError: ``init`` or ``train`` names a part that the stage does not have.
@@ -101,6 +102,7 @@ class Stage(L.LightningModule, ABC):
         self.source_losses: Tensor | None = None
         self.results = QAResults()
         self.num_frames = 0
+        self.gradient_norm: Tensor | None = None
 
     def _save_plain_hyperparameters(self) -> None:
         """Fill ``hparams`` as LightningCLI does, with plain values that ``torch.load(weights_only=True)`` accepts.
@@ -252,11 +254,10 @@ class Stage(L.LightningModule, ABC):
             Logits float32 [M, V] and targets int64 [M] of the M supervised tokens.
         """
         text, language_model = batch.text, self.model.language_model
-        spliced = language_model.splice(text.input_ids, text.attention_mask, text.labels, visual)
+        spliced = language_model.splice(text.input_ids, text.attention_mask, text.labels, visual, text.supervised)
         logits, targets = language_model.supervised_logits(spliced)
         if batch.source is not None:
-            tokens = (text.labels != IGNORE_INDEX).sum(1)
-            source = batch.source.repeat_interleave(tokens, output_size=len(targets))
+            source = batch.source.index_select(0, text.supervised // text.labels.shape[1])
             self.source_losses = loss_by_source(logits.detach(), targets, source, len(batch.source_names))
         return logits, targets
 
@@ -279,6 +280,20 @@ class Stage(L.LightningModule, ABC):
         optimizer = self.optim.optimizer((part, parameter) for part, _, parameter in self.trainable())
         schedule = self.optim.schedule(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients; by the norm that ``FiniteCheck`` computed, if it did."""
+        norm, self.gradient_norm = self.gradient_norm, None
+        if norm is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def total_steps(self) -> int:
         """Return the number of optimiser steps of the whole stage: the nearer limit of max_steps and max_epochs.

@@ -240,7 +240,7 @@ class DemonstratorLearnerGuidance(Stage):
     def _contrastive(self, target: Tensor, mapped: Tensor, batch: ClipBatch) -> Tensor:
         """Return the contrastive loss; samples of the same clip are no counterexamples to each other."""
         clips = {name: number for number, name in enumerate(dict.fromkeys(batch.ids))}
-        number = torch.tensor([clips[name] for name in batch.ids], device=batch.valid.device)
+        number = torch.tensor([clips[name] for name in batch.ids]).to(batch.valid.device, non_blocking=True)
         return contrastive_loss(target, mapped, batch.valid, number != number[:, None], self.contrastive.tau)
 
     def _kl_weight(self) -> float:
