@@ -42,18 +42,28 @@ class TextBatch(_Movable):
         input_ids: int64 [R, L] with one ``VIDEO_TOKEN_ID`` per row; 0 where padded.
         attention_mask: bool [R, L].
         labels: int64 [R, L]: the token itself where it is supervised, else ``IGNORE_INDEX``.
-        supervised: int64 [M], places of the supervised tokens in the flattened rows. By default found from ``labels``,
-            on the host before the batch is moved, so that a stage need not ask a GPU how many there are.
+        supervised: int64 [M], places of the supervised tokens in the flattened rows. Found from ``labels`` when the
+            batch leaves the host, so that a stage need not ask a GPU how many there are.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    supervised: Tensor = None  # type: ignore[assignment]
+    supervised: Tensor | None = None
 
-    def __post_init__(self) -> None:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """Move every tensor to ``device``, in place, without waiting for those in page-locked memory."""
+        self._find_supervised()
+        return super().to(device, non_blocking)
+
+    def pin_memory(self) -> Self:
+        """Move every tensor to page-locked memory, in place."""
+        self._find_supervised()
+        return super().pin_memory()
+
+    def _find_supervised(self) -> None:
         """Find the supervised tokens; the first of a row is none, as nothing predicts it."""
-        if self.supervised is None:
+        if self.labels.is_cpu and not self.labels.is_pinned():
             marked = self.labels != IGNORE_INDEX
             marked[:, :1] = False
             self.supervised = marked.flatten().nonzero().flatten()

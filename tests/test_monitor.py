@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules.batch import IGNORE_INDEX, TextBatch
+from datamodules.batch import IGNORE_INDEX
 from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.losses import loss_by_source
 
@@ -60,7 +60,6 @@ def test_each_source_gets_the_tokens_of_its_own_clips(toy_tokenizer):
     for row, source in ((0, 1), (1, 0)):
         batch = mixed_batch(1, 0)
         batch.text.labels[1 - row] = IGNORE_INDEX
-        batch.text = TextBatch(batch.text.input_ids, batch.text.attention_mask, batch.text.labels)
         logits, targets = stage.read_text(stage.model.learner_tokens(batch.ego_video), batch)
         alone = F.cross_entropy(logits, targets, reduction="sum").detach()
         torch.testing.assert_close(together[source, 0], alone)

@@ -44,7 +44,7 @@ def stage_and_batch(name, tokenizer, **changes):
     stage = tiny.make_stage(name, tokenizer, **extra, **changes)
     batch = tiny.clip_batch()
     batch.source, batch.source_names = torch.tensor([1, 0]), ("one", "two")
-    return stage, batch
+    return stage, batch.to("cpu")
 
 
 def as_on_a_gpu(monkeypatch):
@@ -105,7 +105,7 @@ def test_places_of_supervised_tokens_known_on_the_host_are_those_in_the_labels(t
     mask = torch.arange(9)[None] < torch.randint(5, 10, (5, 1), generator=generator)
     chosen = torch.rand(5, 9, generator=generator) < 0.5
     labels = ids.where(mask & chosen & (ids != VIDEO_TOKEN_ID), IGNORE_INDEX)
-    text = TextBatch(ids.where(mask, 0), mask, labels)
+    text = TextBatch(ids.where(mask, 0), mask, labels).to("cpu")
     stage = tiny.make_stage("stage1", toy_tokenizer)
     stage.configure_model()
     model = stage.model.language_model

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch, TextBatch
+from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch
 from lightning_modules.cli import main
 from lightning_modules.config import compose
 from lightning_modules.plan.stages import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
@@ -34,7 +34,7 @@ def one_clip():
     """The first clip of the batch that the other tests train on."""
     batch = tiny.clip_batch()
     text = batch.text
-    text = TextBatch(text.input_ids[:1], text.attention_mask[:1], text.labels[:1])
+    text.input_ids, text.labels, text.attention_mask = text.input_ids[:1], text.labels[:1], text.attention_mask[:1]
     return ClipBatch(batch.ids[:1], text, 3.0, batch.ego_video[:1], batch.exo_video[:1], valid=batch.valid[:1])
 
 

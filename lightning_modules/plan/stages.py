@@ -343,8 +343,7 @@ class _Probe:
         with torch.device("meta"):
             video = torch.empty(1, num_frames, side, side, 3, dtype=torch.uint8)
             ids = torch.empty(1, length, dtype=torch.int64)
-            supervised = torch.empty(assumed.label_tokens, dtype=torch.int64)
-            text = TextBatch(ids, torch.empty(1, length, dtype=torch.bool), ids, supervised)
+            text = TextBatch(ids, torch.empty(1, length, dtype=torch.bool), ids)
             self.batch = ClipBatch(["meta"], text, float(assumed.label_tokens), video, video)
             self.batch.prompt = torch.empty(length - assumed.label_tokens, dtype=torch.int64)
         stage.read_text = self._read_text  # type: ignore[method-assign]

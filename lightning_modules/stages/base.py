@@ -257,7 +257,7 @@ class Stage(L.LightningModule, ABC):
         spliced = language_model.splice(text.input_ids, text.attention_mask, text.labels, visual, text.supervised)
         logits, targets = language_model.supervised_logits(spliced)
         if batch.source is not None:
-            source = batch.source.index_select(0, text.supervised // text.labels.shape[1])
+            source = batch.source.index_select(0, spliced.supervised // spliced.labels.shape[1])
             self.source_losses = loss_by_source(logits.detach(), targets, source, len(batch.source_names))
         return logits, targets
 
