@@ -22,6 +22,8 @@ from torch.utils import _pytree
 _TESTED = {"lightning": "2.6.6", "torch": "2.15.0"}
 _EXPECTED_WARNINGS = (
     "LeafSpec",
+    "in eval mode at the start of training",
+    "is smaller than the logging interval",
     "does not have many workers",
     "exists and is not empty",
     "sync_dist=True",

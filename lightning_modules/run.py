@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -24,6 +24,7 @@ from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench.config import EgoBenchConfig
 from lightning_modules.callbacks.checkpoint import CheckpointFolders
 from lightning_modules.callbacks.defaults import default_callbacks
+from lightning_modules.callbacks.progress import StageProgress
 from lightning_modules.callbacks.sample_panel import SamplePanel
 from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.compat import set_process_group_timeout
@@ -112,7 +113,7 @@ class ExperimentCLI(LightningCLI):
             parsed["stall_timeout_s"],
         )
         if parsed["trainer"]["enable_progress_bar"] is not False:
-            callbacks.append(TQDMProgressBar(refresh_rate=5))
+            callbacks.append(StageProgress(parsed["stage"]))
         self.trainer_defaults["callbacks"] = callbacks
         plugins = parsed["trainer"]["plugins"] or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), CheckpointFolders()]

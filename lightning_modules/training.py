@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lightning_modules.callbacks.checkpoint import (
     stored_tensors,
 )
 from lightning_modules.callbacks.throughput import TrainingMonitor
-from lightning_modules.config import config_hash
+from lightning_modules.config import config_hash, stage_names
 from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.evaluation import answer_validation, evaluate
 from lightning_modules.plan.stages import flops_per_sample
@@ -69,6 +70,8 @@ def fit(config: dict[str, Any], force: bool = False) -> None:
         if not (folder / "metrics.json").is_file():
             evaluate(config)
         print(f"{run.name} of {config['experiment']} is finished ({folder}/handoff); FORCE=1 trains it from scratch")
+        if is_rank_zero:
+            print(_next_commands(config))
         return
 
     _limit_steps(run)
@@ -89,8 +92,33 @@ def fit(config: dict[str, Any], force: bool = False) -> None:
         run.trainer.strategy.barrier()
         del run  # before its successor takes memory
         evaluate(config)
-        return
-    answer_validation(run)
+    else:
+        answer_validation(run)
+    if is_rank_zero:
+        print(f"{config['stage']} of {config['experiment']} is finished, its weights are in {folder}/handoff")
+        print(_next_commands(config))
+
+
+def _next_commands(config: dict[str, Any]) -> str:
+    """Return a line with the commands that follow a finished stage: the next stage, or those that use the last one.
+
+    Args:
+        config: resolved configuration of the finished stage.
+    """
+    experiment, stage, runs = str(config["experiment"]), str(config["stage"]), str(config.get("runs", "runs"))
+    folder = Path("experiments") / experiment
+    stages = stage_names(folder) if (folder / "experiment.yaml").is_file() else []
+    variables = "" if experiment == "toy" else f" EXPERIMENT={experiment}"
+    everywhere = "" if runs == "runs" else f" RUNS={shlex.quote(runs)}"
+    if stage not in stages:  # of an experiment elsewhere
+        return f"next: make tensorboard{everywhere}"
+    later = stages[stages.index(stage) + 1 :]
+    if not later:
+        return f"next: make evaluate{variables}{everywhere} | make tensorboard{everywhere}"
+    run_dir = Path(str(config["run_dir"]))
+    if run_dir != Path(runs, experiment, stage):
+        variables += " ARGS=" + shlex.quote(f"handoffs.{stage}={run_dir}/handoff")
+    return f"next: make {later[0]}{variables}{everywhere} | make tensorboard{everywhere}"
 
 
 def consolidate(config: dict[str, Any]) -> None:

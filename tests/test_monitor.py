@@ -97,7 +97,7 @@ def test_shares_and_losses_are_written_over_all_micro_batches_since_the_last_wri
     for written, parts in ((first, kept[:2]), (second, kept[2:])):
         losses, tokens = sum(parts).T
         for name, loss, count in zip(NAMES, losses.tolist(), tokens.tolist(), strict=True):
-            key = f"loss_by_source/{name}"
+            key = f"data/loss_{name}"
             assert (key in written) == (count > 0)
             if count:
                 assert written[key] == pytest.approx(loss / count, rel=1e-5)
@@ -107,7 +107,7 @@ def test_nothing_is_written_where_nothing_is_mixed(toy_tokenizer, tmp_path):
     options = {"max_steps": 1, "callbacks": [TrainingMonitor(every_n_steps=1)]}
     (written,) = curves(tmp_path, tiny.make_stage("stage3", toy_tokenizer), [tiny.clip_batch()], **options)
     assert "train/loss" in written
-    assert not [key for key in written if "source" in key or "share_" in key]
+    assert not [key for key in written if key.startswith("data/")]
 
 
 class ByRank(IterableDataset):
@@ -128,4 +128,4 @@ def test_ranks_are_counted_together(toy_tokenizer, tmp_path):
         alone.losses(mixed_batch(*sources, seed=rank))
         for source in set(sources):
             loss, tokens = alone.source_losses[source].tolist()
-            assert written[f"loss_by_source/{NAMES[source]}"] == pytest.approx(loss / tokens, rel=1e-5)
+            assert written[f"data/loss_{NAMES[source]}"] == pytest.approx(loss / tokens, rel=1e-5)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -25,7 +26,7 @@ from lightning_modules.callbacks.checkpoint import (
 from lightning_modules.callbacks.dropout_seed import DropoutSeed
 from lightning_modules.callbacks.finite_check import FiniteCheck
 from lightning_modules.callbacks.handoff import StageHandoff
-from lightning_modules.callbacks.parts_table import PartsTable
+from lightning_modules.callbacks.run_report import RunReport
 from lightning_modules.losses import contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
@@ -154,7 +155,7 @@ def test_parameters_without_gradient_are_reported_once(toy_tokenizer):
     stage = tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(weight=0.0))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(stage, steps=2, callbacks=[PartsTable()])
+        fit(stage, steps=2, callbacks=[RunReport(Path("run"), "stage")])
     messages = [str(warning.message) for warning in caught if "no gradient" in str(warning.message)]
     count = len(stage.model.part("exo_to_ego"))
     assert len(messages) == 1
@@ -797,14 +798,16 @@ def test_what_trains_is_printed_and_kept(toy_tokenizer, tmp_path, capsys):
     run = L.Trainer(
         accelerator="cpu",
         max_steps=1,
-        callbacks=[PartsTable()],
+        callbacks=[RunReport(Path("run"), "stage")],
         logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     run.fit(stage, DataLoader([tiny.clip_batch()], batch_size=None))
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    printed = capsys.readouterr().out
+    assert "==== stage: LearnerSelfPractice ====" in printed and "files    run, curves" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines}
     lora = sum(p.numel() for p in stage.model.part("lora").values())
     assert cells["lora"] == [f"{lora:,}"] * 2

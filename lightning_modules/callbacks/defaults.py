@@ -11,7 +11,7 @@ from lightning_modules.callbacks.checkpoint import Checkpoints
 from lightning_modules.callbacks.dropout_seed import DropoutSeed
 from lightning_modules.callbacks.finite_check import FiniteCheck
 from lightning_modules.callbacks.handoff import StageHandoff
-from lightning_modules.callbacks.parts_table import PartsTable
+from lightning_modules.callbacks.run_report import RunReport
 from lightning_modules.callbacks.stall_watch import StallWatch
 
 
@@ -33,7 +33,7 @@ def default_callbacks(
     return [
         StallWatch(stall_timeout_s),
         DropoutSeed(),
-        PartsTable(),
+        RunReport(run_dir, stage),
         FiniteCheck(),
         BenchmarkScores(),
         Checkpoints(run_dir / "checkpoints", checkpoint_every_n_steps),

@@ -1,4 +1,8 @@
-"""Write the curves of a training run: losses, learning rates, throughput, memory, corrupt samples and sources."""
+"""Write the curves of a training run: losses, learning rates, throughput, memory, corrupt samples and sources.
+
+Nothing is written that is the same in every write or on every curve: rates that parts share are one curve, ranks are
+compared only if there are several, and corrupt samples appear once there is one.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,7 @@ class TrainingMonitor(L.Callback):
         every_n_steps: optimiser steps between two writes; losses and norms are averaged in between.
 
     Attributes:
+        written: the values of the last write by name, for the progress bar; empty before the first one.
         flops: useful operations of one sample of the stage, forward and backward; None if MFU is not logged.
         peak_flops: peak operations of a device in a second.
 
@@ -43,6 +48,7 @@ class TrainingMonitor(L.Callback):
         if every_n_steps < 1:
             raise ValueError(f"monitor.every_n_steps: got {every_n_steps}, allowed: 1 or more")
         self.every_n_steps = every_n_steps
+        self.written: dict[str, float] = {}
         self.flops: int | None = None
         self.peak_flops = 0.0
         self.made = self.batch_ended = self.window_began = self.validation_began = time.perf_counter()
@@ -59,7 +65,6 @@ class TrainingMonitor(L.Callback):
         seconds, host_gib = self._of_all_ranks(trainer, ready).amax(0).tolist()
         if trainer.is_global_zero:
             print(f"ready {seconds:.1f} s after reading the configuration, with at most {host_gib:.1f} GiB a process")
-        self.startup = {"startup/seconds": seconds, "startup/host_gib": host_gib}
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -129,22 +134,23 @@ class TrainingMonitor(L.Callback):
             "perf/tokens_per_s": tokens / seconds,
             "perf/frames_per_s": frames / seconds,
             "perf/step_ms": 1000 * seconds / self.steps,
-            "perf/busy_ms_spread": float(busy.max() - busy.min()),
             "perf/data_wait": float(waiting.mean()),
-            "perf/data_wait_worst_rank": float(waiting.max()),
             "perf/peak_memory_gib": float(memory.max()),
         }
+        if trainer.world_size > 1:
+            speed["perf/busy_ms_spread"] = float(busy.max() - busy.min())
+            speed["perf/data_wait_worst_rank"] = float(waiting.max())
         if self.flops is not None:
             speed["perf/mfu"] = speed["perf/samples_per_s"] * self.flops / (trainer.world_size * self.peak_flops)
         self.windows.append(speed)
-        for group in trainer.optimizers[0].param_groups:
-            values[f"optim/lr_{group['name']}"] = group["lr"]
-        values |= speed | {"data/corrupt": corrupt, "data/corrupt_fraction": corrupt / seen} | self.startup
-        self.startup = {}
+        values |= learning_rates(trainer.optimizers[0]) | speed
+        if corrupt:
+            values |= {"data/corrupt": corrupt, "data/corrupt_fraction": corrupt / seen}
         for name, (loss, label_tokens, count) in zip(self.source_names, sources.tolist(), strict=True):
             values[f"data/share_{name}"] = count / samples
             if label_tokens:
-                values[f"loss_by_source/{name}"] = loss / label_tokens
+                values[f"data/loss_{name}"] = loss / label_tokens
+        self.written = values
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         self._clear()
@@ -163,11 +169,14 @@ class TrainingMonitor(L.Callback):
         if trainer.is_global_zero and windows:
             median = {name: statistics.median(window[name] for window in windows) for name in windows[0]}
             mfu = f", MFU {100 * median['perf/mfu']:.1f} %" if "perf/mfu" in median else ""
+            spread = worst = ""
+            if trainer.world_size > 1:
+                spread = f" (without waiting for data, ranks differ by {median['perf/busy_ms_spread']:.0f})"
+                worst = f" (worst rank {100 * median['perf/data_wait_worst_rank']:.0f} %)"
             print(
-                f"{trainer.global_step} steps: {median['perf/step_ms']:.0f} ms a step (without waiting for data, ranks "
-                f"differ by {median['perf/busy_ms_spread']:.0f}), {median['perf/samples_per_s']:.1f} samples/s{mfu}, "
-                f"{100 * median['perf/data_wait']:.0f} % of the time waiting for data (worst rank "
-                f"{100 * median['perf/data_wait_worst_rank']:.0f} %), "
+                f"{trainer.global_step} steps: {median['perf/step_ms']:.0f} ms a step{spread}, "
+                f"{median['perf/samples_per_s']:.1f} samples/s{mfu}, "
+                f"{100 * median['perf/data_wait']:.0f} % of the time waiting for data{worst}, "
                 f"peak memory {median['perf/peak_memory_gib']:.1f} GiB"
             )
 
@@ -179,6 +188,21 @@ class TrainingMonitor(L.Callback):
         """Start the clocks again."""
         self.window_began += time.perf_counter() - self.validation_began
         self.batch_ended = time.perf_counter()
+
+
+def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the learning rates for the curves: one for all groups that share a schedule.
+
+    Returns:
+        ``optim/lr`` if all share one; else one for each, as ``optim/lr_<part>`` of the first part that has it.
+    """
+    rates: dict[float, tuple[str, float]] = {}
+    for group in optimizer.param_groups:
+        peak = group.get("initial_lr", group["lr"])
+        rates.setdefault(peak, (f"optim/lr_{group['name']}", group["lr"]))
+    if len(rates) == 1:
+        return {"optim/lr": optimizer.param_groups[0]["lr"]}
+    return dict(rates.values())
 
 
 def _host_gib() -> float:

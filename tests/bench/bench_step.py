@@ -16,7 +16,6 @@ from typing import Any
 import lightning as L
 import tiny
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
@@ -24,8 +23,10 @@ from datamodules.batch import ClipBatch, TextBatch
 from datamodules.toy_world.questions import write_tokenizer
 from lightning_modules import DemonstratorLearnerGuidance
 from lightning_modules.callbacks.checkpoint import CheckpointFolders, Checkpoints
+from lightning_modules.callbacks.progress import StageProgress
+from lightning_modules.callbacks.sample_panel import SamplePanel
 from lightning_modules.callbacks.stall_watch import StallWatch
-from lightning_modules.callbacks.throughput import SamplePanel, TrainingMonitor
+from lightning_modules.callbacks.throughput import TrainingMonitor
 
 
 def batch_of(clips: int) -> ClipBatch:
@@ -98,7 +99,7 @@ def measure(tokenizer: Path, clips: int, turn: int, turns: int) -> tuple[list[li
             callbacks=[
                 StallWatch(600.0),
                 Checkpoints(Path(folder) / "checkpoints", 0),
-                TQDMProgressBar(refresh_rate=5),
+                StageProgress(),
                 TrainingMonitor(every_n_steps=10),
                 SamplePanel(),
                 clock,
