@@ -1,4 +1,4 @@
-"""The Makefile runs the command that is typed, or refuses it. A recorder in Python's place writes down its arguments."""
+"""The Makefile runs what is typed, or refuses it. A recorder in place of Python writes down the arguments."""
 
 from __future__ import annotations
 
