@@ -214,9 +214,10 @@ class TextEncoder:
         return EncodedText(ids, [IGNORE_INDEX] * len(ids))
 
     @staticmethod
-    def batch(rows: Sequence[EncodedText]) -> TextBatch:
-        """Pad rows to a batch, int64 [R, L], on the right."""
+    def batch(rows: Sequence[EncodedText], multiple: int = 1) -> TextBatch:
+        """Pad rows to a batch, int64 [R, L], on the right; L is a multiple of a number."""
         length = max((len(row.input_ids) for row in rows), default=0)
+        length += -length % multiple
         ids = torch.zeros(len(rows), length, dtype=torch.int64)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
         labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)

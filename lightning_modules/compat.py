@@ -109,6 +109,13 @@ def tree_leaves(tree: Any) -> list[Any]:
     return leaves
 
 
+def allow_compiled_shapes(count: int) -> None:
+    """Set for how many shapes ``torch.compile`` makes code of one function before it runs the others as they are."""
+    from torch._dynamo import config  # loads the compiler, which few runs need
+
+    _replace(config, "recompile_limit", count)
+
+
 def flash_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Run the fused attention operator of GPUs, also on the meta device."""
     attended: Tensor = _get(torch.ops.aten, "_scaled_dot_product_flash_attention")(query, key, value)[0]

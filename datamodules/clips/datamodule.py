@@ -39,6 +39,8 @@ class ClipDataModule(L.LightningDataModule, ABC):
         num_workers: decoding processes per rank; 0 decodes in the training process.
         max_text_tokens: longest text, the clip not counted.
         prompt: text around questions and answers.
+        pad_to_multiple_of: pad training texts to a multiple of this many tokens, so that batches have few shapes and
+            compiled code is reused; 1 pads to the longest text of a micro-batch.
         micro_batch_size: samples on a device at a time, from which the number of accumulated micro-batches follows;
             null to derive it from ``trainer.accumulate_grad_batches``.
         shuffle_block_groups: shuffle recordings, and samples within blocks of that many, so that open files are
@@ -65,6 +67,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         shuffle_block_groups: int = 0,
         max_corrupt_fraction: float = 0.01,
         decode_timeout_s: float = 60.0,
+        pad_to_multiple_of: int = 1,
     ) -> None:
         super().__init__()
         for key, number, least in (
@@ -73,6 +76,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
             ("shuffle_block_groups", shuffle_block_groups, 0),
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
+            ("pad_to_multiple_of", pad_to_multiple_of, 1),
         ):
             if number is not None and number < least:
                 raise ValueError(f"data.{key}: got {number}, allowed: {least} or more")
@@ -91,6 +95,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         self.clips, self.global_batch_size, self.seed, self.num_workers = clips, global_batch_size, seed, num_workers
         self.micro_batch_size, self.shuffle_block_groups = micro_batch_size, shuffle_block_groups
         self.max_corrupt_fraction, self.decode_timeout_s = max_corrupt_fraction, decode_timeout_s
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.encoder = TextEncoder(tokenizer, max_text_tokens, prompt)
         self.train_set: ClipTextDataset | None = None
         self.benchmarks: list[Dataset[BenchmarkBatch]] = []  # evaluated at every validation
@@ -112,6 +117,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         if stage == "fit" and self.train_set is None:
             self.train_set = self.read()
             self.train_set.reader = ClipReader(timeout_s=self.decode_timeout_s)
+            self.train_set.pad_to_multiple_of = self.pad_to_multiple_of
             samples = self.train_set.epoch_length
             if samples < self.global_batch_size:
                 raise ValueError(

@@ -77,9 +77,11 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
 
     Attributes:
         source_names: names of the sources that the samples are mixed from, for the curves; empty without a mix.
+        pad_to_multiple_of: lengths of the texts of a micro-batch are multiples of this.
     """
 
     source_names: tuple[str, ...] = ()
+    pad_to_multiple_of = 1
 
     def __init__(self, clips: ClipConfig, encoder: TextEncoder) -> None:
         self.clips = clips
@@ -151,7 +153,7 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         rows = [NOTHING_TO_LEARN if index in failed else texts[index] for index in request.indices]
         return ClipBatch(
             ids=[self.name(index) for index in request.indices],
-            text=self.encoder.batch(rows),
+            text=self.encoder.batch(rows, self.pad_to_multiple_of),
             label_tokens=max(1, self._label_tokens(texts, request.global_indices)) / request.micro_batches,
             source_names=self.source_names,
             source=torch.tensor([self.source(i) for i in request.indices]) if self.source_names else None,

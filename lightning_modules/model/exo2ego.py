@@ -204,6 +204,20 @@ class Exo2EgoModel(nn.Module):
         for block in chain.from_iterable(chosen):
             block.forward = partial(_checkpointed, block.forward)  # type: ignore[method-assign]
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile the blocks with ``torch.compile``; results stay the same but for rounding.
+
+        Blocks of one class and shape share their code. It is made for the shapes of training, one after another, and
+        evaluation, whose shapes are many, runs the blocks as they are. Comes before ``checkpoint_activations``, and
+        before sharding.
+
+        Args:
+            backend: of ``torch.compile``.
+        """
+        for block in chain.from_iterable(self.blocks().values()):
+            compiled = torch.compile(block.forward, backend=backend, dynamic=False)
+            block.forward = partial(_compiled_in_training, self, compiled, block.forward)  # type: ignore[method-assign]
+
     def project(self, *features: Tensor) -> Tensor:
         """Project each of the given features and concatenate the visual tokens.
 
@@ -243,6 +257,13 @@ class Exo2EgoModel(nn.Module):
             named = dict(self.language_model.causal_lm.named_parameters())
             return {key: p for key, p in named.items() if key.endswith((".lora_A", ".lora_B")) == (name == "lora")}
         return dict(self.get_submodule(name).named_parameters())
+
+
+def _compiled_in_training(
+    model: Exo2EgoModel, compiled: Callable[..., Any], eager: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    decoding = kwargs.get("past_key_values") is not None  # token by token, with a shape for each
+    return (compiled if model.training and not decoding else eager)(*args, **kwargs)
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

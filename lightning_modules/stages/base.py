@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from datamodules.batch import BenchmarkBatch, ClipBatch, QuestionBatch
 from datamodules.text import load_tokenizer
-from lightning_modules.compat import attached_trainer
+from lightning_modules.compat import allow_compiled_shapes, attached_trainer
 from lightning_modules.egobench.evaluator import Evaluator
 from lightning_modules.losses import loss_by_source
 from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig
@@ -32,6 +32,9 @@ from lightning_modules.validation.scores import QAResults
 from lightning_modules.weights.loading import load_weights, require_fit
 from lightning_modules.weights.resolve import find_weights
 from lightning_modules.weights.tensors import FoundWeights
+
+_COMPILED_SHAPES = 32
+"""Shapes that the blocks of a class are compiled for; those of further ones run as they are."""
 
 
 class Stage(L.LightningModule, ABC):
@@ -49,6 +52,7 @@ class Stage(L.LightningModule, ABC):
         train: parts that train instead of those in ``trains``.
         seed: of random weights and of dropout.
         frozen_dtype: type of the parts that do not train. Trained parts are float32.
+        compile_blocks: compile the blocks of every part for training, see ``Exo2EgoModel.compile_blocks``.
         activation_checkpointing: recompute activations inside the blocks of every part during the backward pass
             instead of keeping them.
 
@@ -83,11 +87,13 @@ class Stage(L.LightningModule, ABC):
         seed: int = 0,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         activation_checkpointing: bool = False,
+        compile_blocks: bool = False,
     ) -> None:
         super().__init__()
         self._save_plain_hyperparameters()
         self.network, self.optim, self.seed = network, optim, seed
         self.tokenizer_name, self.activation_checkpointing = tokenizer, activation_checkpointing
+        self.compile_blocks = compile_blocks
         self.frozen_dtype: torch.dtype = getattr(torch, frozen_dtype)
         sources = {**(init or {})}
         sources.setdefault("language_model", network.language_model.pretrained)
@@ -187,6 +193,9 @@ class Stage(L.LightningModule, ABC):
         self.check_sources()
         torch.manual_seed(self.seed)
         model = Exo2EgoModel(self.network, self.vocab_size, self.uses, empty=self.sources)
+        if self.compile_blocks:
+            allow_compiled_shapes(_COMPILED_SHAPES)
+            model.compile_blocks()
         if self.activation_checkpointing:
             model.checkpoint_activations()
         self.attach(model)
@@ -277,7 +286,9 @@ class Stage(L.LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and its schedule, which advances with optimiser steps."""
-        optimizer = self.optim.optimizer((part, parameter) for part, _, parameter in self.trainable())
+        # A scaler of float16 would have to look at the gradients between the backward pass and a fused step.
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer = self.optim.optimizer(((part, parameter) for part, _, parameter in self.trainable()), fused)
         schedule = self.optim.schedule(optimizer, self.total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -287,13 +298,19 @@ class Stage(L.LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients; by the norm that ``FiniteCheck`` computed, if it did."""
+        """Clip the gradients; by the norm that ``FiniteCheck`` computed, if it did.
+
+        Lightning would refuse to clip by norm with a fused optimiser.
+        """
         norm, self.gradient_norm = self.gradient_norm, None
-        if norm is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+        if not gradient_clip_val or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if norm is None:
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        else:
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def total_steps(self) -> int:
         """Return the number of optimiser steps of the whole stage: the nearer limit of max_steps and max_epochs.

@@ -40,11 +40,12 @@ class OptimConfig:
         if unknown := set(self.lr_mult) - set(PARTS):
             raise ValueError(f"optim.lr_mult: got {', '.join(sorted(unknown))}, allowed: {', '.join(PARTS)}")
 
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.AdamW:
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]], fused: bool = False) -> torch.optim.AdamW:
         """Return AdamW with two groups for each part, its matrices and its vectors.
 
         Args:
             parameters: (part, parameter) of everything that trains.
+            fused: compute the step in one kernel for many parameters, as a GPU does fastest.
         """
         groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for part, parameter in parameters:
@@ -58,7 +59,7 @@ class OptimConfig:
             }
             for (part, matrices), members in groups.items()
         ]
-        return torch.optim.AdamW(settings, betas=self.betas)
+        return torch.optim.AdamW(settings, betas=self.betas, fused=fused or None)
 
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
         """Return the schedule of all learning rates, to be advanced after every optimiser step."""
