@@ -8,13 +8,14 @@ JOBS ?= 2
 INDEX ?= $(ROOT)/ego_exo_clip
 BASE_PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 # Where PyTorch comes from is remembered with the environment.
 RECORDED := $(shell cat '$(VENV)/installed' 2>/dev/null)
 TORCH_INDEX ?= $(RECORDED)
 
 HASH := \#
 # Refuse a variable on the command line that none of the named targets reads: a misspelt one would be ignored.
-READ := BASE_PYTHON PYTHON SHELL TORCH_INDEX VENV $(sort $(shell awk -v goals='$(MAKECMDGOALS)' '\
+READ := BASE_PYTHON CONSTRAINTS PYTHON SHELL TORCH_INDEX VENV $(sort $(shell awk -v goals='$(MAKECMDGOALS)' '\
   /^[a-z0-9%-]+:.*$(HASH)$(HASH) .*\[.*\]$$/ { \
     target = $$1; sub(/%?:.*/, "", target); gsub(/.*\[|\]$$/, ""); count = split(goals, goal, " "); \
     for (n = 1; n <= count; n++) if (goal[n] == target || target == "stage" && goal[n] ~ /^stage/) print }' Makefile))
@@ -45,6 +46,7 @@ ifneq ($(filter command,$(firstword $(origin PYTHON))),)
 else
   PYTHON := $(VENV)/bin/python
   READY := $(VENV)/installed
+  PINS := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
   ifneq ($(words $(VENV)),1)
     $(error VENV: got "$(VENV)", but an environment cannot be in a path with spaces)
   endif
@@ -86,20 +88,21 @@ help: ## list the targets
 	  printf "  %-16s %s\n", $$1, $$2; if (variables) printf "  %-16s reads %s\n", "", variables }' Makefile
 	@echo
 	@echo 'All of them read PYTHON=/my/env/bin/python, to use that environment and install nothing; and for the environment'
-	@echo 'that they create VENV=folder, BASE_PYTHON=python3.12, and TORCH_INDEX=URL of wheels for CPUs or another CUDA.'
+	@echo 'that they create VENV=folder, BASE_PYTHON=python3.12, CONSTRAINTS=file of versions, and TORCH_INDEX=URL of wheels for CPUs or'
+	@echo 'another CUDA (docs/install.md).'
 
 setup: $(READY) ## create .venv and install, done by every other target on first use
 
 ifneq ($(TORCH_INDEX),$(RECORDED))
 .PHONY: $(VENV)/installed
 endif
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(BASE_PYTHON) is older: make BASE_PYTHON=python3.12"; exit 2; }
 	@echo "Installing about 110 packages into $(VENV): 6 GB on disk with CUDA, 1.6 GB with TORCH_INDEX= for CPUs."
 	$(BASE_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --upgrade pip
-	$(if $(TORCH_INDEX)$(RECORDED),$(PYTHON) -m pip install --force-reinstall --no-deps --constraint constraints.txt $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch torchvision)
-	$(PYTHON) -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') --constraint constraints.txt --editable '.[dev]'
+	$(if $(TORCH_INDEX)$(RECORDED),$(PYTHON) -m pip install --force-reinstall --no-deps $(PINS) $(if $(TORCH_INDEX),--index-url '$(TORCH_INDEX)') torch torchvision)
+	$(PYTHON) -m pip install $(if $(TORCH_INDEX),--extra-index-url '$(TORCH_INDEX)') $(PINS) --editable '.[dev]'
 	@echo '$(TORCH_INDEX)' > $@
 
 existing-environment:

@@ -63,7 +63,7 @@ def test_make_targets_exist(page):
 def test_each_target_lists_the_variables_of_its_recipe():
     makefile = read(ROOT / "Makefile")
     macros = dict(re.findall(r"^([A-Z0-9_]+) :?= ((?:.*\\\n)*.*)$", makefile, re.MULTILINE))
-    everywhere = {"PYTHON", "BASE_PYTHON", "VENV", "TORCH_INDEX", "READY"}
+    everywhere = {"PYTHON", "BASE_PYTHON", "CONSTRAINTS", "VENV", "TORCH_INDEX", "READY"}
 
     def variables(text):
         names = set(re.findall(r"\$\(([A-Z0-9_]+)\)|flag,([A-Z]+)", text))

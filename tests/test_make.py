@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,29 @@ def test_an_index_of_wheels_is_used_and_remembered(checkout):
     (checkout / ".venv" / "installed").write_text("https://wheels/cpu\n")
     assert "pip" not in commands() and "pip" not in commands("TORCH_INDEX=https://wheels/cpu")
     assert "--index-url 'https://wheels/other'" in commands("TORCH_INDEX=https://wheels/other")
+
+
+def test_versions_come_from_a_file_of_constraints_or_are_the_newest(checkout):
+    for file in ("pyproject.toml", "oldest.txt"):
+        (checkout / file).touch()
+    for typed, options in (("oldest.txt", "--constraint oldest.txt --editable"), ("", "pip install   --editable")):
+        command = ["make", "-n", "setup", f"CONSTRAINTS={typed}"]
+        assert options in subprocess.check_output(command, cwd=checkout, text=True)
+
+
+def test_the_oldest_versions_are_those_that_the_project_accepts():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    accepted = [re.match(r"([\w-]+).*?>=([\d.]+)", line) for line in project["dependencies"]]
+    floors = {match[1]: match[2] for match in accepted if match}
+    pinned = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / ".ci" / "oldest.txt").read_text(), re.MULTILINE))
+    pinned.pop("torchvision")  # each of its versions needs one version of torch
+    assert {name: version.removesuffix(".0") for name, version in pinned.items()} == floors
+
+
+def test_hooks_check_with_the_pinned_version():
+    pinned = re.search(r"^ruff==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r"ruff==([\d.]+)", hooks)) == {pinned}
 
 
 def test_an_existing_environment_is_used_as_it_is(checkout):
