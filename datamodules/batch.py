@@ -88,6 +88,7 @@ class ClipBatch(_Movable):
             any loss. By default all are.
         corrupt: a line for each sample that is not valid: its name and the reason.
         prompt: int64 [L], the tokens before a caption, with the clip's ``VIDEO_TOKEN_ID``; None where texts differ.
+        narrated: bool [B], the samples whose text is used; None if that of every sample in the dataset is.
     """
 
     ids: list[str]
@@ -100,6 +101,7 @@ class ClipBatch(_Movable):
     valid: Tensor = None  # type: ignore[assignment]
     corrupt: list[str] = field(default_factory=list)
     prompt: Tensor | None = None
+    narrated: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Without a mask, all samples are valid."""

@@ -9,7 +9,7 @@ tokens, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,22 +35,64 @@ def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="sum") / label_tokens
 
 
-def answer_kl_loss(target: Tensor, logits: Tensor, counts: Tensor, tau: float = 1.0) -> Tensor:
+class NextTokens(NamedTuple):
+    """Distributions of the next token at M positions: all of the vocabulary, or the likeliest tokens and the rest.
+
+    Attributes:
+        log_probs: float32 [M, K].
+        tokens: int64 [M, K], the tokens that ``log_probs`` are of; None if K is V, in the order of the vocabulary.
+        log_rest: float32 [M], of all other tokens together; None if there are none.
+    """
+
+    log_probs: Tensor
+    tokens: Tensor | None = None
+    log_rest: Tensor | None = None
+
+    @classmethod
+    def of(cls, logits: Tensor, tau: float) -> NextTokens:
+        """Return the softmax at temperature ``tau`` of logits, float32 [M, V]; carries no gradient."""
+        return cls((logits.detach() / tau).log_softmax(-1))
+
+    def top(self, count: int) -> NextTokens:
+        """Keep the ``count`` likeliest tokens of each position, and the probability of all others together."""
+        assert self.tokens is None, "of all of the vocabulary"
+        log_probs, tokens = self.log_probs.topk(min(count, self.log_probs.shape[-1]), dim=-1)
+        return NextTokens(log_probs, tokens, _log_rest(self.log_probs, tokens))
+
+
+def answer_kl_loss(target: NextTokens, logits: Tensor, clip: Tensor, clips: int, tau: float = 1.0) -> Tensor:
     """KL of next-token distributions, the demonstrator's first: averaged over each clip's tokens, then over clips.
 
+    Where the target has the likeliest tokens alone, all others count as one, which can only lower the KL.
+
     Args:
-        target: float32 [B, L, V], logits that read y; detached.
-        logits: the same shape, those that read x and F(x) before the same tokens.
-        counts: bool [B, L], the tokens that count. Clips without any, such as corrupt ones, add nothing and the
-            others keep their weight.
+        target: of M tokens, at temperature ``tau``.
+        logits: float32 [M, V], those that read x and F(x) before the same tokens.
+        clip: int64 [M], the row of each token's clip. Clips without any token, such as corrupt ones, add nothing and
+            the others keep their weight.
+        clips: B.
         tau: temperature; the loss is multiplied by its square.
 
     Returns:
         float scalar >= 0.
     """
-    log_p, log_q = ((part / tau).log_softmax(-1) for part in (target.detach(), logits))
-    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).where(counts, 0.0)
-    return tau**2 * (divergence.sum(1) / counts.sum(1).clamp(min=1)).mean()
+    log_q = (logits / tau).log_softmax(-1)
+    log_p, kept = target.log_probs, log_q if target.tokens is None else log_q.gather(-1, target.tokens)
+    divergence = (log_p.exp() * (log_p - kept)).sum(-1)
+    if target.log_rest is not None and target.tokens is not None:
+        rest = _log_rest(log_q, target.tokens)
+        assert rest is not None, "both have the same tokens"
+        divergence = divergence + target.log_rest.exp() * (target.log_rest - rest)
+    tokens = divergence.new_zeros(clips).index_add(0, clip, torch.ones_like(divergence))
+    return tau**2 * (divergence / tokens.index_select(0, clip)).sum() / clips
+
+
+def _log_rest(log_probs: Tensor, tokens: Tensor) -> Tensor | None:
+    """Return the log-probability of all tokens but the given ones, float [M]; None if there are no others."""
+    if tokens.shape[-1] == log_probs.shape[-1]:
+        return None
+    rest = log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+    return rest.clamp(min=torch.finfo(rest.dtype).min)  # of a probability that rounds to 0
 
 
 @torch.no_grad()

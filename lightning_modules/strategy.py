@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,24 @@ def shard(module: nn.Module, mesh: DeviceMesh, precision: str) -> None:
     fully_shard(module, mesh=mesh["data_parallel"], mp_policy=POLICIES[precision])
     if hasattr(module, "run"):
         register_fsdp_forward_method(module, "run")
+
+
+@contextmanager
+def gathered(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Gather the sharded ones among modules once, for as many forward passes as each process likes.
+
+    All processes have to enter together, where gradients are off. Inside, the modules need no other process.
+    """
+    sharded = [module for module in modules if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 class FSDP2(ModelParallelStrategy):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lightning_modules.losses import (
     FeatureStandardizer,
+    NextTokens,
     answer_kl_loss,
     contrastive_loss,
     cycle_consistency_loss,
@@ -272,21 +273,55 @@ def test_standardizer_starts_with_the_first_valid_batch():
 def test_answer_kl_by_hand():
     """Clip 0 has two tokens with KL log 2 and 0, clip 1 one token with KL 0, clip 2 none."""
     sure, even = [0.0, -1e9], [0.0, 0.0]
-    target = torch.tensor([[sure, even], [even, sure], [sure, sure]])
-    counts = torch.tensor([[True, True], [True, False], [False, False]])
-    logits = torch.zeros(3, 2, 2)
-    assert answer_kl_loss(target, logits, counts).item() == pytest.approx(math.log(2) / 2 / 3)
-    assert answer_kl_loss(target, target, counts).item() == pytest.approx(0.0, abs=1e-7)
-    assert answer_kl_loss(target, logits, torch.zeros(3, 2, dtype=torch.bool)).item() == 0.0
+    target, clip = torch.tensor([sure, even, even]), torch.tensor([0, 0, 1])
+    logits = torch.zeros(3, 2)
+    assert answer_kl_loss(NextTokens.of(target, 1.0), logits, clip, 3).item() == pytest.approx(math.log(2) / 2 / 3)
+    assert answer_kl_loss(NextTokens.of(target, 1.0), target, clip, 3).item() == pytest.approx(0.0, abs=1e-7)
+    nothing = NextTokens.of(target[:0], 1.0)
+    assert answer_kl_loss(nothing, logits[:0], clip[:0], 3).item() == 0.0
+
+
+def random_logits(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [2 * torch.randn(*shape, generator=generator) for _ in range(2)]
 
 
 def test_answer_kl_takes_the_demonstrator_first_and_teaches_it_nothing():
-    generator = torch.Generator().manual_seed(0)
-    target, logits = (torch.randn(2, 3, 5, generator=generator, requires_grad=True) for _ in range(2))
-    loss = answer_kl_loss(target, logits, torch.tensor([[True] * 3, [True, False, False]]), tau=2.0)
+    target, logits = (part.requires_grad_() for part in random_logits(4, 5))
+    loss = answer_kl_loss(NextTokens.of(target, 2.0), logits, torch.tensor([0, 0, 0, 1]), 2, tau=2.0)
     each = F.kl_div((logits / 2).log_softmax(-1), (target / 2).log_softmax(-1), log_target=True, reduction="none").sum(
         -1
     )
-    assert loss.item() == pytest.approx(4 * float(each[0].mean() + each[1, 0]) / 2, rel=1e-5)
+    assert loss.item() == pytest.approx(4 * float(each[:3].mean() + each[3]) / 2, rel=1e-5)
     loss.backward()
     assert target.grad is None and logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_answer_kl_of_the_likeliest_tokens_counts_all_others_as_one(tau):
+    target, logits = random_logits(6, 9)
+    clip, whole = torch.arange(6), NextTokens.of(target, tau)
+    by_hand = []
+    for p, q in zip((target / tau).softmax(-1), (logits / tau).softmax(-1), strict=True):
+        first = p.argsort(descending=True)[:3]
+        p, q = (torch.cat([part[first], 1 - part[first].sum(0, keepdim=True)]) for part in (p, q))
+        by_hand.append((p * (p / q).log()).sum())
+    expected = tau**2 * torch.stack(by_hand).mean()
+    full, kept = (answer_kl_loss(part, logits, clip, 6, tau) for part in (whole, whole.top(3)))
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-6)
+    assert kept < full
+
+
+def test_answer_kl_of_all_tokens_in_another_order_is_the_same():
+    """Also its gradient, and no probability that rounds to zero gives NaN."""
+    target, logits = random_logits(6, 9)
+    whole, values, gradients = NextTokens.of(target, 1.0), [], []
+    for part in (whole, whole.top(9), whole.top(100), whole.top(8)):
+        leaf = logits.clone().requires_grad_()
+        values.append(answer_kl_loss(part, leaf, torch.arange(6), 6))
+        gradients.append(torch.autograd.grad(values[-1], leaf)[0])
+    for value, gradient in zip(values[1:], gradients[1:], strict=True):  # of 8 tokens, the rest is a single one
+        torch.testing.assert_close(value, values[0])
+        torch.testing.assert_close(gradient, gradients[0])
+    sure = NextTokens.of(torch.tensor([[0.0, -1e9, -1e9]]), 1.0).top(1)
+    assert answer_kl_loss(sure, torch.zeros(1, 3), torch.tensor([0]), 1).item() == pytest.approx(math.log(3))

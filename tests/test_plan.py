@@ -5,7 +5,11 @@ import math
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp_groups
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch
@@ -13,6 +17,7 @@ from lightning_modules.cli import main
 from lightning_modules.config import compose
 from lightning_modules.plan.stages import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
 from lightning_modules.run import build_stage
+from lightning_modules.strategy import shard
 
 TEXT, LABELS = 5, 3  # of the first row of tiny.clip_batch, its placeholder apart
 SEVEN_B = tiny.EXPERIMENTS / "exo2ego_7b"
@@ -54,29 +59,81 @@ def test_operations_are_those_of_a_real_step(toy_tokenizer, name):
     assert planned.flops < planned.flops_recomputed < 4 / 3 * planned.flops
 
 
+def planned_answers(toy_tokenizer, fraction, layers=2):
+    """The plan of stage 2 with the KL on answers, where that fraction of the takes is narrated."""
+    narration = {"ego_text_fraction": fraction}
+    data = {"init_args": {"global_batch_size": 8, "narration": narration}}
+    network = tiny.network()
+    network.language_model.overrides["num_hidden_layers"] = layers
+    stage = tiny.make_stage("answers", toy_tokenizer, answer_tokens=6, network=network)
+    return plan_stage(config("stage2", data=data, trainer={"devices": 2, "strategy": "fsdp2"}), stage)
+
+
 def test_operations_of_a_kl_on_answers_are_those_of_a_real_step(toy_tokenizer):
     real = tiny.make_stage("answers", toy_tokenizer, answer_tokens=6)
     real.configure_model()
     real.train()
-    batch = one_clip()
-    assumed = PlanConfig(**config("stage2")["plan"])
-    batch.prompt = torch.full((assumed.text_tokens - assumed.label_tokens + 1,), 5)
-    batch.prompt[0] = VIDEO_TOKEN_ID
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
-            sum(real.losses(batch).values()).backward()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-    planned, on_patches = (
-        plan_stage(config("stage2"), stage).flops
-        for stage in (
-            tiny.make_stage("answers", toy_tokenizer, answer_tokens=6),
-            tiny.make_stage("stage2", toy_tokenizer),
-        )
-    )
-    assert planned == pytest.approx(counter.get_total_flops(), rel=0.02)  # the last token of a caption is not read
-    assert planned > 1.1 * on_patches
+    counted = {}
+    for narrated in (True, False):
+        batch = one_clip()
+        batch.narrated = None if narrated else torch.tensor([False])
+        assumed = PlanConfig(**config("stage2")["plan"])
+        batch.prompt = torch.full((assumed.text_tokens - assumed.label_tokens + 1,), 5)
+        batch.prompt[0] = VIDEO_TOKEN_ID
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+                sum(real.losses(batch).values()).backward()
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+        counted[narrated] = counter.get_total_flops()
+    narrated, mixed = (planned_answers(toy_tokenizer, fraction) for fraction in (1.0, 0.25))
+    assert narrated.flops == counted[True]
+    # The last token of a caption is not read, and a row of one clip is not padded.
+    assert mixed.flops == pytest.approx(0.25 * counted[True] + 0.75 * counted[False], rel=0.03)
+    assert mixed.flops > 1.05 * narrated.flops
+    assert (narrated.captions, mixed.captions) == (0.0, 3.0)
+
+
+@pytest.fixture
+def two_ranks():
+    """Make this process the first of two; what it gathers from the other one is undefined."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
+    dist.destroy_process_group()
+
+
+def test_the_language_model_is_gathered_once_for_all_captions(toy_tokenizer, two_ranks, monkeypatch):
+    """Three times in all: for the demonstrator, for the learner, and for its backward pass."""
+    stage = tiny.make_stage("answers", toy_tokenizer, answer_tokens=6)
+    stage.configure_model()
+    for unit in stage.model.units():
+        shard(unit, two_ranks, "32-true")
+    gathered = []
+    all_gather = fsdp_groups.foreach_all_gather
+
+    def counted(parameters, *args, **options):
+        gathered.append(id(parameters[0].sharded_param))
+        return all_gather(parameters, *args, **options)
+
+    monkeypatch.setattr(fsdp_groups, "foreach_all_gather", counted)
+    first, last = (id(next(layer.parameters())) for layer in stage.model.language_model.blocks())
+    for narrated in (None, torch.tensor([True, False])):
+        batch = tiny.clip_batch()
+        batch.prompt, batch.narrated = torch.tensor([1, VIDEO_TOKEN_ID, 5]), narrated
+        sum(stage.model.run(stage.losses, batch).values()).backward()
+        # FSDP takes the demonstrator's last layer for the next one that the backward pass needs.
+        assert (gathered.count(first), gathered.count(last)) == (3, 4)
+        gathered.clear()
+    narrated, mixed = (planned_answers(toy_tokenizer, fraction, layers=9) for fraction in (1.0, 0.25))
+    assert narrated.gathers == mixed.gathers == 3
+    assert narrated.gathered == mixed.gathered > 0
+    # Nine layers lie on each device for a while, where else two of the largest units do.
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
+    projector = stage.on_meta().projector
+    inside = {id(p) for block in projector.blocks() for p in block.parameters()}
+    largest = max(layer, sum(p.numel() for p in projector.parameters() if id(p) not in inside))
+    assert mixed.states - narrated.states == 4 * (9 * layer - 2 * largest)
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])

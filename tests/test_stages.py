@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from datamodules import ClipConfig, InstructionDataModule
-from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
 from lightning_modules import OptimConfig
 from lightning_modules.callbacks.checkpoint import (
     CheckpointError,
@@ -306,29 +306,67 @@ def demonstrator_captions(stage, batch):
         yield visual, caption
 
 
-def test_kl_on_answers_follows_the_demonstrators_caption(toy_tokenizer):
+def partly_narrated():
+    """Two clips of which the second has no narration: nothing of its text is supervised."""
     batch = tiny.clip_batch()
     batch.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
-    stage = guided(toy_tokenizer, "answers", kl=KLConfig(weight=2.0), answer_tokens=6)
-    lm, expected = stage.model.language_model, []
-    for (exo_tokens, caption), ego in zip(demonstrator_captions(stage, batch), batch.ego_video, strict=True):
-        tokens = [*caption, stage.tokenizer.eos_token_id][:6]
-        log_p, log_q = (
-            lm.causal_lm(
-                inputs_embeds=torch.cat(
-                    [lm.embed(torch.tensor([[1]])), visual, lm.embed(torch.tensor([[5, *tokens[:-1]]]))], dim=1
-                )
-            )
-            .logits[0, -len(tokens) :]
-            .log_softmax(-1)
-            for visual in (exo_tokens, stage.model.learner_tokens(ego[None]))
+    batch.narrated = torch.tensor([True, False])
+    ids, mask = batch.text.input_ids, batch.text.attention_mask
+    ids[1], mask[1] = torch.tensor([VIDEO_TOKEN_ID, 0, 0, 0, 0, 0]), torch.arange(6) < 1
+    labels = batch.text.labels.clone()
+    labels[1] = IGNORE_INDEX
+    batch.text = TextBatch(ids, mask, labels)
+    return batch
+
+
+def answer_kl_by_hand(lm, ids, exo_tokens, ego_tokens, count):
+    """KL along the last ``count`` tokens of one row, whose first two are a token and the clip's placeholder."""
+    log_p, log_q = (
+        lm.causal_lm(
+            inputs_embeds=torch.cat([lm.embed(torch.tensor([ids[:1]])), visual, lm.embed(torch.tensor([ids[2:]]))], 1)
         )
-        expected.append((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    kl = stage.losses(batch)["kl"]
-    torch.testing.assert_close(kl, 2 * torch.stack(expected).mean(), atol=1e-5, rtol=1e-4)
-    kl.backward()
+        .logits[0, -count - 1 : -1]
+        .log_softmax(-1)
+        for visual in (exo_tokens, ego_tokens)
+    )
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def test_kl_on_answers_follows_the_narration_or_else_the_demonstrators_caption(toy_tokenizer):
+    batch = partly_narrated()
+    stage = guided(toy_tokenizer, "answers", kl=KLConfig(weight=2.0), answer_tokens=6)
+    lm = stage.model.language_model
+    (narrated, _), (captioned, caption) = demonstrator_captions(stage, batch)
+    caption = [*caption, stage.tokenizer.eos_token_id][:6]
+    ego = [stage.model.learner_tokens(video[None]) for video in batch.ego_video]
+    expected = torch.stack(
+        [
+            answer_kl_by_hand(lm, [1, VIDEO_TOKEN_ID, 5, 6, 7, 2], narrated, ego[0], 3),
+            answer_kl_by_hand(lm, [1, VIDEO_TOKEN_ID, 5, *caption], captioned, ego[1], len(caption)),
+        ]
+    )
+    losses = stage.losses(batch)
+    torch.testing.assert_close(losses["kl"], 2 * expected.mean(), atol=1e-5, rtol=1e-4)
+    losses["kl"].backward()
     assert all(p.grad is not None for p in stage.model.part("ego_to_exo").values())
     assert all(p.grad is None for p in stage.model.part("exo_encoder").values())
+
+    # Captions teach nothing but the KL, and that of narrations needs no caption.
+    without = guided(toy_tokenizer, "stage2").losses(batch)
+    torch.testing.assert_close(losses["vtg"], without["vtg"])
+    alone = partly_narrated()
+    alone.valid[1] = False
+    torch.testing.assert_close(stage.losses(alone)["kl"], expected[0])
+
+
+def test_one_pass_of_the_learner_serves_narrations_and_captions(toy_tokenizer, monkeypatch):
+    stage = guided(toy_tokenizer, "answers", answer_tokens=6)
+    decoder, passes = stage.model.language_model.causal_lm.get_decoder(), []
+    decoder.register_forward_hook(lambda module, args, output: passes.append(torch.is_grad_enabled()))
+    stage.losses(tiny.clip_batch())
+    assert passes == [False, True]
+    stage.losses(partly_narrated())
+    assert sum(passes[2:]) == 1 and passes[-2:] == [False, True]
 
 
 @pytest.fixture
@@ -379,20 +417,29 @@ def test_patches_pass_through_no_projector(toy_tokenizer):
         tiny.make_stage("stage2", toy_tokenizer, init={"exo_projector": "runs/toy/stage1/handoff:projector"})
 
 
-def test_kl_on_answers_leaves_out_clips_that_cannot_be_read(toy_tokenizer):
+@pytest.mark.parametrize("narrated", [True, False])
+def test_kl_on_answers_leaves_out_clips_that_cannot_be_read(toy_tokenizer, narrated):
     batch, alone = tiny.clip_batch(), tiny.clip_batch()
-    batch.prompt = alone.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
-    batch.valid = torch.tensor([True, False])
-    alone.valid = torch.tensor([True, True])
+    for each in (batch, alone):
+        each.prompt = torch.tensor([1, VIDEO_TOKEN_ID, 5])
+        each.narrated = torch.tensor([narrated, narrated])
+    batch.valid[1] = False
+    ids, mask, labels = (part.clone() for part in (batch.text.input_ids, batch.text.attention_mask, batch.text.labels))
+    labels[1] = IGNORE_INDEX
+    batch.text = TextBatch(ids, mask, labels)
+    alone.text = TextBatch(*(part[[0, 0]] for part in (ids, mask, labels)))
     alone.ego_video[1], alone.exo_video[1] = alone.ego_video[0], alone.exo_video[0]
     stage = guided(toy_tokenizer, "answers", answer_tokens=6)
     torch.testing.assert_close(2 * stage.losses(batch)["kl"], stage.losses(alone)["kl"])
 
 
-def test_kl_on_answers_needs_one_prompt(toy_tokenizer):
+def test_kl_on_answers_needs_one_prompt_for_captions(toy_tokenizer):
     stage = guided(toy_tokenizer, "answers")
-    with pytest.raises(ValueError, match="AnswerGuidance needs data with one common prompt"):
-        stage.losses(tiny.clip_batch())
+    assert stage.losses(tiny.clip_batch())["kl"] > 0  # along narrations
+    batch = partly_narrated()
+    batch.prompt = None
+    with pytest.raises(ValueError, match="AnswerGuidance needs data with one common prompt where pairs have no narr"):
+        stage.losses(batch)
 
 
 def test_kl_on_tokens_has_statistics_of_tokens_and_a_fixed_target(toy_tokenizer):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,10 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         """Return the index of a sample's source in ``source_names``."""
         return 0
 
+    def narrated_samples(self, indices: Sequence[int]) -> list[bool] | None:
+        """Return for some samples if their text is used; None if that of every sample in the dataset is."""
+        return None
+
     def groups(self) -> NDArray[np.integer[Any]] | None:
         """Return a number for each sample, equal for samples that read the same files; None without such groups."""
         return None
@@ -150,6 +155,7 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
                     frames[view][row] = video
             except ClipDecodeError as error:
                 failed[index] = str(error)
+        narrated = self.narrated_samples(request.indices)
         rows = [NOTHING_TO_LEARN if index in failed else texts[index] for index in request.indices]
         return ClipBatch(
             ids=[self.name(index) for index in request.indices],
@@ -160,6 +166,7 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
             valid=torch.tensor([index not in failed for index in request.indices]),
             corrupt=[f"{self.name(index)}: {failed[index]}" for index in request.indices if index in failed],
             prompt=None if self.prompt is None else torch.tensor(self.prompt),
+            narrated=None if narrated is None else torch.tensor(narrated),
             **{f"{view}_video": frames[view] for view in frames},
         )
 

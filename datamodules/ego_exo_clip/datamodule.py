@@ -160,6 +160,12 @@ class EgoExoClipDataset(ClipTextDataset):
             return NOTHING_TO_LEARN
         return self._encoded_caption(self.pairs.texts[clip])
 
+    def narrated_samples(self, indices: Sequence[int]) -> list[bool] | None:
+        """Return for some pairs if their narration is used; None if that of every pair is."""
+        if not len(self.without_text):
+            return None
+        return [bool(self.narrated[self.pairs.clip_groups[self._clip(index)]]) for index in indices]
+
     @property
     def prompt(self) -> list[int]:
         """Tokens before every caption."""

@@ -362,22 +362,6 @@ class LanguageModel(nn.Module):
         before = hidden.flatten(0, 1).index_select(0, spliced.supervised - 1)
         return self.logits(before), spliced.labels.flatten().index_select(0, spliced.supervised)
 
-    def answer_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
-        """Return next-token logits at every token of answers to one prompt.
-
-        Args:
-            prompt: int64 [L], with a `VIDEO_TOKEN_ID`.
-            visual: float [B, N, D].
-            answers: int64 [B, M].
-
-        Returns:
-            float32 [B, M, V], which predict each token of the answers.
-        """
-        ids = torch.cat([prompt.expand(len(answers), -1), answers], dim=1)
-        spliced = self.splice(ids, torch.ones_like(ids, dtype=torch.bool), None, visual)
-        hidden = self._hidden_states(spliced.embeds)
-        return self.logits(hidden[:, -answers.shape[1] - 1 : -1])
-
     def token_log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, visual: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -406,7 +390,7 @@ class LanguageModel(nn.Module):
         eos_token_id: int,
         pad_token_id: int,
     ) -> list[list[int]]:
-        """Continue prompts greedily.
+        """Continue prompts greedily; where the model is sharded, its parameters have to be gathered before.
 
         Args:
             input_ids, attention_mask, visual: as in `splice`.
@@ -432,6 +416,7 @@ class LanguageModel(nn.Module):
             max_new_tokens=max_new_tokens,
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
+            synced_gpus=False,  # parameters are whole, and other ranks may have nothing to generate
         )
         return [_until(eos_token_id, row) for row in generated.tolist()]
 

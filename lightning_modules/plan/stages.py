@@ -79,7 +79,9 @@ class StagePlan:
         checkpointing: whether activations are checkpointed.
         devices, micro_batch, accumulate: how a global batch is split.
         steps, warmup_steps: of the whole stage; None if the number of samples is unknown.
-        samples: seen in the whole stage.
+        captions: that the demonstrator generates for a micro-batch, on average.
+        gathers: times that the layers of the language model are gathered in a micro-batch; None if nothing is sharded.
+        gathered: bytes of all parts that a device receives in a micro-batch for gathering; None if nothing is sharded.
     """
 
     name: str
@@ -100,6 +102,9 @@ class StagePlan:
     steps_per_epoch: int | None
     steps: int | None
     warmup_steps: int | None
+    captions: float = 0.0
+    gathers: int | None = None
+    gathered: int | None = None
 
     @property
     def global_batch(self) -> int:
@@ -157,8 +162,10 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     stage.num_frames = num_frames = config["clips"]["num_frames"]
     low_precision = str(trainer.get("precision", "32-true")).startswith("bf16")
     probe = _Probe(stage, num_frames, assumed, torch.bfloat16 if low_precision else torch.float32)
-    held, inputs, transient = probe.saved_bytes()
-    flops = probe.flops()
+    captions = _captioned_fraction(stage, data)
+    held, inputs, transient = probe.saved_bytes(captions)
+    flops = probe.mean_flops(captions)
+    gathers, gathered = probe.gathers(captions)
     stage.model.checkpoint_activations()
     samples = assumed.samples
     steps_per_epoch = None if samples is None else samples // int(data["global_batch_size"])
@@ -176,15 +183,16 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     frozen = sum(count for count, trains in parts.values() if not trains)
     strategy = str(trainer.get("strategy", "auto"))
     states = _state_bytes(trained, frozen, stage.frozen_dtype.itemsize, strategy, devices)
-    if "fsdp" in strategy:
-        states += _gathered_bytes(stage.model, 2 if low_precision else 4)
+    sharded = "fsdp" in strategy
+    if sharded:
+        states += _gathered_bytes(stage.model, 2 if low_precision else 4, whole_language_model=captions > 0)
     return StagePlan(
         name=str(config["stage"]),
         parts=parts,
         visual_tokens=stage.network.visual_tokens(num_frames) * stage.num_visual_inputs,
         text_tokens=assumed.text_tokens,
         flops=flops,
-        flops_recomputed=probe.flops(),
+        flops_recomputed=probe.mean_flops(captions),
         activations=held,
         activations_checkpointed=inputs,
         transient=transient,
@@ -197,6 +205,9 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         warmup_steps=None if steps is None else math.ceil(stage.optim.warmup_fraction * steps),
+        captions=captions * micro_batch,
+        gathers=gathers if sharded else None,
+        gathered=gathered * (devices - 1) // devices if sharded else None,
     )
 
 
@@ -208,7 +219,8 @@ def flops_per_sample(config: dict[str, Any], stage: Stage) -> int:
         stage: made from it; its model is built on the meta device here.
     """
     stage.num_frames = config["clips"]["num_frames"]
-    return _Probe(stage, stage.num_frames, PlanConfig(**(config.get("plan") or {})), torch.float32).flops()
+    probe = _Probe(stage, stage.num_frames, PlanConfig(**(config.get("plan") or {})), torch.float32)
+    return probe.mean_flops(_captioned_fraction(stage, config["data"]["init_args"]))
 
 
 def plan_table(plans: Sequence[StagePlan], assumed: Sequence[PlanConfig]) -> str:
@@ -223,6 +235,9 @@ def plan_table(plans: Sequence[StagePlan], assumed: Sequence[PlanConfig]) -> str
         ("with text", lambda p, a: f"{p.visual_tokens + p.text_tokens:,}"),
         ("TFLOP a sample", lambda p, a: f"{p.flops / 1e12:.3g}"),
         ("with recomputation", lambda p, a: f"{p.flops_recomputed / 1e12:.3g}" if p.checkpointing else None),
+        ("captions generated a micro-batch", lambda p, a: f"{p.captions:.3g}" if p.captions else None),
+        ("language model gathered a micro-batch", lambda p, a: None if p.gathers is None else f"{p.gathers} times"),
+        ("GB gathered a micro-batch", lambda p, a: None if p.gathered is None else f"{p.gathered / 1e9:.1f}"),
         ("global batch", lambda p, a: f"{p.global_batch:,}"),
         ("devices x micro-batch x accumulated", lambda p, a: f"{p.devices} x {p.micro_batch} x {p.accumulate}"),
         ("steps an epoch", lambda p, a: None if p.steps_per_epoch is None else f"{p.steps_per_epoch:,}"),
@@ -290,16 +305,48 @@ def _state_bytes(trained: int, frozen: int, frozen_size: int, strategy: str, dev
     return (18 + buckets) * trained + frozen_size * frozen
 
 
-def _gathered_bytes(model: Exo2EgoModel, itemsize: int) -> int:
-    """Count the gathered parameters during computation: those outside all inner units, one unit, and the next one."""
+def _gathered_bytes(model: Exo2EgoModel, itemsize: int, whole_language_model: bool) -> int:
+    """Count the gathered parameters during computation: those outside all inner units, one unit, and the next one.
+
+    Args:
+        model: on any device.
+        itemsize: bytes of a gathered parameter.
+        whole_language_model: all of its layers are gathered at the same time, to generate captions.
+    """
+    *inside, (_, around) = _unit_sizes(model)
+    sizes = dict(inside)
+    together = 2 * max(sizes.values())
+    if whole_language_model:
+        together = max(together, sum(sizes[layer] for layer in model.language_model.blocks()))
+    return itemsize * (around + together)
+
+
+def _unit_sizes(model: Exo2EgoModel) -> list[tuple[nn.Module, int]]:
+    """Return the units that are gathered one by one with the number of their own parameters, the model itself last."""
     counted: set[int] = set()
     sizes = []
     for unit in model.units():
         own = [parameter for parameter in unit.parameters() if id(parameter) not in counted]
         counted |= {id(parameter) for parameter in own}
-        sizes.append(itemsize * sum(parameter.numel() for parameter in own))
-    *inside, around = sizes
-    return around + 2 * max(inside)
+        sizes.append((unit, sum(parameter.numel() for parameter in own)))
+    return sizes
+
+
+def _captioned_fraction(stage: Stage, data: dict[str, Any]) -> float:
+    """Return the fraction of samples for which the demonstrator generates a caption: those without narration.
+
+    Args:
+        stage: to plan.
+        data: arguments of its data.
+    """
+    if not isinstance(stage, AnswerGuidance):
+        return 0.0
+    narration = data.get("narration") or {}
+    fraction, ratio = float(narration.get("ego_text_fraction", 1.0)), narration.get("unnarrated_ratio")
+    others = 1 - fraction if ratio is None else min(1 - fraction, float(ratio) * fraction)
+    if others and narration.get("share") is not None:
+        return 1 - float(narration["share"])
+    return others / (fraction + others)
 
 
 def _convolution_backward_flop(
@@ -345,21 +392,67 @@ class _Probe:
             ids = torch.empty(1, length, dtype=torch.int64)
             text = TextBatch(ids, torch.empty(1, length, dtype=torch.bool), ids)
             self.batch = ClipBatch(["meta"], text, float(assumed.label_tokens), video, video)
-            self.batch.prompt = torch.empty(length - assumed.label_tokens, dtype=torch.int64)
+            self.prompt = torch.empty(length - assumed.label_tokens, dtype=torch.int64)
+            self.batch.prompt = self.prompt
         stage.read_text = self._read_text  # type: ignore[method-assign]
+        self.generating = False
         if isinstance(stage, AnswerGuidance):
             self.answer_tokens = stage.answer_tokens
-            stage.caption = self._caption  # type: ignore[method-assign]
-            stage.model.language_model.answer_logits = self._answer_logits  # type: ignore[method-assign]
+            stage.answers = self._answers  # type: ignore[method-assign]
 
-    def flops(self) -> int:
-        """Count operations of forward and backward; a multiplication and an addition are two."""
+    def mean_flops(self, captions: float) -> int:
+        """Count operations of a sample on average, if that fraction of all samples has a caption generated."""
+        counts = [
+            self.flops(captioned) if share else 0 for captioned, share in ((False, 1 - captions), (True, captions))
+        ]
+        return round((1 - captions) * counts[0] + captions * counts[1])
+
+    def gathers(self, captions: float) -> tuple[int, int]:
+        """Count how often the language model's layers are gathered in a micro-batch, and the bytes of all parts.
+
+        A unit is gathered for each call of its forward, and for its backward pass; the parameters around all units are
+        gathered once. Where captions are generated, the layers stay gathered for all of their tokens and the pass that
+        follows.
+        """
+        model = self.stage.model
+        *units, (_, around) = _unit_sizes(model)
+        itemsize = next(model.parameters()).element_size()
+        times = dict.fromkeys((unit for unit, _ in units), 0)
+
+        def called(unit: nn.Module, args: Any, output: Any) -> None:
+            if not self.generating:
+                times[unit] += 1 + any(leaf.requires_grad for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+        handles = [unit.register_forward_hook(called) for unit, _ in units]
+        with _flash_attention():
+            self._loss(captions > 0)
+        for handle in handles:
+            handle.remove()
+        (of_language_model,) = {times[layer] for layer in model.language_model.blocks()}
+        return of_language_model, itemsize * (around + sum(times[unit] * size for unit, size in units))
+
+    def flops(self, captioned: bool = False) -> int:
+        """Count operations of forward and backward; a multiplication and an addition are two.
+
+        Args:
+            captioned: the sample has no narration, and the demonstrator generates a caption for it.
+        """
         with _flash_attention(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
-            self._loss().backward()
+            self._loss(captioned).backward()
         return int(counter.get_total_flops())
 
-    def saved_bytes(self) -> tuple[int, int, int]:
-        """Count bytes that autograd holds after forward, the same with checkpointed blocks, and the largest block."""
+    def saved_bytes(self, captions: float) -> tuple[int, int, int]:
+        """Count bytes that autograd holds after forward, the same with checkpointed blocks, and the largest block.
+
+        Args:
+            captions: fraction of the samples that have a caption generated; the larger kind of sample counts.
+        """
+        kinds = [kind for kind, share in ((False, 1 - captions), (True, captions)) if share]
+        counts = [self._saved_bytes(kind) for kind in kinds]
+        held, inputs, transient = (max(of_kind) for of_kind in zip(*counts, strict=True))
+        return held, inputs, transient
+
+    def _saved_bytes(self, captioned: bool) -> tuple[int, int, int]:
         seen: set[int] = {storage_id(p) for p in self.stage.parameters()} | {
             storage_id(b) for b in self.stage.buffers()
         }
@@ -401,28 +494,29 @@ class _Probe:
 
         with _hooks(self.stage.model, enter, leave), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             with _flash_attention():
-                loss = self._loss()
+                loss = self._loss(captioned)
         del loss
         return outside + sum(inside), outside + inputs, max(inside, default=0)
 
-    def _loss(self) -> Tensor:
+    def _loss(self, captioned: bool) -> Tensor:
         self.stage.step_log = {}
+        self.batch.narrated = torch.empty(1, dtype=torch.bool, device="meta") if captioned else None
         return torch.stack(list(self.stage.losses(self.batch).values())).sum()
 
     def _read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
-        """Replace ``Stage.read_text``: labels are at the end of the row, so that their place needs no values."""
-        logits = self._logits(visual, batch.text.input_ids, self.assumed.label_tokens)
-        return logits[0], torch.empty(self.assumed.label_tokens, dtype=torch.int64, device="meta")
+        """Replace ``Stage.read_text``: labels follow the prompt, so that their place needs no values."""
+        ids = batch.text.input_ids
+        labels = ids.shape[1] - len(self.prompt)
+        logits = self._logits(visual, ids, labels)
+        return logits[0], torch.empty(labels, dtype=torch.int64, device="meta")
 
-    def _caption(self, prompt: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """Replace ``AnswerGuidance.caption``: token by token costs as much as one pass over all of them."""
-        answers = torch.empty(1, self.answer_tokens, dtype=torch.int64, device="meta")
-        self._answer_logits(prompt, visual, answers)
-        return answers, torch.empty_like(answers, dtype=torch.bool)
-
-    def _answer_logits(self, prompt: Tensor, visual: Tensor, answers: Tensor) -> Tensor:
-        """Replace ``LanguageModel.answer_logits``."""
-        return self._logits(visual, torch.cat([prompt[None], answers], dim=1), answers.shape[1])
+    def _answers(self, visual: Tensor, batch: ClipBatch) -> TextBatch:
+        """Replace ``AnswerGuidance.answers``: token by token costs as much as one pass over all of them."""
+        ids = torch.empty(1, len(self.prompt) + self.answer_tokens, dtype=torch.int64, device="meta")
+        self.generating = True
+        self._logits(visual, ids, self.answer_tokens)
+        self.generating = False
+        return TextBatch(ids, torch.empty_like(ids, dtype=torch.bool), ids)
 
     def _logits(self, visual: Tensor, input_ids: Tensor, labels: int) -> Tensor:
         """Return the logits of the last tokens of a row, float32 [1, labels, V]."""

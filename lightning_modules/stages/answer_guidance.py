@@ -1,26 +1,30 @@
-"""Stage 2 with another guidance term: KL between the answers of the demonstrator and of the learner.
+"""Stage 2 with another guidance term: KL between what the demonstrator and the learner would say.
 
 An example of a new loss in a file of its own: it replaces one term of ``DemonstratorLearnerGuidance``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from datamodules.batch import ClipBatch
-from lightning_modules.losses import answer_kl_loss
+from datamodules.batch import IGNORE_INDEX, ClipBatch, TextBatch
+from lightning_modules.losses import NextTokens, answer_kl_loss, vtg_loss
 from lightning_modules.stages.guidance import DemonstratorLearnerGuidance, GuidanceFeatures
+from lightning_modules.strategy import gathered
 
 
 class AnswerGuidance(DemonstratorLearnerGuidance):
     """Demonstrator-Learner Guidance with the KL on next-token distributions instead of features; not of the paper.
 
-    The demonstrator answers the common prompt of the data greedily from y. The KL compares the language model's
-    distributions along this caption when it reads y with those when it reads x and F(x). This needs neither aligned
-    frames nor text.
+    The KL compares the language model's distributions when it reads y with those when it reads x and F(x): along the
+    narration, or along the caption that the demonstrator gives greedily where a pair has no narration. The learner
+    reads narration or caption once, for video-text generation and KL alike. The KL needs neither aligned frames nor,
+    thanks to the captions, text.
 
     The projector trains on x and F(x), so that y means less and less to it. ``init.exo_projector`` names the projector
     of stage 1; y then passes through that one. ``kl.weight``, ``kl.tau`` and ``kl.warmup_fraction`` apply to this
@@ -37,44 +41,131 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         super().__init__(**guidance)
         self.answer_tokens = answer_tokens
 
-    def kl_loss(self, features: GuidanceFeatures, batch: ClipBatch, feature_kl: Tensor) -> Tensor:
-        """Return the KL of answers, averaged over the tokens of each caption and over clips.
+    def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
+        """Return video-text generation on x and F(x), KL of answers and cycle consistency."""
+        if batch.exo_video is None:
+            return super().losses(batch)
+        model = self.model
+        ego = model.ego_encoder(self.video_of(batch, "ego"))
+        mapped = model.ego_to_exo(ego)
+        with torch.no_grad():
+            exo = model.exo_encoder(batch.exo_video)
+            answers, demonstrated = self.demonstrate(exo, batch)
+        features = GuidanceFeatures(ego, exo, mapped, model.learner_view(ego, mapped))
+
+        losses = self._text_losses(features.visual, batch, answers, demonstrated)
+        target, standardized, _ = self._feature_kl(features, batch)
+        if self.contrastive.weight:
+            losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
+        if self.cycle.weight:
+            losses["cycle"] = self.cycle.weight * self._cycles(ego, mapped, exo, batch.valid)
+        return losses
+
+    def _text_losses(
+        self, visual: Tensor, batch: ClipBatch, answers: TextBatch, demonstrated: NextTokens
+    ) -> dict[str, Tensor]:
+        """Return video-text generation on narrations and the KL along all answers, from one pass.
+
+        Args:
+            visual: visual tokens of the learner, float [B, N, D].
+            batch: the micro-batch.
+            answers: B rows, see ``answers``.
+            demonstrated: the demonstrator's distributions at the M supervised tokens of ``answers``.
+        """
+        logits, targets = self.read_text(visual, replace(batch, text=answers))
+        tokens = (answers.labels[:, 1:] != IGNORE_INDEX).sum(1)
+        clip = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens, output_size=len(targets))
+        if batch.narrated is not None:
+            targets = targets.where(batch.narrated.index_select(0, clip), IGNORE_INDEX)
+        kl = answer_kl_loss(demonstrated, logits, clip, len(tokens), self.kl.tau)
+        self.step_log["guidance/kl_answers"] = kl.detach()
+        vtg = vtg_loss(logits, targets, batch.label_tokens)
+        return {"vtg": self.vtg_weight * vtg, "kl": self._kl_weight() * kl}
+
+    @torch.no_grad()
+    def demonstrate(self, exo: Tensor, batch: ClipBatch) -> tuple[TextBatch, NextTokens]:
+        """Return the demonstrator's answers and its distributions at each of their tokens.
+
+        The language model is gathered once for all tokens of the captions and for their distributions, on all ranks of
+        a sharded run, as some may have captions to generate where others have narrations.
+
+        Args:
+            exo: y, float [B, T, h, w, C].
+            batch: the micro-batch.
 
         Raises:
-            ValueError: the samples of the data have different prompts.
+            ValueError: pairs without narration have different prompts.
         """
-        if batch.prompt is None:
-            raise ValueError(
-                "model.class_path: AnswerGuidance needs data with one common prompt, and these have none: use "
-                "DemonstratorLearnerGuidance"
-            )
-        language_model = self.model.language_model
-        with torch.no_grad():
-            exo_tokens = self.model.project_exo(features.exo)
-            answers, counts = self.caption(batch.prompt, exo_tokens)
-            target = language_model.answer_logits(batch.prompt, exo_tokens, answers)
-        logits = language_model.answer_logits(batch.prompt, features.visual, answers)
-        kl = answer_kl_loss(target, logits, counts & batch.valid[:, None], self.kl.tau)
-        self.step_log["guidance/kl_answers"] = kl.detach()
-        return kl
+        visual = self.model.project_exo(exo)
+        blocks = [] if batch.narrated is None else self.model.language_model.blocks()
+        with gathered(blocks):
+            answers = batch.text if batch.narrated is None else self.answers(visual, batch)
+            logits, _ = self.read_text(visual, replace(batch, text=answers, source=None))
+        return answers, NextTokens.of(logits, self.kl.tau)
 
-    def caption(self, prompt: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """Answer a prompt greedily, with the same number of forward passes on all ranks.
+    def answers(self, visual: Tensor, batch: ClipBatch) -> TextBatch:
+        """Return a row for each pair: its narration, or the prompt and the caption that the demonstrator gives.
+
+        Args:
+            visual: tokens of y, float [B, N, D].
+            batch: the micro-batch, with ``narrated``.
+
+        Returns:
+            B rows; narrations and captions are labelled. Those of clips that cannot be read have no label.
+
+        Raises:
+            ValueError: the pairs have different prompts.
+        """
+        if batch.prompt is None or batch.narrated is None:
+            raise ValueError(
+                "model.class_path: AnswerGuidance needs data with one common prompt where pairs have no narration, and "
+                "these have none: narrate all of them (data.narration), or use DemonstratorLearnerGuidance"
+            )
+        captions = self.captions(batch.prompt, visual, batch.valid & ~batch.narrated)
+        prompt = batch.prompt.expand(len(captions), -1)
+        given = captions != IGNORE_INDEX
+        rows = TextBatch(
+            torch.cat([prompt, captions.masked_fill(~given, 0)], dim=1),
+            torch.cat([torch.ones_like(prompt, dtype=torch.bool), given], dim=1),
+            torch.cat([torch.full_like(prompt, IGNORE_INDEX), captions], dim=1),
+        )
+        own, text = given.any(1, keepdim=True), batch.text
+        return TextBatch(
+            _either(own, rows.input_ids, text.input_ids, 0),
+            _either(own, rows.attention_mask, text.attention_mask, 0),
+            _either(own, rows.labels, text.labels, IGNORE_INDEX),
+        )
+
+    def captions(self, prompt: Tensor, visual: Tensor, wanted: Tensor) -> Tensor:
+        """Answer a prompt greedily.
 
         Args:
             prompt: int64 [L].
             visual: float [B, N, D].
+            wanted: bool [B], the clips to caption.
 
         Returns:
-            Tokens int64 [B, ``answer_tokens``], and bool of the same shape, true up to the end of each answer.
+            int64 [B, ``answer_tokens``], each with its end token if that fits, then ``IGNORE_INDEX``; nothing else for
+            clips that are not wanted.
         """
-        language_model = self.model.language_model
-        prompts = prompt.expand(len(visual), -1)
-        mask = torch.ones_like(prompts, dtype=torch.bool)
-        no_token = int(language_model.causal_lm.config.vocab_size)  # generation never stops early
-        tokens = language_model.generate(
-            prompts, mask, visual, self.answer_tokens, eos_token_id=no_token, pad_token_id=0
-        )
-        answers = torch.tensor(tokens, device=prompt.device)
-        ended = answers == int(self.tokenizer.eos_token_id)
-        return answers, ended.cumsum(1) - ended.long() == 0
+        captions = torch.full((len(wanted), self.answer_tokens), IGNORE_INDEX)
+        clips = wanted.nonzero().flatten()
+        if len(clips):
+            end = int(self.tokenizer.eos_token_id)
+            prompts = prompt.expand(len(clips), -1)
+            mask = torch.ones_like(prompts, dtype=torch.bool)
+            language_model = self.model.language_model
+            generated = language_model.generate(
+                prompts, mask, visual.index_select(0, clips), self.answer_tokens, eos_token_id=end, pad_token_id=0
+            )
+            for clip, tokens in zip(clips.tolist(), generated, strict=True):
+                answer = torch.tensor([*tokens, end][: self.answer_tokens])
+                captions[clip, : len(answer)] = answer
+        return captions.to(prompt.device)
+
+
+def _either(first: Tensor, one: Tensor, other: Tensor, filling: int) -> Tensor:
+    """Return rows of ``one`` where ``first``, bool [B, 1], and of ``other`` elsewhere, filled to the same length."""
+    length = max(one.shape[1], other.shape[1])
+    one, other = (pad(rows, (0, length - rows.shape[1]), value=filling) for rows in (one, other))
+    return torch.where(first, one, other)

@@ -190,7 +190,7 @@ class DemonstratorLearnerGuidance(Stage):
         if self.contrastive.weight:
             losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
         if self.cycle.weight:
-            losses["cycle"] = self.cycle.weight * self._cycles(features, batch.valid)
+            losses["cycle"] = self.cycle.weight * self._cycles(ego, mapped, exo, batch.valid)
         return losses
 
     def kl_loss(self, features: GuidanceFeatures, batch: ClipBatch, feature_kl: Tensor) -> Tensor:
@@ -247,16 +247,17 @@ class DemonstratorLearnerGuidance(Stage):
         rising = self.kl.warmup_fraction * self.total_steps() if self.kl.warmup_fraction else 0.0
         return self.kl.weight * min(1.0, (self.trainer.global_step + 1) / (rising + 1)) if rising else self.kl.weight
 
-    def _cycles(self, features: GuidanceFeatures, valid: Tensor) -> Tensor:
-        """Return the sum of the directions: G(F(x)) against x, F(G(y)) against y."""
+    def _cycles(self, ego: Tensor, mapped: Tensor, exo: Tensor | None, valid: Tensor) -> Tensor:
+        """Return the sum of the directions: G(F(x)) against x, F(G(y)) against y, for which y must be there."""
         model, directions = self.model, {}
         if self.cycle.forward:
-            target = features.ego.detach() if self.cycle.detach_target else features.ego
-            round_trip = model.exo_to_ego(features.mapped)
+            target = ego.detach() if self.cycle.detach_target else ego
+            round_trip = model.exo_to_ego(mapped)
             directions["ego"] = self._cycle("ego", target, round_trip, valid)
         if self.cycle.backward:
-            round_trip = model.ego_to_exo(model.exo_to_ego(features.exo))
-            directions["exo"] = self._cycle("exo", features.exo, round_trip, valid)
+            assert exo is not None
+            round_trip = model.ego_to_exo(model.exo_to_ego(exo))
+            directions["exo"] = self._cycle("exo", exo, round_trip, valid)
         self.step_log |= {f"guidance/cycle_{view}": loss.detach() for view, loss in directions.items()}
         return torch.stack(list(directions.values())).sum()
 
