@@ -12,18 +12,13 @@ from typing import cast
 import av
 from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Disposition
+from av.stream import Discard, Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from datamodules.video.errors import Damaged, FileMissing, Mirrored, NotAVideo, NoTimes, NoVideoStream, error_text
 from datamodules.video.images import IMAGES_FPS, ImageFolder, list_images
 from datamodules.video.media import open_input, quarter_turns, set_up_decoder
-
-try:
-    from av.stream import Discard
-except ImportError:  # PyAV before 17.1 reads the packets of other streams and drops them
-    Discard = None  # type: ignore[assignment,misc]
 
 _HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # keeps FFmpeg from decoding frames while it opens a file
 _NO_TIMES = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS
@@ -209,7 +204,7 @@ def _describe(name: str, stamp: tuple[int, int], container: InputContainer) -> O
         if last.pos + last.size > stamp[1]:
             raise Damaged(f"truncated: {stamp[1]} bytes, but its index reaches byte {last.pos + last.size}", name)
     for other in container.streams:
-        if Discard is not None and other.index != stream.index:
+        if other.index != stream.index:
             other.discard = Discard.all
     set_up_decoder(codec)
     start_tick = stream.start_time or 0
