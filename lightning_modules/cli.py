@@ -11,13 +11,16 @@ Every verb imports what it needs when it is called, so that ``--help`` and wrong
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lightning_modules.config import Composition, ConfigError, compose, read_layers, stage_names
+from lightning_modules.layers import dump_yaml
 
-from lightning_modules.config import ConfigError, compose, stage_names
+OVERRIDES = "stage, and keys to override: key=value, --key=value, or ~key to remove one; `keys` lists them all"
 
 
 def fit(options: argparse.Namespace) -> None:
@@ -25,8 +28,9 @@ def fit(options: argparse.Namespace) -> None:
     from lightning_modules import training
     from lightning_modules.evaluation import evaluate_single_inputs
 
-    config = _compose(options)
-    training.fit(config, options.force)
+    composition = _read_layers(options)
+    config = composition.resolve()
+    training.fit(config, options.force, composition)
     if options.single_inputs:
         evaluate_single_inputs(config, again=False)
 
@@ -48,11 +52,11 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    """Print the resolved configuration of a stage and check it."""
-    from lightning_modules.run import build
+    """Print the resolved configuration of a stage with all defaults, and check it."""
+    from lightning_modules.run import build, complete
 
     config = _compose(options)
-    print(yaml.safe_dump(config, sort_keys=False), end="")
+    print(dump_yaml(complete(config)), end="")
     build(config)
 
 
@@ -117,6 +121,9 @@ def score(options: argparse.Namespace) -> None:
     evaluation.report(options.runs)
 
 
+_KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
+"""An override in the form ``--key=value``. Names of options have no dots, and no key has the name of one."""
+
 VERBS = {verb.__name__: verb for verb in (fit, evaluate, show, keys, plan, consolidate, report, score)}
 
 
@@ -147,18 +154,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     for name, verb in VERBS.items():
         text = str(verb.__doc__).partition("\n")[0]
-        command = verbs.add_parser(name, help=text, description=text)
+        command = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name in ("report", "score"):
             command.add_argument("runs", type=Path, help="folder of an experiment's runs, e.g. runs/toy")
         else:
             command.add_argument("experiment", type=Path, help="folder of the experiment, or config.yaml of a run")
-            command.add_argument("rest", nargs="*", metavar="[STAGE] key=value", help="stage and overridden keys")
+            command.add_argument("rest", nargs="*", metavar="[STAGE] key=value", help=OVERRIDES)
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         _add_options(name, command)
-    options, after = parser.parse_known_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options, after = parser.parse_known_args([_KEY_OPTION.sub(r"\1", word) for word in given])
     # argparse accepts no more positional arguments after an option, but key=value may follow in any order.
-    if after and ("rest" not in options or any("=" not in word or word.startswith("-") for word in after)):
-        parser.error(f"unrecognized arguments: {' '.join(after)}")
+    wrong = [word for word in after if word.startswith("-") or not ("=" in word or word.startswith("~"))]
+    if wrong or (after and "rest" not in options):
+        name = wrong[0].removeprefix("--") if wrong else ""
+        hint = f": write {name}=value to override a key" if re.fullmatch(r"[a-z]\w*(\.\w+)+", name) else ""
+        parser.error(f"unrecognized arguments: {' '.join(wrong or after)}{hint}")
     if after:
         options.rest += after
     return options
@@ -188,7 +199,7 @@ def _stage_argument(options: argparse.Namespace) -> str | None:
     Raises:
         ConfigError: the experiment has no such stage.
     """
-    if not options.rest or "=" in options.rest[0]:
+    if not options.rest or "=" in options.rest[0] or options.rest[0].startswith("~"):
         return None
     stage = str(options.rest.pop(0))
     known = stage_names(options.experiment)
@@ -198,7 +209,12 @@ def _stage_argument(options: argparse.Namespace) -> str | None:
 
 
 def _compose(options: argparse.Namespace) -> dict[str, Any]:
-    """Compose the configuration that the arguments name.
+    """Compose and resolve the configuration that the arguments name."""
+    return _read_layers(options).resolve()
+
+
+def _read_layers(options: argparse.Namespace) -> Composition:
+    """Read the layers of the configuration that the arguments name.
 
     Raises:
         ConfigError: the experiment or the stage does not exist, or its configuration is invalid.
@@ -207,4 +223,4 @@ def _compose(options: argparse.Namespace) -> dict[str, Any]:
     if stage is None and options.experiment.is_dir():
         known = ", ".join(stage_names(options.experiment))
         raise ConfigError(f"{options.experiment} is a folder: name a stage after it, {known}")
-    return compose(options.experiment, stage, options.rest)
+    return read_layers(options.experiment, stage, options.rest)

@@ -15,19 +15,59 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from lightning_modules.layers import (
+    DELETE,
+    ConfigError,
+    Layer,
+    dump_yaml,
+    load_yaml,
+    merge,
+    parse_override,
+    refers_to,
+    resolve,
+)
+
+__all__ = [
+    "RENAMED_KEYS",
+    "Composition",
+    "ConfigError",
+    "Renamed",
+    "compose",
+    "config_hash",
+    "read_layers",
+    "single_visual_inputs",
+    "stage_names",
+]
 
 VISUAL_INPUTS = ("ego", "mapped")
+LAYERS_FILE = "layers.yaml"
+"""Name of the file with the layers of a run's ``config.yaml``, in the same folder."""
 
+INTERPOLATED_KEYS = (
+    "experiment",
+    "stage",
+    "runs",
+    "run_dir",
+    "handoffs",
+    "start",
+    "weights",
+    "data_root",
+    "tokenizer",
+    "seed_everything",
+    "network",
+    "clips",
+)
+"""Top-level keys that the experiments of this repository interpolate into others."""
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used: one line that names the file or key and how to fix it."""
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs", DELETE)
+_LAYERS_HEAD = """\
+# The layers that config.yaml was composed of, the winning ones last, before interpolations were resolved. Overrides of
+# config.yaml are applied to them, so that they reach every key. If you edit config.yaml, it is used as it is instead.
+"""
 
 
 @dataclass(frozen=True)
@@ -71,74 +111,138 @@ merged. Name a key as the file has it: a resolved ``config.yaml`` repeats the va
 """
 
 
+@dataclass(frozen=True)
+class Composition:
+    """The layers of a stage's configuration before they are merged.
+
+    Attributes:
+        stage: name of the stage; None for a complete file without layers.
+        layers: content of the files, the winning ones last.
+        overrides: ``key=value`` and ``~key`` of the command line, which win over all files.
+    """
+
+    stage: str | None
+    layers: tuple[Layer, ...]
+    overrides: tuple[str, ...]
+
+    def resolve(self) -> dict[str, Any]:
+        """Merge the layers and replace interpolations by values.
+
+        Raises:
+            ConfigError: an override is invalid, or would not reach the keys that depend on it, or an interpolation
+                finds nothing.
+        """
+        layers = list(self.layers)
+        if self.stage is not None:
+            layers.insert(0, Layer("", {"stage": self.stage}))
+        stage = self.stage or layers[-1].content.get("stage")
+        for text in self.overrides:
+            override = parse_override(text)
+            content = normalize_keys(override.content, f"override {text}", stage)
+            if self.stage is None:
+                self._check_reach(text, next(iter(content)))
+            layers.append(Layer(override.source, content))
+        return resolve(merge(layers), self.layers[-1].source)
+
+    def _check_reach(self, override: str, key: str) -> None:
+        """Refuse to change a shared key of a file in which everything that depends on it is resolved already."""
+        (file,) = self.layers
+        if key in INTERPOLATED_KEYS and not refers_to(file.content, key):
+            raise ConfigError(
+                f"override {override!r}: {file.source} repeats {key} in other keys, which would keep their values, and "
+                f"has no {LAYERS_FILE} that belongs to it: give the override with the experiment instead, e.g. "
+                f"`fit experiments/toy stage1 {override}`, or edit the file in all places"
+            )
+
+    def save(self, folder: Path) -> None:
+        """Write the layers next to the resolved ``config.yaml`` of a run, so that overrides of it reach every key."""
+        content = {
+            "config_sha256": _digest(folder / "config.yaml"),
+            "stage": self.stage,
+            "layers": [asdict(layer) for layer in self.layers],
+            "overrides": list(self.overrides),
+        }
+        (folder / LAYERS_FILE).write_text(_LAYERS_HEAD + dump_yaml(content), encoding="utf-8")
+
+
 def compose(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Compose and resolve.
 
     Args:
         experiment: folder of the experiment, or one complete file such as a run's ``config.yaml``.
         stage: name of the stage, such as ``stage1``; None for a complete file.
-        overrides: ``key=value`` with dots between keys; values as in YAML.
+        overrides: ``key=value`` with dots between keys and values as in YAML, or ``~key`` to remove a key.
 
     Raises:
-        ConfigError: a file is missing or no YAML, an override has no ``=``, or an interpolation finds nothing.
+        ConfigError: a file is missing or no YAML, an override has another form, or an interpolation finds nothing.
     """
-    files = [experiment] if stage is None else _layers(experiment, f"{stage}.yaml")
-    merged: Any = OmegaConf.create({} if stage is None else {"stage": stage})
-    layers: list[Any] = []
+    return read_layers(experiment, stage, overrides).resolve()
+
+
+def read_layers(experiment: Path, stage: str | None, overrides: Sequence[str] = ()) -> Composition:
+    """Read the layers of a stage, for arguments as those of ``compose``.
+
+    The layers of a run's ``config.yaml`` are those that it was composed of, unless it was edited since.
+
+    Raises:
+        ConfigError: a file is missing or no YAML.
+    """
+    if stage is None and (saved := _saved_layers(experiment)):
+        return replace(saved, overrides=(*saved.overrides, *overrides))
+    files = [experiment] if stage is None else _experiment_files(experiment, f"{stage}.yaml")
+    layers = []
     for file in files:
-        layer = _load(file)
-        layer.pop("extends", None)
-        layers.append(_with_new_keys(layer, str(file), stage))
-        merged = OmegaConf.merge(merged, layers[-1])
-    layers.append(OmegaConf.create())  # all overrides together
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"override {override!r}: expected key=value, e.g. trainer.max_steps=100")
-        try:
-            layer = OmegaConf.from_dotlist([override])
-            layer = _with_new_keys(layer, f"override {override}", stage or merged.get("stage"))
-            layers[-1] = OmegaConf.merge(layers[-1], layer)
-            merged = OmegaConf.merge(merged, layer)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"override {override!r}: the value is no YAML ({' '.join(str(error).split())})") from None
-    _drop_replaced_encoder(merged, layers)
-    try:
-        resolved = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{files[-1]}: {_first_line(error)} (key {error.full_key})") from None
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
+        content = load_yaml(file)
+        if content.pop("extends", None) is not None and file.name != "experiment.yaml":
+            raise ConfigError(f"{file}: extends: only an experiment.yaml extends others: move it there")
+        layers.append(Layer(str(file), normalize_keys(content, str(file), stage)))
+    return Composition(stage, tuple(layers), tuple(overrides))
 
 
-def _drop_replaced_encoder(merged: Any, layers: Sequence[Any]) -> None:
-    """Remove the settings of a built-in encoder if a later layer replaces it by a class.
+def _saved_layers(config_file: Path) -> Composition | None:
+    """Read the layers that lie next to a run's ``config.yaml``, if they are those of its present content."""
+    file = config_file.with_name(LAYERS_FILE)
+    if not config_file.is_file() or not file.is_file():
+        return None
+    saved = load_yaml(file)
+    if saved.get("config_sha256") != _digest(config_file):
+        return None
+    stage, layers = saved["stage"], []
+    for each in saved["layers"]:
+        layers.append(Layer(each["source"], normalize_keys(each["content"], each["source"], stage)))
+    return Composition(stage, tuple(layers), tuple(saved["overrides"]))
 
-    Settings in the layer that names the class, or after it, stay: they are a mistake, which the encoder refuses.
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def normalize_keys(content: dict[str, Any], source: str, stage: str | None) -> dict[str, Any]:
+    """Return a layer with the present name of every key.
+
+    ``model.kl`` and ``data.root`` are short for ``model.init_args.kl`` and ``data.init_args.root``.
 
     Args:
-        merged: all layers; changed in place.
-        layers: one by one.
-    """
-    sections = [OmegaConf.select(layer, "network.encoder") or {} for layer in layers]
-    naming = [number for number, section in enumerate(sections) if section.get("type") is not None]
-    encoder = OmegaConf.select(merged, "network.encoder")
-    if not naming or encoder.get("type") is None:
-        return
-    kept = {"type", "args"}.union(*sections[naming[-1] :])
-    for key in set(encoder) - kept:
-        del encoder[key]
-
-
-def read_saved(file: Path) -> dict[str, Any]:
-    """Read the ``config.yaml`` of a run, written by this or an earlier version.
+        content: one layer of nested keys, before interpolation; it is not changed.
+        source: file or override, for messages.
+        stage: stage that the layer is used for, if known.
 
     Raises:
-        ConfigError: the file is missing or no YAML.
+        ConfigError: a key is given under two names.
     """
-    saved = OmegaConf.to_container(_with_new_keys(_load(file), str(file), None), resolve=False)
-    assert isinstance(saved, dict)
-    return {str(key): value for key, value in saved.items()}
+    written_out = copy.deepcopy(content)
+    for top in ("model", "data"):
+        section = written_out.get(top)
+        if not isinstance(section, dict):
+            continue
+        for key in [key for key in section if key not in _CLASS_KEYS]:
+            value = section.pop(key)
+            if not isinstance(section.get("init_args"), dict):
+                section["init_args"] = {}
+            if key in section["init_args"]:
+                raise ConfigError(f"{source}: {top}.{key} is short for {top}.init_args.{key}: remove one of them")
+            section["init_args"][key] = value
+    return rename_keys(written_out, source, stage or content.get("stage"))
 
 
 def rename_keys(content: dict[str, Any], source: str, stage: str | None) -> dict[str, Any]:
@@ -233,11 +337,6 @@ def _update_references(value: Any, old: str, new: str) -> Any:
     return value
 
 
-def _with_new_keys(layer: DictConfig, source: str, stage: str | None) -> DictConfig:
-    content: Any = OmegaConf.to_container(layer, resolve=False)
-    return OmegaConf.create(rename_keys(content, source, stage or content.get("stage")))
-
-
 def single_visual_inputs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return, for a stage that reads x and F(x), configurations that read one of them, each with its own folder."""
     network = config["network"]
@@ -266,39 +365,34 @@ def stage_names(experiment: Path) -> list[str]:
     Raises:
         ConfigError: there is no such experiment, or one that it extends is missing.
     """
-    names = {file.stem for file in _layers(experiment, "stage*.yaml") if file.stem.startswith("stage")}
+    names = {file.stem for file in _experiment_files(experiment, "stage*.yaml") if file.stem.startswith("stage")}
     return sorted(names, key=lambda name: (len(name), name))
 
 
-def _layers(folder: Path, stage_files: str) -> list[Path]:
+def _experiment_files(folder: Path, stage_files: str, chain: tuple[Path, ...] = ()) -> list[Path]:
     """Return the files of an experiment, the winning ones last.
 
     Args:
         folder: the experiment's.
         stage_files: pattern of the stages' files to include, such as ``stage1.yaml``.
+        chain: the experiments that extend this one.
     """
     head = folder / "experiment.yaml"
+    if folder in chain:
+        shown = " -> ".join(map(str, (*chain[chain.index(folder) :], folder)))
+        raise ConfigError(f"{head}: extends: the experiment extends itself ({shown}): remove one of these lines")
     if not head.is_file():
         known = sorted(path.parent.name for path in folder.parent.glob("*/experiment.yaml"))
-        raise ConfigError(f"no experiment {folder}: no such file {head}; there are: {', '.join(known) or 'none'}")
+        by = f", which {chain[-1]}/experiment.yaml extends" if chain else ""
+        raise ConfigError(f"no experiment {folder}{by}: no such file {head}; there are: {', '.join(known) or 'none'}")
+    bases = load_yaml(head).get("extends") or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{head}: extends: got {bases}, allowed: a list of files and of folders of experiments")
     files: list[Path] = []
-    for name in _load(head).get("extends", []):
+    for name in bases:
         base = Path(os.path.normpath(folder / name))
-        files += _layers(base, stage_files) if base.is_dir() else [base]
+        if base.name == "experiment.yaml":
+            base = base.parent
+        files += [base] if base.suffix in (".yaml", ".yml") else _experiment_files(base, stage_files, (*chain, folder))
     return [*files, head, *sorted(folder.glob(stage_files))]
-
-
-def _load(file: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(file)
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{file}: expected keys and values at the top level")
-    return loaded
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from lightning_modules.config import ConfigError
+from lightning_modules.layers import ConfigError
 
 _ALL_SHOWN = 12
 """Number of allowed keys up to which all are listed; of more, only similar ones are."""

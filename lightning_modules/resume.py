@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.config import ConfigError, read_saved
+from lightning_modules.config import ConfigError, compose
+from lightning_modules.run import complete
 from lightning_modules.weights.handoff import read_manifest
 
 if TYPE_CHECKING:
@@ -55,14 +57,18 @@ def check_resumable(folder: Path, config: dict[str, Any], state: str) -> None:
 
     Args:
         folder: the run's folder.
-        config: the present resolved configuration.
+        config: the present resolved configuration. Defaults count as written down, in both.
         state: ``finished`` or ``interrupted``, for the message.
 
     Raises:
         ConfigError: a key outside ``RESUMABLE_KEYS`` differs, or one of ``SPLIT_KEYS`` with a contrastive loss.
     """
     file = folder / "config.yaml"
-    before = read_saved(file) if file.is_file() else {}
+    before = compose(file, None) if file.is_file() else {}
+    if before == config:
+        return
+    with suppress(ConfigError):  # a class that the run used may be gone: what was written down is compared
+        before, config = complete(before), complete(config)
     old, new = _flatten(before), _flatten(config)
     contrastive = json.loads(new.get("model.init_args.contrastive.weight", "0"))
     free = tuple(f"{key}." for key in RESUMABLE_KEYS if not (contrastive and key in SPLIT_KEYS))
@@ -76,7 +82,7 @@ def check_resumable(folder: Path, config: dict[str, Any], state: str) -> None:
         more = ", ..." if len(changed) > 3 else ""
         raise ConfigError(
             f"{folder}: contains a run {state} with a different configuration ({shown}{more}): "
-            "pass FORCE=1 to train from scratch, or set another `runs` folder"
+            f"pass FORCE=1 to train from scratch, or keep both with another folder, run_dir={folder}_2"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -67,6 +68,9 @@ DEFAULTS: dict[str, Any] = {
     "egobench": EgoBenchConfig(),
     "judge": JudgeConfig(),
 }
+SEED = 0
+"""Default of ``seed_everything``."""
+
 REQUIRED = ("experiment", "stage", "run_dir", "tokenizer", "model", "data")
 
 
@@ -87,7 +91,7 @@ class ExperimentCLI(LightningCLI):
             args=copy.deepcopy(config),  # the parser changes lists in place
             save_config_callback=None,
             auto_configure_optimizers=False,
-            seed_everything_default=0,
+            seed_everything_default=SEED,
             parser_kwargs={"exit_on_error": False},
             trainer_defaults={"enable_checkpointing": False},
         )
@@ -120,6 +124,13 @@ class ExperimentCLI(LightningCLI):
         return super().instantiate_trainer(plugins=plugins, **kwargs)
 
 
+class _ParseOnlyCLI(ExperimentCLI):
+    """Parse alone."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
 class _StageOnlyCLI(ExperimentCLI):
     """Instantiate the stage alone."""
 
@@ -135,6 +146,7 @@ class Run:
 
     Attributes:
         config: the resolved configuration.
+        full_config: the same with every default.
         trainer: the Trainer with all callbacks.
         stage: the LightningModule.
         datamodule: the data of the stage.
@@ -144,6 +156,7 @@ class Run:
     """
 
     config: dict[str, Any]
+    full_config: dict[str, Any]
     trainer: L.Trainer
     stage: Stage
     datamodule: ClipDataModule
@@ -198,7 +211,8 @@ def build(config: dict[str, Any]) -> Run:
     if isinstance(trainer.val_check_interval, int):
         # The configuration counts optimiser steps, the Trainer counts micro-batches.
         trainer.val_check_interval *= trainer.accumulate_grad_batches
-    return Run(config, trainer, stage, datamodule, parsed["egobench"], parsed["judge"], parsed["plan"])
+    full = _with_defaults(config, cli)
+    return Run(config, full, trainer, stage, datamodule, parsed["egobench"], parsed["judge"], parsed["plan"])
 
 
 def _check_limits(trainer: Mapping[str, Any]) -> None:
@@ -231,6 +245,32 @@ def build_stage(config: dict[str, Any]) -> Stage:
     """Check a resolved configuration and make the stage alone; files that it names need not exist."""
     stage: Stage = _parse(config, _StageOnlyCLI).model
     return stage
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a resolved configuration with every default of its classes, of the Trainer and of the shared keys.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has the wrong type.
+    """
+    without_seed = {"seed_everything": False}  # LightningCLI would seed all generators
+    found = _with_defaults(config, _parse(config | without_seed, _ParseOnlyCLI))
+    return found | {"seed_everything": config.get("seed_everything", SEED)}
+
+
+def _with_defaults(config: dict[str, Any], cli: ExperimentCLI) -> dict[str, Any]:
+    """Return what was parsed as plain values, keys of the configuration first."""
+    parsed = json.loads(cli.parser.dump(cli.config, format="json", skip_none=False, skip_validation=True))
+    ordered: dict[str, Any] = _in_order(parsed, config)
+    return ordered
+
+
+def _in_order(value: Any, like: Any) -> Any:
+    if isinstance(value, dict) and isinstance(like, dict):
+        keys = [key for key in like if key in value]
+        keys += [key for key in value if key not in like]
+        return {key: _in_order(value[key], like.get(key)) for key in keys}
+    return value
 
 
 def _parse(config: dict[str, Any], kind: type[ExperimentCLI]) -> ExperimentCLI:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lightning_modules.callbacks.checkpoint import (
     CheckpointError,
@@ -20,9 +19,10 @@ from lightning_modules.callbacks.checkpoint import (
     stored_tensors,
 )
 from lightning_modules.callbacks.throughput import TrainingMonitor
-from lightning_modules.config import config_hash, stage_names
+from lightning_modules.config import LAYERS_FILE, Composition, config_hash, stage_names
 from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.evaluation import answer_validation, evaluate
+from lightning_modules.layers import dump_yaml
 from lightning_modules.plan.stages import flops_per_sample
 from lightning_modules.resume import check_resumable, check_same_start, discard_run
 from lightning_modules.run import Run, build, build_stage
@@ -33,7 +33,7 @@ class Interrupted(RuntimeError):
     """Training stopped before its last step."""
 
 
-def fit(config: dict[str, Any], force: bool = False) -> None:
+def fit(config: dict[str, Any], force: bool = False, layers: Composition | None = None) -> None:
     """Train a stage, resume an interrupted one, or report that it is finished; then answer the validation questions.
 
     Every rank calls this. Rank 0 alone checks and changes files in the run's folder; the others wait for it in their
@@ -42,6 +42,7 @@ def fit(config: dict[str, Any], force: bool = False) -> None:
     Args:
         config: resolved configuration of the stage.
         force: discard what earlier runs left, and train from scratch.
+        layers: what the configuration was composed of, to save with the run.
 
     Raises:
         ConfigError: the folder contains a run with a different configuration.
@@ -76,7 +77,7 @@ def fit(config: dict[str, Any], force: bool = False) -> None:
 
     _limit_steps(run)
     if is_rank_zero:
-        _prepare_folder(run)
+        _prepare_folder(run, layers)
         _enable_mfu(run)
     run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
     if stopped_early(run.trainer, run.stage):
@@ -168,12 +169,16 @@ def _require_progress(run: Run, resumed_from: Path | None) -> None:
         )
 
 
-def _prepare_folder(run: Run) -> None:
+def _prepare_folder(run: Run, layers: Composition | None) -> None:
     """Remove checkpoints that were interrupted while being written, and save the configuration."""
     for torn in (run.folder / "checkpoints").glob(".*.new"):
         shutil.rmtree(torn)
     run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False), encoding="utf-8")
+    (run.folder / "config.yaml").write_text(dump_yaml(run.full_config), encoding="utf-8")
+    if layers is None:
+        (run.folder / LAYERS_FILE).unlink(missing_ok=True)
+    else:
+        layers.save(run.folder)
 
 
 def _enable_mfu(run: Run) -> None:

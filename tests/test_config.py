@@ -11,9 +11,18 @@ import yaml
 
 from datamodules.video.convert import PAD_RGB
 from lightning_modules import AnswerGuidance
-from lightning_modules.config import RENAMED_KEYS, ConfigError, Renamed, compose, config_hash, read_saved
+from lightning_modules.config import (
+    INTERPOLATED_KEYS,
+    RENAMED_KEYS,
+    ConfigError,
+    Renamed,
+    compose,
+    config_hash,
+    read_layers,
+)
 from lightning_modules.config_check import check_config
-from lightning_modules.run import build
+from lightning_modules.layers import dump_yaml
+from lightning_modules.run import SHARED_KEYS, build
 
 EXPERIMENTS = sorted(
     path.parent.relative_to(tiny.EXPERIMENTS)
@@ -57,11 +66,73 @@ def test_interpolation_sees_overrides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 1e-3), ("null", None), ("[1, a]", [1, "a"]), ("{b: 2}", {"b": 2}), ("x=y", "x=y")]
+    ("text", "value"),
+    [
+        ("12:00:00:00", "12:00:00:00"),
+        ("010", 8),
+        ("08", "08"),
+        (".5", 0.5),
+        ("-1E5", -1e5),
+        ("1_0", 10),
+        ("2026-01-01", "2026-01-01"),
+        ("1e-3", 1e-3),
+        ("null", None),
+        ("[1, a]", [1, "a"]),
+        ("{b: 2}", {"b": 2}),
+        ("x=y", "x=y"),
+    ],
 )
 def test_overrides_are_yaml(tmp_path, text, value):
     write(tmp_path / "one", experiment={"a": 0})
     assert compose(tmp_path / "one", "stage0", [f"a={text}"]) == {"stage": "stage0", "a": value}
+
+
+def test_a_layer_may_replace_and_remove(tmp_path):
+    write(tmp_path / "one", experiment={"a": {"x": 1, "y": {"z": 2}}, "b": {"c": 3}, "e": "${b}"})
+    own = {"extends": "../one", "a": {"_delete_": True, "v": 4}, "b": {"c": "_delete_", "d": 5}}
+    write(tmp_path / "two", experiment=own)
+    merged = {"stage": "stage0", "a": {"v": 4}, "b": {"d": 5}, "e": {"d": 5}}
+    assert compose(tmp_path / "two", "stage0") == merged
+    for overrides, changed in [
+        (["a={}"], {"a": {}}),
+        (["a={}", "a.x=6"], {"a": {"x": 6}}),
+        (["a={_delete_: true, x: {y: 6}}"], {"a": {"x": {"y": 6}}}),
+        (["a={x: 6}"], {"a": {"v": 4, "x": 6}}),
+        (["~a.v", "a.v.w=6"], {"a": {"v": {"w": 6}}}),
+        (["a=null"], {"a": None}),
+        (["e.f=6"], {"e": {"d": 5, "f": 6}}),
+        (["e._delete_=true"], {"e": {}}),
+    ]:
+        assert compose(tmp_path / "two", "stage0", overrides) == merged | changed, overrides
+    for overrides, message in [
+        (["~a.x"], "command line: a: x is to be removed but is not set there; set: v$"),
+        (["a._delete_=1"], "a: _delete_: got 1, allowed: true"),
+        (["e.f=6", "b=null", "b.d.x=1", "c=${nothing}"], "Interpolation key 'nothing' not found"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            compose(tmp_path / "two", "stage0", overrides)
+
+
+def test_short_forms_of_arguments(tmp_path):
+    layer = {"model": {"class_path": "a.B", "x": 1}, "data": {"init_args": {"y": 2}, "z": {"w": 3}}}
+    write(tmp_path / "one", experiment=layer)
+    found = compose(tmp_path / "one", "stage0", ["model.x=4", "data.z.w=5", "~data.y"])
+    assert found["model"] == {"class_path": "a.B", "init_args": {"x": 4}}
+    assert found["data"] == {"init_args": {"z": {"w": 5}}}
+    write(tmp_path / "two", experiment={"model": {"x": 1, "init_args": {"x": 1}}})
+    with pytest.raises(ConfigError, match=r"model.x is short for model.init_args.x: remove one of them"):
+        compose(tmp_path / "two", "stage0")
+    assert compose(TOY, "stage0", ["data.max_skipped_share=0.5"])["data"]["init_args"]["max_corrupt_fraction"] == 0.5
+
+
+def test_a_pretrained_language_model_replaces_the_shape_of_the_experiment():
+    for experiment in EXPERIMENTS:
+        chosen = ["network.language_model.pretrained=weights/other"]
+        model = compose(tiny.EXPERIMENTS / experiment, "stage1", chosen)["network"]["language_model"]
+        assert model == {"pretrained": "weights/other"}
+        chosen += ["network.language_model.architecture=llama", "network.language_model.overrides={hidden_size: 8}"]
+        model = compose(tiny.EXPERIMENTS / experiment, "stage1", chosen)["network"]["language_model"]
+        assert len(model) == 3  # a contradiction in one place is for the model to refuse
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -82,6 +153,9 @@ def test_unknown_experiment_lists_the_known_ones():
         ("trainer.max_steps=[1", r"override 'trainer.max_steps=\[1': the value is no YAML"),
         ("run_dir=${nowhere}", "'nowhere' not found .*run_dir"),
         ("run_dir=${runs", "run_dir"),
+        ("~trainer.max_steps=3", "override '~trainer.max_steps=3': expected key=value"),
+        ("trainer..max_steps=3", "expected key=value"),
+        ("data.views[0]=ego", r"override .*: a list is given as a whole: data.views=\[\.\.\.\]$"),
     ],
 )
 def test_wrong_overrides(override, message):
@@ -93,12 +167,25 @@ def test_wrong_overrides(override, message):
 def test_wrong_files(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [1\n")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "twice.yaml").write_text("a: 1\na: 2\n")
     write(tmp_path / "one", experiment={"extends": ["missing.yaml"]})
+    write(tmp_path / "two", experiment={"extends": "../nothing"})
+    write(tmp_path / "three", experiment={"extends": {"a": 1}})
+    write(tmp_path / "four", experiment={}, stage0={"extends": "../one"})
+    write(tmp_path / "itself", experiment={"extends": "."})
+    write(tmp_path / "ring", experiment={"extends": "../link"})
+    write(tmp_path / "link", experiment={"extends": ["../ring/experiment.yaml"]})
     for path, stage, message in (
         ("broken.yaml", None, "broken.yaml: .*line 2"),
         ("list.yaml", None, "list.yaml: expected keys and values"),
         ("nowhere.yaml", None, "nowhere.yaml: no such file"),
+        ("twice.yaml", None, "twice.yaml: duplicate key a .*line"),
         ("one", "stage0", "missing.yaml: no such file"),
+        ("two", "stage0", "no experiment .*/nothing, which .*/two/experiment.yaml extends: no such file"),
+        ("three", "stage0", "three/experiment.yaml: extends: got .*, allowed: a list of files and of folders"),
+        ("four", "stage0", "stage0.yaml: extends: only an experiment.yaml extends others: move it there"),
+        ("itself", "stage0", "itself/experiment.yaml: extends: the experiment extends itself .*itself -> .*itself"),
+        ("ring", "stage0", "extends itself .*/ring -> .*/link -> .*/ring.: remove one of these lines"),
     ):
         with pytest.raises(ConfigError, match=message):
             compose(tmp_path / path, stage)
@@ -154,7 +241,7 @@ def test_old_keys_are_renamed_in_the_configuration_of_a_run(tmp_path):
     file.write_text(yaml.safe_dump(saved | {"model": {"init_args": {"network": {"reads": "ego"}}}}))
     expected = {"stage": "stage2", "optim": {"rate": 1}, "network": {"inputs": ["ego"]}}
     expected["model"] = {"init_args": {"network": {"inputs": ["ego"]}}}
-    assert read_saved(file) == compose(file, None) == expected
+    assert compose(file, None) == expected
     assert compose(file, None, ["rate=2"])["optim"] == {"rate": 2}
 
 
@@ -389,4 +476,96 @@ def test_the_resolved_configuration_is_itself_runnable(toy_world, tmp_path):
     assert again == config
     assert config_hash(again) == config_hash(config)
     assert build(again).datamodule.clips.num_frames == 2
-    assert config_hash(compose(file, None, ["clips.num_frames=3"])) != config_hash(config)
+    assert compose(file, None, ["trainer.max_steps=3"]) == config | {"trainer": config["trainer"] | {"max_steps": 3}}
+
+
+# ----------------------------------------------------------------------------------------------- the layers of a run
+
+
+def save(folder, *arguments):
+    """Save a configuration as a run does."""
+    layers = read_layers(*arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(layers.resolve()))
+    layers.save(folder)
+    return folder / "config.yaml"
+
+
+SHARED = [
+    "seed_everything=5",
+    "experiment=other",
+    "stage=stage9",
+    "runs=elsewhere",
+    "run_dir=elsewhere/here",
+    "handoffs.stage0=elsewhere/stage0",
+    "weights=released",
+    "start.encoder=elsewhere/encoder",
+    "data_root=elsewhere/data",
+    "tokenizer=elsewhere/tokenizer",
+    "threads=7",
+    "checkpoint_every_n_steps=7",
+    "stall_timeout_s=7",
+    "network.mapper.kind=linear",
+    "network.encoder.type=encoder.ConvEncoder",
+    "network.language_model.pretrained=elsewhere/model",
+    "clips.image_size=64",
+    "monitor.every_n_steps=7",
+    "panel.clips=7",
+    "plan.mfu=0.7",
+    "egobench.caption=Describe.",
+    "judge.kind=hf",
+]
+
+
+def test_an_override_of_a_saved_run_is_one_of_its_experiment(tmp_path):
+    assert {override.partition("=")[0].partition(".")[0] for override in SHARED} == {*SHARED_KEYS, "seed_everything"}
+    before = ["trainer.max_steps=9", "network.mapper.width=8", "network.encoder.type=encoder.OtherEncoder"]
+    file, unchanged = save(tmp_path / "run", TOY, "stage2", before), compose(TOY, "stage2", before)
+    assert compose(file, None) == unchanged
+    more = ["network.encoder.type=null", "network.lora={}", "~network.mapper.width", "model.kl.weight=0"]
+    for override in [*SHARED, *more, "data={_delete_: true, root: x}"]:
+        wanted = compose(TOY, "stage2", [*before, override])
+        assert wanted != unchanged, override
+        assert compose(file, None, [override]) == wanted, override
+    again = save(tmp_path / "again", file, None, more)  # a run of a run
+    assert compose(again, None, SHARED) == compose(TOY, "stage2", [*before, *more, *SHARED])
+
+
+def test_the_curves_of_a_saved_run_with_another_folder_go_there(tmp_path):
+    file = save(tmp_path / "run", TOY, "stage2")
+    logger = compose(file, None, [f"run_dir={tmp_path}/other"])["trainer"]["logger"]
+    assert logger["init_args"]["save_dir"] == f"{tmp_path}/other"
+
+
+@pytest.mark.parametrize("change", ["no layers", "edited"])
+def test_an_override_that_would_not_reach_every_key_is_refused(tmp_path, change):
+    """Runs of earlier versions have no layers, and those of an edited file are not its own."""
+    file = save(tmp_path, TOY, "stage2")
+    if change == "edited":
+        file.write_text(file.read_text().replace("max_steps: 180", "max_steps: 181"))
+        assert compose(file, None)["trainer"]["max_steps"] == 181
+    else:
+        (tmp_path / "layers.yaml").unlink()
+    refused = set()
+    for override in SHARED:
+        try:
+            compose(file, None, [override])
+        except ConfigError as error:
+            assert str(error).startswith(f"override {override!r}: {file} repeats ")
+            refused.add(override.partition("=")[0].partition(".")[0])
+    free = {"threads", "checkpoint_every_n_steps", "stall_timeout_s", "monitor", "panel", "plan", "egobench", "judge"}
+    assert refused == {*SHARED_KEYS, "seed_everything"} - free
+    assert compose(file, None, ["model.kl.weight=0"])["model"]["init_args"]["kl"] == {"weight": 0}
+
+
+def test_no_key_that_an_experiment_interpolates_is_free():
+    for file in tiny.EXPERIMENTS.rglob("*.yaml"):
+        if file.parent.name != "ablations":
+            assert set(re.findall(r"\$\{(\w+)", file.read_text())) <= set(INTERPOLATED_KEYS), file
+
+
+def test_a_complete_file_with_interpolations_of_its_own_takes_overrides(tmp_path):
+    (tmp_path / "own.yaml").write_text("data_root: data\ndata: {root: '${data_root}/videos'}\nruns: runs\n")
+    assert compose(tmp_path / "own.yaml", None, ["data_root=x"])["data"]["init_args"]["root"] == "x/videos"
+    with pytest.raises(ConfigError, match=r"repeats runs in other keys"):
+        compose(tmp_path / "own.yaml", None, ["runs=x"])

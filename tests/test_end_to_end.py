@@ -13,6 +13,7 @@ import time
 import pytest
 import tiny
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -200,6 +201,42 @@ def test_a_changed_configuration_is_refused(finished, toy_world, capsys):
     assert "trainer.max_steps: 2 -> 3" in shown and "seed_everything" not in shown
     assert "FORCE=1" in shown and len(shown.splitlines()) == 1
     assert contents(finished) == before
+
+
+def test_a_saved_configuration_takes_overrides(finished, tmp_path, capsys):
+    """They reach everything that depends on them, curves included, and the original run is left as it is."""
+    before = contents(finished)
+    command = ["fit", str(finished / "toy" / "stage2" / "config.yaml"), "network.mapper.kind=linear"]
+    assert main(command) == 2
+    assert 'network.mapper.kind: "resnet" -> "linear"' in capsys.readouterr().err
+    folder = tmp_path / "toy" / "stage2"
+    assert main([*command, f"run_dir={folder}", "trainer.max_steps=1"]) == 0
+    assert contents(finished) == before
+    assert list(folder.glob("events.out.tfevents.*"))
+    parts = [read_manifest(run / "handoff")["parts"]["ego_to_exo"] for run in (folder, finished / "toy" / "stage2")]
+    assert parts[0].keys() != parts[1].keys()
+
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["kl"]["tau"] == saved["model"]["init_args"]["cycle"]["weight"] == 1.0
+    assert saved["trainer"]["gradient_clip_algorithm"] is None
+    # A default that is written down is the same configuration, also for a run that wrote none.
+    again = ["fit", str(folder / "config.yaml"), "model.kl.tau=1.0", "--model.cycle.weight=1", "data.exo_policy=all"]
+    given = compose(folder / "config.yaml", None)
+    assert main(again) == 0
+    assert "stage2 of toy is finished" in capsys.readouterr().out
+    (folder / "layers.yaml").unlink()
+    (folder / "config.yaml").write_text(yaml.safe_dump(given))  # as earlier versions did
+    assert main(again) == 0
+    assert "stage2 of toy is finished" in capsys.readouterr().out
+
+
+def test_the_advice_for_a_changed_configuration_works(runs, toy_world, capsys):
+    changed = [*arguments("stage1", toy_world, runs), "trainer.max_steps=1"]
+    before = contents(runs)
+    assert main(changed) == 2
+    (advice,) = re.findall(r"(run_dir=\S+)$", capsys.readouterr().err.strip())
+    assert main([*changed, advice]) == 0
+    assert contents(runs / "toy" / "stage1") == {k: v for k, v in before.items() if "stage1" in k.parts}
 
 
 def test_force_trains_from_scratch(runs, toy_world):

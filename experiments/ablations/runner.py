@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from experiments.ablations.plan import Job
-from lightning_modules.config import read_saved
+from lightning_modules.config import compose
 from lightning_modules.evaluation import is_answered
 from lightning_modules.weights.handoff import read_manifest
 from lightning_modules.weights.resolve import split_source
@@ -62,7 +62,7 @@ def is_finished(job: Job) -> bool:
     file, handoff = job.folder / "config.yaml", job.folder / "handoff"
     if not file.is_file() or not all(is_answered(folder, handoff) for folder in job.reads.values()):
         return False
-    if read_saved(file) != job.config:
+    if compose(file, None) != job.config:
         return False
     started_from = read_manifest(handoff).get("started_from", {})
     for part, source in (job.config["model"]["init_args"].get("init") or {}).items():
