@@ -67,7 +67,7 @@ def check_resumable(folder: Path, config: dict[str, Any], state: str) -> None:
     before = compose(file, None) if file.is_file() else {}
     if before == config:
         return
-    with suppress(ConfigError):  # a class that the run used may be gone: what was written down is compared
+    with suppress(ConfigError):  # a class of the earlier run may be gone: then defaults do not count
         before, config = complete(before), complete(config)
     old, new = _flatten(before), _flatten(config)
     contrastive = json.loads(new.get("model.init_args.contrastive.weight", "0"))

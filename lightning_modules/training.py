@@ -42,7 +42,7 @@ def fit(config: dict[str, Any], force: bool = False, layers: Composition | None 
     Args:
         config: resolved configuration of the stage.
         force: discard what earlier runs left, and train from scratch.
-        layers: what the configuration was composed of, to save with the run.
+        layers: the layers of the configuration, to save with the run.
 
     Raises:
         ConfigError: the folder contains a run with a different configuration.

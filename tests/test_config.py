@@ -122,7 +122,7 @@ def test_short_forms_of_arguments(tmp_path):
     write(tmp_path / "two", experiment={"model": {"x": 1, "init_args": {"x": 1}}})
     with pytest.raises(ConfigError, match=r"model.x is short for model.init_args.x: remove one of them"):
         compose(tmp_path / "two", "stage0")
-    assert compose(TOY, "stage0", ["data.max_skipped_share=0.5"])["data"]["init_args"]["max_corrupt_fraction"] == 0.5
+    assert compose(TOY, "stage2", ["model.kl.answer_tokens=9"])["model"]["init_args"]["answer_tokens"] == 9
 
 
 def test_a_pretrained_language_model_replaces_the_shape_of_the_experiment():
