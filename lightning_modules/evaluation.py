@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_modules.callbacks.tensorboard import write_final_scores
 from lightning_modules.config import single_visual_inputs
 from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.egobench.predictions import BenchmarkDataModule, Predictions, predict, write_submissions
@@ -26,8 +29,8 @@ def evaluate(config: dict[str, Any], handoff: Path | None = None) -> None:
     Raises:
         WeightsError: the stage has no weights.
     """
-    run, _ = _trained(config, handoff)
-    answer_validation(run)
+    run, manifest = _trained(config, handoff)
+    answer_validation(run, manifest["step"])
 
 
 def evaluate_benchmarks(config: dict[str, Any], names: Sequence[str] | None = None, force: bool = False) -> None:
@@ -92,17 +95,27 @@ def is_answered(folder: Path, handoff: Path) -> bool:
     return metrics.is_file() and manifest.is_file() and metrics.stat().st_mtime_ns >= manifest.stat().st_mtime_ns
 
 
-def answer_validation(run: Run) -> None:
-    """Answer the validation questions with a trained stage, and write answers, metrics and the table of all stages."""
+def answer_validation(run: Run, step: int) -> None:
+    """Answer the validation questions with a trained stage, and write answers, metrics and the table of all stages.
+
+    Args:
+        run: of the stage.
+        step: optimiser steps that the weights were trained for.
+    """
     if run.datamodule.held_out is None:
         return
     run.trainer.test(run.stage, datamodule=run.datamodule, verbose=False)
-    metrics, predictions = run.stage.results.means(), run.stage.results.all_predictions()
+    scores, predictions = run.stage.results.means_and_counts(), run.stage.results.all_predictions()
     if run.trainer.is_global_zero:
+        metrics = {name: mean for name, (mean, _) in scores.items()}
         run.folder.mkdir(parents=True, exist_ok=True)
         write_predictions(run.folder / "predictions.jsonl", predictions)
         held_out = run.datamodule.held_out_set()
-        write_metrics(run.folder, run.name, len(held_out), metrics, chance_levels(held_out.all_questions()))
+        chance = chance_levels(held_out.all_questions())
+        write_metrics(run.folder, run.name, len(held_out), metrics, chance)
+        for logger in run.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                write_final_scores(logger, run.config, scores, chance, step)
         print(write_report(run.folder.parent))
 
 

@@ -94,7 +94,7 @@ def fit(config: dict[str, Any], force: bool = False, layers: Composition | None 
         del run  # before its successor takes memory
         evaluate(config)
     else:
-        answer_validation(run)
+        answer_validation(run, run.trainer.global_step)
     if is_rank_zero:
         print(f"{config['stage']} of {config['experiment']} is finished, its weights are in {folder}/handoff")
         print(_next_commands(config))

@@ -52,7 +52,7 @@ def weights(runs, stage):
 
 def losses(runs, stage):
     events = EventAccumulator(str(runs / "toy" / stage)).Reload()
-    return torch.tensor([event.value for event in events.Scalars("train/loss")])
+    return torch.tensor([event.value for event in events.Scalars("1_train/loss")])
 
 
 def largest_difference(one, other):

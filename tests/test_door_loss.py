@@ -46,7 +46,7 @@ def curves(folder):
 
 def test_a_loss_and_a_fourth_stage(arguments):
     stage2 = curves(fit("stage2", arguments))
-    tags = ("train/loss_kl", "guidance/kl", "guidance/cosine")
+    tags = ("1_train/loss_kl", "5_guidance/kl", "5_guidance/cosine")
     for kl, feature_kl, cosine in zip(*(stage2[tag] for tag in tags), strict=True):
         assert 0 < cosine < 2
         assert kl == pytest.approx(feature_kl + 0.2 * cosine, rel=1e-5)

@@ -1,6 +1,7 @@
 """All four stages on generated videos through the command line, and the files that they write."""
 
 import ast
+import io
 import json
 import os
 import re
@@ -14,9 +15,16 @@ import pytest
 import tiny
 import torch
 import yaml
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.custom_scalar.custom_scalars_plugin import CustomScalarsPlugin
+from tensorboard.plugins.hparams.backend_context import Context
 
 from experiments.ablations.plan import read_plan
 from lightning_modules import training
@@ -152,27 +160,65 @@ def test_curves_and_images(finished, stage):
     events = EventAccumulator(str(finished / "toy" / stage))
     events.Reload()
     tags = events.Tags()
-    losses = {f"train/loss_{name}" for name in LOSSES[stage]}
-    rates = {"optim/lr"}  # all parts share a schedule
-    speed = {f"perf/{name}" for name in ("samples_per_s", "tokens_per_s", "frames_per_s", "data_wait")}
-    for tag in losses | rates | speed | {"train/loss", "optim/grad_norm"}:
+    losses = {f"1_train/loss_{name}" for name in LOSSES[stage]}
+    rates = {"6_optim/lr"}  # all parts share a schedule
+    speed = {f"7_perf/{name}" for name in ("samples_per_s", "tokens_per_s", "frames_per_s", "data_wait")}
+    for tag in losses | rates | speed | {"1_train/loss", "6_optim/grad_norm"}:
         assert [event.step for event in events.Scalars(tag)] == [1, 2], tag
     for first in range(2):
         parts = sum(events.Scalars(tag)[first].value for tag in losses)
-        assert events.Scalars("train/loss")[first].value == pytest.approx(parts, rel=1e-5)
-    assert events.Scalars("optim/grad_norm")[0].value > 0
-    assert 0 <= events.Scalars("perf/data_wait")[0].value < 1
+        assert events.Scalars("1_train/loss")[first].value == pytest.approx(parts, rel=1e-5)
+    assert events.Scalars("6_optim/grad_norm")[0].value > 0
+    assert 0 <= events.Scalars("7_perf/data_wait")[0].value < 1
     assert events.Scalars(min(rates))[1].value == 0.0  # after the last step
     manifest = read_manifest(finished / "toy" / stage / "handoff")
     for view in tiny.STAGES[stage].views:
-        (event,) = events.Scalars(f"val/{view}_choice")
+        (event,) = events.Scalars(f"2_val/{view}_choice")
         assert event.step == 2
         assert event.value == pytest.approx(manifest["metrics"][f"val/{view}_choice"])
-    (image,) = events.Images("validation/clips")
-    assert image.height % tiny.SIZE == 0 and image.width == 2 * tiny.FRAMES * tiny.SIZE
-    assert "validation/answers/text_summary" in tags["tensors"]
-    table = events.Tensors("validation/answers/text_summary")[0].tensor_proto.string_val[0].decode()
+    (card,) = events.Images("2_val/clip_1")
+    with Image.open(io.BytesIO(card.encoded_image_string)) as moving:
+        assert (moving.format, moving.n_frames, moving.size) == ("GIF", tiny.FRAMES, (card.width, card.height))
+    assert "2_val/answers/text_summary" in tags["tensors"]
+    table = events.Tensors("2_val/answers/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "Describe the video." in table and "Camera-wearer" in table
+
+
+def test_runs_are_sorted_by_settings_and_final_scores(finished):
+    """TensorBoard's own page HParams: columns are the settings of all stages, and their final scores alone."""
+    runs = EventMultiplexer().AddRunsFromDirectory(str(finished)).Reload()
+    provider = MultiplexerDataProvider(runs, str(finished))
+    context = Context(TBContext(multiplexer=runs, data_provider=provider))
+    request = RequestContext()
+    found = context.experiment_from_metadata(
+        request, "", True, context.hparams_metadata(request, ""), context.hparams_from_data_provider(request, "", 9999)
+    )
+    columns = {info.name: info for info in found.hparam_infos}
+    assert columns["model.class_path"].differs and len(columns["model.class_path"].domain_discrete) == len(STAGES)
+    assert not columns["network.encoder.width"].differs
+    assert "run_dir" not in columns and "model.init_args.network.encoder.width" not in columns
+    scores = {info.name.tag for info in found.metric_infos}
+    assert {"3_final/ego_choice", "3_final/exo_choice", "3_final/ego_caption"} <= scores
+    assert all(tag.startswith("3_final/") for tag in scores)
+    metrics = json.loads((finished / "toy" / "stage2" / "metrics.json").read_text())
+    events = EventAccumulator(str(finished / "toy" / "stage2" / "scores")).Reload()
+    for name, value in metrics["metrics"].items():
+        assert events.Scalars(f"3_final/{name}")[0].value == pytest.approx(value)
+    table = events.Tensors("final/scores/text_summary")[0].tensor_proto.string_val[0].decode()
+    row = next(line for line in table.splitlines() if "four-way choice" in line)
+    assert [cell.strip() for cell in row.split("|")][3:5] == [str(metrics["clips"]), "25.0"]
+
+
+def test_the_page_of_key_curves(finished):
+    runs = EventMultiplexer().AddRunsFromDirectory(str(finished)).Reload()
+    context = TBContext(multiplexer=runs, data_provider=MultiplexerDataProvider(runs, str(finished)))
+    plugin = CustomScalarsPlugin(context)
+    (page,) = json.loads(plugin.layout_impl(RequestContext(), ""))["category"]
+    charts = {chart["title"]: chart["multiline"]["tag"][0] for chart in page["chart"]}
+    assert len(charts) == len(page["chart"])  # the same page for all stages
+    for title, run in (("losses", "toy/stage1"), ("KL(y || F(x)), and without F", "toy/stage2")):
+        tags = runs.GetAccumulator(run).Tags()["tensors"]
+        assert len([tag for tag in tags if re.match(charts[title], tag)]) >= 2, title
 
 
 # ------------------------------------------------------------------------------------------------------ called again
@@ -250,7 +296,7 @@ def test_force_trains_from_scratch(runs, toy_world):
     assert equal(before, weights(folder))  # the same run, bit for bit
     events = EventAccumulator(str(folder))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]  # no curve of the runs before
+    assert [event.step for event in events.Scalars("1_train/loss")] == [1, 2]  # no curve of the runs before
 
 
 def test_a_stage_whose_initial_weights_changed_is_refused(runs, toy_world, capsys):

@@ -137,7 +137,7 @@ BUILDS_ON = {
     "callbacks": {"compat", "distributed", "egobench", "stages", "validation", "weights"},
     "run": {"callbacks", "compat", "config", "config_check", "egobench", "model", "plan", "stages", "strategy"},
     "resume": {"config", "run", "stages", "weights"},
-    "evaluation": {"config", "egobench", "run", "validation", "weights"},
+    "evaluation": {"callbacks", "config", "egobench", "run", "validation", "weights"},
     "training": {"callbacks", "config", "egobench", "evaluation", "layers", "plan", "resume", "run", "weights"},
     "exits": {"callbacks", "compat", "training"},
     "cli": {"", "compat", "config", "egobench", "evaluation", "exits", "layers", "plan", "run", "training"},

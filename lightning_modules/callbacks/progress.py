@@ -34,12 +34,12 @@ class StageProgress(ProgressBar):
     """Show one bar over the optimiser steps of a stage, with the values that ``TrainingMonitor`` wrote last.
 
     Everything else that is printed appears above the bar. The bar is drawn by the training thread, at most twice a
-    second, and reads no tensor, so that no step waits for it. Elsewhere than in a terminal a line is printed every
-    ``interval_s`` seconds, in long runs every hundredth of the time that has passed.
+    second, and reads no tensor, so that no step waits for it. Elsewhere than in a terminal a line is printed for new
+    values at most every ``interval_s`` seconds, in long runs every hundredth of the time that has passed.
 
     Args:
         name: of the stage, such as ``stage1``.
-        interval_s: seconds between two lines.
+        interval_s: shortest time between two lines, in seconds.
     """
 
     def __init__(self, name: str = "steps", interval_s: float = 10.0) -> None:
@@ -50,6 +50,7 @@ class StageProgress(ProgressBar):
         self._tasks: dict[str, TaskID] = {}
         self._began = self._printed = self._drawn = time.monotonic()
         self._first_step = 0
+        self._printed_values: Mapping[str, float] = {}
 
     def disable(self) -> None:
         """Show nothing; the Trainer calls this on all ranks but the first."""
@@ -87,8 +88,12 @@ class StageProgress(ProgressBar):
         if self._bar is not None:
             self._bar.status = describe(values)
             self._advance(self.name, step, step == total)
-        elif step == total or now - self._printed >= max(self.interval_s, (now - self._began) / 100):
-            self._printed = now
+        elif step == total or (
+            values
+            and values is not self._printed_values
+            and now - self._printed >= max(self.interval_s, (now - self._began) / 100)
+        ):
+            self._printed, self._printed_values = now, values
             left_s = (now - self._began) / max(1, step - self._first_step) * (total - step)
             print(f"{self.name} {step}/{total}, {_clock(left_s)} left: {describe(values)}")
 

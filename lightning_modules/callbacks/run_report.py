@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_modules.callbacks.tensorboard import write_layout
 from lightning_modules.validation.report import VIEWS, markdown_table
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class RunReport(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("model/parts", table, trainer.global_step)
+                write_layout(logger.experiment)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -79,9 +81,11 @@ class RunReport(L.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "global_batch_size"):
             return [steps, devices, files]
-        micro_batch = data.global_batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
-        batch = f"{trainer.world_size} x {micro_batch} samples x {trainer.accumulate_grad_batches} micro-batches"
-        steps += f" of {data.global_batch_size} samples ({batch}), {data.steps_per_epoch():,} steps an epoch"
+        world, accumulated = trainer.world_size, trainer.accumulate_grad_batches
+        steps += f"; {data.steps_per_epoch():,} an epoch, with {data.global_batch_size} samples each"
+        if world * accumulated > 1:
+            micro_batch = data.global_batch_size // (world * accumulated)
+            steps += f" ({world} processes x {accumulated} micro-batches of {micro_batch})"
         samples = f"data     {data.root}, {data.train_set.epoch_length:,} samples an epoch"
         if data.held_out is not None:
             samples += f", validation questions {data.held_out}"

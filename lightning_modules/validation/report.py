@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,24 @@ def _table(stages: dict[str, dict[str, Any]]) -> str:
             if any(value is not None for value in values):
                 title = _title(score, chance[score])
                 rows.append([view_name, title, *(_per_cent(value) for value in (chance[score], *values))])
+    return markdown_table(rows, left=2)
+
+
+def score_table(scores: Mapping[str, tuple[float, int]], chance: Mapping[str, float]) -> str:
+    """Return a Markdown table of one stage's scores in per cent, with their standard errors.
+
+    Args:
+        scores: mean and number of answers, by name with the view, such as ``ego_choice``.
+        chance: the best score that ignores the clips, by name without the view.
+    """
+    rows = [["view", "questions", "answers", "chance", "score", "standard error"]]
+    for view, view_name in VIEWS.items():
+        for score in _ordered(chance):
+            if f"{view}_{score}" in scores:
+                mean, count = scores[f"{view}_{score}"]
+                error = math.sqrt(mean * (1 - mean) / count)
+                cells = [_per_cent(value) for value in (chance[score], mean, error)]
+                rows.append([view_name, _title(score, chance[score]), str(count), *cells])
     return markdown_table(rows, left=2)
 
 

@@ -119,13 +119,17 @@ class QAResults:
 
     def means(self) -> dict[str, float]:
         """Return the mean of every score as ``<view>_<score>``, weighted by clips; all ranks have to call this."""
+        return {name: mean for name, (mean, _) in self.means_and_counts().items()}
+
+    def means_and_counts(self) -> dict[str, tuple[float, int]]:
+        """Return the mean of every score and the number of its answers; all ranks have to call this."""
         sums: dict[str, tuple[float, int]] = {}
         for of_rank in gather_objects(self._sums()):
             for name, (total, count) in of_rank.items():
                 before, number = sums.get(name, (0.0, 0))
                 sums[name] = before + total, number + count
         # Rounded to float32, as all metrics of a Trainer are.
-        return {name: float(torch.tensor(total / count)) for name, (total, count) in sums.items()}
+        return {name: (float(torch.tensor(total / count)), count) for name, (total, count) in sums.items()}
 
     def all_predictions(self) -> list[Prediction]:
         """Return the predictions of all ranks, sorted by clip and view; all ranks have to call this."""
