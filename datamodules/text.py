@@ -170,7 +170,7 @@ class TextEncoder:
         if max_text_tokens < 1:
             raise ValueError(f"data.max_text_tokens: got {max_text_tokens}, allowed: 1 or more")
         self.name, self.tokenizer = tokenizer, load_tokenizer(tokenizer)
-        self.max_text_tokens = max_text_tokens
+        self.max_text_tokens, self.prompt_config = max_text_tokens, prompt
         if prompt.style == "chat" and self.tokenizer.chat_template is None:
             raise ValueError(
                 f"tokenizer: {tokenizer} has no chat template: put one in chat_template.jinja or "
@@ -203,14 +203,21 @@ class TextEncoder:
         """
         return self._row([("", caption)], _PLAIN, None)
 
-    def prompt(self, question: str) -> EncodedText:
-        """Return the prefix that generation continues: a conversation of one question up to its answer, without labels.
+    def prompt(self, question: str, earlier: Sequence[Turn] = ()) -> EncodedText:
+        """Return the prefix that generation continues: a conversation up to its last answer, without labels.
+
+        Args:
+            question: the last question.
+            earlier: questions and answers before it.
 
         Raises:
-            UnusableText: the question holds the clip's tag or a special token.
+            UnusableText: a text holds the clip's tag or a special token.
         """
-        ((before, _, _),) = self._frames([question], self._template, self._system)
-        ids = self._tokenise(before)
+        frames = self._frames([*(asked for asked, _ in earlier), question], self._template, self._system)
+        ids: list[int] = []
+        for (before, space, end), (_, answer) in zip(frames, earlier, strict=False):
+            ids += self._tokenise(before) + self._tokenise(space + self._accept(answer) + end)
+        ids += self._tokenise(frames[-1][0])
         return EncodedText(ids, [IGNORE_INDEX] * len(ids))
 
     @staticmethod

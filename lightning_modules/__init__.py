@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_modules.inference.api import Exo2Ego
     from lightning_modules.stages.answer_guidance import AnswerGuidance
     from lightning_modules.stages.base import Stage
     from lightning_modules.stages.guidance import DemonstratorLearnerGuidance
@@ -21,6 +22,7 @@ __all__ = [
     "AnswerGuidance",
     "DemonstratorLearnerGuidance",
     "DemonstratorSelfPreparation",
+    "Exo2Ego",
     "Initialisation",
     "LearnerSelfPractice",
     "OptimConfig",
@@ -31,6 +33,7 @@ _MODULES = {
     "AnswerGuidance": "stages.answer_guidance",
     "DemonstratorLearnerGuidance": "stages.guidance",
     "DemonstratorSelfPreparation": "stages.self_preparation",
+    "Exo2Ego": "inference.api",
     "Initialisation": "stages.initialisation",
     "LearnerSelfPractice": "stages.self_practice",
     "OptimConfig": "stages.optim",

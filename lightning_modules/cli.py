@@ -121,10 +121,31 @@ def score(options: argparse.Namespace) -> None:
     evaluation.report(options.runs)
 
 
+def chat(options: argparse.Namespace) -> None:
+    """Ask a trained model about a video, interactively without --question."""
+    from lightning_modules.inference.api import Exo2Ego
+    from lightning_modules.inference.terminal import ask
+
+    model = Exo2Ego.from_pretrained(options.model)
+    ask(model, options.video, options.question, options.start, options.end)
+
+
+def describe(options: argparse.Namespace) -> None:
+    """Narrate a video of any length with time stamps, optionally as subtitles."""
+    from lightning_modules.inference.api import CAPTION, Exo2Ego
+    from lightning_modules.inference.terminal import check_subtitles, narrate
+
+    if options.out is not None:
+        check_subtitles(options.out)
+    model = Exo2Ego.from_pretrained(options.model)
+    question = options.question or CAPTION
+    narrate(model, options.video, options.every, options.start, options.end, question, options.out)
+
+
 _KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
 """An override in the form ``--key=value``. Names of options have no dots, and no key has the name of one."""
 
-VERBS = {verb.__name__: verb for verb in (fit, evaluate, show, keys, plan, consolidate, report, score)}
+VERBS = {verb.__name__: verb for verb in (fit, evaluate, show, keys, plan, consolidate, report, score, chat, describe)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,13 +178,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name in ("report", "score"):
             command.add_argument("runs", type=Path, help="folder of an experiment's runs, e.g. runs/toy")
+        elif name in ("chat", "describe"):
+            command.add_argument("video", help="video file, or folder of images")
         else:
             command.add_argument("experiment", type=Path, help="folder of the experiment, or config.yaml of a run")
             command.add_argument("rest", nargs="*", metavar="[STAGE] key=value", help=OVERRIDES)
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         _add_options(name, command)
-    given = sys.argv[1:] if arguments is None else arguments
-    options, after = parser.parse_known_args([_KEY_OPTION.sub(r"\1", word) for word in given])
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] not in (["chat"], ["describe"]):
+        given = [_KEY_OPTION.sub(r"\1", word) for word in given]
+    options, after = parser.parse_known_args(given)
     # argparse accepts no more positional arguments after an option, but key=value may follow in any order.
     wrong = [word for word in after if word.startswith("-") or not ("=" in word or word.startswith("~"))]
     if wrong or (after and "rest" not in options):
@@ -187,6 +212,14 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         benchmarks = "answer benchmarks of the experiment instead: names separated by commas, or all"
         command.add_argument("--benchmarks", metavar="NAMES", default="", help=benchmarks)
         command.add_argument("--force", action="store_true", help="discard predictions that exist")
+    if verb in ("chat", "describe"):
+        command.add_argument("--model", default="runs/toy/stage3", help="run, exported folder, or name on the hub")
+        command.add_argument("--question", metavar="TEXT", help="asked about the clip, or about every part")
+        command.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="start of the span")
+        command.add_argument("--end", type=float, metavar="SECONDS", help="its end, by default that of the video")
+    if verb == "describe":
+        command.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="length of a narrated part")
+        command.add_argument("--out", type=Path, metavar="FILE", help="subtitles to write, .srt or .vtt")
     if verb == "score":
         command.add_argument("--judge", choices=("none", "file", "hf"), default="none", help="judge of open answers")
         judge_model = "folder or hub name of the judge, or who wrote the file of verdicts"

@@ -22,6 +22,7 @@ from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.config import LAYERS_FILE, Composition, config_hash, stage_names
 from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.evaluation import answer_validation, evaluate
+from lightning_modules.inference.description import answering_files, describe_config
 from lightning_modules.layers import dump_yaml
 from lightning_modules.plan.stages import flops_per_sample
 from lightning_modules.resume import check_resumable, check_same_start, discard_run
@@ -208,5 +209,6 @@ def _export(checkpoint: Path, config: dict[str, Any], out: Path) -> list[str]:
         "metrics": {},
     }
     whole = ((part, {n: tensors[name] for n, name in of_part.items()}) for part, of_part in parts.items())
-    write_stage_weights(out, whole, stage.network.lora, manifest)
+    more = answering_files(describe_config(config, stage.uses, stage.vocab_size), stage)
+    write_stage_weights(out, whole, stage.network.lora, manifest, more)
     return list(parts)

@@ -29,3 +29,17 @@ def toy_tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def toy_runs(toy_world, tmp_path_factory):
+    """Train all four stages of ``toy`` for two steps each, and return the folder of runs: read it, or change a copy."""
+    import tiny
+
+    from lightning_modules.cli import main
+
+    runs = tmp_path_factory.mktemp("runs")
+    experiment = str(tiny.EXPERIMENTS / "toy")
+    for stage in tiny.STAGES:
+        assert main(["fit", experiment, stage, *tiny.OVERRIDES, f"data_root={toy_world}", f"runs={runs}"]) == 0
+    return runs

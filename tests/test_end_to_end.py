@@ -61,13 +61,10 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module")
-def finished(toy_world, tmp_path_factory):
+@pytest.fixture
+def finished(toy_runs):
     """Folder of runs with all four stages of ``toy``, two steps each."""
-    runs = tmp_path_factory.mktemp("runs")
-    for stage in STAGES:
-        assert main(arguments(stage, toy_world, runs)) == 0
-    return runs
+    return toy_runs
 
 
 @pytest.fixture
@@ -83,8 +80,9 @@ def test_the_readme_uses_a_trained_stage(finished, toy_world, capsys):
     readme = (tiny.EXPERIMENTS.parent / "README.md").read_text()
     code = re.search(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)[1]
     exec(code.replace('"runs/', f'"{finished}/').replace('"data/toy', f'"{toy_world}'), {})
-    (caption,) = ast.literal_eval(capsys.readouterr().out.splitlines()[-1])
-    assert isinstance(caption, str)
+    _, chances, first, *others = capsys.readouterr().out.splitlines()[-7:]
+    assert sum(ast.literal_eval(chances).values()) == pytest.approx(1)
+    assert first.startswith("0 to 2 s: ") and others
 
 
 # ---------------------------------------------------------------------------------------------------------- the files

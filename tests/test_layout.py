@@ -134,15 +134,18 @@ BUILDS_ON = {
     "egobench": {"model", "validation"},
     "stages": {"compat", "egobench", "losses", "model", "strategy", "validation", "weights"},
     "plan": {"compat", "model", "stages", "validation"},
-    "callbacks": {"compat", "distributed", "egobench", "stages", "validation", "weights"},
+    "inference": {"config", "model", "stages", "weights"},
+    "callbacks": {"compat", "distributed", "egobench", "inference", "stages", "validation", "weights"},
     "run": {"callbacks", "compat", "config", "config_check", "egobench", "model", "plan", "stages", "strategy"},
     "resume": {"config", "run", "stages", "weights"},
     "evaluation": {"callbacks", "config", "egobench", "run", "validation", "weights"},
-    "training": {"callbacks", "config", "egobench", "evaluation", "layers", "plan", "resume", "run", "weights"},
+    "training": {"callbacks", "config", "egobench", "evaluation", "inference", "layers", "plan"}
+    | {"resume", "run", "weights"},
     "exits": {"callbacks", "compat", "training"},
-    "cli": {"", "compat", "config", "egobench", "evaluation", "exits", "layers", "plan", "run", "training"},
+    "cli": {"", "compat", "config", "egobench", "evaluation", "exits", "inference", "layers", "plan"}
+    | {"run", "training"},
     "__main__": {"cli"},
-    "__init__": {"stages"},
+    "__init__": {"inference", "stages"},
 }
 """What each file or folder of ``lightning_modules`` may import of the others, from the ground up."""
 

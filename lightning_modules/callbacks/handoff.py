@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +12,29 @@ import lightning as L
 from safetensors import SafetensorError
 from torch import Tensor
 
+from datamodules.clips.datamodule import ClipDataModule
 from lightning_modules.callbacks.checkpoint import stopped_early
+from lightning_modules.inference.description import (
+    ModelDescription,
+    answering_dtype,
+    answering_files,
+    describe,
+    frozen_parts,
+)
 from lightning_modules.weights.handoff import full_tensors, write_stage_weights
 from lightning_modules.weights.tensors import WeightsError
 
 if TYPE_CHECKING:
     from lightning_modules.stages.base import Stage
 
+Parts = Iterable[tuple[str, dict[str, Tensor]]]
+
 
 class StageHandoff(L.Callback):
-    """Write the weights of a stage's trained parts when its training is complete.
+    """Write the weights of a stage's trained parts when its training is complete, and what answering needs with them.
 
-    Place it after the callbacks that check gradients and save checkpoints.
+    With a datamodule that is no ``ClipDataModule``, frames and prompts are unknown, and only the trained parts are
+    written. Place it after the callbacks that check gradients and save checkpoints.
 
     Args:
         folder: ``<run>/handoff``, the folder of exported stage weights.
@@ -43,15 +55,27 @@ class StageHandoff(L.Callback):
         if stopped_early(trainer, stage):
             return
         # All ranks gather every tensor, one at a time and in the same order; rank 0 alone keeps and writes them.
-        trained = [part for part in stage.model.parts if part in stage.trained]
-        parts = ((part, full_tensors(stage.model.part(part), trainer.is_global_zero)) for part in trained)
+        description = _describe(trainer, stage)
+        trained = self._gather(trainer, stage, [part for part in stage.model.parts if part in stage.trained])
+        unsourced = self._gather(trainer, stage, frozen_parts(description, stage)[1] if description else [])
         if trainer.is_global_zero:
-            self._write(trainer, stage, parts)
+            self._write(trainer, stage, trained, description, unsourced)
         else:
-            deque(parts, maxlen=0)
+            deque(chain(trained, unsourced), maxlen=0)
         trainer.strategy.barrier()
 
-    def _write(self, trainer: L.Trainer, stage: Stage, parts: Iterable[tuple[str, dict[str, Tensor]]]) -> None:
+    @staticmethod
+    def _gather(trainer: L.Trainer, stage: Stage, parts: Iterable[str]) -> Parts:
+        return ((part, full_tensors(stage.model.part(part), trainer.is_global_zero)) for part in parts)
+
+    def _write(
+        self,
+        trainer: L.Trainer,
+        stage: Stage,
+        trained: Parts,
+        description: ModelDescription | None,
+        unsourced: Parts,
+    ) -> None:
         datamodule: Any = getattr(trainer, "datamodule", None)
         manifest = {
             "stage": self.stage,
@@ -61,10 +85,28 @@ class StageHandoff(L.Callback):
             "started_from": stage.started_from(),
             "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
         }
+        more = answering_files(description, stage, unsourced) if description else None
         try:
-            write_stage_weights(self.folder, parts, stage.network.lora, manifest)
+            write_stage_weights(self.folder, trained, stage.network.lora, manifest, more)
         except (OSError, SafetensorError) as error:
             raise WeightsError(
                 f"{self.folder}: the stage weights could not be written ({error}): fix this and run the stage again, "
                 "it resumes from its last checkpoint"
             ) from None
+
+
+def _describe(trainer: L.Trainer, stage: Stage) -> ModelDescription | None:
+    """Describe the model that a stage trained; None if the Trainer's data do not tell frames and prompts."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not isinstance(datamodule, ClipDataModule):
+        return None
+    encoder = datamodule.encoder
+    return describe(
+        stage.network,
+        stage.vocab_size,
+        stage.uses,
+        datamodule.clips,
+        encoder.prompt_config,
+        encoder.max_text_tokens,
+        answering_dtype(trainer.precision),
+    )

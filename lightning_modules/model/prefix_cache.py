@@ -176,17 +176,23 @@ class SharedPrefix:
 
     def greedy(self, max_new_tokens: int, end: int) -> list[int]:
         """Continue with the most likely tokens until ``end``, which is left out, or ``max_new_tokens``."""
-        tokens: list[int] = []
-        before = self.last
-        while len(tokens) < max_new_tokens:
-            token = int(self.language_model.logits(self.last).argmax())
-            if token == end:
-                break
-            tokens.append(token)
-            self._append(self._embed([token]))
-        self._crop(len(tokens))
-        self.last = before
-        return tokens
+        return list(self.stream(max_new_tokens, end))
+
+    def stream(self, max_new_tokens: int, end: int) -> Iterator[int]:
+        """Yield the tokens of ``greedy`` one by one; use the prefix for nothing else until the iterator is closed."""
+        before, read = self.last, 0
+        try:
+            for number in range(max_new_tokens):
+                token = int(self.language_model.logits(self.last).argmax())
+                if token == end:
+                    break
+                yield token
+                if number + 1 < max_new_tokens:  # nothing follows the last one
+                    self._append(self._embed([token]))
+                    read += 1
+        finally:
+            self._crop(read)
+            self.last = before
 
     def _embed(self, ids: Sequence[int]) -> Tensor:
         return self.language_model.embed(torch.tensor(ids, dtype=torch.int64, device=self.last.device))

@@ -6,6 +6,7 @@
       manifest.json                 stage, parts with shapes and types, configuration hash, data fingerprint, metrics
       <part>.safetensors            parameters of one part by their names inside it
       adapter/                      the language model's adapters in PEFT's format, in the place of ``lora``
+      frozen/ tokenizer/            needed for answering in addition, see ``inference/description.py``
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,7 +116,11 @@ def full_tensors(parameters: Mapping[str, Tensor], keep: bool = True) -> dict[st
 
 
 def write_stage_weights(
-    folder: Path, parts: Iterable[tuple[str, Mapping[str, Tensor]]], lora: LoRAConfig, manifest: Mapping[str, Any]
+    folder: Path,
+    parts: Iterable[tuple[str, Mapping[str, Tensor]]],
+    lora: LoRAConfig,
+    manifest: Mapping[str, Any],
+    write_more: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> None:
     """Write parts of an ``Exo2EgoModel``; the folder appears complete or not at all, and replaces an earlier one.
 
@@ -124,6 +129,8 @@ def write_stage_weights(
         parts: names, and whole tensors on the CPU by their names inside the part.
         lora: size of the adapters.
         manifest: fields in addition to ``format``, ``code_version``, ``digest`` and ``parts``.
+        write_more: called with the unfinished folder after the parts; writes further files, and returns further fields
+            of the manifest.
     """
     # Write everything to a hidden folder.
     new = folder.with_name(f".{folder.name}.new")
@@ -139,6 +146,7 @@ def write_stage_weights(
     content = {
         "format": FORMAT,
         **manifest,
+        **(write_more(new) if write_more else {}),
         "code_version": _code_version(),
         "digest": _digest(new, time.time_ns()),
         "parts": described,

@@ -1,0 +1,1 @@
+"""Use a trained model: load it, ask about videos, narrate, chat, export."""
