@@ -61,7 +61,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def keys(options: argparse.Namespace) -> None:
-    """Print the help of all keys of a stage, with the arguments of its class and of its datamodule."""
+    """Print all keys of a stage with value, type, default and meaning, one a line."""
     from lightning_modules.run import print_keys
 
     print_keys(_compose(options))

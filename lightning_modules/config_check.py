@@ -73,7 +73,7 @@ def _check(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
         _check_arguments(value, known, required, key, problems)
     elif origin is Literal:
         if value not in args:
-            problems.append(f"{key}: got {_shown(value)}, allowed: {_described(hint)}")
+            problems.append(f"{key}: got {_shown(value)}, allowed: {describe_type(hint)}")
     elif origin in (list, tuple) and isinstance(value, list | tuple):
         hints = args if origin is tuple and Ellipsis not in args else (args[0],) * len(value)
         if len(hints) != len(value):
@@ -85,7 +85,7 @@ def _check(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
     elif hint is float and type(value) is int:
         return float(value)
     elif not _accepts(hint, value):
-        problems.append(f"{key}: got {_shown(value)}, allowed: {_described(hint)}")
+        problems.append(f"{key}: got {_shown(value)}, allowed: {describe_type(hint)}")
     return value
 
 
@@ -103,7 +103,7 @@ def _check_union(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
             return checked
         if isinstance(value, dict | list) and any(not problem.startswith(f"{key}: got") for problem in found):
             closest = found
-    problems += closest or [f"{key}: got {_shown(value)}, allowed: {_described(hint)}"]
+    problems += closest or [f"{key}: got {_shown(value)}, allowed: {describe_type(hint)}"]
     return value
 
 
@@ -127,6 +127,9 @@ def _check_class_path(value: dict[str, Any], base: type, key: str, problems: lis
     """Import the class that a configuration names and check its arguments."""
     path = str(value["class_path"])
     module, _, name = path.rpartition(".")
+    if not module:
+        problems.append(f"{key}.class_path: got {path}, allowed: an import path such as lightning_modules.{path}")
+        return
     try:
         kind = getattr(import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
@@ -163,7 +166,9 @@ def _check_arguments(
             checked[name] = _check(item, known[name], f"{key}.{name}", problems)
         else:
             problems.append(_unknown_key(f"{key}.{name}", key, list(known)))
-    problems += [f"{key}.{name}: missing, allowed: {_described(known[name])}" for name in required if name not in value]
+    problems += [
+        f"{key}.{name}: missing, allowed: {describe_type(known[name])}" for name in required if name not in value
+    ]
     return checked
 
 
@@ -232,19 +237,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _described(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """Describe the values of a type for people."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is None or hint is type(None):
         return "null"
     if origin is typing.Union or origin is types.UnionType:
-        return " or ".join(dict.fromkeys(map(_described, sorted(args, key=lambda arg: arg is type(None)))))
+        return " or ".join(dict.fromkeys(map(describe_type, sorted(args, key=lambda arg: arg is type(None)))))
     if origin is Literal:
         return ", ".join(map(_shown, args))
     if origin in (list, tuple):
-        return f"a list of {_described(args[0])}"
+        return f"a list of {describe_type(args[0])}"
     if origin is dict:
-        return f"keys with {_described(args[1])}"
+        return f"keys with {describe_type(args[1])}"
     if is_dataclass(hint):
         return f"the keys {', '.join(f.name for f in fields(hint))}"
     return str(getattr(hint, "__name__", hint))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +31,7 @@ from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.compat import set_process_group_timeout
 from lightning_modules.config import ConfigError, config_hash
 from lightning_modules.config_check import check_config
+from lightning_modules.config_keys import key_lines
 from lightning_modules.egobench.judge import JudgeConfig
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.plan.stages import PlanConfig
@@ -60,6 +61,29 @@ SHARED_KEYS: dict[str, Any] = {
     "judge": JudgeConfig,
 }
 """Types of the keys that the stages of an experiment share."""
+LIGHTNING_KEYS: dict[str, Any] = {
+    "seed_everything": bool | int,
+    "trainer": L.Trainer,
+    "model": Stage,
+    "data": ClipDataModule,
+}
+"""Types of the keys that LightningCLI declares."""
+HELP = {
+    "seed_everything": "seed of all random draws",
+    "experiment": "name of the experiment, in the folder of its runs",
+    "stage": "name of the stage",
+    "runs": "folder of all runs",
+    "run_dir": "folder of this run",
+    "handoffs": "folders of the weights of earlier stages",
+    "weights": "folder of released weights",
+    "start": "initial weights of the stages: folders of weights, or lists of them of which the first is taken",
+    "data_root": "folder of videos and annotations",
+    "tokenizer": "folder or hub name of the tokenizer",
+    "threads": "CPU threads of each process; null for the default of PyTorch",
+    "checkpoint_every_n_steps": "optimiser steps between two checkpoints; 0 for none",
+    "stall_timeout_s": "longest time in seconds without progress before a run is ended",
+}
+"""The meaning of keys that no docstring explains."""
 DEFAULTS: dict[str, Any] = {
     "runs": "runs",
     "checkpoint_every_n_steps": 100,
@@ -71,7 +95,7 @@ DEFAULTS: dict[str, Any] = {
 SEED = 0
 """Default of ``seed_everything``."""
 
-REQUIRED = ("experiment", "stage", "run_dir", "tokenizer", "model", "data")
+REQUIRED = ("experiment", "stage", "run_dir", "tokenizer", "model", "data", "trainer")
 
 
 class ExperimentCLI(LightningCLI):
@@ -102,9 +126,9 @@ class ExperimentCLI(LightningCLI):
             if isinstance(kind, type) and issubclass(kind, L.Callback):
                 parser.add_lightning_class_args(kind, key)
             elif key in REQUIRED:
-                parser.add_argument(f"--{key}", type=kind, required=True)
+                parser.add_argument(f"--{key}", type=kind, required=True, help=HELP.get(key))
             else:
-                parser.add_argument(f"--{key}", type=kind, default=DEFAULTS.get(key))
+                parser.add_argument(f"--{key}", type=kind, default=DEFAULTS.get(key), help=HELP.get(key))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the Trainer with the callbacks and plugins that every run has."""
@@ -231,7 +255,7 @@ def _check_limits(trainer: Mapping[str, Any]) -> None:
     if max_steps in (None, -1) and max_epochs in (None, -1):
         raise ConfigError("trainer.max_steps: got no limit: set max_steps or max_epochs, the schedule depends on it")
     if max_time is not None and not (Timer(max_time).time_remaining() or 0) > 0:
-        raise ConfigError(f"trainer.max_time: got {max_time}, allowed: above 0, as DD:HH:MM:SS in quotes")
+        raise ConfigError(f"trainer.max_time: got {max_time}, allowed: above 0")
     for key, whole in (("limit_train_batches", 1.0), ("overfit_batches", 0), ("fast_dev_run", False)):
         value = trainer.get(key)
         if value is not None and (value != whole or (key == "limit_train_batches" and isinstance(value, int))):
@@ -276,8 +300,16 @@ def _in_order(value: Any, like: Any) -> Any:
 def _parse(config: dict[str, Any], kind: type[ExperimentCLI]) -> ExperimentCLI:
     if missing := [key for key in REQUIRED if not config.get(key)]:
         raise ConfigError(f"configuration: {', '.join(missing)} missing: name an experiment folder and a stage")
-    lightning_keys = {"seed_everything": bool | int, "trainer": L.Trainer, "model": Stage, "data": ClipDataModule}
-    check_config(config, SHARED_KEYS | lightning_keys)
+    for top, key in (("model", "network"), ("data", "clips")):
+        given = (config[top].get("init_args") or {}).get(key)
+        if key in config and given is not None and given != config[key]:
+            raise ConfigError(f"{top}.{key}: differs from {key}, which all stages share: change {key} instead")
+    max_time = (config.get("trainer") or {}).get("max_time")
+    if max_time is not None and not re.fullmatch(r"\d+(:\d\d?){3}", str(max_time)):
+        raise ConfigError(
+            f"trainer.max_time: got {max_time}, allowed: days:hours:minutes:seconds, e.g. trainer.max_time=00:11:30:00"
+        )
+    check_config(config, SHARED_KEYS | LIGHTNING_KEYS)
     seed = config.get("seed_everything")
     if seed is not None and not 0 <= seed < 2**32:
         raise ConfigError(f"seed_everything: got {seed}, allowed: from 0 to {2**32 - 1}")
@@ -292,13 +324,8 @@ def _parse(config: dict[str, Any], kind: type[ExperimentCLI]) -> ExperimentCLI:
 
 
 def print_keys(config: dict[str, Any]) -> None:
-    """Print LightningCLI's help: all keys, then the arguments of the stage's class and of its datamodule's class."""
-    classes = [f"--{key}.help={config[key]['class_path']}" for key in ("model", "data")]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for argument in ("--help", *classes):
-            with suppress(SystemExit):  # argparse exits after it has printed help
-                ExperimentCLI([argument])
+    """Print every key of a configuration with its value, type, default and meaning, one a line."""
+    print(*key_lines(complete(config), SHARED_KEYS | LIGHTNING_KEYS, HELP), sep="\n")
 
 
 def _root_message(error: BaseException) -> str:

@@ -11,7 +11,9 @@ import yaml
 
 from datamodules.text import load_tokenizer
 from lightning_modules.cli import main
+from lightning_modules.config import compose
 from lightning_modules.model.exo2ego import Exo2EgoModel
+from lightning_modules.run import complete
 from lightning_modules.weights.handoff import full_tensors, write_stage_weights
 
 TOY = str(tiny.EXPERIMENTS / "toy")
@@ -79,7 +81,7 @@ WRONG = [
     ("stage0", "clips.num_frames=0", r"clips.num_frames: got 0, allowed: 1 or more$"),
     ("stage0", "network.encoder.width=31", r"encoder: width 31 is not a multiple of heads 2"),
     ("stage0", "network.lora.rank=0", r"lora: got rank=0, .*rank must be at least 1"),
-    ("stage0", "model.init_args.optim.learning_rate=-1", r"optim.learning_rate: got -1.0, allowed: above 0$"),
+    ("stage0", "model.init_args.optim.learning_rate=-1", r"^model.optim.learning_rate: got -1.0, allowed: above 0$"),
     (
         "stage0",
         "model.init_args.train=[lora]",
@@ -100,6 +102,29 @@ WRONG = [
     ("stage0", "trainer.max_steps", r"override 'trainer.max_steps': expected key=value"),
     ("stage0", "trainer.max_steps=[1", r"override 'trainer.max_steps=\[1': the value is no YAML"),
     ("stage0", "data_root=${nowhere}", r"'nowhere' not found"),
+    (
+        "stage0",
+        "trainer.max_time=12:00:00",
+        r"trainer.max_time: got 12:00:00, allowed: days:hours:minutes:seconds, e.g.",
+    ),
+    ("stage0", "trainer.max_time=00:00:00:00", r"trainer.max_time: got 00:00:00:00, allowed: above 0$"),
+    ("stage0", "trainer=null", r"configuration: trainer missing"),
+    ("stage0", "trainer.fast_dev_run=true", r"trainer.fast_dev_run: got True, .*set trainer.max_steps"),
+    (
+        "stage0",
+        "network.language_model.overrides=null",
+        r"network.language_model.overrides: got null, allowed: keys with",
+    ),
+    (
+        "stage0",
+        "network.language_model.pretrained=x",
+        r"overrides \(.*\) go with architecture, .*: remove one of the two$",
+    ),
+    (
+        "stage0",
+        "~trainer.max_stepz",
+        r"command line: trainer: max_stepz is to be removed but is not set there; set: .*max_",
+    ),
     ("stage7", "seed_everything=1", r"stage: got 'stage7', allowed: stage0, stage1, stage2, stage3$"),
 ]
 
@@ -128,11 +153,42 @@ def test_show_prints_a_configuration_that_runs(toy_world, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_keys_are_explained(toy_world, capsys):
+ADVICE = [
+    (
+        "network.language_model.architecture=llama",
+        r"remove with (~network.language_model.overrides.sliding_window),",
+        "network.language_model.architecture=llama {}",
+    ),
+    ("trainer.max_time=3600", r"e.g. (trainer.max_time=00:11:30:00)$", "{}"),
+    ("trainer.max_time=3600", r"e.g. (trainer.max_time=00:11:30:00)$", "trainer.max_time=12:00:00:00"),
+    ("model.class_path=Initialisation", r"such as (lightning_modules.Initialisation)$", "model.class_path={}"),
+    ("--model.optim.learning_rate=-1", r"^(model.optim.learning_rate): got -1.0, allowed: above 0$", "--{}=1e-3"),
+    ("--data.vew=ego", r"data.init_args.vew: no such key .*did you mean: (view)", "--data.{}=ego"),
+    ("model.network.lora.rank=3", r"change (network) instead$", "{}.lora.rank=3"),
+]
+
+
+@pytest.mark.parametrize(("override", "message", "corrected"), ADVICE)
+def test_the_advice_of_a_message_can_be_typed(refused, toy_world, tmp_path, override, message, corrected):
+    advice = re.search(message, refused("show", "stage0", override))
+    assert advice
+    words = ["show", TOY, "stage0", *tiny.OVERRIDES, f"data_root={toy_world}", f"runs={tmp_path}"]
+    assert main([*words, *corrected.format(advice[1]).split()]) == 0
+
+
+def test_every_key_is_listed_and_can_be_typed(capsys):
     assert main(["keys", TOY, "stage2"]) == 0
-    shown = capsys.readouterr().out
-    for key in ("--trainer.max_steps", "--stall_timeout_s", "--model.train", "--model.optim", "--data.views"):
-        assert key in shown, key
+    lines = capsys.readouterr().out.splitlines()
+    form = r"[a-z_0-9.]+ = .+  # (.+)"
+    assert [line for line in lines if not re.fullmatch(form, line)] == []
+    assert "model.kl.tau = 1.0  # float: temperature" in lines
+    assert any(line.startswith("trainer.max_steps = 180  # int, default -1: Stop training") for line in lines)
+    assert "data.exo_policy = all  # all, best, random: which exocentric" in "\n".join(lines)
+    config = compose(tiny.EXPERIMENTS / "toy", "stage2")
+    overrides = [line.partition("  # ")[0].replace(" = ", "=", 1) for line in lines]
+    full = complete(config)
+    assert complete(compose(tiny.EXPERIMENTS / "toy", "stage2", overrides)) == full
+    assert complete(full) == full
 
 
 def test_traceback_on_request(toy_world, tmp_path):

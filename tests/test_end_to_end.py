@@ -247,6 +247,9 @@ def test_a_changed_configuration_is_refused(finished, toy_world, capsys):
     assert contents(finished) == before
 
 
+CALLBACKS = "trainer.callbacks=[{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]"
+
+
 def test_a_saved_configuration_takes_overrides(finished, tmp_path, capsys):
     """They reach everything that depends on them, curves included, and the original run is left as it is."""
     before = contents(finished)
@@ -254,7 +257,7 @@ def test_a_saved_configuration_takes_overrides(finished, tmp_path, capsys):
     assert main(command) == 2
     assert 'network.mapper.kind: "resnet" -> "linear"' in capsys.readouterr().err
     folder = tmp_path / "toy" / "stage2"
-    assert main([*command, f"run_dir={folder}", "trainer.max_steps=1"]) == 0
+    assert main([*command, f"run_dir={folder}", "trainer.max_steps=1", CALLBACKS]) == 0
     assert contents(finished) == before
     assert list(folder.glob("events.out.tfevents.*"))
     parts = [read_manifest(run / "handoff")["parts"]["ego_to_exo"] for run in (folder, finished / "toy" / "stage2")]
@@ -268,6 +271,9 @@ def test_a_saved_configuration_takes_overrides(finished, tmp_path, capsys):
     given = compose(folder / "config.yaml", None)
     assert main(again) == 0
     assert "stage2 of toy is finished" in capsys.readouterr().out
+    shutil.rmtree(folder / "handoff")
+    assert main([*again, CALLBACKS]) == 0
+    assert "stage2 of toy resumes from" in capsys.readouterr().out
     (folder / "layers.yaml").unlink()
     (folder / "config.yaml").write_text(yaml.safe_dump(given))  # as earlier versions did
     assert main(again) == 0

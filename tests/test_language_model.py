@@ -254,7 +254,9 @@ def test_config_errors_name_the_problem(settings, message):
 
 def test_unknown_override_is_named():
     config = LanguageModelConfig("llama", overrides={**TINY, "hiden_size": 8})
-    with pytest.raises(ValueError, match=r"overrides: hiden_size unknown to llama, which has .*hidden_size"):
+    with pytest.raises(
+        ValueError, match=r"overrides: hiden_size unknown to llama \(similar: .*hidden_size\): remove with ~network"
+    ):
         LanguageModel(config, VOCAB_SIZE)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from types import MethodType
 from typing import Any, NamedTuple
@@ -71,7 +72,8 @@ class LanguageModelConfig:
                 f"give exactly one of architecture and pretrained, got {self.architecture!r} and {self.pretrained!r}"
             )
         if self.pretrained is not None and self.overrides:
-            problems.append(f"overrides ({', '.join(self.overrides)}) go with architecture, not with pretrained")
+            names = ", ".join(self.overrides)
+            problems.append(f"overrides ({names}) go with architecture, not with pretrained: remove one of the two")
         if problems:
             raise ValueError("network.language_model: " + "; ".join(problems))
 
@@ -121,9 +123,13 @@ def _config_from_scratch(config: LanguageModelConfig, vocab_size: int) -> Any:
         return default
     known = {*default.to_dict(), "rope_theta"}
     if unknown := sorted(config.overrides.keys() - known):
+        similar = sorted({close for name in unknown for close in get_close_matches(name, known)})
+        hint = f" (similar: {', '.join(similar)})" if similar else ""
         raise ValueError(
-            f"network.language_model.overrides: {', '.join(unknown)} unknown to {architecture}, "
-            f"which has {', '.join(sorted(known))}"
+            f"network.language_model.overrides: {', '.join(unknown)} unknown to {architecture}"
+            f"{hint}: remove with "
+            f"{' '.join(f'~network.language_model.overrides.{name}' for name in unknown)}, or replace all of them with "
+            "network.language_model.overrides='{_delete_: true, ...}'"
         )
     settings = {"vocab_size": vocab_size, **config.overrides}
     # The default padding token belongs to the released vocabulary and may lie outside of a smaller one.

@@ -43,8 +43,8 @@ def check_stage(stage: Stage, clips: ClipConfig, max_text_tokens: int) -> None:
     settings = transformers_config(network.language_model, stage.vocab_size)
     if settings.vocab_size < tokens:
         raise ValueError(
-            f"language_model: {network.language_model.pretrained} has {settings.vocab_size} tokens, the tokenizer "
-            f"{tokens}; make network.language_model.pretrained and tokenizer agree"
+            f"network.language_model.pretrained: {network.language_model.pretrained} has {settings.vocab_size} tokens, "
+            f"the tokenizer {tokens}; make network.language_model.pretrained and tokenizer agree"
         )
 
     # Visual tokens and text must fit into the positions of the language model.

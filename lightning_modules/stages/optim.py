@@ -34,11 +34,11 @@ class OptimConfig:
     def __post_init__(self) -> None:
         """Refuse impossible values."""
         if self.learning_rate <= 0:
-            raise ValueError(f"optim.learning_rate: got {self.learning_rate}, allowed: above 0")
+            raise ValueError(f"model.optim.learning_rate: got {self.learning_rate}, allowed: above 0")
         if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"optim.warmup_fraction: got {self.warmup_fraction}, allowed: from 0 to below 1")
+            raise ValueError(f"model.optim.warmup_fraction: got {self.warmup_fraction}, allowed: from 0 to below 1")
         if unknown := set(self.lr_mult) - set(PARTS):
-            raise ValueError(f"optim.lr_mult: got {', '.join(sorted(unknown))}, allowed: {', '.join(PARTS)}")
+            raise ValueError(f"model.optim.lr_mult: got {', '.join(sorted(unknown))}, allowed: {', '.join(PARTS)}")
 
     def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]], fused: bool = False) -> torch.optim.AdamW:
         """Return AdamW with two groups for each part, its matrices and its vectors.
