@@ -131,3 +131,18 @@ def test_misuse_is_explained(base):
         add_lora(nn.Sequential(nn.ReLU()), CONFIG)
     with pytest.raises(ValueError, match="got rank=0"):
         LoRAConfig(rank=0)
+
+
+def test_scaling_inside_the_update_changes_no_bit():
+    """The factor is a power of two in all experiments, so it may stand where the update is narrow."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(24, 40))
+    add_lora(module, LoRAConfig(rank=4, alpha=8, dropout=0.0))
+    layer = module[0]
+    nn.init.normal_(layer.lora_B)
+    x, gradient = torch.randn(9, 24, requires_grad=True), torch.randn(9, 40)
+    inputs = [x, layer.lora_A, layer.lora_B]
+    outside = F.linear(x, layer.weight, layer.bias) + F.linear(F.linear(x, layer.lora_A), layer.lora_B) * 2.0
+    assert torch.equal(layer(x), outside)
+    pairs = zip(*(torch.autograd.grad(y, inputs, gradient) for y in (layer(x), outside)), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)

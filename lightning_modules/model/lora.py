@@ -55,8 +55,9 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map float [..., I] to float [..., O]."""
-        update = F.linear(F.linear(F.dropout(x, self.lora.dropout, self.training), self.lora_A), self.lora_B)
-        return super().forward(x) + update * self.scale
+        reduced = F.linear(F.dropout(x, self.lora.dropout, self.training), self.lora_A)
+        # Scaled where it is r wide instead of O; with a power of two as factor the result is the same to the bit.
+        return super().forward(x) + F.linear(reduced * self.scale, self.lora_B)
 
     @property
     def scale(self) -> float:
