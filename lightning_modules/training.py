@@ -24,7 +24,7 @@ from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.evaluation import answer_validation, evaluate
 from lightning_modules.inference.description import answering_files, describe_config
 from lightning_modules.layers import dump_yaml
-from lightning_modules.plan.stages import flops_per_sample
+from lightning_modules.plan.stages import flops_per_sample, plan_stage
 from lightning_modules.resume import check_resumable, check_same_start, discard_run
 from lightning_modules.run import Run, build, build_stage
 from lightning_modules.weights.handoff import write_stage_weights
@@ -80,6 +80,7 @@ def fit(config: dict[str, Any], force: bool = False, layers: Composition | None 
     if is_rank_zero:
         _prepare_folder(run, layers)
         _enable_mfu(run)
+        _choose_recomputation(run)
     run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
     if stopped_early(run.trainer, run.stage):
         _require_progress(run, checkpoint)
@@ -190,6 +191,19 @@ def _enable_mfu(run: Run) -> None:
     (monitor,) = (callback for callback in callbacks if isinstance(callback, TrainingMonitor))
     monitor.flops = flops_per_sample(run.config, build_stage(run.config))
     monitor.peak_flops = run.plan.peak_tflops * 1e12
+
+
+def _choose_recomputation(run: Run) -> None:
+    """Resolve ``activation_checkpointing: auto`` by the memory of the GPU, or else by ``plan.gpu_memory_gib``."""
+    if run.stage.activation_checkpointing != "auto":
+        return
+    device, memory_gib = run.trainer.strategy.root_device, run.plan.gpu_memory_gib
+    if device.type == "cuda":
+        memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+    chosen = list(plan_stage(run.config, build_stage(run.config)).least_recomputation(memory_gib))
+    run.stage.activation_checkpointing = chosen
+    if run.trainer.is_global_zero:
+        print(f"activation checkpointing: blocks of {', '.join(chosen) or 'no part'} are recomputed")
 
 
 def _export(checkpoint: Path, config: dict[str, Any], out: Path) -> list[str]:

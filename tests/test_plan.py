@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch
 from lightning_modules.cli import main
 from lightning_modules.config import compose
-from lightning_modules.plan.stages import _FLOPS, PlanConfig, StagePlan, plan_stage, plan_table
+from lightning_modules.plan.stages import _FLOPS, PartActivations, PlanConfig, StagePlan, plan_stage, plan_table
 from lightning_modules.run import build_stage
 from lightning_modules.strategy import shard
 
@@ -288,3 +288,38 @@ def test_costs_of_the_paper_s_second_stage(capsys):
     assert float(rows["hours"]) == pytest.approx(46, rel=0.02)
     assert rows["steps an epoch"] == str(f"{1_100_000 // 256:,}")
     assert rows["of them warm-up"] == str(math.ceil(0.03 * 2 * (1_100_000 // 256)))
+
+
+def test_as_little_as_fits_is_recomputed():
+    parts = {
+        "ego_encoder": PartActivations(held=4 * 2**30, inputs=2**28, transient=2**28, flops=10),
+        "language_model": PartActivations(held=5 * 2**30, inputs=2**28, transient=2**29, flops=100),
+        "exo_encoder": PartActivations(held=0, inputs=0, transient=0, flops=0),
+    }
+    plan = plan_of(checkpointing=(), activations_by_part=parts, micro_batch=1)
+    # 1.1 x (30 + 10) + 1.5 = 45.5 GiB with everything held; 41.6 and 40.8 GiB with one part recomputed; 36.7 with both
+    assert plan.least_recomputation(46) == ()
+    assert plan.least_recomputation(42) == ("ego_encoder",)  # cheaper than the language model
+    assert plan.least_recomputation(41) == ("language_model",)
+    assert plan.least_recomputation(37) == plan.least_recomputation(1) == ("ego_encoder", "language_model")
+    assert plan.least_recomputation(None) == ("ego_encoder", "language_model")
+
+
+@pytest.mark.parametrize("name", ["stage2"])
+def test_recomputing_all_parts_is_what_checkpointing_everything_is(toy_tokenizer, name):
+    whole = plan_stage(config(name), tiny.make_stage(name, toy_tokenizer, activation_checkpointing=True))
+    parts = list(whole.activations_by_part)
+    listed = plan_stage(config(name), tiny.make_stage(name, toy_tokenizer, activation_checkpointing=parts))
+    assert listed.flops_recomputed == whole.flops_recomputed
+    assert listed.needed(4, listed.checkpointing) == pytest.approx(whole.needed(4, True))
+    auto = plan_stage(
+        config(name, plan={"gpu_memory_gib": 80}),
+        tiny.make_stage(name, toy_tokenizer, activation_checkpointing="auto"),
+    )
+    assert auto.checkpointing == () and auto.flops_recomputed == auto.flops
+    assert "recomputed blocks" in plan_table([auto], [PlanConfig()])
+
+
+def test_a_part_that_a_stage_lacks_cannot_be_recomputed(toy_tokenizer):
+    with pytest.raises(ValueError, match=r"model.activation_checkpointing: got lora_encoder, allowed: exo_encoder"):
+        tiny.make_stage("stage1", toy_tokenizer, activation_checkpointing=["lora_encoder"])

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -63,6 +64,23 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class PartActivations:
+    """Memory that the blocks of one part hold for the backward pass of one sample, and the cost of recomputing it.
+
+    Attributes:
+        held: bytes inside of the blocks.
+        inputs: bytes of the blocks' inputs, which are all that is held if the rest is recomputed.
+        transient: bytes of the largest block.
+        flops: operations of recomputing the blocks.
+    """
+
+    held: int
+    inputs: int
+    transient: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """The cost of one stage.
 
@@ -76,12 +94,13 @@ class StagePlan:
         transient: bytes of the largest block, which exist while it is recomputed.
         states: bytes of weights, gradients and optimiser on one device.
         frozen_itemsize: bytes of a parameter that does not train.
-        checkpointing: whether activations are checkpointed.
+        checkpointing: whether activations are checkpointed, or the parts whose blocks do so.
         devices, micro_batch, accumulate: how a global batch is split.
         steps, warmup_steps: of the whole stage; None if the number of samples is unknown.
         captions: that the demonstrator generates for a micro-batch, on average.
         gathers: times that the layers of the language model are gathered in a micro-batch; None if nothing is sharded.
         gathered: bytes of all parts that a device receives in a micro-batch for gathering; None if nothing is sharded.
+        activations_by_part: of the parts with blocks, by name.
     """
 
     name: str
@@ -95,7 +114,7 @@ class StagePlan:
     transient: int
     states: int
     frozen_itemsize: int
-    checkpointing: bool
+    checkpointing: bool | tuple[str, ...]
     devices: int
     micro_batch: int
     accumulate: int
@@ -105,16 +124,31 @@ class StagePlan:
     captions: float = 0.0
     gathers: int | None = None
     gathered: int | None = None
+    activations_by_part: dict[str, PartActivations] = field(default_factory=dict)
 
     @property
     def global_batch(self) -> int:
         """Return the number of samples of one optimiser step."""
         return self.devices * self.micro_batch * self.accumulate
 
-    def needed(self, micro_batch: int, checkpointing: bool) -> float:
+    def needed(self, micro_batch: int, checkpointing: bool | tuple[str, ...]) -> float:
         """Return the bytes on one device, with 10 % of slack for the allocator and the device's own context."""
-        held = self.activations_checkpointed + self.transient if checkpointing else self.activations
+        held = self.activations
+        if checkpointing is True:
+            held = self.activations_checkpointed + self.transient
+        elif checkpointing:
+            parts = [self.activations_by_part[part] for part in checkpointing]
+            held += sum(part.inputs - part.held for part in parts) + max(part.transient for part in parts)
         return _SLACK * (self.states + micro_batch * held) + _CONTEXT_GIB * _GIB
+
+    def least_recomputation(self, memory_gib: float | None) -> tuple[str, ...]:
+        """Return the parts to recompute with the fewest operations so that the plan fits; all if it never does."""
+        parts = [name for name, part in self.activations_by_part.items() if part.held > part.inputs]
+        choices = [choice for size in range(len(parts) + 1) for choice in combinations(parts, size)]
+        for choice in sorted(choices, key=lambda names: sum(self.activations_by_part[name].flops for name in names)):
+            if memory_gib is not None and self.needed(self.micro_batch, choice) <= memory_gib * _GIB:
+                return choice
+        return tuple(parts)
 
     def hours(self, peak_tflops: float, mfu: float) -> float | None:
         """Return the duration of the stage; recomputation does not count as useful work."""
@@ -132,7 +166,7 @@ class StagePlan:
         if memory_gib is None or needed <= memory_gib * _GIB:
             return
         fixes = []
-        if not self.checkpointing:
+        if self.needed(self.micro_batch, True) < needed:
             fixes.append("set model.init_args.activation_checkpointing: true")
         largest = max((b for b in range(1, self.micro_batch) if self.needed(b, True) <= memory_gib * _GIB), default=0)
         if largest:
@@ -166,7 +200,6 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     held, inputs, transient = probe.saved_bytes(captions)
     flops = probe.mean_flops(captions)
     gathers, gathered = probe.gathers(captions)
-    stage.model.checkpoint_activations()
     samples = assumed.samples
     steps_per_epoch = None if samples is None else samples // int(data["global_batch_size"])
     max_steps, max_epochs = trainer.get("max_steps", -1), trainer.get("max_epochs")
@@ -186,19 +219,20 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     sharded = "fsdp" in strategy
     if sharded:
         states += _gathered_bytes(stage.model, 2 if low_precision else 4, whole_language_model=captions > 0)
-    return StagePlan(
+    plan = StagePlan(
         name=str(config["stage"]),
         parts=parts,
         visual_tokens=stage.network.visual_tokens(num_frames) * stage.num_visual_inputs,
         text_tokens=assumed.text_tokens,
         flops=flops,
-        flops_recomputed=probe.mean_flops(captions),
+        flops_recomputed=flops,
         activations=held,
         activations_checkpointed=inputs,
         transient=transient,
         frozen_itemsize=stage.frozen_dtype.itemsize,
         states=states,
-        checkpointing=stage.activation_checkpointing,
+        checkpointing=False,
+        activations_by_part=probe.by_part(),
         devices=devices,
         micro_batch=micro_batch,
         accumulate=accumulate,
@@ -209,6 +243,14 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
         gathers=gathers if sharded else None,
         gathered=gathered * (devices - 1) // devices if sharded else None,
     )
+    wanted = stage.activation_checkpointing
+    checkpointing: bool | tuple[str, ...]
+    if isinstance(wanted, bool):
+        checkpointing = wanted
+    else:
+        checkpointing = plan.least_recomputation(assumed.gpu_memory_gib) if wanted == "auto" else tuple(wanted)
+    stage.model.checkpoint_activations(None if isinstance(checkpointing, bool) else checkpointing)
+    return replace(plan, checkpointing=checkpointing, flops_recomputed=probe.mean_flops(captions))
 
 
 def flops_per_sample(config: dict[str, Any], stage: Stage) -> int:
@@ -238,6 +280,7 @@ def plan_table(plans: Sequence[StagePlan], assumed: Sequence[PlanConfig]) -> str
         ("captions generated a micro-batch", lambda p, a: f"{p.captions:.3g}" if p.captions else None),
         ("language model gathered a micro-batch", lambda p, a: None if p.gathers is None else f"{p.gathers} times"),
         ("GB gathered a micro-batch", lambda p, a: None if p.gathered is None else f"{p.gathered / 1e9:.1f}"),
+        ("recomputed blocks", lambda p, a: _recomputed(p.checkpointing)),
         ("global batch", lambda p, a: f"{p.global_batch:,}"),
         ("devices x micro-batch x accumulated", lambda p, a: f"{p.devices} x {p.micro_batch} x {p.accumulate}"),
         ("steps an epoch", lambda p, a: None if p.steps_per_epoch is None else f"{p.steps_per_epoch:,}"),
@@ -263,6 +306,12 @@ def _count(part: tuple[int, bool] | None) -> str:
     if part is None:
         return ""
     return f"{part[0] / 1e6:,.2f}{' *' if part[1] else '  '}"
+
+
+def _recomputed(checkpointing: bool | tuple[str, ...]) -> str:
+    if isinstance(checkpointing, bool):
+        return "all" if checkpointing else "none"
+    return ", ".join(checkpointing) or "none"
 
 
 def _hours(plan: StagePlan, assumed: PlanConfig) -> str | None:
@@ -372,6 +421,16 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
+@dataclass
+class _Call:
+    """One call of a block: bytes held inside of it and of its inputs, and operations of its forward pass."""
+
+    module: nn.Module
+    held: int = 0
+    inputs: int = 0
+    flops: int = 0
+
+
 class _Probe:
     """Runs one sample through a stage's losses on the meta device."""
 
@@ -441,6 +500,19 @@ class _Probe:
             self._loss(captioned).backward()
         return int(counter.get_total_flops())
 
+    def by_part(self) -> dict[str, PartActivations]:
+        """Return what each part holds inside of its blocks, by name, for the kind of sample that was counted last."""
+        parts = {}
+        for part, blocks in self.stage.model.blocks().items():
+            calls = [call for call in self._calls if call.module in blocks]
+            parts[part] = PartActivations(
+                held=sum(call.held for call in calls),
+                inputs=sum(call.inputs for call in calls),
+                transient=max((call.held for call in calls), default=0),
+                flops=sum(call.flops for call in calls if call.held),
+            )
+        return parts
+
     def saved_bytes(self, captions: float) -> tuple[int, int, int]:
         """Count bytes that autograd holds after forward, the same with checkpointed blocks, and the largest block.
 
@@ -456,8 +528,8 @@ class _Probe:
         seen: set[int] = {storage_id(p) for p in self.stage.parameters()} | {
             storage_id(b) for b in self.stage.buffers()
         }
-        outside = inputs = 0
-        inside: list[int] = []  # a block's call each
+        outside = 0
+        self._calls: list[_Call] = []
         running = False
         entered: list[Tensor] = []
         kept: list[Tensor] = []  # so that no two storages share an address
@@ -469,7 +541,7 @@ class _Probe:
                 kept.append(tensor)
                 size = tensor.untyped_storage().nbytes()
                 if running:
-                    inside[-1] += size
+                    self._calls[-1].held += size
                 else:
                     outside += size
             return tensor
@@ -477,26 +549,29 @@ class _Probe:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal running, entered
             running = True
-            inside.append(0)
+            self._calls.append(_Call(module, flops=-counter.get_total_flops()))
             entered = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
         counted: set[int] = set()
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            nonlocal inputs, running
+            nonlocal running
             running = False
+            self._calls[-1].flops += counter.get_total_flops()
             if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
                 for tensor in entered:
                     if storage_id(tensor) not in counted:
                         counted.add(storage_id(tensor))
                         kept.append(tensor)
-                        inputs += tensor.untyped_storage().nbytes()
+                        self._calls[-1].inputs += tensor.untyped_storage().nbytes()
 
+        counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         with _hooks(self.stage.model, enter, leave), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            with _flash_attention():
+            with _flash_attention(), counter:
                 loss = self._loss(captioned)
         del loss
-        return outside + sum(inside), outside + inputs, max(inside, default=0)
+        held, inputs = (sum(getattr(call, name) for call in self._calls) for name in ("held", "inputs"))
+        return outside + held, outside + inputs, max((call.held for call in self._calls), default=0)
 
     def _loss(self, captioned: bool) -> Tensor:
         self.stage.step_log = {}

@@ -54,7 +54,8 @@ class Stage(L.LightningModule, ABC):
         frozen_dtype: type of the parts that do not train. Trained parts are float32.
         compile_blocks: compile the blocks of every part for training, see ``Exo2EgoModel.compile_blocks``.
         activation_checkpointing: recompute activations inside the blocks of every part during the backward pass
-            instead of keeping them.
+            instead of keeping them; or the parts whose blocks do so; or ``auto``: the parts with which a device's
+            memory suffices and the least is recomputed, as ``make plan`` counts, in our own runs.
 
     Attributes:
         step_log: values of the last training step for the curves, detached scalars by name.
@@ -86,7 +87,7 @@ class Stage(L.LightningModule, ABC):
         train: list[str] | None = None,
         seed: int = 0,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
-        activation_checkpointing: bool = False,
+        activation_checkpointing: bool | Literal["auto"] | list[str] = False,
         compile_blocks: bool = False,
     ) -> None:
         super().__init__()
@@ -100,7 +101,12 @@ class Stage(L.LightningModule, ABC):
         self.init = {part: [s] if isinstance(s, str) else s for part, s in sources.items() if s is not None}
         self.trained = tuple(self.trains if train is None else train)
         self.uses += tuple(part for part in self.optional if part in self.init)
-        for key, names in (("init", self.init), ("train", self.trained)):
+        recomputed = activation_checkpointing if isinstance(activation_checkpointing, list) else []
+        for key, names in (
+            ("init", self.init),
+            ("train", self.trained),
+            ("activation_checkpointing", recomputed),
+        ):
             if unknown := [name for name in names if name not in self.uses]:
                 allowed = dict.fromkeys(self.uses + self.optional)
                 raise ValueError(f"model.{key}: got {', '.join(unknown)}, allowed: {', '.join(allowed)}")
@@ -196,8 +202,9 @@ class Stage(L.LightningModule, ABC):
         if self.compile_blocks:
             allow_compiled_shapes(_COMPILED_SHAPES)
             model.compile_blocks()
-        if self.activation_checkpointing:
-            model.checkpoint_activations()
+        recomputed = self.activation_checkpointing
+        if recomputed:
+            model.checkpoint_activations(recomputed if isinstance(recomputed, list) else None)
         self.attach(model)
         for part in model.parts:
             if part in self.sources:
