@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +38,7 @@ _TEMPLATES = {
     ),
     "plain": _PLAIN,
 }
+_UNKNOWN_SHOWN = 8
 _HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 _ANSWER = "\ue000{}\ue001"  # stands for an answer in a rendered template; private characters, refused in texts
 
@@ -74,6 +76,33 @@ class PromptConfig:
 
 CHAT = PromptConfig()
 """The tokenizer's own chat template, without a system text."""
+
+
+def unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> str:
+    """Describe the words that a tokenizer does not know, and reads as its unknown token.
+
+    Args:
+        tokenizer: one without an unknown token knows every word.
+        texts: as a person writes them.
+
+    Returns:
+        One line with their share of all words and the most frequent ones; empty if there are none.
+    """
+    if tokenizer.unk_token_id is None:
+        return ""
+    counts = Counter(word for text in texts for word in text.split())
+    words = list(counts)
+    encoded = tokenizer(words, add_special_tokens=False)["input_ids"] if words else []
+    found = [word for word, ids in zip(words, encoded, strict=True) if tokenizer.unk_token_id in ids]
+    if not found:
+        return ""
+    found.sort(key=lambda word: -counts[word])
+    share = sum(counts[word] for word in found) / counts.total()
+    shown = ", ".join(f"{word!r} ({counts[word]}x)" for word in found[:_UNKNOWN_SHOWN])
+    return (
+        f"{max(share, 1e-4):.2%} of the words ({len(found):,} different ones) are unknown to the tokenizer "
+        f"{tokenizer.name_or_path}, which reads {tokenizer.unk_token} for them, e.g. {shown}"
+    )
 
 
 class UnusableText(ValueError):

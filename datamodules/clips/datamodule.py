@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,11 +21,12 @@ from datamodules.clips.dataset import ClipConfig, ClipTextDataset
 from datamodules.clips.loader import ResumableLoader
 from datamodules.clips.sampler import GlobalBatchSampler
 from datamodules.clips.validation import ValidationDataset
-from datamodules.text import CHAT, PromptConfig, TextEncoder
+from datamodules.text import CHAT, PromptConfig, TextEncoder, unknown_words
 from datamodules.video.errors import ClipDecodeError
 from datamodules.video.reader import ClipReader
 
 VALIDATION_BATCH = 32
+_TEXTS_SAMPLED = 256
 
 
 class ClipDataModule(L.LightningDataModule, ABC):
@@ -124,6 +127,19 @@ class ClipDataModule(L.LightningDataModule, ABC):
                     f"data.global_batch_size: got {self.global_batch_size}, but there are only {samples} "
                     "training samples"
                 )
+            self._warn_of_unknown_words()
+
+    def _warn_of_unknown_words(self) -> None:
+        """Warn if the tokenizer lacks words of a sample of the training texts, or of the validation questions."""
+        assert self.train_set is not None, "setup() comes first"
+        sample = torch.linspace(0, len(self.train_set) - 1, min(len(self.train_set), _TEXTS_SAMPLED)).long().tolist()
+        texts = {"training texts": [text for index in sample for text in self.train_set.words(index, 0)]}
+        if self.held_out is not None:
+            questions = self.held_out_set().all_questions()
+            texts[str(self.held_out)] = [text for q in questions for text in (q.question, q.answer, *q.options)]
+        for name, found in texts.items():
+            if unknown := unknown_words(self.encoder.tokenizer, found):
+                rank_zero_only(print)(f"warning: {name}: {unknown}", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the annotation files, 16 hexadecimal digits."""

@@ -106,6 +106,13 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
     def text(self, index: int, epoch: int) -> EncodedText:
         """Return the text of a sample in an epoch."""
 
+    def words(self, index: int, epoch: int) -> list[str]:
+        """Return the text of a sample before it is encoded, in pieces, to look for words that the tokenizer lacks.
+
+        By default there are none, and nothing is looked for.
+        """
+        return []
+
     @property
     def prompt(self) -> list[int] | None:
         """Tokens before the text of every sample, or None if they differ."""

@@ -166,6 +166,13 @@ class EgoExoClipDataset(ClipTextDataset):
             return None
         return [bool(self.narrated[self.pairs.clip_groups[self._clip(index)]]) for index in indices]
 
+    def words(self, index: int, epoch: int) -> list[str]:
+        """Return the instruction and the narration, or nothing if it is not used."""
+        clip = self._clip(index)
+        if not self.narrated[self.pairs.clip_groups[clip]]:
+            return []
+        return [self.instruction or "", self.pairs.texts[clip]]
+
     @property
     def prompt(self) -> list[int]:
         """Tokens before every caption."""

@@ -124,6 +124,10 @@ class InstructionDataset(ClipTextDataset):
         """Return the tokens of the sample's conversation in an epoch."""
         return self.encoder.conversation(self.turns(index, epoch))
 
+    def words(self, index: int, epoch: int) -> list[str]:
+        """Return the questions and answers of the sample in an epoch."""
+        return [text for turn in self.turns(index, epoch) for text in turn]
+
     def _records_of(self, index: int) -> list[int]:
         if not 0 <= index < len(self):
             raise IndexError(index)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from datamodules.ego_exo_clip.index import GROUP_RECORD, PairIndex
 from datamodules.egoit.reader import ConversationFile
 from datamodules.io.atomic import atomic_path
+from datamodules.io.conversation import VIDEO_TAG
 from datamodules.io.jsonl import is_array, raw_lines, read_jsonl, read_records
 from datamodules.io.parallel import Beat, Failure, run_tasks
 from datamodules.io.validate import validate
@@ -162,6 +163,20 @@ def _read_index(folder: Path) -> Annotations:
         for path, begin_s in views[group]:
             files[path].spans_s.append((span[0] - begin_s, span[1] - begin_s) if begin_s else shared)
     return Annotations(folder / "clips.jsonl", files, [paths_of_group[group] for group in index.clip_groups.tolist()])
+
+
+def read_texts(source: Path) -> Iterator[str]:
+    """Yield all narrations of an index of pairs, or all questions and answers of an instruction file."""
+    if source.is_dir():
+        texts = PairIndex.read(source).texts
+        yield from (texts[number] for number in range(len(texts)))
+        return
+    for _, row in ConversationFile(source, texts=False).rows():
+        for entry in row.get("conversations", []):
+            yield entry["value"].replace(VIDEO_TAG, " ")
+        fields = row.get("prompt")
+        if isinstance(fields, dict):
+            yield from (fields["query"], fields["target"], *fields.get("options", []))
 
 
 def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambda: None) -> Problem | None:
@@ -314,6 +329,14 @@ def _lines(file: Path) -> Iterator[tuple[str, bytes]]:
         yield from ((f"{file} line {number}", line) for number, line in raw_lines(file))
 
 
+def _unknown_words(source: Path, tokenizer: str | None) -> str:
+    if tokenizer is None:
+        return ""
+    from datamodules.text import load_tokenizer, unknown_words  # torch comes with it, which takes seconds
+
+    return unknown_words(load_tokenizer(tokenizer), read_texts(source))
+
+
 def _write_lines(path: Path, lines: Iterable[bytes]) -> None:
     with atomic_path(path) as partial_path, partial_path.open("wb") as out:
         out.writelines(lines)
@@ -336,6 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=float, default=60.0, help="seconds without progress before a file is given up"
     )
+    parser.add_argument("--tokenizer", help="folder or hub name: count the words that it does not know")
     parser.add_argument("--clean", type=Path, help="write the lines of the annotations whose clips are all fine")
     parser.add_argument(
         "--bad", type=Path, help="write the bad files as JSON Lines: path, kind, reason, spans_s, lines"
@@ -350,6 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.samples < 1 or options.workers < 1 or not options.timeout >= 1:
             raise ValueError("--samples, --workers and --timeout must be at least 1")
         annotations = read_annotations(options.annotations)
+        unknown = _unknown_words(options.annotations, options.tokenizer)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -375,6 +400,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"{where}: its clip lies outside {path}")
     if annotations.conversions:
         print(annotations.conversions)
+    if unknown:
+        print(f"warning: {unknown}")
     kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(p.kind for p in problems.values()).most_common())
     print(f"{len(problems)} of {len(files)} files are bad{f' ({kinds})' if kinds else ''}")
     print(f"{sum(is_clean)} of {len(is_clean)} lines of {annotations.file.name} are clean")

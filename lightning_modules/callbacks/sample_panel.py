@@ -116,7 +116,7 @@ def _answer_lines(predictions: Sequence[Prediction]) -> list[Line]:
             asked.append(prediction)
     lines: list[Line] = []
     for asked in list(by_task.values())[:_QUESTIONS_SHOWN]:
-        lines += [(f"Question: {asked[0].question}", _BLACK), (f"Correct: {asked[0].answer}", _BLACK)]
+        lines += [(f"{asked[0].task}: {asked[0].question}", _BLACK), (f"Correct: {asked[0].answer}", _BLACK)]
         for prediction in asked:
             right = prediction.scores.get(prediction.task, 0.0) == 1.0
             verdict = "right" if right else "wrong"
