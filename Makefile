@@ -80,7 +80,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -149,6 +149,9 @@ stage0: $(READY) $(WORLD) ## initialisation: encoder, projector and language mod
 stage1: $(READY) $(WORLD) ## Demonstrator Self-Preparation; in the generated world after stage0 if that is missing [EXPERIMENT RUNS ARGS FORCE]
 	@$(if $(WORLD),$(STAGE0_IF_MISSING))
 	$(FIT) stage1 $(OPTIONS)
+
+demonstrate: $(READY) $(WORLD) ## compute the demonstrator's answers once for a stage2 that reads them, needs stage1; resumes [EXPERIMENT RUNS ARGS FORCE]
+	$(PYTHON) -m lightning_modules demonstrate experiments/$(NAME) stage2 $(OPTIONS)
 
 stage2: $(READY) $(WORLD) ## Demonstrator-Learner Guidance, needs stage1 [EXPERIMENT RUNS ARGS FORCE]
 	$(FIT) stage2 $(OPTIONS)

@@ -70,6 +70,23 @@ class TextBatch(_Movable):
 
 
 @dataclass
+class Demonstration(_Movable):
+    """Answers of the demonstrator about the clips of a micro-batch, read from files.
+
+    Attributes:
+        answers: R = B rows with M supervised tokens: narrations, or captions where there are none.
+        likeliest: int64 [M, K], the likeliest tokens in the place of each.
+        log_probs: float32 [M, K], of these.
+        log_rest: float32 [M], of all other tokens together.
+    """
+
+    answers: TextBatch
+    likeliest: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+
+
+@dataclass
 class ClipBatch(_Movable):
     """One micro-batch of clip-text samples, a row of text for each clip.
 
@@ -89,6 +106,7 @@ class ClipBatch(_Movable):
         corrupt: a line for each sample that is not valid: its name and the reason.
         prompt: int64 [L], the tokens before a caption, with the clip's ``VIDEO_TOKEN_ID``; None where texts differ.
         narrated: bool [B], the samples whose text is used; None if that of every sample in the dataset is.
+        demonstration: the demonstrator's answers about the clips, where they were computed before.
     """
 
     ids: list[str]
@@ -102,6 +120,7 @@ class ClipBatch(_Movable):
     corrupt: list[str] = field(default_factory=list)
     prompt: Tensor | None = None
     narrated: Tensor | None = None
+    demonstration: Demonstration | None = None
 
     def __post_init__(self) -> None:
         """Without a mask, all samples are valid."""

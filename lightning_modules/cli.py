@@ -73,8 +73,9 @@ def plan(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: a stage does not fit its devices; the message names the keys to change.
     """
+    from lightning_modules.demonstrations import build_demonstrator
     from lightning_modules.plan.benchmarks import cost_table
-    from lightning_modules.plan.stages import PlanConfig, device_count, plan_stage, plan_table
+    from lightning_modules.plan.stages import PlanConfig, device_count, plan_demonstrations, plan_stage, plan_table
     from lightning_modules.run import build_stage
 
     stage = _stage_argument(options)
@@ -83,6 +84,9 @@ def plan(options: argparse.Namespace) -> None:
     plans = [plan_stage(config, build_stage(config)) for config in configs]
     assumptions = [PlanConfig(**(config.get("plan") or {})) for config in configs]
     print(plan_table(plans, assumptions))
+    for config in configs:
+        if config["model"]["init_args"].get("demonstrations"):
+            print(f"\n{plan_demonstrations(config, build_demonstrator(config))}")
     for config, assumed in zip(configs, assumptions, strict=True):
         if config["stage"] == "stage3":
             num_frames, devices = int(config["clips"]["num_frames"]), device_count(config["trainer"])
@@ -95,6 +99,16 @@ def plan(options: argparse.Namespace) -> None:
             problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def demonstrate(options: argparse.Namespace) -> None:
+    """Compute the demonstrator's answers about all pairs once, for stage 2 to read.
+
+    An interrupted call resumes.
+    """
+    from lightning_modules import demonstrations
+
+    demonstrations.demonstrate(_compose(options), options.force)
 
 
 def consolidate(options: argparse.Namespace) -> None:
@@ -145,7 +159,10 @@ def describe(options: argparse.Namespace) -> None:
 _KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
 """An override in the form ``--key=value``. Names of options have no dots, and no key has the name of one."""
 
-VERBS = {verb.__name__: verb for verb in (fit, evaluate, show, keys, plan, consolidate, report, score, chat, describe)}
+VERBS = {
+    verb.__name__: verb
+    for verb in (fit, evaluate, demonstrate, show, keys, plan, consolidate, report, score, chat, describe)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -208,6 +225,8 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         )
     if verb == "fit":
         command.add_argument("--force", action="store_true", help="train from scratch, discarding an earlier run")
+    if verb == "demonstrate":
+        command.add_argument("--force", action="store_true", help="discard demonstrations that exist")
     if verb == "evaluate":
         benchmarks = "answer benchmarks of the experiment instead: names separated by commas, or all"
         command.add_argument("--benchmarks", metavar="NAMES", default="", help=benchmarks)

@@ -40,8 +40,8 @@ class NextTokens(NamedTuple):
 
     Attributes:
         log_probs: float32 [M, K].
-        tokens: int64 [M, K], the tokens that ``log_probs`` are of; None if K is V, in the order of the vocabulary.
-        log_rest: float32 [M], of all other tokens together; None if there are none.
+        tokens: int64 [M, K], the tokens that ``log_probs`` are of; None for all, in the order of the vocabulary.
+        log_rest: float32 [M], of all other tokens together; None with ``tokens``.
     """
 
     log_probs: Tensor
@@ -79,20 +79,19 @@ def answer_kl_loss(target: NextTokens, logits: Tensor, clip: Tensor, clips: int,
     log_q = (logits / tau).log_softmax(-1)
     log_p, kept = target.log_probs, log_q if target.tokens is None else log_q.gather(-1, target.tokens)
     divergence = (log_p.exp() * (log_p - kept)).sum(-1)
-    if target.log_rest is not None and target.tokens is not None:
-        rest = _log_rest(log_q, target.tokens)
-        assert rest is not None, "both have the same tokens"
-        divergence = divergence + target.log_rest.exp() * (target.log_rest - rest)
+    if target.tokens is not None and target.log_rest is not None:
+        rest = target.log_rest
+        divergence = divergence + rest.exp() * (rest - _log_rest(log_q, target.tokens))
     tokens = divergence.new_zeros(clips).index_add(0, clip, torch.ones_like(divergence))
     return tau**2 * (divergence / tokens.index_select(0, clip)).sum() / clips
 
 
-def _log_rest(log_probs: Tensor, tokens: Tensor) -> Tensor | None:
-    """Return the log-probability of all tokens but the given ones, float [M]; None if there are no others."""
+def _log_rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability of all tokens but the given ones, float [M]; the lowest number if there are none."""
+    lowest = torch.finfo(log_probs.dtype).min
     if tokens.shape[-1] == log_probs.shape[-1]:
-        return None
-    rest = log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1)
-    return rest.clamp(min=torch.finfo(rest.dtype).min)  # of a probability that rounds to 0
+        return log_probs.new_full(log_probs.shape[:-1], lowest)
+    return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1).clamp(min=lowest)
 
 
 @torch.no_grad()

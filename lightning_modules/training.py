@@ -20,6 +20,7 @@ from lightning_modules.callbacks.checkpoint import (
 )
 from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.config import LAYERS_FILE, Composition, config_hash, stage_names
+from lightning_modules.demonstrations import use_demonstrations
 from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.evaluation import answer_validation, evaluate
 from lightning_modules.inference.description import answering_files, describe_config
@@ -76,6 +77,7 @@ def fit(config: dict[str, Any], force: bool = False, layers: Composition | None 
             print(_next_commands(config))
         return
 
+    use_demonstrations(run)
     _limit_steps(run)
     if is_rank_zero:
         _prepare_folder(run, layers)

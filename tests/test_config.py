@@ -405,6 +405,9 @@ def test_every_experiment_binds_to_its_classes(toy_world, tmp_path, experiment, 
     if "sources" in config["data"]["init_args"]:
         given.append(f"data.init_args.sources=[{toy_world}/instructions/initialisation.jsonl]")
         config = compose(tiny.EXPERIMENTS / experiment, stage, given)
+    if "demonstrations" in config["model"]["init_args"]:
+        given.append("model.init_args.demonstrations=null")  # stored ones need the projector of stage 1
+        config = compose(tiny.EXPERIMENTS / experiment, stage, given)
     assert config["experiment"] == str(experiment)  # runs of different experiments never share a folder
     run = build(config)
     answers = (str(experiment), stage) == ("exo2ego_7b_answer_kl", "stage2")

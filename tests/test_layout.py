@@ -150,11 +150,12 @@ BUILDS_ON = {
         "strategy",
     },
     "resume": {"config", "run", "stages", "weights"},
+    "demonstrations": {"config", "run", "stages", "weights"},
     "evaluation": {"callbacks", "config", "egobench", "run", "validation", "weights"},
-    "training": {"callbacks", "config", "egobench", "evaluation", "inference", "layers", "plan"}
+    "training": {"callbacks", "config", "demonstrations", "egobench", "evaluation", "inference", "layers", "plan"}
     | {"resume", "run", "weights"},
     "exits": {"callbacks", "compat", "training"},
-    "cli": {"", "compat", "config", "egobench", "evaluation", "exits", "inference", "layers", "plan"}
+    "cli": {"", "compat", "config", "demonstrations", "egobench", "evaluation", "exits", "inference", "layers", "plan"}
     | {"run", "training"},
     "__main__": {"cli"},
     "__init__": {"inference", "stages"},

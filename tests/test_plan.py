@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch
+from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch, Demonstration
 from lightning_modules.cli import main
 from lightning_modules.config import compose
 from lightning_modules.plan.stages import _FLOPS, PartActivations, PlanConfig, StagePlan, plan_stage, plan_table
 from lightning_modules.run import build_stage
+from lightning_modules.stages.guidance import CycleConfig
 from lightning_modules.strategy import shard
 
 TEXT, LABELS = 5, 3  # of the first row of tiny.clip_batch, its placeholder apart
@@ -93,6 +94,29 @@ def test_operations_of_a_kl_on_answers_are_those_of_a_real_step(toy_tokenizer):
     assert mixed.flops == pytest.approx(0.25 * counted[True] + 0.75 * counted[False], rel=0.03)
     assert mixed.flops > 1.05 * narrated.flops
     assert (narrated.captions, mixed.captions) == (0.0, 3.0)
+
+
+def test_stored_answers_cost_no_demonstrator(toy_tokenizer):
+    stored = {"demonstrations": "demonstrations", "init": {"exo_projector": "handoff:projector"}, "top_k": 3}
+    stored["cycle"] = CycleConfig(weight=0.0)
+    real = tiny.make_stage("answers", toy_tokenizer, **stored)
+    real.configure_model()
+    real.train()
+    batch = one_clip()
+    batch.exo_video = None
+    likeliest, log_probs = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(3, 3)
+    batch.demonstration = Demonstration(batch.text, likeliest, log_probs, log_probs[:, 0])
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            sum(real.losses(batch).values()).backward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    sharded = config("stage2", trainer={"devices": 2, "strategy": "fsdp2"})
+    planned = plan_stage(sharded, tiny.make_stage("answers", toy_tokenizer, **stored))
+    assert planned.flops == counter.get_total_flops()
+    assert planned.gathers == 2
+    assert "exo_encoder" not in planned.parts and "exo_projector" not in planned.parts
 
 
 @pytest.fixture

@@ -131,6 +131,10 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         """Return the index of a sample's source in ``source_names``."""
         return 0
 
+    def problem(self, index: int, epoch: int) -> str | None:
+        """Return why a sample cannot be used, if that is known before its videos are read."""
+        return None
+
     def narrated_samples(self, indices: Sequence[int]) -> list[bool] | None:
         """Return for some samples if their text is used; None if that of every sample in the dataset is."""
         return None
@@ -150,6 +154,9 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
     def __getitems__(self, request: BatchRequest) -> ClipBatch:
         """Read a micro-batch; corrupt samples are masked."""
         texts, failed = self._texts(request.epoch, request.global_indices)
+        for index in request.indices:
+            if problem := self.problem(index, request.epoch):
+                failed[index] = problem
         spans = [self.span(index, request.epoch) for index in request.indices]
         shape = (len(spans), self.clips.num_frames, self.clips.image_size, self.clips.image_size, 3)
         # Corrupt samples keep their place in the batch, with zeros as frames and nothing to learn.
@@ -174,7 +181,8 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
             corrupt=[f"{self.name(index)}: {failed[index]}" for index in request.indices if index in failed],
             prompt=None if self.prompt is None else torch.tensor(self.prompt),
             narrated=None if narrated is None else torch.tensor(narrated),
-            **{f"{view}_video": frames[view] for view in frames},
+            ego_video=frames.get("ego"),
+            exo_video=frames.get("exo"),
         )
 
     @staticmethod

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from datamodules.batch import IGNORE_INDEX
+from datamodules.batch import IGNORE_INDEX, ClipBatch, Demonstration
 from datamodules.clips.datamodule import ClipDataModule
 from datamodules.clips.dataset import NOTHING_TO_LEARN, VIEWS, ClipConfig, ClipTextDataset, Span
+from datamodules.clips.sampler import BatchRequest
+from datamodules.ego_exo_clip.demonstrations import Answer, Demonstrations, DemonstrationsError
 from datamodules.ego_exo_clip.index import PairIndex, read_header
 from datamodules.text import EncodedText, TextEncoder
 
@@ -95,6 +98,8 @@ class EgoExoClipDataset(ClipTextDataset):
         self.pairs, self.root, self.views = pairs, root, views
         self.exo_policy, self.instruction, self.seed = exo_policy, instruction, seed
         self._prompt: list[int] | None = None
+        self.demonstrations: Demonstrations | None = None
+        self.first_of_clip = np.concatenate([[0], np.cumsum(pairs.num_exos())])  # pairs of a narration and a camera
         counts = pairs.num_exos() if exo_policy == "all" else np.ones(len(pairs), dtype=np.int64)
         self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # of each narration
         self.narration = narration
@@ -138,19 +143,89 @@ class EgoExoClipDataset(ClipTextDataset):
     def span(self, index: int, epoch: int) -> Span:
         """Return the files of both views and the same seconds of the take."""
         pairs, clip = self.pairs, self._clip(index)
-        ego, end = (int(pairs.first_view[pairs.clip_groups[clip] + more]) for more in (0, 1))
-        if self.exo_policy == "all":
-            exo = ego + 1 + index - int(self.first_pair[clip])
-        elif self.exo_policy == "best":
-            exo = int(pairs.best_views[clip])
-        else:
-            exo = ego + 1 + int(np.random.default_rng([self.seed, epoch, index]).integers(end - ego - 1))
+        ego = int(pairs.first_view[pairs.clip_groups[clip]])
+        exo = ego + 1 + self._camera(index, epoch)
         chosen = {view: {"ego": ego, "exo": exo}[view] for view in self.views}
         return Span(
             {view: self.root / pairs.view_paths[number] for view, number in chosen.items()},
             float(pairs.start_s[clip]),
             float(pairs.end_s[clip]),
             {view: float(pairs.view_offsets_s[number]) for view, number in chosen.items()},
+        )
+
+    def _camera(self, index: int, epoch: int) -> int:
+        """Return the number of a sample's exocentric camera, from 0 for the first of its take."""
+        pairs, clip = self.pairs, self._clip(index)
+        ego, end = (int(pairs.first_view[pairs.clip_groups[clip] + more]) for more in (0, 1))
+        if self.exo_policy == "all":
+            return index - int(self.first_pair[clip])
+        if self.exo_policy == "best":
+            return int(pairs.best_views[clip]) - ego - 1
+        return int(np.random.default_rng([self.seed, epoch, index]).integers(end - ego - 1))
+
+    def pair(self, index: int, epoch: int) -> int:
+        """Return the number of a sample's narration and camera among all such pairs of the index."""
+        return int(self.first_of_clip[self._clip(index)]) + self._camera(index, epoch)
+
+    def used_pairs(self, exo_policy: ExoPolicy | None = None) -> NDArray[np.int64]:
+        """Return the numbers of all pairs of narration and camera that samples are drawn from, ascending.
+
+        Args:
+            exo_policy: another policy than this dataset's.
+        """
+        pairs = self.pairs
+        used = np.zeros(len(self), dtype=bool)
+        used[self.with_text] = used[self.without_text] = True
+        clips = np.unique(np.searchsorted(self.first_pair, np.flatnonzero(used), side="right") - 1)
+        if (exo_policy or self.exo_policy) == "best":
+            egos = pairs.first_view[pairs.clip_groups[clips]]
+            best: NDArray[np.int64] = self.first_of_clip[clips] + pairs.best_views[clips] - egos - 1
+            return best
+        counts = pairs.num_exos()[clips]
+        starts = np.repeat(self.first_of_clip[clips] - np.cumsum(counts) + counts, counts)
+        return starts + np.arange(counts.sum())
+
+    def problem(self, index: int, epoch: int) -> str | None:
+        """Return why the demonstrator has no answer about a pair, or None."""
+        if self.demonstrations is None:
+            return None
+        problem = self.demonstrations.problem(self.pair(index, epoch))
+        return None if problem is None else f"no demonstration ({problem})"
+
+    def __getitems__(self, request: BatchRequest) -> ClipBatch:
+        """Read a micro-batch, with the demonstrator's answers if there are any."""
+        batch = super().__getitems__(request)
+        if self.demonstrations is not None:
+            batch.demonstration = self._demonstration(self.demonstrations, request, batch.valid.tolist())
+        return batch
+
+    def _demonstration(
+        self, demonstrations: Demonstrations, request: BatchRequest, valid: Sequence[bool]
+    ) -> Demonstration:
+        """Read the answers about the valid pairs; the rows of others have nothing to learn."""
+        rows, answers = [], []
+        for index, is_valid in zip(request.indices, valid, strict=True):
+            row = NOTHING_TO_LEARN
+            if is_valid:
+                row = self.text(index, request.epoch)
+                answer = demonstrations.read(self.pair(index, request.epoch))
+                words = answer.words.tolist()
+                if row is NOTHING_TO_LEARN:
+                    row = EncodedText([*self.prompt, *words], [IGNORE_INDEX] * len(self.prompt) + words)
+                if words != [label for label in row.labels if label != IGNORE_INDEX]:
+                    raise DemonstrationsError(
+                        f"{demonstrations.folder}: the answer about {self.name(index)} is not its narration: run "
+                        f"`{demonstrations.command} FORCE=1`"
+                    )
+                answers.append(answer)
+            rows.append(row)
+        if not answers:
+            answers = [Answer(torch.zeros(0), torch.zeros(0, 1).long(), torch.zeros(0, 1), torch.zeros(0))]
+        return Demonstration(
+            self.encoder.batch(rows, self.pad_to_multiple_of),
+            torch.cat([answer.likeliest for answer in answers]),
+            torch.cat([answer.log_probs for answer in answers]),
+            torch.cat([answer.log_rest for answer in answers]),
         )
 
     def text(self, index: int, epoch: int) -> EncodedText:
@@ -203,6 +278,9 @@ class EgoExoClipDataModule(ClipDataModule):
         narration: how much of the paired video has its narration used.
         **shared: see ``ClipDataModule``; ``root`` is the folder that the index's paths are relative to.
 
+    Attributes:
+        demonstrations: the demonstrator's answers that batches hold, if they were computed before.
+
     Raises:
         ValueError: there is no index, or no view.
     """
@@ -225,10 +303,11 @@ class EgoExoClipDataModule(ClipDataModule):
         except ValueError as error:
             raise ValueError(f"data.index: {error}") from None
         self.views, self.exo_policy, self.instruction, self.narration = views, exo_policy, instruction, narration
+        self.demonstrations: Demonstrations | None = None
 
     def read(self) -> EgoExoClipDataset:
         """Read the index, without opening a video."""
-        return EgoExoClipDataset(
+        dataset = EgoExoClipDataset(
             PairIndex.read(self.index),
             self.root,
             self.views,
@@ -239,6 +318,8 @@ class EgoExoClipDataModule(ClipDataModule):
             self.encoder,
             self.narration,
         )
+        dataset.demonstrations = self.demonstrations
+        return dataset
 
     def annotation_files(self) -> list[Path]:
         """Return the takes and narrated clips of the index."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from datamodules.batch import ClipBatch, TextBatch
+from datamodules.batch import ClipBatch, Demonstration, TextBatch
 from lightning_modules.compat import flash_attention, flash_attention_backward, storage_id, tree_leaves
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.stages.answer_guidance import AnswerGuidance
@@ -265,6 +265,29 @@ def flops_per_sample(config: dict[str, Any], stage: Stage) -> int:
     return probe.mean_flops(_captioned_fraction(stage, config["data"]["init_args"]))
 
 
+def plan_demonstrations(config: dict[str, Any], demonstrator: AnswerGuidance) -> str:
+    """Return a line on the cost of computing the demonstrator's answers about the pairs of an epoch.
+
+    Args:
+        config: resolved configuration of the stage that reads them.
+        demonstrator: encoder, projector and language model alone; its model is built on the meta device here.
+    """
+    assumed, devices = PlanConfig(**(config.get("plan") or {})), device_count(config["trainer"])
+    probe = _Probe(demonstrator, config["clips"]["num_frames"], assumed, torch.float32)
+    captions = _captioned_fraction(demonstrator, config["data"]["init_args"])
+    shares = {False: 1 - captions, True: captions}
+    flops = round(sum(share * probe.demonstration_flops(captioned) for captioned, share in shares.items()))
+    parts = [f"{flops / 1e12:.3g} TFLOP a pair"]
+    if assumed.samples is not None:
+        tokens = (1 - captions) * assumed.label_tokens + captions * demonstrator.answer_tokens
+        size = assumed.samples * tokens * (8 * min(demonstrator.top_k, demonstrator.vocab_size) + 8)
+        parts.append(f"{size / 1e9:,.1f} GB for {assumed.samples:,} pairs")
+        if assumed.peak_tflops is not None:
+            hours = assumed.samples * flops / (devices * assumed.peak_tflops * 1e12 * assumed.mfu) / 3600
+            parts.append(f"{hours:,.1f} hours")
+    return f"`make demonstrate`, once before {config['stage']}: {', '.join(parts)}"
+
+
 def plan_table(plans: Sequence[StagePlan], assumed: Sequence[PlanConfig]) -> str:
     """Return a Markdown table: parameters of each part, then the costs, with a column for each stage."""
     parts = list(dict.fromkeys(part for plan in plans for part in plan.parts))
@@ -388,7 +411,7 @@ def _captioned_fraction(stage: Stage, data: dict[str, Any]) -> float:
         stage: to plan.
         data: arguments of its data.
     """
-    if not isinstance(stage, AnswerGuidance):
+    if not isinstance(stage, AnswerGuidance) or stage.demonstrations is not None:
         return 0.0
     narration = data.get("narration") or {}
     fraction, ratio = float(narration.get("ego_text_fraction", 1.0)), narration.get("unnarrated_ratio")
@@ -458,6 +481,17 @@ class _Probe:
         if isinstance(stage, AnswerGuidance):
             self.answer_tokens = stage.answer_tokens
             stage.answers = self._answers  # type: ignore[method-assign]
+            if stage.demonstrations is not None:
+                self._read_demonstrations(stage)
+
+    def _read_demonstrations(self, stage: AnswerGuidance) -> None:
+        """Give the batch stored answers, in the place of exocentric video where that is not needed."""
+        if not stage.encodes_exo:
+            self.batch.exo_video = None
+        shape = (self.assumed.label_tokens, min(stage.top_k, stage.vocab_size))
+        likeliest = torch.empty(shape, dtype=torch.int64, device="meta")
+        log_probs = torch.empty(shape, device="meta")
+        self.batch.demonstration = Demonstration(self.batch.text, likeliest, log_probs, log_probs[:, 0])
 
     def mean_flops(self, captions: float) -> int:
         """Count operations of a sample on average, if that fraction of all samples has a caption generated."""
@@ -498,6 +532,15 @@ class _Probe:
         """
         with _flash_attention(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
             self._loss(captioned).backward()
+        return int(counter.get_total_flops())
+
+    def demonstration_flops(self, captioned: bool) -> int:
+        """Count operations of the demonstrator's answer about one pair, see ``flops``."""
+        stage = self.stage
+        assert isinstance(stage, AnswerGuidance) and self.batch.exo_video is not None
+        self._set_narrated(captioned)
+        with torch.no_grad(), _flash_attention(), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            stage.demonstrate(stage.model.exo_encoder(self.batch.exo_video), self.batch)
         return int(counter.get_total_flops())
 
     def by_part(self) -> dict[str, PartActivations]:
@@ -575,8 +618,11 @@ class _Probe:
 
     def _loss(self, captioned: bool) -> Tensor:
         self.stage.step_log = {}
-        self.batch.narrated = torch.empty(1, dtype=torch.bool, device="meta") if captioned else None
+        self._set_narrated(captioned)
         return torch.stack(list(self.stage.losses(self.batch).values())).sum()
+
+    def _set_narrated(self, captioned: bool) -> None:
+        self.batch.narrated = torch.empty(1, dtype=torch.bool, device="meta") if captioned else None
 
     def _read_text(self, visual: Tensor, batch: ClipBatch) -> tuple[Tensor, Tensor]:
         """Replace ``Stage.read_text``: labels follow the prompt, so that their place needs no values."""

@@ -32,34 +32,86 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
 
     Args:
         answer_tokens: longest caption.
+        demonstrations: folder of the demonstrator's answers, computed once by ``make demonstrate``, from which batches
+            take them. The demonstrator then does not run: neither its projector and its pass through the language
+            model, nor, unless y is needed for another loss, the exocentric encoder and the decoding of its video.
+            None computes the answers in every step.
+        top_k: the likeliest tokens whose probabilities are stored in the place of each token; all others count as one.
         **guidance: arguments of ``DemonstratorLearnerGuidance``.
+
+    Raises:
+        ValueError: with ``demonstrations``, y would pass through a projector that trains.
     """
 
     projects_exo = True
 
-    def __init__(self, answer_tokens: int = 16, **guidance: Any) -> None:
+    def __init__(
+        self, answer_tokens: int = 16, demonstrations: str | None = None, top_k: int = 64, **guidance: Any
+    ) -> None:
         super().__init__(**guidance)
-        self.answer_tokens = answer_tokens
+        for key, number in (("answer_tokens", answer_tokens), ("top_k", top_k)):
+            if number < 1:
+                raise ValueError(f"model.{key}: got {number}, allowed: 1 or more")
+        self.answer_tokens, self.demonstrations, self.top_k = answer_tokens, demonstrations, top_k
+        if demonstrations is not None:
+            self._leave_demonstrator_out()
+
+    def _leave_demonstrator_out(self) -> None:
+        """Build no part that stored answers replace."""
+        if "exo_projector" not in self.uses:
+            raise ValueError(
+                "model.demonstrations: y passes through the projector that trains on x and F(x), so that its answers "
+                "change: set model.init.exo_projector to the projector of stage 1, or demonstrations to null"
+            )
+        reads_exo = self.contrastive.weight or (self.cycle.weight and self.cycle.backward)
+        replaced = {"exo_projector"} if reads_exo else {"exo_projector", "exo_encoder"}
+        self.uses = tuple(part for part in self.uses if part not in replaced)
+        self.init = {part: sources for part, sources in self.init.items() if part not in replaced}
+
+    @property
+    def encodes_exo(self) -> bool:
+        """True if the stage needs exocentric video."""
+        return "exo_encoder" in self.uses
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return video-text generation on x and F(x), KL of answers and cycle consistency."""
-        if batch.exo_video is None:
+        if self.demonstrations is None and batch.exo_video is None:
             return super().losses(batch)
         model = self.model
         ego = model.ego_encoder(self.video_of(batch, "ego"))
         mapped = model.ego_to_exo(ego)
-        with torch.no_grad():
-            exo = model.exo_encoder(batch.exo_video)
-            answers, demonstrated = self.demonstrate(exo, batch)
-        features = GuidanceFeatures(ego, exo, mapped, model.learner_view(ego, mapped))
-
-        losses = self._text_losses(features.visual, batch, answers, demonstrated)
-        target, standardized, _ = self._feature_kl(features, batch)
-        if self.contrastive.weight:
-            losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
+        exo = None
+        if self.encodes_exo:
+            with torch.no_grad():
+                exo = model.exo_encoder(self.video_of(batch, "exo"))
+        answers, demonstrated = self._demonstrated(exo, batch)
+        visual = model.learner_view(ego, mapped)
+        losses = self._text_losses(visual, batch, answers, demonstrated)
+        if exo is not None:
+            target, standardized, _ = self._feature_kl(GuidanceFeatures(ego, exo, mapped, visual), batch)
+            if self.contrastive.weight:
+                losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
         if self.cycle.weight:
             losses["cycle"] = self.cycle.weight * self._cycles(ego, mapped, exo, batch.valid)
         return losses
+
+    def _demonstrated(self, exo: Tensor | None, batch: ClipBatch) -> tuple[TextBatch, NextTokens]:
+        """Return the demonstrator's answers and its distributions, stored or computed now.
+
+        The language model is gathered once for all tokens of the captions and for their distributions, on all ranks of
+        a sharded run, as some may have captions to generate where others have narrations.
+        """
+        if self.demonstrations is not None:
+            stored = batch.demonstration
+            if stored is None:
+                raise ValueError(
+                    "model.demonstrations: the batch has no demonstrations: use EgoExoClipDataModule through "
+                    "`make stage2`, or set demonstrations to null"
+                )
+            return stored.answers, NextTokens(stored.log_probs, stored.likeliest, stored.log_rest)
+        assert exo is not None
+        with gathered([] if batch.narrated is None else self.model.language_model.blocks()):
+            return self.demonstrate(exo, batch)
 
     def _text_losses(
         self, visual: Tensor, batch: ClipBatch, answers: TextBatch, demonstrated: NextTokens
@@ -86,9 +138,6 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
     def demonstrate(self, exo: Tensor, batch: ClipBatch) -> tuple[TextBatch, NextTokens]:
         """Return the demonstrator's answers and its distributions at each of their tokens.
 
-        The language model is gathered once for all tokens of the captions and for their distributions, on all ranks of
-        a sharded run, as some may have captions to generate where others have narrations.
-
         Args:
             exo: y, float [B, T, h, w, C].
             batch: the micro-batch.
@@ -97,10 +146,8 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
             ValueError: pairs without narration have different prompts.
         """
         visual = self.model.project_exo(exo)
-        blocks = [] if batch.narrated is None else self.model.language_model.blocks()
-        with gathered(blocks):
-            answers = batch.text if batch.narrated is None else self.answers(visual, batch)
-            logits, _ = self.read_text(visual, replace(batch, text=answers, source=None))
+        answers = batch.text if batch.narrated is None else self.answers(visual, batch)
+        logits, _ = self.read_text(visual, replace(batch, text=answers, source=None))
         return answers, NextTokens.of(logits, self.kl.tau)
 
     def answers(self, visual: Tensor, batch: ClipBatch) -> TextBatch:

@@ -112,7 +112,14 @@ class DemonstratorLearnerGuidance(Stage):
         ValueError: a setting is impossible, or two contradict each other.
     """
 
-    uses = ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model")
+    uses: tuple[str, ...] = (
+        "exo_encoder",
+        "ego_encoder",
+        "projector",
+        "ego_to_exo",
+        "exo_to_ego",
+        "language_model",
+    )
     optional = ("exo_projector",)
     trains = ("ego_encoder", "projector", "ego_to_exo", "exo_to_ego")
     views = ("ego",)

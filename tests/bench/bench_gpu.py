@@ -259,6 +259,7 @@ def configuration(case: Case, smoke: bool) -> dict[str, Any]:
     config = compose(EXPERIMENTS / case.experiment, case.stage, tiny if smoke else hardware)
     arguments = config["model"]["init_args"]
     arguments["init"] = {}
+    arguments.pop("demonstrations", None)  # without stored answers, the demonstrator takes part
     config["data"]["init_args"] |= {"micro_batch_size": case.micro_batch, "global_batch_size": case.micro_batch}
     config["trainer"]["accumulate_grad_batches"] = 1
     return config
