@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_modules.config import Composition, ConfigError, compose, read_layers, stage_names
+from lightning_modules.early_check import check_early
 from lightning_modules.layers import dump_yaml
 
 OVERRIDES = "stage, and keys to override: key=value, --key=value, or ~key to remove one; `keys` lists them all"
@@ -25,11 +26,12 @@ OVERRIDES = "stage, and keys to override: key=value, --key=value, or ~key to rem
 
 def fit(options: argparse.Namespace) -> None:
     """Train a stage or resume it, then answer the validation questions."""
+    composition = _read_layers(options)
+    config = composition.resolve()
+    _check_then_import(config, "fit")
     from lightning_modules import training
     from lightning_modules.evaluation import evaluate_single_inputs
 
-    composition = _read_layers(options)
-    config = composition.resolve()
     training.fit(config, options.force, composition)
     if options.single_inputs:
         evaluate_single_inputs(config, again=False)
@@ -37,9 +39,9 @@ def fit(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Answer the validation questions, or benchmarks, with a finished stage."""
+    config = _compose(options)
     from lightning_modules import evaluation
 
-    config = _compose(options)
     names = [name for name in options.benchmarks.split(",") if name]
     if names:
         evaluation.evaluate_benchmarks(config, None if names == ["all"] else names, options.force)
@@ -53,18 +55,19 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def show(options: argparse.Namespace) -> None:
     """Print the resolved configuration of a stage with all defaults, and check it."""
+    config = _compose(options)
     from lightning_modules.run import build, complete
 
-    config = _compose(options)
     print(dump_yaml(complete(config)), end="")
     build(config)
 
 
 def keys(options: argparse.Namespace) -> None:
     """Print all keys of a stage with value, type, default and meaning, one a line."""
+    config = _compose(options)
     from lightning_modules.run import print_keys
 
-    print_keys(_compose(options))
+    print_keys(config)
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -73,14 +76,16 @@ def plan(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: a stage does not fit its devices; the message names the keys to change.
     """
+    stage = _stage_argument(options)
+    stages = [stage] if stage else stage_names(options.experiment)
+    configs = [compose(options.experiment, name, options.rest) for name in stages]
+    for config in configs:
+        _check_then_import(config, "plan")
     from lightning_modules.demonstrations import build_demonstrator
     from lightning_modules.plan.benchmarks import cost_table
     from lightning_modules.plan.stages import PlanConfig, device_count, plan_demonstrations, plan_stage, plan_table
     from lightning_modules.run import build_stage
 
-    stage = _stage_argument(options)
-    stages = [stage] if stage else stage_names(options.experiment)
-    configs = [compose(options.experiment, name, options.rest) for name in stages]
     plans = [plan_stage(config, build_stage(config)) for config in configs]
     assumptions = [PlanConfig(**(config.get("plan") or {})) for config in configs]
     print(plan_table(plans, assumptions))
@@ -106,16 +111,18 @@ def demonstrate(options: argparse.Namespace) -> None:
 
     An interrupted call resumes.
     """
+    config = _compose(options)
     from lightning_modules import demonstrations
 
-    demonstrations.demonstrate(_compose(options), options.force)
+    demonstrations.demonstrate(config, options.force)
 
 
 def consolidate(options: argparse.Namespace) -> None:
     """Export stage weights from the last checkpoint of an unfinished stage."""
+    config = _compose(options)
     from lightning_modules import training
 
-    training.consolidate(_compose(options))
+    training.consolidate(config)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -173,14 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parse(arguments)
     try:
-        if options.verb not in ("report", "score"):
-            from lightning_modules.compat import silence_expected_warnings
-
-            silence_expected_warnings()
         VERBS[options.verb](options)
     except Exception as error:
         if options.traceback and isinstance(error, ValueError | OSError):
             raise
+        if isinstance(error, ValueError) and "torch" not in sys.modules:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         from lightning_modules.exits import exit_status
 
         return exit_status(error)
@@ -261,8 +267,10 @@ def _stage_argument(options: argparse.Namespace) -> str | None:
 
 
 def _compose(options: argparse.Namespace) -> dict[str, Any]:
-    """Compose and resolve the configuration that the arguments name."""
-    return _read_layers(options).resolve()
+    """Compose, resolve and check the configuration that the arguments name."""
+    config = _read_layers(options).resolve()
+    _check_then_import(config, options.verb)
+    return config
 
 
 def _read_layers(options: argparse.Namespace) -> Composition:
@@ -276,3 +284,15 @@ def _read_layers(options: argparse.Namespace) -> Composition:
         known = ", ".join(stage_names(options.experiment))
         raise ConfigError(f"{options.experiment} is a folder: name a stage after it, {known}")
     return read_layers(options.experiment, stage, options.rest)
+
+
+def _check_then_import(config: dict[str, Any], verb: str) -> None:
+    """Refuse common mistakes at once; only then import torch and Lightning, which takes seconds.
+
+    Raises:
+        ValueError: a key is unknown, a plain value has the wrong type, or a folder is missing.
+    """
+    check_early(config, verb)
+    from lightning_modules.compat import silence_expected_warnings
+
+    silence_expected_warnings()

@@ -39,11 +39,20 @@ def check_config(config: Mapping[str, Any], types_of_keys: Mapping[str, Any]) ->
     problems: list[str] = []
     for key, value in config.items():
         if key not in types_of_keys:
-            problems.append(_unknown_key(key, "", sorted(types_of_keys)))
+            problems.append(unknown_key(key, "", sorted(types_of_keys)))
         elif inspect.isclass(types_of_keys[key]) and isinstance(value, dict) and "class_path" not in value:
             _check_class_arguments(value, types_of_keys[key], key, problems)
         elif value is not None:
-            _check(value, types_of_keys[key], key, problems)
+            check_value(value, types_of_keys[key], key, problems)
+    refuse(problems, config)
+
+
+def refuse(problems: list[str], config: Mapping[str, Any]) -> None:
+    """Raise an error with all problems of a configuration, each once, if there are any.
+
+    Raises:
+        ConfigError: there are problems.
+    """
     shown = dict.fromkeys(_as_typed(problem, config) for problem in problems)
     if shown:
         raise ConfigError("; ".join(shown))
@@ -59,7 +68,7 @@ def _as_typed(problem: str, config: Mapping[str, Any]) -> str:
     return problem
 
 
-def _check(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
+def check_value(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
     """Append the problems of a value; return it, as an instance where the hint is a dataclass without problems."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is typing.Union or origin is types.UnionType:
@@ -79,9 +88,11 @@ def _check(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
         if len(hints) != len(value):
             problems.append(f"{key}: got {len(value)} values, allowed: {len(hints)}")
             return value
-        return origin(_check(v, h, f"{key}[{n}]", problems) for n, (v, h) in enumerate(zip(value, hints, strict=True)))
+        return origin(
+            check_value(v, h, f"{key}[{n}]", problems) for n, (v, h) in enumerate(zip(value, hints, strict=True))
+        )
     elif origin is dict and isinstance(value, dict):
-        return {name: _check(item, args[1], f"{key}.{name}", problems) for name, item in value.items()}
+        return {name: check_value(item, args[1], f"{key}.{name}", problems) for name, item in value.items()}
     elif hint is float and type(value) is int:
         return float(value)
     elif not _accepts(hint, value):
@@ -98,7 +109,7 @@ def _check_union(value: Any, hint: Any, key: str, problems: list[str]) -> Any:
     closest: list[str] | None = None
     for alternative in alternatives:
         found: list[str] = []
-        checked = _check(value, alternative, key, found)
+        checked = check_value(value, alternative, key, found)
         if not found:
             return checked
         if isinstance(value, dict | list) and any(not problem.startswith(f"{key}: got") for problem in found):
@@ -139,7 +150,7 @@ def _check_class_path(value: dict[str, Any], base: type, key: str, problems: lis
         problems.append(f"{key}.class_path: got {path}, allowed: subclasses of {base.__module__}.{base.__qualname__}")
         return
     for name in value.keys() - {"class_path", "init_args", "dict_kwargs"}:
-        problems.append(_unknown_key(f"{key}.{name}", key, ["class_path", "init_args"]))
+        problems.append(unknown_key(f"{key}.{name}", key, ["class_path", "init_args"]))
     if inspect.isclass(kind):
         _check_class_arguments(value.get("init_args") or {}, kind, f"{key}.init_args", problems)
 
@@ -163,9 +174,9 @@ def _check_arguments(
     checked = {}
     for name, item in value.items():
         if name in known:
-            checked[name] = _check(item, known[name], f"{key}.{name}", problems)
+            checked[name] = check_value(item, known[name], f"{key}.{name}", problems)
         else:
-            problems.append(_unknown_key(f"{key}.{name}", key, list(known)))
+            problems.append(unknown_key(f"{key}.{name}", key, list(known)))
     problems += [
         f"{key}.{name}: missing, allowed: {describe_type(known[name])}" for name in required if name not in value
     ]
@@ -223,7 +234,14 @@ def _accepts(hint: Any, value: Any) -> bool:
     return isinstance(value, accepted.get(hint, (hint,)))
 
 
-def _unknown_key(key: str, above: str, known: list[str]) -> str:
+def unknown_key(key: str, above: str, known: list[str]) -> str:
+    """Describe a key that does not exist, with similar ones or all that do.
+
+    Args:
+        key: dotted key.
+        above: key of its section, empty at the top.
+        known: names in that section.
+    """
     name = key.rpartition(".")[2]
     close = get_close_matches(name, known, 3)
     similar = bool(close) and len(known) > _ALL_SHOWN

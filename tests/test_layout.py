@@ -129,6 +129,7 @@ BUILDS_ON = {
     "config": {"layers"},
     "config_check": {"layers"},
     "config_keys": {"config_check"},
+    "early_check": {"config", "config_check"},
     "strategy": {"compat"},
     "weights": {"model"},
     "validation": {"distributed", "model"},
@@ -155,8 +156,8 @@ BUILDS_ON = {
     "training": {"callbacks", "config", "demonstrations", "egobench", "evaluation", "inference", "layers", "plan"}
     | {"resume", "run", "weights"},
     "exits": {"callbacks", "compat", "training"},
-    "cli": {"", "compat", "config", "demonstrations", "egobench", "evaluation", "exits", "inference", "layers", "plan"}
-    | {"run", "training"},
+    "cli": {"", "compat", "config", "demonstrations", "early_check", "egobench", "evaluation", "exits", "inference"}
+    | {"layers", "plan", "run", "training"},
     "__main__": {"cli"},
     "__init__": {"inference", "stages"},
 }

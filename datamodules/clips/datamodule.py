@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import BenchmarkBatch
 from datamodules.clips.dataset import ClipConfig, ClipTextDataset
+from datamodules.clips.folders import require_data
 from datamodules.clips.loader import ResumableLoader
 from datamodules.clips.sampler import GlobalBatchSampler
 from datamodules.clips.validation import ValidationDataset
@@ -87,13 +88,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
             raise ValueError(f"data.max_corrupt_fraction: got {max_corrupt_fraction}, allowed: from 0 to 1")
         if not decode_timeout_s > 0:
             raise ValueError(f"data.decode_timeout_s: got {decode_timeout_s}, allowed: above 0")
-        if not Path(root).is_dir():
-            raise ValueError(
-                f"data.root: no folder {root}: run `make data` for the generated world, put your videos "
-                "there, or set data.init_args.root"
-            )
-        if held_out is not None and not Path(held_out).is_file():
-            raise ValueError(f"data.held_out: no file {held_out}: run `make data`, or set data.init_args.held_out")
+        require_data(root, held_out)
         self.root, self.held_out = Path(root), None if held_out is None else Path(held_out)
         self.clips, self.global_batch_size, self.seed, self.num_workers = clips, global_batch_size, seed, num_workers
         self.micro_batch_size, self.shuffle_block_groups = micro_batch_size, shuffle_block_groups
