@@ -144,6 +144,7 @@ def score(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     """Ask a trained model about a video, interactively without --question."""
+    _silence_warnings()
     from lightning_modules.inference.api import Exo2Ego
     from lightning_modules.inference.terminal import ask
 
@@ -153,6 +154,7 @@ def chat(options: argparse.Namespace) -> None:
 
 def describe(options: argparse.Namespace) -> None:
     """Narrate a video of any length with time stamps, optionally as subtitles."""
+    _silence_warnings()
     from lightning_modules.inference.api import CAPTION, Exo2Ego
     from lightning_modules.inference.terminal import check_subtitles, narrate
 
@@ -293,6 +295,10 @@ def _check_then_import(config: dict[str, Any], verb: str) -> None:
         ValueError: a key is unknown, a plain value has the wrong type, or a folder is missing.
     """
     check_early(config, verb)
+    _silence_warnings()
+
+
+def _silence_warnings() -> None:
     from lightning_modules.compat import silence_expected_warnings
 
     silence_expected_warnings()
