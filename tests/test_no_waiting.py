@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Demonstration, TextBatch
 from lightning_modules.callbacks.finite_check import FiniteCheck
 from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig
 
@@ -22,7 +22,7 @@ WAITING = {
     torch.ops.aten.is_nonzero,
     torch.ops.aten.repeat_interleave,  # without output_size
 }
-STEPS = ["stage0", "stage1", "stage2", "stage3"]
+STEPS = ["stage0", "stage1", "stage2", "stage3", "answers", "stored answers"]
 
 
 class NoWaiting(TorchDispatchMode):
@@ -41,8 +41,13 @@ def stage_and_batch(name, tokenizer, **changes):
     extra = {"bow_weight": 0.5, "num_frames": tiny.FRAMES} if name == "stage0" else {}
     if name == "stage2":
         extra = {"contrastive": ContrastiveConfig(0.1), "cycle": CycleConfig(norm="channel_std")}
-    stage = tiny.make_stage(name, tokenizer, **extra, **changes)
     batch = tiny.clip_batch()
+    if name == "stored answers":  # of one pair that is narrated and one that is not
+        name, batch.narrated = "answers", torch.tensor([True, False])
+        extra = {"demonstrations": "demonstrations", "init": {"exo_projector": "handoff:projector"}}
+        likeliest, log_probs = torch.tensor([[3, 7]] * 5), torch.full((5, 2), -1.0)
+        batch.demonstration = Demonstration(tiny.clip_batch().text, likeliest, log_probs, log_probs[:, 0])
+    stage = tiny.make_stage(name, tokenizer, **extra, **changes)
     batch.source, batch.source_names = torch.tensor([1, 0]), ("one", "two")
     return stage, batch.to("cpu")
 
