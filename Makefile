@@ -80,7 +80,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -224,6 +224,9 @@ bench-egobench: $(READY) ## measure scoring many captions of a clip that is read
 
 bench-index: $(READY) ## measure building and holding an index of 1.1 million pairs [ARGS]
 	$(PYTHON) tests/bench/bench_index.py $(ARGS)
+
+bench-mistakes: $(READY) ## measure how soon --help and common mistakes are answered [ARGS]
+	$(PYTHON) tests/bench/bench_mistakes.py $(ARGS)
 
 bench-mix: $(READY) ## measure loading a mix of 600,000 instruction records [ARGS]
 	$(PYTHON) tests/bench/bench_mix.py $(ARGS)
