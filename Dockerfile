@@ -6,7 +6,7 @@ FROM python:3.12-slim
 RUN apt-get update && apt-get install --no-install-recommends --yes make && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 exo2ego && mkdir /exo2ego && chown exo2ego /exo2ego
-USER exo2ego
+USER 1000
 WORKDIR /exo2ego
 
 # Packages first: this layer is kept as long as they stay the same.
