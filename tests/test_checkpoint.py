@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 import subprocess
 
 import lightning as L
@@ -93,6 +94,17 @@ def test_what_is_written_is_of_the_moment_of_the_call(toy_tokenizer, tmp_path):
     checkpoint.read_tensors(tmp_path / "0000009", {"state_dict": tensors})
     assert all(torch.equal(tensors[f"model.language_model.causal_lm.{name}"], value) for name, value in before.items())
     assert any(value.any() for value in before.values())
+
+
+def test_files_and_folders_follow_the_umask(toy_tokenizer, tmp_path):
+    before = os.umask(0o027)
+    try:
+        fit(toy_tokenizer, tmp_path / "checkpoints", steps=1)
+    finally:
+        os.umask(before)
+    written = [tmp_path / "checkpoints", *(tmp_path / "checkpoints").rglob("*")]
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in written}
+    assert modes == {path: 0o750 if path.is_dir() else 0o640 for path in written}
 
 
 FILES = [".metadata", "state.pt", "__0_0.distcp"]

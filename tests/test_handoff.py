@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import stat
 import time
 
 import pytest
@@ -225,6 +227,17 @@ def test_new_weights_replace_all_of_the_previous_ones(folder):
     expected = build(seed=2).part("projector")
     assert all(torch.equal(expected[key], value) for key, value in other.part("projector").items())
     assert [path.name for path in folder.parent.iterdir()] == ["handoff"]
+
+
+def test_files_and_folders_follow_the_umask(model, tmp_path):
+    folder = tmp_path / "stage1" / "handoff"
+    before = os.umask(0o027)
+    try:
+        write(folder, model, PARTS, {"stage": "stage1"})
+    finally:
+        os.umask(before)
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
+    assert modes == {path: 0o750 if path.is_dir() else 0o640 for path in modes}
 
 
 @pytest.mark.parametrize("file", ["exo_encoder.safetensors", "adapter/adapter_model.safetensors"])
