@@ -22,6 +22,7 @@ from datamodules.clips.folders import require_data
 from datamodules.clips.loader import ResumableLoader
 from datamodules.clips.sampler import GlobalBatchSampler
 from datamodules.clips.validation import ValidationDataset
+from datamodules.clips.workers import WorkerLoader
 from datamodules.text import CHAT, PromptConfig, TextEncoder, unknown_words
 from datamodules.video.errors import ClipDecodeError
 from datamodules.video.reader import ClipReader
@@ -236,7 +237,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         """Return a loader of this rank's share of clips, in a fixed order whose first batches come from many takes."""
         assert self.trainer is not None, "the Trainer calls this"
         order = np.random.default_rng(0).permutation(len(dataset))  # type: ignore[arg-type]
-        return DataLoader(
+        return WorkerLoader(
             dataset,
             sampler=order[self.trainer.global_rank :: self.trainer.world_size].tolist(),
             batch_size=VALIDATION_BATCH,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from datamodules.batch import ClipBatch
 from datamodules.clips.dataset import ClipTextDataset
 from datamodules.clips.sampler import GlobalBatchSampler
+from datamodules.clips.workers import WorkerLoader
 
 FEWEST_SAMPLES = 200
 """The fraction of corrupt samples is taken over at least so many, so that a single one at the start stops nothing."""
@@ -27,7 +27,7 @@ class ReadingStopped(ValueError):
     """The reading processes give no batch any more."""
 
 
-class ResumableLoader(DataLoader[ClipBatch]):
+class ResumableLoader(WorkerLoader[ClipBatch]):
     """Loader whose state is (epoch, global batches handed out); Lightning saves and restores it.
 
     The state is the same on all ranks; a run may resume from it with another number of ranks or micro-batches.

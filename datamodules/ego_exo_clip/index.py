@@ -262,7 +262,14 @@ class Strings:
         """Return a string by its number from 0."""
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._bytes[self._starts[index] : self._starts[index + 1]].decode()
+        return bytes(memoryview(self._bytes)[self._starts[index] : self._starts[index + 1]]).decode()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle as numpy arrays, which worker processes find in shared memory; nothing can be appended there."""
+        return {
+            "_bytes": np.frombuffer(self._bytes, dtype=np.uint8),
+            "_starts": np.frombuffer(self._starts, dtype=np.int64),
+        }
 
 
 @dataclass(frozen=True)

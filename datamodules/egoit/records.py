@@ -293,7 +293,7 @@ def _check_row(row: Mapping[str, Any], types: Mapping[str, type], file: Path) ->
 
 
 class RecordStore:
-    """Many records in a few arrays, without an object for each, so that forked processes share their memory.
+    """Many records in a few arrays, without an object for each, so that worker processes share their memory.
 
     Fields that are needed only while files are read (``split``, ``video_uid``, ``duration_s``, ``where``) are dropped.
     Of a record with prompt fields only these are kept, unless ``raw`` is set.
@@ -330,6 +330,15 @@ class RecordStore:
             self._kinds.append(kind)
         self._kind_of.append(self._kind_numbers[kind])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle as numpy arrays, which worker processes find in shared memory; nothing can be appended there."""
+        numbers = np.frombuffer(self._kind_of, dtype=np.int32)
+        return vars(self) | {
+            "_windows": self.windows_s().ravel(),
+            "_video_of": self.video_numbers(),
+            "_kind_of": numbers,
+        }
+
     def freeze(self) -> RecordStore:
         """Release the memory that only ``append`` needs, and return the store."""
         self._video_numbers = {}
@@ -354,7 +363,7 @@ class RecordStore:
         else:
             query, target, *options = content
             prompt = PromptFields(task, query, target, tuple(options))
-        start_s, end_s = self._windows[2 * index], self._windows[2 * index + 1]
+        start_s, end_s = float(self._windows[2 * index]), float(self._windows[2 * index + 1])
         window_s = None if start_s < 0 else (start_s, end_s)
         video = self._videos[self._video_of[index]]
         return InstructionRecord(self._ids[index], video, prompt, turns, source, window_s)

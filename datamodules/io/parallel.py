@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import pickle
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar, cast
 
 from tqdm import tqdm
+
+from datamodules.io.processes import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -181,7 +181,7 @@ class _Worker(Generic[Item, Result]):
 def _serve(task: Callable[..., Any], pipe: Connection) -> None:
     """Answer items in a worker process until the other end of the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     silent_since = -math.inf
 
     def beat() -> None:
@@ -208,11 +208,3 @@ def _failure(error: Exception) -> Failure:
     except Exception:  # such as one whose arguments are not those of its constructor
         return Failure(type(error).__name__, reason)
     return Failure(type(error).__name__, reason, error)
-
-
-def _end_with_parent() -> None:
-    """End this process when the main process is killed, even in the middle of a task."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker process has one"
-    parent.join()
-    os._exit(1)

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.batch import BenchmarkBatch
+from datamodules.clips.workers import WorkerLoader
 from datamodules.egobench.dataset import BenchmarkDataset
 from datamodules.io.atomic import atomic_path
 from lightning_modules.egobench.scoring import candidate_rows, header_fields
@@ -211,11 +212,11 @@ class BenchmarkDataModule(L.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("BenchmarkDataModule has no trainer: pass it to Trainer.predict")
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        loaders = []
+        loaders: list[DataLoader[BenchmarkBatch]] = []
         for predictions in self.predictions:
             indices = predictions.remaining()[rank::world]
             loaders.append(
-                DataLoader(predictions.dataset, sampler=indices, collate_fn=_only, num_workers=self.num_workers)
+                WorkerLoader(predictions.dataset, sampler=indices, collate_fn=_only, num_workers=self.num_workers)
             )
         return loaders
 
