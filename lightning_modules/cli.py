@@ -11,46 +11,61 @@ Every verb imports what it needs when it is called, so that ``--help`` and wrong
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from datamodules.io.processes import start_server
 from lightning_modules.config import Composition, ConfigError, compose, read_layers, stage_names
 from lightning_modules.early_check import check_early
 from lightning_modules.layers import dump_yaml
+from lightning_modules.lock import RunLock, is_rank_zero, release_all
+from lightning_modules.signals import ExitOnSignal
 
 OVERRIDES = "stage, and keys to override: key=value, --key=value, or ~key to remove one; `keys` lists them all"
+DATASET_MODULES = (
+    "datamodules.clips.validation",
+    "datamodules.ego_exo_clip.datamodule",
+    "datamodules.egoit.datamodule",
+)
+"""Modules of the datasets of a run, which reading processes have to import."""
 
 
 def fit(options: argparse.Namespace) -> None:
     """Train a stage or resume it, then answer the validation questions."""
     composition = _read_layers(options)
     config = composition.resolve()
-    _check_then_import(config, "fit")
-    from lightning_modules import training
-    from lightning_modules.evaluation import evaluate_single_inputs
+    check_early(config, "fit")
+    with _locked(config):
+        _start_reading_server(config)
+        _silence_warnings()
+        from lightning_modules import training
+        from lightning_modules.evaluation import evaluate_single_inputs
 
-    training.fit(config, options.force, composition)
-    if options.single_inputs:
-        evaluate_single_inputs(config, again=False)
+        training.fit(config, options.force, composition)
+        if options.single_inputs:
+            evaluate_single_inputs(config, again=False)
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Answer the validation questions, or benchmarks, with a finished stage."""
     config = _compose(options)
-    from lightning_modules import evaluation
-
     names = [name for name in options.benchmarks.split(",") if name]
-    if names:
-        evaluation.evaluate_benchmarks(config, None if names == ["all"] else names, options.force)
-    elif config["data"]["init_args"].get("held_out") is None:
+    if not names and config["data"]["init_args"].get("held_out") is None:
         raise ConfigError("data.held_out: got null, so there are no questions: name benchmarks, `BENCHMARKS=all`")
-    else:
-        evaluation.evaluate(config)
-    if options.single_inputs:
-        evaluation.evaluate_single_inputs(config, again=True)
+    with _locked(config):
+        from lightning_modules import evaluation
+
+        if names:
+            evaluation.evaluate_benchmarks(config, None if names == ["all"] else names, options.force)
+        else:
+            evaluation.evaluate(config)
+        if options.single_inputs:
+            evaluation.evaluate_single_inputs(config, again=True)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -120,9 +135,10 @@ def demonstrate(options: argparse.Namespace) -> None:
 def consolidate(options: argparse.Namespace) -> None:
     """Export stage weights from the last checkpoint of an unfinished stage."""
     config = _compose(options)
-    from lightning_modules import training
+    with _locked(config):
+        from lightning_modules import training
 
-    training.consolidate(config)
+        training.consolidate(config)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -181,6 +197,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 success, 1 training failed, 2 invalid input, 75 stopped before the end and resumable.
     """
     options = _parse(arguments)
+    with ExitOnSignal(_stopped) if options.verb == "fit" else nullcontext():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         VERBS[options.verb](options)
     except Exception as error:
@@ -251,6 +272,26 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--judge", choices=("none", "file", "hf"), default="none", help="judge of open answers")
         judge_model = "folder or hub name of the judge, or who wrote the file of verdicts"
         command.add_argument("--judge-model", metavar="NAME", help=judge_model)
+
+
+def _locked(config: dict[str, Any]) -> AbstractContextManager[object]:
+    """Lock the run's folder in the first process; the others of a distributed run belong to it."""
+    run_dir = config.get("run_dir")
+    return RunLock(Path(str(run_dir))) if run_dir and is_rank_zero() else nullcontext()
+
+
+def _start_reading_server(config: dict[str, Any]) -> None:
+    """Let the server of reading processes import what they need while this process does the same."""
+    data = config.get("data") or {}
+    if data.get("class_path") and (data.get("init_args") or {}).get("num_workers", 1):
+        start_server([str(data["class_path"]).rpartition(".")[0], *DATASET_MODULES])
+
+
+def _stopped(by: str) -> None:
+    release_all()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"stopped by {by}: nothing is lost; run it again to resume\n")
+        sys.stderr.flush()
 
 
 def _stage_argument(options: argparse.Namespace) -> str | None:

@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from lightning_modules.callbacks.finite_check import Diverged
 from lightning_modules.compat import default_store
+from lightning_modules.signals import STOPPED
 from lightning_modules.training import Interrupted
 
-STOPPED = 75
-"""Exit status of a stage that was asked to stop and can be resumed: "try again" by convention (EX_TEMPFAIL)."""
+_PATIENCE_S = 30.0  # that rank 0 waits for the others to end
 
 
 def exit_status(error: Exception) -> int:
@@ -30,7 +30,7 @@ def exit_status(error: Exception) -> int:
         Exception: the error itself, if it is unexpected and the run is not distributed.
     """
     if isinstance(error, Interrupted):
-        return _end_all_ranks(f"stopped: {error}", STOPPED)
+        return _end_all_ranks(f"stopped: {error}", STOPPED, patience_s=0 if error.__cause__ else _PATIENCE_S)
     if isinstance(error, Diverged):
         return _end_all_ranks(f"error: {error}", 1)
     if isinstance(error, ValueError | OSError):
@@ -48,17 +48,18 @@ def exit_status(error: Exception) -> int:
     _end(1)
 
 
-def _end_all_ranks(message: str, status: int) -> int:
+def _end_all_ranks(message: str, status: int, patience_s: float = _PATIENCE_S) -> int:
     """End a run whose ranks all raised the same error: rank 0 prints it, and ends after the others with the status."""
     if not dist.is_initialized():
         print(message, file=sys.stderr)
         return status
     store, rank = default_store(), dist.get_rank()
     if rank:
-        store.set(f"left/{rank}", "")
+        with suppress(RuntimeError):
+            store.set(f"left/{rank}", "")
         _end(0)
     with suppress(RuntimeError):
-        store.wait([f"left/{other}" for other in range(1, dist.get_world_size())], timedelta(seconds=30))
+        store.wait([f"left/{other}" for other in range(1, dist.get_world_size())], timedelta(seconds=patience_s))
         time.sleep(0.5)
     print(message, file=sys.stderr)
     _end(status)

@@ -15,12 +15,14 @@ from lightning_modules.callbacks.checkpoint import (
     newest,
     read_state,
     read_tensors,
+    signalled,
     stopped_early,
     stored_tensors,
 )
 from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.config import LAYERS_FILE, Composition, config_hash, stage_names
 from lightning_modules.demonstrations import use_demonstrations
+from lightning_modules.distributed import gather_objects
 from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.evaluation import answer_validation, evaluate
 from lightning_modules.inference.description import answering_files, describe_config
@@ -83,13 +85,23 @@ def fit(config: dict[str, Any], force: bool = False, layers: Composition | None 
         _prepare_folder(run, layers)
         _enable_mfu(run)
         _choose_recomputation(run)
-    run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
+    try:
+        run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
+        late = any(gather_objects(signalled(run.trainer)))
+    except RuntimeError as error:
+        if run.trainer.world_size == 1 or not signalled(run.trainer):
+            raise
+        # The signal reached other processes while they had nothing to save, so they did not wait for this one.
+        reason = str(error).partition("\n")[0][:200]
+        raise Interrupted(f"{run.name} stopped, others before it ({reason}); run it again to resume") from error
     if stopped_early(run.trainer, run.stage):
         _require_progress(run, checkpoint)
         raise Interrupted(f"{run.name} stopped at step {run.trainer.global_step}; run it again to resume")
     if run.trainer.global_step < run.stage.total_steps() and is_rank_zero:
         print(f"{run.name} is complete at step {run.trainer.global_step}: a callback of trainer.callbacks ended it")
 
+    if late:
+        raise Interrupted(f"{run.name} is trained; run it again for what is left")
     if checkpoint and int(checkpoint.name) == run.trainer.global_step:
         # The checkpoint was the last one and only the stage weights were missing: the Trainer may not have read it.
         if is_rank_zero:

@@ -14,6 +14,7 @@ import tiny
 import torch
 from torch.utils.data import DataLoader
 
+from datamodules.io.processes import STOP_SIGNALS
 from lightning_modules import DemonstratorSelfPreparation
 from lightning_modules.callbacks import checkpoint
 from lightning_modules.callbacks.checkpoint import (
@@ -196,9 +197,21 @@ class Signal(L.Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", checkpoint.STOPPING)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_saves_and_stops_after_the_step(toy_tokenizer, tmp_path, number):
     _, run = fit(toy_tokenizer, tmp_path / "stopped", every=0, callbacks=[Signal(number, 1)])
+    assert run.global_step == 2 and newest(tmp_path / "stopped").name == "0000002"
+
+
+def test_a_signal_that_is_repeated_at_once_is_one_request(toy_tokenizer, tmp_path):
+    """Make and timeout pass on what the whole process group has received."""
+
+    class Twice(Signal):
+        def on_train_batch_start(self, *arguments):
+            super().on_train_batch_start(*arguments)
+            super().on_train_batch_start(*arguments)
+
+    _, run = fit(toy_tokenizer, tmp_path / "stopped", every=0, callbacks=[Twice(signal.SIGTERM, 1)])
     assert run.global_step == 2 and newest(tmp_path / "stopped").name == "0000002"
 
 

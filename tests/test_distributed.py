@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_modules.callbacks.checkpoint import check_files, newest
 from lightning_modules.cli import main
-from lightning_modules.exits import STOPPED
+from lightning_modules.signals import STOPPED
 
 TOY = str(tiny.EXPERIMENTS / "toy")
 STAGES = list(tiny.STAGES)

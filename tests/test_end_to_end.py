@@ -31,7 +31,7 @@ from lightning_modules import training
 from lightning_modules.callbacks.checkpoint import newest, read_state
 from lightning_modules.cli import main
 from lightning_modules.config import compose, stage_names
-from lightning_modules.exits import STOPPED
+from lightning_modules.signals import STOPPED
 from lightning_modules.weights import handoff
 from lightning_modules.weights.handoff import read_manifest
 

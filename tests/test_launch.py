@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from lightning_modules.exits import STOPPED
+from lightning_modules.signals import STOPPED
 from lightning_modules.weights.handoff import read_manifest
 
 SCRIPT = tiny.EXPERIMENTS / "hardware" / "slurm.sh"

@@ -123,7 +123,9 @@ def test_weights_build_on_the_model_alone():
 BUILDS_ON = {
     "compat": set(),
     "distributed": set(),
+    "lock": set(),
     "losses": set(),
+    "signals": set(),
     "model": set(),
     "layers": set(),
     "config": {"layers"},
@@ -137,7 +139,8 @@ BUILDS_ON = {
     "stages": {"compat", "egobench", "losses", "model", "strategy", "validation", "weights"},
     "plan": {"compat", "model", "stages", "validation"},
     "inference": {"config", "model", "stages", "weights"},
-    "callbacks": {"compat", "distributed", "egobench", "inference", "stages", "validation", "weights"},
+    "callbacks": {"compat", "distributed", "egobench", "inference", "lock", "signals", "stages", "validation"}
+    | {"weights"},
     "run": {
         "callbacks",
         "compat",
@@ -153,11 +156,11 @@ BUILDS_ON = {
     "resume": {"config", "run", "stages", "weights"},
     "demonstrations": {"config", "run", "stages", "weights"},
     "evaluation": {"callbacks", "config", "egobench", "run", "validation", "weights"},
-    "training": {"callbacks", "config", "demonstrations", "egobench", "evaluation", "inference", "layers", "plan"}
-    | {"resume", "run", "weights"},
-    "exits": {"callbacks", "compat", "training"},
+    "training": {"callbacks", "config", "demonstrations", "distributed", "egobench", "evaluation", "inference"}
+    | {"layers", "plan", "resume", "run", "weights"},
+    "exits": {"callbacks", "compat", "signals", "training"},
     "cli": {"", "compat", "config", "demonstrations", "early_check", "egobench", "evaluation", "exits", "inference"}
-    | {"layers", "plan", "run", "training"},
+    | {"layers", "lock", "plan", "run", "signals", "training"},
     "__main__": {"cli"},
     "__init__": {"inference", "stages"},
 }

@@ -7,7 +7,7 @@ import tiny
 
 from lightning_modules.callbacks.checkpoint import CheckpointFolders, Checkpoints, newest, read_state
 from lightning_modules.cli import main
-from lightning_modules.exits import STOPPED
+from lightning_modules.signals import STOPPED
 from lightning_modules.weights.handoff import read_manifest
 
 TOY = str(tiny.EXPERIMENTS / "toy")

@@ -40,8 +40,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from datamodules.io.processes import STOP_SIGNALS
 from lightning_modules.compat import ignore_signals, recount_micro_batches
 from lightning_modules.distributed import gather_objects
+from lightning_modules.signals import take_pending
 from lightning_modules.weights.tensors import file_digest, sync
 
 if TYPE_CHECKING:
@@ -50,9 +52,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 KEPT = 2
 _FULL_BYTES = 2**20
+_ECHO_S = 2.0
 TENSORS = ("state_dict", "optimizer")
 """Keys of a checkpoint that hold tensors: by name, and by name and kind of state."""
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class CheckpointError(ValueError):
@@ -242,9 +244,10 @@ class Checkpoints(L.Callback):
     written through the plugin ``CheckpointFolders``.
 
     SIGTERM, SIGUSR1 (as SLURM sends it ahead of a time limit or a preemption) and SIGINT stop all processes after the
-    same optimiser step; a second signal has its usual effect. A request to stop reaches the other processes one step
-    later, so that no step waits for this message. The time limit of ``Trainer(max_time=...)`` is such a request too: it
-    counts from the start of each call, so that the next call resumes.
+    same optimiser step. A request to stop reaches the other processes one step later, so that no step waits for this
+    message. A signal more than two seconds after the first has its usual effect; earlier ones are echoes, since make
+    and timeout pass on what the whole process group received. The time limit of ``Trainer(max_time=...)`` is such a
+    request too: it counts from the start of each call, so that the next call resumes.
 
     The last step is saved too, so that nothing is lost where the stage weights cannot be written.
 
@@ -257,6 +260,7 @@ class Checkpoints(L.Callback):
 
     Attributes:
         stopped: training was asked to stop, and a checkpoint was saved to resume from.
+        signalled: this process received a signal.
     """
 
     def __init__(self, folder: Path, every_n_steps: int) -> None:
@@ -264,12 +268,13 @@ class Checkpoints(L.Callback):
             raise ValueError(f"checkpoint_every_n_steps: got {every_n_steps}, allowed: 0 or more")
         self.folder, self.every_n_steps = folder, every_n_steps
         self.stopped = False
-        self._signalled = False
+        self.signalled = False
+        self._signalled_at = float("inf")
         self._max_time_s: float | None = None
         self._deadline = float("inf")
         self._group: Any = None
         self._pending_all_reduce: tuple[Tensor, Any] | None = None
-        self._usual_handlers: dict[signal.Signals, Any] = {}
+        self._usual_handlers: dict[int, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take signals and the time limit over from Lightning; allow checkpoints without frozen parameters."""
@@ -284,12 +289,13 @@ class Checkpoints(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore weights and optimiser, and install the signal handlers."""
+        self._usual_handlers = {number: signal.signal(number, self.on_signal) for number in STOP_SIGNALS}
+        self.signalled = take_pending()
         if trainer.world_size > 1:
             self._group = dist.new_group(backend="gloo")
         self._require_same_step(trainer)
         if trainer.ckpt_path:
             _restore(Path(trainer.ckpt_path), pl_module, trainer.optimizers[0])
-        self._usual_handlers = {number: signal.signal(number, self.on_signal) for number in STOPPING}
         if self._max_time_s is not None:
             self._deadline = time.monotonic() + self._max_time_s
 
@@ -348,13 +354,16 @@ class Checkpoints(L.Callback):
             self._close(trainer, at_most_s=20)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Request a stop after the current step; the next signal has its usual effect."""
-        self._signalled = True
-        signal.signal(number, self._usual_handlers[signal.Signals(number)])
+        """Request a stop after the current step; a later signal has its usual effect."""
+        if not self.signalled:
+            self.signalled, self._signalled_at = True, time.monotonic()
+        elif time.monotonic() > self._signalled_at + _ECHO_S:
+            signal.signal(number, self._usual_handlers[number])
+            signal.raise_signal(number)
 
     def stop_requested(self) -> bool:
         """Return whether this process, or any of several up to the previous step, was asked to stop."""
-        asked = self._signalled or time.monotonic() >= self._deadline
+        asked = self.signalled or time.monotonic() >= self._deadline
         if self._group is None:
             return asked
         requested = False
@@ -367,11 +376,13 @@ class Checkpoints(L.Callback):
         return requested
 
     def _close(self, trainer: L.Trainer, at_most_s: float | None = None) -> None:
-        for number, handler in self._usual_handlers.items():
-            signal.signal(number, handler)
-        self._usual_handlers = {}
         folders: Any = trainer.strategy.checkpoint_io
-        folders.wait(at_most_s)
+        try:
+            folders.wait(at_most_s)
+        finally:
+            for number, handler in self._usual_handlers.items():
+                signal.signal(number, handler)
+            self._usual_handlers = {}
 
     def _require_same_step(self, trainer: L.Trainer) -> None:
         if self._group is None:
@@ -391,6 +402,12 @@ def stopped_early(trainer: L.Trainer, stage: Stage) -> bool:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     stopped = any(callback.stopped for callback in callbacks if isinstance(callback, Checkpoints))
     return stopped and trainer.global_step < stage.total_steps()
+
+
+def signalled(trainer: L.Trainer) -> bool:
+    """Return whether this process received a signal during training."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return any(callback.signalled for callback in callbacks if isinstance(callback, Checkpoints))
 
 
 def _restore(folder: Path, stage: L.LightningModule, optimizer: torch.optim.Optimizer) -> None:

@@ -16,6 +16,7 @@ import lightning as L
 from torch.distributed.distributed_c10d import PrefixStore
 
 from lightning_modules.compat import default_store
+from lightning_modules.lock import release_all
 
 _NAMES_SHOWN = 16
 _RANKS_SHOWN = 4
@@ -120,6 +121,7 @@ class StallWatch(L.Callback):
         frame = sys._current_frames()[threading.main_thread().ident or 0]
         stack = "".join(traceback.format_stack(frame)[-8:])
         _print(f"error: {reason}; {self._places()}; rank {self._rank} is at\n{stack}")
+        release_all()
         launcher: Any = self._trainer.strategy.launcher
         if launcher is not None:
             launcher.kill(signal.SIGKILL)

@@ -1,30 +1,36 @@
 """Kill stages at random moments, resume them, and compare the weights with undisturbed runs: ``make chaos``.
 
 Every stage of a tiny network is trained once without and once with interruptions, by one process or by several sharded
-ones of which a random one is hit; the exported weights must be bit-identical. Processes are forked from one that has
-imported everything, so that a start takes two seconds instead of ten. Each is hit at a moment drawn uniformly from the
-duration of an undisturbed one, including its start and end.
+ones of which a random one or all are hit; the exported weights must be bit-identical. Processes are forked from one
+that has imported everything, so that a start takes two seconds instead of ten. Each is hit at a moment drawn uniformly
+from the duration of an undisturbed one, including its start and end.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
+from multiprocessing import util
 from pathlib import Path
 
 import tiny
 
+from datamodules.io.processes import STOP_SIGNALS
 from datamodules.toy_world.release import Settings, generate
 from lightning_modules.callbacks.checkpoint import newest
 from lightning_modules.cli import main
-from lightning_modules.exits import STOPPED
+from lightning_modules.signals import STOPPED
 from lightning_modules.weights.handoff import read_manifest
 
 STEPS = 40
@@ -40,43 +46,86 @@ def words(stage: str, world: Path, runs: Path, processes: int) -> list[str]:
 
 
 def start(arguments: list[str], processes: int, log: Path) -> list[int]:
-    """Fork the processes of a run and return their ids."""
+    """Fork the processes of a run, one group of which the first one starts the others; return their ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    pids = []
-    for rank in range(processes):
+    read_end, write_end = os.pipe()
+    first = os.fork()
+    if first == 0:
+        os.setpgid(0, 0)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if processes > 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
+            os.environ |= {"LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
+        for rank in range(1, processes):
+            pid = os.fork()
+            if pid == 0:
+                os.environ["LOCAL_RANK"] = str(rank)
+                break
+            os.write(write_end, f"{pid}\n".encode())
+        os.close(write_end)
+        os.close(read_end)
+        status = main(arguments)
+        sys.stdout.flush()
+        os._exit(status)
+    os.close(write_end)
+    with open(read_end) as others:
+        return [first, *(int(line) for line in others)]
+
+
+def fork_servers() -> None:
+    """Let the servers of reading processes be forked from this process too, as it has imported what they import."""
+    execute = util.spawnv_passfds
+
+    def start_warm(path: bytes, words: list, passed: list[int]) -> int:
+        if "multiprocessing.forkserver" not in str(words[-1]):
+            return execute(path, words, passed)
         pid = os.fork()
-        if pid == 0:
-            os.setpgid(0, 0)
-            if processes > 1:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0"}
-                os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            status = main(arguments)
-            sys.stdout.flush()
-            os._exit(status)
-        pids.append(pid)
-    return pids
+        if pid == 0:  # undo what a new program would not inherit
+            signal.set_wakeup_fd(-1)
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            kept = [2, *sorted(passed), os.sysconf("SC_OPEN_MAX")]
+            for low, high in itertools.pairwise(kept):
+                os.closerange(low + 1, high)
+            try:
+                exec(words[-1], {})
+            except Exception:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        return pid
+
+    util.spawnv_passfds = start_warm
 
 
-def statuses(pids: list[int], at_most_s: float = 120.0) -> list[int]:
-    """Wait for processes and return their exit statuses; it is an error if one outlives the limit."""
-    left, ended, deadline = set(pids), {}, time.monotonic() + at_most_s
-    while left:
-        for pid in list(left):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                left.remove(pid)
-                ended[pid] = os.waitstatus_to_exitcode(status)
+def members(group: int) -> list[int]:
+    """Return the living processes of a group, with those that read for it."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def end(pids: list[int], at_most_s: float = 120.0) -> int:
+    """Wait for all processes of a run and return the first one's status; it is an error if one outlives the limit."""
+    status, deadline = None, time.monotonic() + at_most_s
+    while status is None or members(pids[0]):
+        if status is None:
+            done, code = os.waitpid(pids[0], os.WNOHANG)
+            status = os.waitstatus_to_exitcode(code) if done else None
         if time.monotonic() > deadline:
-            for pid in left:
-                os.kill(pid, signal.SIGKILL)
-            raise SystemExit(f"chaos: {len(left)} of {len(pids)} processes did not end within {at_most_s:g} s")
-        time.sleep(0.01)
-    return [ended[pid] for pid in pids]
+            left = members(pids[0])
+            os.killpg(pids[0], signal.SIGKILL)
+            raise SystemExit(f"chaos: {len(left)} processes did not end within {at_most_s:g} s")
+        time.sleep(0.02)
+    return status
 
 
 def digest(runs: Path, stage: str) -> str:
@@ -88,32 +137,41 @@ def hit(stage: str, arguments: list[str], folder: Path, hits: int, o: argparse.N
     """Train one stage with this many interruptions; start from scratch when it completes before they are used up."""
     number, log = signal.Signals[f"SIG{o.signal}"], folder / "log.txt"
     run = folder / "toy" / stage
-    reference = o.reference[stage]
     done, runs, reached, longest = 0, 0, [], 0.0
+    statuses: Counter[int] = Counter()
     while True:
         disturbed = done < hits
-        if disturbed and (run / "handoff" / "manifest.json").exists():
+        if disturbed and (run / "metrics.json").exists():
             shutil.rmtree(run)
+        printed = log.stat().st_size if log.exists() else 0
         pids = start(arguments, o.processes, log)
         if disturbed:
             time.sleep(draw.uniform(0, o.seconds[stage]))
             with contextlib.suppress(ProcessLookupError):
-                os.kill(draw.choice(pids), number)
+                if o.group:
+                    os.killpg(pids[0], number)
+                else:
+                    os.kill(draw.choice(pids), number)
         begun = time.monotonic()
-        ended = statuses(pids)
-        if ended == [0] * o.processes:
+        status = end(pids)
+        at = newest(run / "checkpoints")
+        if status == 0:
             runs += 1
-            if digest(folder, stage) != reference:
+            if digest(folder, stage) != o.reference[stage]:
                 raise SystemExit(f"chaos: {stage} exported other weights after {done} interruptions, see {log}")
-        elif not disturbed or not {STOPPED, -number} & set(ended):  # it failed by itself
-            raise SystemExit(f"chaos: {stage} ended with {ended}, see {log}")
+        elif not disturbed or (o.group and status not in (STOPPED, -number)):  # it failed by itself
+            raise SystemExit(f"chaos: {stage} ended with {status}, see {log}")
         else:
             done += 1
+            statuses[status] += 1
             longest = max(longest, time.monotonic() - begun)
-            at = newest(run / "checkpoints")
             reached.append(int(at.name) if at else 0)
+            stopped = re.findall(r"stopped at step (\d+)", log.read_bytes()[printed:].decode())
+            if stopped and reached[-1] != int(stopped[-1]):
+                raise SystemExit(f"chaos: {stage} stopped at step {stopped[-1]}, but saved {at}, see {log}")
         if not disturbed:
-            return {"hits": done, "runs": runs, "at": sorted(reached), "longest_end_s": round(longest, 1)}
+            found = {"hits": done, "statuses": dict(statuses), "runs": runs}
+            return found | {"at": sorted(reached), "longest_end_s": round(longest, 1)}
 
 
 def chaos(o: argparse.Namespace, folder: Path) -> dict:
@@ -121,12 +179,12 @@ def chaos(o: argparse.Namespace, folder: Path) -> dict:
     world = folder / "world"
     print("  generating a world", file=sys.stderr)
     counts = {"train_takes": 9, "val_takes": 2, "initialisation_takes": 6, "practice_takes": 4, "benchmark_takes": 1}
-    generate(world, Settings(**counts), workers=2)
+    generate(world, Settings(**counts), workers=1)
     o.reference, o.seconds = {}, {}
     for stage in tiny.STAGES:
         begun = time.monotonic()
         arguments = words(stage, world, folder / "straight", o.processes)
-        if statuses(start(arguments, o.processes, folder / "straight.txt")) != [0] * o.processes:
+        if end(start(arguments, o.processes, folder / "straight.txt")) != 0:
             raise SystemExit(f"chaos: {stage} fails undisturbed, see {folder}/straight.txt")
         o.seconds[stage], o.reference[stage] = time.monotonic() - begun, digest(folder / "straight", stage)
     draw, found = random.Random(o.seed), {}
@@ -145,17 +203,22 @@ def run() -> None:
     parser.add_argument("--hits", type=int, default=100, help="number of interruptions over all stages")
     parser.add_argument("--processes", type=int, default=1, help="number of processes a run; more than one are sharded")
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    parser.add_argument("--group", action="store_true", help="signal all processes of a run, as clusters do")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--json", type=Path, help="JSON file for the result")
     options = parser.parse_args()
+    fork_servers()
     folder = Path(tempfile.mkdtemp(prefix="chaos"))
     (folder / "hit").mkdir()
     begun = time.monotonic()
     found = chaos(options, folder)
     total, finished = (sum(stage[count] for stage in found.values()) for count in ("hits", "runs"))
     slowest = max(stage["longest_end_s"] for stage in found.values())
+    statuses = sum((Counter(stage["statuses"]) for stage in found.values()), Counter())
+    ended = ", ".join(f"{count} with status {status}" for status, count in sorted(statuses.items()))
     print(
-        f"SIG{options.signal} {total} times, {options.processes} process(es) a run: {finished} finished stages, all "
+        f"SIG{options.signal} {total} times to {'all' if options.group else 'one'} of {options.processes} process(es) "
+        f"of a run, which ended {ended}: {finished} finished stages, all "
         f"bit-identical to undisturbed ones; every process had ended {slowest} s after the signal at the latest "
         f"({time.monotonic() - begun:.0f} s in all)"
     )
