@@ -89,27 +89,33 @@ class RunLock:
         return True
 
     def _remove(self, stale: dict[str, Any]) -> None:
-        """Remove a stale lock; of several processes that try, one removes it and none removes a new one."""
-        aside = self.file.with_name(f".{NAME}.{uuid.uuid4().hex}")
-        with suppress(FileNotFoundError):
-            os.rename(self.file, aside)
-            taken = _read(aside)
-            if taken is not None and taken != stale:  # another process was faster: this is its lock
-                self._create(taken)
-            aside.unlink()
+        """Remove a stale lock, unless another process is doing so or has its own lock there by now."""
+        guard = self.file.with_name(f".{NAME}.taken_over")
+        try:
+            guard.touch(exist_ok=False)  # O_EXCL
+        except FileExistsError:
+            if self._silent_s(guard) > BEAT_S:  # its process was killed meanwhile
+                guard.unlink(missing_ok=True)
+            time.sleep(0.05)
+            return
+        try:
+            if _read(self.file) == stale:
+                self.file.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _is_stale(self, holder: dict[str, Any]) -> bool:
         if holder.get("machine") == self._own["machine"]:
             return bool(_started(int(holder["pid"])) != holder["started"])
-        return self._silent_s() > STALE_S
+        return self._silent_s(self.file) > STALE_S
 
-    def _silent_s(self) -> float:
-        """Return the age of the holder's last sign of life, by the clock of the file system."""
+    def _silent_s(self, file: Path) -> float:
+        """Return the seconds since a file was touched, by the clock of the file system."""
         probe = self.file.with_name(f".{NAME}.{uuid.uuid4().hex}")
         try:
             probe.touch()
-            return probe.stat().st_mtime - self.file.stat().st_mtime
-        except FileNotFoundError:  # released meanwhile
+            return probe.stat().st_mtime - file.stat().st_mtime
+        except FileNotFoundError:  # removed meanwhile
             return 0.0
         finally:
             probe.unlink(missing_ok=True)
