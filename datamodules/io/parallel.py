@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import pickle
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from tqdm import tqdm
 
-from datamodules.io.processes import end_with_parent
+from datamodules.io.processes import end_with_parent, start_server
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -139,8 +138,8 @@ class _Worker(Generic[Item, Result]):
         """Send the next item."""
         self.deadline = time.monotonic() + self._patience_s
         if self._process is None:
+            start_server(self._preload)
             context = multiprocessing.get_context("forkserver")  # a plain fork would copy locks that threads hold
-            context.set_forkserver_preload(list(self._preload))
             self.pipe, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(self._task, theirs), daemon=True)
             process.start()
@@ -180,7 +179,6 @@ class _Worker(Generic[Item, Result]):
 
 def _serve(task: Callable[..., Any], pipe: Connection) -> None:
     """Answer items in a worker process until the other end of the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     end_with_parent()
     silent_since = -math.inf
 

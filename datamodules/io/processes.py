@@ -32,7 +32,9 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 def start_server(modules: Sequence[str]) -> None:
-    """Start the server that reading processes are forked from, if it is not running; returns at once.
+    """Start the server that processes are forked from, if it is not running; returns at once.
+
+    It and they block ``STOP_SIGNALS``: the process that started them ends them.
 
     Args:
         modules: imported by the server, so that no process has to import them.
