@@ -290,8 +290,7 @@ def _start_reading_server(config: dict[str, Any]) -> None:
 def _stopped(by: str) -> None:
     release_all()
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"stopped by {by}: nothing is lost; run it again to resume\n")
-        sys.stderr.flush()
+        os.write(2, f"stopped by {by}: nothing is lost; run it again to resume\n".encode())  # without a lock
 
 
 def _stage_argument(options: argparse.Namespace) -> str | None:

@@ -40,6 +40,7 @@ class ExitOnSignal:
     def __enter__(self) -> ExitOnSignal:
         if threading.current_thread() is not threading.main_thread():
             return self
+        self._launcher = os.getppid()
         # Python calls handlers between two operations of the main thread, which may wait for another process for
         # minutes. A thread that is woken through a pipe reacts at once.
         read_end, self._write_end = os.pipe()
@@ -69,10 +70,12 @@ class ExitOnSignal:
             return
         if _launched_by_rank_zero():
             _pending.append(number)
-            threading.Thread(target=_end_with_launcher, args=(os.getppid(),), daemon=True, name="launcher").start()
+            threading.Thread(target=_end_with_launcher, args=(self._launcher,), daemon=True, name="launcher").start()
             return
-        self._leave(signal.Signals(number).name)
-        os._exit(STOPPED)
+        try:
+            self._leave(signal.Signals(number).name)
+        finally:
+            os._exit(STOPPED)
 
 
 _pending: list[int] = []
