@@ -39,8 +39,8 @@ def fit(options: argparse.Namespace) -> None:
     """Train a stage or resume it, then answer the validation questions."""
     composition = _read_layers(options)
     config = composition.resolve()
-    check_early(config, "fit")
     with _locked(config):
+        check_early(config, "fit")
         _start_reading_server(config)
         _silence_warnings()
         from lightning_modules import training
@@ -53,11 +53,12 @@ def fit(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Answer the validation questions, or benchmarks, with a finished stage."""
-    config = _compose(options)
+    config = _read_layers(options).resolve()
     names = [name for name in options.benchmarks.split(",") if name]
     if not names and config["data"]["init_args"].get("held_out") is None:
         raise ConfigError("data.held_out: got null, so there are no questions: name benchmarks, `BENCHMARKS=all`")
     with _locked(config):
+        _check_then_import(config, "evaluate")
         from lightning_modules import evaluation
 
         if names:
@@ -134,8 +135,9 @@ def demonstrate(options: argparse.Namespace) -> None:
 
 def consolidate(options: argparse.Namespace) -> None:
     """Export stage weights from the last checkpoint of an unfinished stage."""
-    config = _compose(options)
+    config = _read_layers(options).resolve()
     with _locked(config):
+        _check_then_import(config, "consolidate")
         from lightning_modules import training
 
         training.consolidate(config)

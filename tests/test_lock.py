@@ -118,7 +118,7 @@ def test_a_process_that_was_taken_for_gone_ends(tmp_path):
 
 @pytest.mark.parametrize("verb", ["fit", "evaluate", "consolidate"])
 def test_commands_that_write_to_a_run_are_refused_while_another_does(tmp_path, capsys, verb):
-    """Before anything is looked at: there is no data."""
+    """Before anything else is checked: there is no data."""
     folder = tmp_path / "toy" / "stage1"
     words = [verb, TOY, "stage1", f"data_root={tmp_path}", f"runs={tmp_path}"]
     with RunLock(folder):
