@@ -129,7 +129,7 @@ def report(runs: Path) -> None:
         ValueError: no stage has been evaluated.
     """
     benchmarks = stages_table(runs)
-    if not benchmarks or any(runs.glob("stage*/metrics.json")):
+    if not benchmarks or any(runs.glob("*/metrics.json")):
         print(write_report(runs))
     if benchmarks:
         print(f"\n{benchmarks}")

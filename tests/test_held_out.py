@@ -128,6 +128,12 @@ def test_report_table(tmp_path):
     assert results["stage3"]["metrics"] == {"ego_choice": 0.875, "ego_qa_hand": 2 / 3, "ego_loss": 1.0}
 
 
+def test_a_run_in_a_folder_of_any_name_is_reported(tmp_path):
+    (tmp_path / "tau2").mkdir()
+    write_metrics(tmp_path / "tau2", "stage2", 40, {"ego_choice": 0.5}, {"choice": 0.25})
+    assert "tau2" in write_report(tmp_path).splitlines()[0]
+
+
 def test_report_without_stages_says_what_to_run(tmp_path):
     with pytest.raises(ValueError, match="no stage has been evaluated: run `make stage1` first"):
         write_report(tmp_path)

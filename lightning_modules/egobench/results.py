@@ -59,7 +59,7 @@ def score_stages(runs: Path, config: JudgeConfig = NO_JUDGE) -> None:
     Raises:
         ValueError: no stage has predictions, or some are invalid.
     """
-    folders = [stage / "egobench" for stage in sorted(runs.glob("stage?")) if (stage / "egobench").is_dir()]
+    folders = [folder for folder in sorted(runs.glob("*/egobench")) if folder.is_dir()]
     if not folders:
         raise ValueError(f"{runs}: no stage has answered a benchmark: run `make evaluate BENCHMARKS=all` first")
     for folder in folders:
@@ -72,7 +72,7 @@ def stages_table(runs: Path) -> str:
     Args:
         runs: folder of one experiment, with a folder for each stage.
     """
-    folders = {file.parents[1].name: file.parent for file in sorted(runs.glob("stage*/egobench/metrics.json"))}
+    folders = {file.parents[1].name: file.parent for file in sorted(runs.glob("*/egobench/metrics.json"))}
     if not folders:
         return ""
     shown = {

@@ -39,7 +39,7 @@ def write_report(runs: Path) -> str:
     Raises:
         ValueError: no stage has been evaluated.
     """
-    files = sorted(runs.glob("stage*/metrics.json"))
+    files = sorted(runs.glob("*/metrics.json"))
     stages = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
     if not stages:
         raise ValueError(f"{runs}: no stage has been evaluated: run `make stage1` first")
