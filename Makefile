@@ -54,6 +54,8 @@ endif
 
 FIT = $(PYTHON) -m lightning_modules fit experiments/$(NAME)
 RUN = $(call path,$(RUNS))/$(NAME)
+TRAINED = $(if $(MODEL),$(call path,$(MODEL)),$(RUN)/stage3)
+SPAN = $(if $(START),--start '$(START)') $(if $(END),--end '$(END)')
 OPTIONS = runs=$(call path,$(RUNS)) $(if $(filter runs=%,$(ARGS)),$(error ARGS: name the folder of the runs as RUNS=folder),$(ARGS)) \
   $(if $(call flag,FORCE),--force)
 FINISHED = $$(cd $(RUN) 2>/dev/null && ls -d stage*/handoff/manifest.json 2>/dev/null | cut -d / -f 1)
@@ -80,7 +82,7 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan consolidate evaluate score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan consolidate evaluate chat describe export score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -181,6 +183,18 @@ evaluate: $(READY) $(WORLD) ## validation QA of finished STAGES="stage3 ...", or
 	@for stage in $(or $(STAGES),$(FINISHED)); do \
 	  $(PYTHON) -m lightning_modules evaluate experiments/$(NAME) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks '$(BENCHMARKS)') || exit; done
 	@$(PYTHON) -m lightning_modules report $(RUN)
+
+chat: $(READY) ## ask a trained model about VIDEO=file, QUESTION="..." or typed in; START= and END= in seconds, MODEL=folder or name [VIDEO QUESTION START END MODEL EXPERIMENT RUNS ARGS]
+	@test -n $(call path,$(VIDEO)) || { echo "error: name the video: make chat VIDEO=kitchen.mp4"; exit 2; }
+	@$(PYTHON) -m lightning_modules chat $(call path,$(VIDEO)) --model $(TRAINED) $(if $(QUESTION),--question $(call path,$(QUESTION))) $(SPAN) $(ARGS)
+
+describe: $(READY) ## narrate VIDEO=file, a part of EVERY=2 seconds at a time, with subtitles in OUT=file.srt or .vtt [VIDEO EVERY OUT QUESTION START END MODEL EXPERIMENT RUNS ARGS]
+	@test -n $(call path,$(VIDEO)) || { echo "error: name the video: make describe VIDEO=kitchen.mp4"; exit 2; }
+	@$(PYTHON) -m lightning_modules describe $(call path,$(VIDEO)) --model $(TRAINED) $(if $(QUESTION),--question $(call path,$(QUESTION))) $(if $(EVERY),--every '$(EVERY)') $(if $(OUT),--out $(call path,$(OUT))) $(SPAN) $(ARGS)
+
+export: $(READY) ## write the trained STAGE=stage3 to OUT=folder for transformers, ARGS=--unmerged keeps LoRA apart [STAGE OUT EXPERIMENT RUNS ARGS]
+	@test -n "$(STAGE)" && test -n $(call path,$(OUT)) || { echo "error: name both: make export STAGE=stage3 OUT=exports/toy"; exit 2; }
+	$(PYTHON) -m lightning_modules export $(RUN)/$(STAGE) $(call path,$(OUT)) $(ARGS)
 
 score: $(READY) ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..." [EXPERIMENT RUNS ARGS]
 	@$(PYTHON) -m lightning_modules score $(RUN) $(ARGS)

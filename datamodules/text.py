@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, TextBatch
 from datamodules.io.conversation import VIDEO_TAG, Turn
@@ -158,7 +158,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"tokenizer: {problem}: run `{download_command(folder) or 'make data'}`, or name another folder"
         )
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, local_files_only=not from_hub)
+        # The configuration of a model next to the tokenizer may name code, which the tokenizer does not need.
+        config = PreTrainedConfig() if _names_code(folder / "config.json") else None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, local_files_only=not from_hub, trust_remote_code=False, config=config
+        )
     except Exception as error:  # the libraries raise many kinds of errors, some with pages of text
         reason = " ".join(str(error).split())[:200]
         if not from_hub:
@@ -170,6 +174,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer: {name} has no end token (eos_token), so answers could never end")
     return tokenizer
+
+
+def _names_code(config_file: Path) -> bool:
+    return config_file.is_file() and '"auto_map"' in config_file.read_text(encoding="utf-8")
 
 
 class TextEncoder:

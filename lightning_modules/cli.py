@@ -183,13 +183,19 @@ def describe(options: argparse.Namespace) -> None:
     narrate(model, options.video, options.every, options.start, options.end, question, options.out)
 
 
+def export(options: argparse.Namespace) -> None:
+    """Write a trained model as a folder that plain transformers load."""
+    from lightning_modules.inference.export import export_model
+
+    _silence_warnings()
+    export_model(options.model, options.out, merge=not options.unmerged)
+
+
 _KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
 """An override in the form ``--key=value``. Names of options have no dots, and no key has the name of one."""
 
-VERBS = {
-    verb.__name__: verb
-    for verb in (fit, evaluate, demonstrate, show, keys, plan, consolidate, report, score, chat, describe)
-}
+_VERBS = (fit, evaluate, demonstrate, show, keys, plan, consolidate, report, score, chat, describe, export)
+VERBS = {verb.__name__: verb for verb in _VERBS}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -226,6 +232,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
         if name in ("report", "score"):
             command.add_argument("runs", type=Path, help="folder of an experiment's runs, e.g. runs/toy")
+        elif name == "export":
+            command.add_argument("model", help="run, such as runs/toy/stage3, or its stage weights")
+            command.add_argument("out", type=Path, help="folder to write; it must not exist")
         elif name in ("chat", "describe"):
             command.add_argument("video", help="video file, or folder of images")
         else:
@@ -234,7 +243,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         _add_options(name, command)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] not in (["chat"], ["describe"]):
+    if given[:1] not in (["chat"], ["describe"], ["export"]):
         given = [_KEY_OPTION.sub(r"\1", word) for word in given]
     options, after = parser.parse_known_args(given)
     # argparse accepts no more positional arguments after an option, but key=value may follow in any order.
@@ -267,6 +276,8 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--question", metavar="TEXT", help="asked about the clip, or about every part")
         command.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="start of the span")
         command.add_argument("--end", type=float, metavar="SECONDS", help="its end, by default that of the video")
+    if verb == "export":
+        command.add_argument("--unmerged", action="store_true", help="keep the adapters of LoRA apart from the layers")
     if verb == "describe":
         command.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="length of a narrated part")
         command.add_argument("--out", type=Path, metavar="FILE", help="subtitles to write, .srt or .vtt")

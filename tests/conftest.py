@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
+
 import pytest
 
 from datamodules.toy_world.questions import write_tokenizer
@@ -43,3 +47,30 @@ def toy_runs(toy_world, tmp_path_factory):
     for stage in tiny.STAGES:
         assert main(["fit", experiment, stage, *tiny.OVERRIDES, f"data_root={toy_world}", f"runs={runs}"]) == 0
     return runs
+
+
+@pytest.fixture(scope="session")
+def noisy_runs(toy_runs, tmp_path_factory):
+    """Copy ``toy_runs`` with noise on stages 0 and 3, since two steps of training leave a model that answers nothing.
+
+    Both stages are evaluated again.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from lightning_modules.cli import main
+    from lightning_modules.weights import handoff
+
+    copy = shutil.copytree(toy_runs, tmp_path_factory.mktemp("noisy") / "runs")
+    generator = torch.Generator().manual_seed(0)
+    for folder in (copy / "toy" / "stage0" / "handoff", copy / "toy" / "stage3" / "handoff"):
+        for file in folder.rglob("*.safetensors"):
+            if file.parent.name != "frozen":
+                noise = {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in load_file(file).items()}
+                save_file(noise, file)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["digest"] = handoff._digest(folder, time.time_ns())
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    for stage in ("stage0", "stage3"):
+        assert main(["evaluate", str(toy_runs / "toy" / stage / "config.yaml"), f"run_dir={copy}/toy/{stage}"]) == 0
+    return copy

@@ -10,13 +10,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from datamodules.text import UnusableText
 from datamodules.video.errors import ClipDecodeError, EmptySpan, FileMissing, SpanOutsideFile
 from lightning_modules import Exo2Ego
 from lightning_modules.cli import main
-from lightning_modules.inference import api, description
+from lightning_modules.inference import api, description, terminal
 from lightning_modules.weights import handoff
 from lightning_modules.weights.tensors import WeightsError
 
@@ -24,27 +23,14 @@ QUESTION = "Describe the video."
 OPTIONS = ["Camera-wearer picks up the red ball with the left hand.", "Camera-wearer moves the blue cup."]
 
 
-@pytest.fixture(scope="module")
-def runs(toy_runs, tmp_path_factory):
-    """Runs whose weights have noise, since two steps of training leave a model that answers nothing."""
-    copy = shutil.copytree(toy_runs, tmp_path_factory.mktemp("noisy") / "runs")
-    generator = torch.Generator().manual_seed(0)
-    for folder in (copy / "toy" / "stage0" / "handoff", copy / "toy" / "stage3" / "handoff"):
-        for file in folder.rglob("*.safetensors"):
-            if file.parent.name != "frozen":
-                noise = {n: t + 0.2 * torch.randn(t.shape, generator=generator) for n, t in load_file(file).items()}
-                save_file(noise, file)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["digest"] = handoff._digest(folder, time.time_ns())
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-    for stage in ("stage0", "stage3"):
-        assert main(["evaluate", str(toy_runs / "toy" / stage / "config.yaml"), f"run_dir={copy}/toy/{stage}"]) == 0
-    return copy
+@pytest.fixture
+def runs(noisy_runs):
+    return noisy_runs
 
 
 @pytest.fixture(scope="module")
-def model(runs):
-    return Exo2Ego.from_pretrained(runs / "toy" / "stage3")
+def model(noisy_runs):
+    return Exo2Ego.from_pretrained(noisy_runs / "toy" / "stage3")
 
 
 @pytest.fixture(scope="module")
@@ -283,3 +269,42 @@ def test_unusable_input_is_refused(model, video, tmp_path):
         model.choose(video, QUESTION, [OPTIONS[0], OPTIONS[0]])
     with pytest.raises(ValueError, match="every: got 0"):
         model.describe(video, every=0)
+
+
+# ---------------------------------------------------------------------------------------------------- in the terminal
+
+
+def test_a_question_in_the_terminal(runs, model, video, capsys):
+    words = ["chat", str(video), "--model", str(runs / "toy" / "stage3"), "--start=1", "--end", "3"]
+    assert main([*words, "--question", QUESTION]) == 0
+    seen, answer = capsys.readouterr().out.splitlines()
+    assert seen == f"{video}: frames at 1.50, 2.50 s"
+    assert answer == model.answer(video, QUESTION, 1.0, 3.0)
+
+
+def test_a_typed_conversation(model, video, capsys, monkeypatch):
+    typed = iter([QUESTION, "What is <video>?", "Which object?", ""])
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    terminal.ask(model, str(video), None, 1.0, 3.0)
+    lines = capsys.readouterr().out.splitlines()
+    chat = model.chat(video, 1.0, 3.0)
+    assert lines[2] == chat.ask(QUESTION)
+    assert lines[3].startswith("error: text holds '<video>'")
+    assert lines[4] == chat.ask("Which object?")
+
+
+def test_a_narration_in_the_terminal_and_as_subtitles(runs, video, tmp_path, capsys):
+    words = ["describe", str(video), "--model", str(runs / "toy" / "stage3"), "--every=1.5", "--end=3"]
+    assert main([*words, f"--out={tmp_path}/out.srt"]) == 0
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("00:00:00.000 - 00:00:01.500  ") and second.startswith("00:00:01.500 - 00:00:03.000  ")
+    assert last == f"{tmp_path}/out.srt: 2 subtitles"
+    blocks = (tmp_path / "out.srt").read_text().split("\n\n")
+    assert blocks[0] == f"1\n00:00:00,000 --> 00:00:01,500\n{first.partition('  ')[2]}"
+    assert main([*words, f"--out={tmp_path}/out.txt"]) == 2
+    assert "let the name end in .srt or .vtt" in capsys.readouterr().err
+
+
+def test_subtitles_for_the_web(tmp_path):
+    terminal.write_subtitles(tmp_path / "out.vtt", [api.Narration(3661.5, 3662.25, "looks\n\nat --> it")])
+    assert (tmp_path / "out.vtt").read_text() == "WEBVTT\n\n1\n01:01:01.500 --> 01:01:02.250\nlooks at -> it\n"

@@ -186,6 +186,22 @@ def test_all_finished_stages_are_evaluated(checkout):
     assert calls == [[*evaluate, "stage0", *options], [*evaluate, "stage3", *options], report]
 
 
+def test_a_trained_model_is_asked(checkout):
+    video = ["VIDEO=" + SPACED, "START=1.5", "END=3"]
+    asked = ["-m", "lightning_modules", "chat", SPACED, "--model", "runs/toy/stage3"]
+    span = ["--start", "1.5", "--end", "3"]
+    assert make(checkout, "chat", *video)[2] == [[*asked, *span]]
+    question = "Which one's that?"
+    assert make(checkout, "chat", *video, f"QUESTION={question}")[2] == [[*asked, "--question", question, *span]]
+    described = make(checkout, "describe", "VIDEO=a.mp4", "EVERY=4", "OUT=a.srt", "MODEL=owner/name")[2]
+    assert described == [
+        ["-m", "lightning_modules", "describe", "a.mp4", "--model", "owner/name", "--every", "4", "--out", "a.srt"]
+    ]
+    exported = make(checkout, "export", "STAGE=stage3", "OUT=exports/toy")[2]
+    assert exported == [["-m", "lightning_modules", "export", "runs/toy/stage3", "exports/toy"]]
+    assert "name the video" in refused(checkout, "chat")
+
+
 @pytest.mark.parametrize("port", ["", "http", "60 06", "123456"])
 def test_the_port_is_a_number(checkout, port):
     assert f"error: PORT: got {port}, expected a number" in refused(checkout, "tensorboard", f"PORT={port}")

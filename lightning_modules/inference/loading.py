@@ -21,10 +21,11 @@ from lightning_modules.inference.description import (
     read_description,
 )
 from lightning_modules.model.exo2ego import Exo2EgoModel
+from lightning_modules.weights.exported import MODEL_TYPE, find_exported
 from lightning_modules.weights.handoff import open_stage_weights, read_manifest
 from lightning_modules.weights.loading import load_weights, require_fit
 from lightning_modules.weights.resolve import find_weights
-from lightning_modules.weights.tensors import FoundWeights, WeightsError, open_tensors
+from lightning_modules.weights.tensors import FoundWeights, WeightsError, open_release, open_tensors
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def open_model(source: str | Path) -> ModelFiles:
         return _open_stage_weights(folder)
     if (folder / "handoff").exists():
         return _open_stage_weights(folder / "handoff")
+    if (folder / "config.json").is_file():
+        return _open_exported(folder)
     if (folder / "config.yaml").is_file():
         raise WeightsError(f"{folder}: the run has no weights yet: complete it by `make {folder.name}`")
     raise WeightsError(f"{folder}: holds no trained model: name a run, such as runs/toy/stage3")
@@ -119,6 +122,23 @@ def _open_stage_weights(folder: Path) -> ModelFiles:
         else:
             found[part] = _find_referenced(place, part, description, where)
     return ModelFiles(str(folder), description, found, str(folder / TOKENIZER), manifest)
+
+
+def _open_exported(folder: Path) -> ModelFiles:
+    """Open a folder that ``make export`` wrote."""
+    release = open_release(folder, "Export the model again")
+    if release.kind != MODEL_TYPE:
+        raise WeightsError(
+            f"{folder}/config.json: model_type is {release.kind}, not {MODEL_TYPE}: name a run, such as "
+            "runs/toy/stage3, or a folder that `make export` wrote"
+        )
+    description = read_description(release.settings.get("description"), f"{folder}/config.json")
+    found = {}
+    for part in description.parts:
+        weights = find_exported(release, part, description.network)
+        assert weights is not None
+        found[part] = weights
+    return ModelFiles(str(folder), description, found, str(folder), release.settings.get("provenance", {}))
 
 
 def _find_referenced(place: Mapping[str, Any], part: str, description: ModelDescription, where: str) -> FoundWeights:

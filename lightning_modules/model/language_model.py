@@ -408,16 +408,12 @@ class LanguageModel(nn.Module):
             The new token ids of each row, without `eos_token_id` and what follows it.
         """
         spliced = self.splice(input_ids, attention_mask, None, visual)
-        # Decoding appends at the right end, so padding has to move to the left.
-        mask, order = spliced.attention_mask.int().sort(dim=1, stable=True)
-        embeds = spliced.embeds.gather(1, order[..., None].expand(-1, -1, self.dim))
-        lengths = mask.sum(1)
-        longest = int(lengths.max())
+        embeds, mask = self.pad_left(spliced)
         # The last new token is not read again.
-        self.check_positions(longest + max_new_tokens - 1, cached=int(lengths.min()))
+        self.check_positions(embeds.shape[1] + max_new_tokens - 1, cached=int(mask.sum(1).min()))
         generated: Tensor = self.causal_lm.generate(
-            inputs_embeds=embeds[:, -longest:],
-            attention_mask=mask[:, -longest:],
+            inputs_embeds=embeds,
+            attention_mask=mask,
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=eos_token_id,
@@ -425,6 +421,17 @@ class LanguageModel(nn.Module):
             synced_gpus=False,  # parameters are whole, and other ranks may have nothing to generate
         )
         return [_until(eos_token_id, row) for row in generated.tolist()]
+
+    def pad_left(self, spliced: Spliced) -> tuple[Tensor, Tensor]:
+        """Move padding to the left, since decoding appends at the right end.
+
+        Returns:
+            embeddings, float [B, P, D], and attention mask, int [B, P], with P positions of the longest row.
+        """
+        mask, order = spliced.attention_mask.int().sort(dim=1, stable=True)
+        embeds = spliced.embeds.gather(1, order[..., None].expand(-1, -1, self.dim))
+        longest = int(mask.sum(1).max())
+        return embeds[:, -longest:], mask[:, -longest:]
 
     def _hidden_states(self, embeds: Tensor) -> Tensor:
         """Return the final hidden states, float [B, S, D], of rows that are padded on the right, if at all.

@@ -11,12 +11,13 @@ from huggingface_hub import snapshot_download
 from datamodules.text import download_command, is_hub_name
 from lightning_modules.model.exo2ego import PARTS, NetworkConfig
 from lightning_modules.weights.clip import OPEN_CLIP, download_open_clip, find_clip, find_open_clip
+from lightning_modules.weights.exported import find_exported
 from lightning_modules.weights.handoff import open_stage_weights
 from lightning_modules.weights.language_model import find_language_model
 from lightning_modules.weights.tensors import FoundWeights, WeightsError, open_release
 from lightning_modules.weights.videollama2 import find_videollama2
 
-FORMATS = (find_open_clip, find_videollama2, find_clip)
+FORMATS = (find_exported, find_open_clip, find_videollama2, find_clip)
 """Readers of release formats, each of which returns None for other formats. All others are language models."""
 
 

@@ -126,10 +126,15 @@ class VisionEncoder(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.image_size, self.dim, self.grid = image_size, dim, grid
-        for name, statistic in (("mean", image_mean), ("std", image_std)):
-            # No checkpoint can fill these, so they have values even where parameters are built on the meta device.
-            values = 255 * torch.tensor(statistic, device="cpu").view(3, 1, 1)
-            self.register_buffer(name, values, persistent=False)
+        self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
+        for name in ("mean", "std"):
+            self.register_buffer(name, None, persistent=False)
+        self.restore_buffers()
+
+    def restore_buffers(self) -> None:
+        """Compute the buffers, which no checkpoint holds; they have values also where parameters are on meta."""
+        for name, statistic in (("mean", self.image_mean), ("std", self.image_std)):
+            setattr(self, name, 255 * torch.tensor(statistic, device="cpu").view(3, 1, 1))
 
     @abstractmethod
     def encode(self, pixels: Tensor) -> Tensor:

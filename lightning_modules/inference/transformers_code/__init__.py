@@ -1,0 +1,1 @@
+"""Exo2Ego as a model of transformers. An exported folder holds a copy of these files and of all that they import."""

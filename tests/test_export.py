@@ -1,0 +1,180 @@
+"""One contract: training, evaluation, the Python API and an exported folder see the same frames, tokens and numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from datamodules.batch import VIDEO_TOKEN_ID
+from datamodules.clips.sampler import BatchRequest
+from lightning_modules import Exo2Ego
+from lightning_modules.cli import main
+from lightning_modules.config import compose
+from lightning_modules.evaluation import _trained
+from lightning_modules.inference.export import export_model
+from lightning_modules.weights.resolve import find_weights
+
+PLAIN_TRANSFORMERS = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("lightning_modules", "datamodules"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+folder, clips = sys.argv[1], json.loads(sys.argv[2])
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+for path, start, end, question in clips:
+    video = {"type": "video", "path": path, "start": start, "end": end}
+    messages = [{"role": "user", "content": [video, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(messages)
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, -1]
+    (text,) = processor.post_process_image_text_to_text(model.generate(**inputs, max_new_tokens=24))
+    frames = inputs["pixel_values_videos"][0].flatten().tolist()
+    ids = inputs["input_ids"][0].tolist()
+    print(json.dumps({"frames": frames, "ids": ids, "logits": logits.tolist(), "text": text}))
+answer = pipeline("image-text-to-text", model=model, processor=processor)
+print(json.dumps(answer(text=messages, max_new_tokens=24, return_full_text=False)[0]["generated_text"]))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(noisy_runs, toy_runs):
+    """Return the run of stage 3 as ``make evaluate`` builds it, with its training data."""
+    folder = noisy_runs / "toy" / "stage3"
+    run, _ = _trained(compose(toy_runs / "toy" / "stage3" / "config.yaml", None, [f"run_dir={folder}"]))
+    run.stage.configure_model()
+    run.stage.eval()
+    run.datamodule.setup("fit")
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(noisy_runs):
+    return Exo2Ego.from_pretrained(noisy_runs / "toy" / "stage3")
+
+
+@pytest.fixture(scope="module")
+def exported(noisy_runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "toy"
+    assert main(["export", str(noisy_runs / "toy" / "stage3"), str(out)]) == 0
+    return out
+
+
+def next_logits(model, video, question, start, end):
+    """Return the next-token logits after a question, float [V]."""
+    prompt = model.encoder.prompt(question)
+    with model._prefix([prompt], video, start, end, None) as prefix, torch.no_grad():
+        after = prompt.input_ids[prompt.input_ids.index(VIDEO_TOKEN_ID) + 1 :]
+        return prefix.next_logits([tuple(after)])[0]
+
+
+@torch.no_grad()
+def test_training_and_answering_see_the_same(run, model):
+    data = run.datamodule.train_set
+    for index in (0, len(data) // 2, len(data) - 1):
+        batch = data.__getitems__(BatchRequest(0, [index], [index], 1))
+        (path,) = (span := data.span(index, 0)).paths.values()
+        end = None if math.isinf(span.end_s) else span.end_s
+        clip = model.look(path, span.start_s, end)
+        assert torch.equal(clip.frames, batch.ego_video[0])
+        question = data.turns(index, 0)[0][0]
+        first_label = int((batch.text.labels[0] >= 0).nonzero()[0])
+        assert model.encoder.prompt(question).input_ids == batch.text.input_ids[0, :first_label].tolist()
+        visual = run.stage.model.learner_tokens(batch.ego_video)
+        assert torch.equal(model.visual_tokens(clip.frames), visual[0])
+        logits, _ = run.stage.read_text(visual, batch)
+        torch.testing.assert_close(
+            next_logits(model, path, question, span.start_s, end), logits[0], atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_an_export_is_read_by_this_repository(noisy_runs, model, exported, toy_world, tmp_path, merge):
+    folder = exported
+    if not merge:
+        folder = tmp_path / "unmerged"
+        export_model(noisy_runs / "toy" / "stage3", folder, merge=False)
+    names = load_file(folder / "model.safetensors")
+    assert any(name.endswith(".lora_A") for name in names) is not merge
+    loaded = Exo2Ego.from_pretrained(folder)
+    video = sorted((toy_world / "takes").rglob("aria*_214-1.mp4"))[0]
+    mine, theirs = (next_logits(each, video, "Describe the video.", 1.0, 3.0) for each in (loaded, model))
+    torch.testing.assert_close(mine, theirs, atol=1e-4 if merge else 0, rtol=1e-4 if merge else 0)
+    question = ["Describe the video.", "Which object?"]
+    assert loaded.answer(video, question, 1.0, 3.0, 24) == model.answer(video, question, 1.0, 3.0, 24)
+
+
+def test_a_stage_can_start_from_an_export(exported, model):
+    found = find_weights([str(exported)], "ego_encoder", model.description.network)
+    expected = model.model.part("ego_encoder")
+    assert found.tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor.read(), expected[name]) for name, tensor in found.tensors.items())
+
+
+def test_plain_transformers_give_the_same(run, exported, noisy_runs, tmp_path):
+    """In a process that cannot import this repository, for validation clips as ``make evaluate`` encodes them."""
+    dataset = run.datamodule.held_out_set()
+    model = Exo2Ego.from_pretrained(exported)
+    items = [dataset[0], dataset[len(dataset) - 1]]
+    clips = []
+    for item, _ in items:
+        question = next(q.question for q in item.questions if not q.options)
+        clips.append((str(item.span.paths["ego"]), item.span.start_s, item.span.end_s, question))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_TRANSFORMERS, str(exported), json.dumps(clips)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "MISSING" not in done.stderr and "UNEXPECTED" not in done.stderr
+    *answers, piped = [json.loads(line) for line in done.stdout.splitlines()]
+    for given, (item, frames), clip in zip(answers, items, clips, strict=True):
+        path, start, end, question = clip
+        assert given["frames"] == frames["ego"].flatten().tolist()
+        batch = dataset.collate([(item, frames)])
+        assert given["ids"] in [row[mask].tolist() for row, mask in zip(*_prompts(batch), strict=True)]
+        expected = next_logits(model, path, question, start, end)
+        torch.testing.assert_close(torch.tensor(given["logits"]), expected, atol=1e-5, rtol=1e-5)
+        assert given["text"] == model.answer(path, question, start, end, 24) != ""
+    assert piped == answers[-1]["text"]
+
+
+def _prompts(batch):
+    return batch.prompts.input_ids, batch.prompts.attention_mask
+
+
+def test_the_model_card_and_the_provenance(exported, noisy_runs):
+    card = (exported / "README.md").read_text()
+    metrics = json.loads((noisy_runs / "toy" / "stage3" / "metrics.json").read_text())
+    assert f"On {metrics['clips']} validation clips" in card
+    assert f"| ego_choice | {metrics['metrics']['ego_choice']:.4f} | 0.2500 |" in card
+    provenance = json.loads((exported / "config.json").read_text())["provenance"]
+    assert (provenance["stage"], provenance["step"]) == ("stage3", 2)
+    assert not any(str(noisy_runs) in file.read_text() for file in exported.glob("*.json"))
+
+
+def test_an_existing_folder_is_kept(exported, noisy_runs, capsys):
+    before = sorted(exported.iterdir())
+    assert main(["export", str(noisy_runs / "toy" / "stage3"), str(exported)]) == 2
+    assert "exists: remove it, or name another folder" in capsys.readouterr().err
+    assert sorted(exported.iterdir()) == before
