@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, TextBatch
 from datamodules.io.conversation import VIDEO_TAG, Turn
+from datamodules.io.hub import use_cache_without_network
 
 
 def _template(question: str, answer: str) -> str:
@@ -157,6 +158,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"tokenizer: {problem}: run `{download_command(folder) or 'make data'}`, or name another folder"
         )
+    unreachable = use_cache_without_network() if from_hub else None
     try:
         # The configuration of a model next to the tokenizer may name code, which the tokenizer does not need.
         config = PreTrainedConfig() if _names_code(folder / "config.json") else None
@@ -164,7 +166,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             name, local_files_only=not from_hub, trust_remote_code=False, config=config
         )
     except Exception as error:  # the libraries raise many kinds of errors, some with pages of text
-        reason = " ".join(str(error).split())[:200]
+        reason = unreachable or " ".join(str(error).split())[:200]
         if not from_hub:
             raise ValueError(f"tokenizer: {name} cannot be read ({reason}): fix it, or name another folder") from error
         raise ValueError(

@@ -23,6 +23,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from datamodules.clips.datamodule import ClipDataModule
 from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench.config import EgoBenchConfig
+from datamodules.io.hub import use_cache_without_network
+from datamodules.text import is_hub_name
 from lightning_modules.callbacks.checkpoint import CheckpointFolders
 from lightning_modules.callbacks.defaults import default_callbacks
 from lightning_modules.callbacks.progress import StageProgress
@@ -313,6 +315,9 @@ def _parse(config: dict[str, Any], kind: type[ExperimentCLI]) -> ExperimentCLI:
     seed = config.get("seed_everything")
     if seed is not None and not 0 <= seed < 2**32:
         raise ConfigError(f"seed_everything: got {seed}, allowed: from 0 to {2**32 - 1}")
+    language_model = (config.get("network") or {}).get("language_model") or {}
+    if is_hub_name(str(language_model.get("pretrained"))):
+        use_cache_without_network()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -114,7 +114,7 @@ def test_the_model_is_usable_without_lightning_configuration_and_data():
 
 
 def test_weights_build_on_the_model_alone():
-    allowed = ("lightning_modules.model.", "lightning_modules.weights.", "datamodules.text.")
+    allowed = ("lightning_modules.model.", "lightning_modules.weights.", "datamodules.text.", "datamodules.io.hub.")
     for file in files("lightning_modules/weights"):
         assert roots(file).isdisjoint({"lightning", "pytorch_lightning", "omegaconf", "jsonargparse"}), file
         assert all(name.startswith(allowed) for name in imports(file) if name.startswith(PACKAGES)), file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from itertools import groupby
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
+from datamodules.io import hub
 from datamodules.text import (
     EncodedText,
     PromptConfig,
@@ -585,6 +587,20 @@ def test_a_hub_name_that_cannot_be_fetched_is_named_with_the_way_out(monkeypatch
     )
     with pytest.raises(ValueError, match=message):
         load_tokenizer("nobody/nothing")
+
+
+def test_a_hub_name_without_a_network_is_refused_within_seconds(monkeypatch):
+    """The hub's client alone tries again for most of a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    hub._is_unreachable.cache_clear()
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match=r"nobody/nothing .* \(http://127.0.0.1:9 cannot be reached, and it is not in"):
+        load_tokenizer("nobody/nothing")
+    assert time.monotonic() - begun < 20
+    hub._is_unreachable.cache_clear()
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):

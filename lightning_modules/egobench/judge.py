@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from datamodules.io.hub import use_cache_without_network
 from datamodules.io.jsonl import read_jsonl, require
 from lightning_modules.egobench.fields import PlacedRow
 from lightning_modules.egobench.metrics import Estimate, binomial_error
@@ -170,6 +171,8 @@ def _score(header: Header, replies: Sequence[Verdict | None], name: str) -> list
 def _ask(requests: Sequence[dict[str, str]], model: str) -> Iterator[dict[str, str]]:
     """Yield the replies of a local model, decoded greedily, with the request's id and prediction."""
     local = Path(model).is_dir()
+    if not local:
+        use_cache_without_network()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer: Any = AutoTokenizer.from_pretrained(model, local_files_only=local)
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto", local_files_only=local)

@@ -17,6 +17,7 @@ from typing import Any
 import open_clip
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 
+from datamodules.io.hub import use_cache_without_network
 from datamodules.text import download_command
 from lightning_modules.model.encoders import EncoderConfig
 from lightning_modules.model.exo2ego import NetworkConfig
@@ -64,10 +65,12 @@ def download_open_clip(source: str) -> Release:
         raise WeightsError(f"{source}: open_clip knows {known}. Write open_clip:<model>/<tag>.")
     folder = f"weights/{release.get('hf_hub', '').strip('/')}"
     fix = f"Where there is a network, run `{download_command(Path(folder))}`, and give {folder} instead"
+    unreachable = use_cache_without_network()
     try:
         file = Path(download_pretrained(release))
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{source}: cannot be downloaded ({' '.join(str(error).split())[:200]}). {fix}.") from None
+        reason = unreachable or " ".join(str(error).split())[:200]
+        raise WeightsError(f"{source}: cannot be downloaded ({reason}). {fix}.") from None
     settings = {"model_cfg": settings, "preprocess_cfg": release}
     return Release(source, "open_clip", settings, open_tensors(file, fix), release_digest(settings, [file]))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from datamodules.io.hub import use_cache_without_network
 from datamodules.text import download_command, is_hub_name
 from lightning_modules.model.exo2ego import PARTS, NetworkConfig
 from lightning_modules.weights.clip import OPEN_CLIP, download_open_clip, find_clip, find_open_clip
@@ -74,11 +75,12 @@ def _open_source(source: str, part: str, network: NetworkConfig) -> FoundWeights
 
 def _download(name: str) -> Path:
     """Return the folder of a repository of the Hugging Face hub, downloaded once into its cache."""
+    unreachable = use_cache_without_network()
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except (OSError, ValueError) as error:
-        folder = Path("weights") / name
+        folder, reason = Path("weights") / name, unreachable or " ".join(str(error).split())[:200]
         raise WeightsError(
-            f"{name}: cannot be downloaded from the hub ({' '.join(str(error).split())[:200]}). Where there is a "
+            f"{name}: cannot be downloaded from the hub ({reason}). Where there is a "
             f"network, run `{download_command(folder)}`, and give {folder} instead."
         ) from None
