@@ -115,7 +115,7 @@ def answer_validation(run: Run, step: int) -> None:
         write_metrics(run.folder, run.name, len(held_out), metrics, chance)
         for logger in run.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                write_final_scores(logger, run.config, scores, chance, step)
+                write_final_scores(logger, run.full_config, scores, chance, step)
         print(write_report(run.folder.parent))
 
 
