@@ -66,6 +66,11 @@ def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:
     _replace(strategy, "_tensor_parallel_size", 1)
 
 
+def communicate_on_cpu_too(strategy: ModelParallelStrategy) -> None:
+    """Let processes exchange tensors of the CPU (gloo) in addition to those of their GPUs; before they meet."""
+    _replace(strategy, "_process_group_backend", "cpu:gloo,cuda:nccl")
+
+
 def attached_trainer(module: L.LightningModule) -> L.Trainer | None:
     """Return the Trainer of a module, or None; the public ``trainer`` raises where there is none."""
     trainer: L.Trainer | None = _get(module, "_trainer")

@@ -51,7 +51,7 @@ def evaluate_benchmarks(config: dict[str, Any], names: Sequence[str] | None = No
         "model": run.stage.started_from(),
         "visual_inputs": run.stage.network.visual_inputs,
         "text": {key: run.config["data"]["init_args"].get(key) for key in ("tokenizer", "prompt", "max_text_tokens")},
-        "precision": [str(run.trainer.precision), str(run.stage.frozen_dtype)],
+        "precision": [str(run.trainer.precision), run.stage.quantization or str(run.stage.frozen_dtype)],
     }
     out = run.folder / "egobench"
     predictions = [Predictions(benchmark, out / "predictions", model) for benchmark in benchmarks]

@@ -224,6 +224,11 @@ def build(config: dict[str, Any]) -> Run:
         )
     if isinstance(trainer.strategy, FSDP2) and trainer.precision not in POLICIES:
         raise ConfigError(f"trainer.precision: got {trainer.precision}, allowed with fsdp2: {', '.join(POLICIES)}")
+    if isinstance(trainer.strategy, FSDP2) and stage.optim.algorithm != "adamw":
+        raise ConfigError(
+            f"model.init_args.optim.algorithm: got {stage.optim.algorithm}, allowed with fsdp2: adamw, since "
+            "bitsandbytes takes no shards; trainer.strategy=fsdp2_cpu_offload keeps the optimiser off the device"
+        )
     if datamodule.clips.pad_rgb is None:
         datamodule.clips = replace(datamodule.clips, pad_rgb=stage.network.encoder_shape.mean_rgb)
     check_stage(stage, datamodule.clips, datamodule.encoder.max_text_tokens)

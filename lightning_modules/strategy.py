@@ -12,10 +12,18 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.optim import Optimizer
 
-from lightning_modules.compat import shard_over_all_processes
+from lightning_modules.compat import communicate_on_cpu_too, shard_over_all_processes
+from lightning_modules.model.quantize import stored_parameters
 
 POLICIES = {
     "32-true": MixedPrecisionPolicy(),
@@ -25,17 +33,27 @@ POLICIES = {
 """Mixed precision of sharded parameters by ``trainer.precision``."""
 
 
-def shard(module: nn.Module, mesh: DeviceMesh, precision: str) -> None:
+def shard(module: nn.Module, mesh: DeviceMesh, precision: str, cpu_offload: bool = False) -> None:
     """Shard the parameters of a module over the processes of a mesh, except those of modules sharded before.
 
-    Frozen and trained parameters mix freely; the trained ones of one module must share a type.
+    Frozen and trained parameters mix freely; the trained ones of one module must share a type. Quantised weights are
+    not sharded: each device holds all of them, so that they are never gathered.
 
     Args:
         module: gathered when its ``forward`` or ``run`` begins, and sharded again when that ends.
         mesh: the strategy's, with a dimension ``data_parallel``.
         precision: one of ``POLICIES``.
+        cpu_offload: keep shards, gradients and the optimiser in the memory of the CPU, and copy parameters to the
+            device while they compute.
     """
-    fully_shard(module, mesh=mesh["data_parallel"], mp_policy=POLICIES[precision])
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    fully_shard(
+        module,
+        mesh=mesh["data_parallel"],
+        mp_policy=POLICIES[precision],
+        offload_policy=offload,
+        ignored_params=stored_parameters(module),
+    )
     if hasattr(module, "run"):
         register_fsdp_forward_method(module, "run")
 
@@ -64,12 +82,28 @@ class FSDP2(ModelParallelStrategy):
     Parameters stay gathered during evaluation: answers differ in length and processes in their number of clips, so that
     gathering during computation would leave some processes waiting for ever. Checkpoints need the plugin
     ``CheckpointFolders``.
+
+    Args:
+        cpu_offload: keep all parameters that are not quantised, gradients and the optimiser in the memory of the CPU,
+            where the optimiser steps; ``trainer.strategy: fsdp2_cpu_offload``. For GPUs that cannot hold them.
+        **settings: of Lightning's ``ModelParallelStrategy``.
     """
+
+    def __init__(self, cpu_offload: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
         """Connect the processes; all of them share one set of parameters."""
         shard_over_all_processes(self)
+        if self.cpu_offload and self.root_device.type == "cuda":
+            communicate_on_cpu_too(self)
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Leave offloaded parameters on the CPU; everything else is on the device since it was loaded."""
+        if not self.cpu_offload:
+            super().model_to_device()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return every tensor by name, with the shard of this process."""
@@ -137,3 +171,6 @@ class FSDP2(ModelParallelStrategy):
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="torch's fully_shard over all processes")
+StrategyRegistry.register(
+    "fsdp2_cpu_offload", FSDP2, description="fsdp2 with parameters and optimiser on the CPU", cpu_offload=True
+)

@@ -572,3 +572,9 @@ def test_a_complete_file_with_interpolations_of_its_own_takes_overrides(tmp_path
     assert compose(tmp_path / "own.yaml", None, ["data_root=x"])["data"]["init_args"]["root"] == "x/videos"
     with pytest.raises(ConfigError, match=r"repeats runs in other keys"):
         compose(tmp_path / "own.yaml", None, ["runs=x"])
+
+
+def test_moments_in_8_bits_are_refused_where_they_would_be_sharded(toy_world, tmp_path):
+    given = [*overrides(toy_world), f"runs={tmp_path}", "model.init_args.optim.algorithm=adamw8bit"]
+    with pytest.raises(ConfigError, match=r"optim.algorithm: got adamw8bit, allowed with fsdp2: adamw"):
+        build(compose(TOY, "stage0", [*given, "trainer.strategy=fsdp2"]))

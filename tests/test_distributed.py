@@ -29,6 +29,7 @@ ROUNDING = 2e-5
 ANSWERS = ["model.class_path=lightning_modules.AnswerGuidance", "model.init_args.answer_tokens=4"]
 ANSWERS += ["model.init_args.init.exo_projector=${handoffs.stage1}:projector"]
 ANSWERS += ["data.init_args.narration={ego_text_fraction: 0.5}"]  # some ranks have captions to generate, others none
+SMALL = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=int8"]
 BF16 = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=bfloat16"]
 
 
@@ -73,7 +74,7 @@ def alone(toy_world, tmp_path_factory):
 def by_two(alone, toy_world, tmp_path_factory):
     """The same stages by two processes, each from the stage weights that one process wrote, and one stage by four."""
     runs = {
-        strategy: tmp_path_factory.mktemp(strategy) for strategy in ("ddp", "fsdp2", "chain", "four", "bf16", "answers")
+        name: tmp_path_factory.mktemp(name) for name in ("ddp", "fsdp2", "chain", "four", "bf16", "small", "answers")
     }
     two = "trainer.devices=2"
     commands = [
@@ -86,6 +87,9 @@ def by_two(alone, toy_world, tmp_path_factory):
     ]
     commands += [
         arguments(stage, toy_world, runs["bf16"], alone, two, "trainer.strategy=fsdp2", *BF16) for stage in STAGES[2:]
+    ]
+    commands += [
+        arguments("stage3", toy_world, runs["small"], alone, two, *SMALL, "trainer.strategy=fsdp2_cpu_offload")
     ]
     commands += [arguments("stage2", toy_world, runs["answers"], alone, two, "trainer.strategy=fsdp2", *ANSWERS)]
     runs["printed"] = run_together(2, commands, tmp_path_factory.mktemp("two"))
@@ -125,6 +129,12 @@ def test_bfloat16_is_gathered_and_float32_kept_and_summed(alone, by_two, toy_wor
     # A weight of bfloat16 would have lost the small steps: most of ours are no numbers of that type.
     moved = torch.cat([tensor.flatten() for tensor in sharded.values()])
     assert float((moved != moved.bfloat16().float()).float().mean()) > 0.5
+
+
+def test_quantised_weights_are_not_sharded_and_the_rest_may_stay_on_the_cpu(alone, by_two, toy_world, tmp_path):
+    assert main(arguments("stage3", toy_world, tmp_path, alone, *SMALL)) == 0
+    torch.testing.assert_close(losses(by_two["small"], "stage3"), losses(tmp_path, "stage3"), rtol=2e-3, atol=2e-3)
+    assert not torch.equal(losses(tmp_path, "stage3"), losses(alone, "stage3"))
 
 
 def test_training_moves_weights_further_than_rounding(alone):

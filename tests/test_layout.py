@@ -132,7 +132,7 @@ BUILDS_ON = {
     "config_check": {"layers"},
     "config_keys": {"config_check"},
     "early_check": {"config", "config_check"},
-    "strategy": {"compat"},
+    "strategy": {"compat", "model"},
     "weights": {"model"},
     "validation": {"distributed", "model"},
     "egobench": {"model", "validation"},

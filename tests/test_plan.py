@@ -15,7 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from datamodules.batch import VIDEO_TOKEN_ID, ClipBatch, Demonstration
 from lightning_modules.cli import main
 from lightning_modules.config import compose
-from lightning_modules.plan.stages import _FLOPS, PartActivations, PlanConfig, StagePlan, plan_stage, plan_table
+from lightning_modules.plan.stages import (
+    _FLOPS,
+    PartActivations,
+    PlanConfig,
+    StagePlan,
+    _state_bytes,
+    plan_stage,
+    plan_table,
+)
 from lightning_modules.run import build_stage
 from lightning_modules.stages.guidance import CycleConfig
 from lightning_modules.strategy import shard
@@ -347,3 +355,36 @@ def test_recomputing_all_parts_is_what_checkpointing_everything_is(toy_tokenizer
 def test_a_part_that_a_stage_lacks_cannot_be_recomputed(toy_tokenizer):
     with pytest.raises(ValueError, match=r"model.activation_checkpointing: got lora_encoder, allowed: exo_encoder"):
         tiny.make_stage("stage1", toy_tokenizer, activation_checkpointing=["lora_encoder"])
+
+
+def test_the_largest_stage_fits_a_card_of_24_gb(capsys):
+    assert main(["plan", str(tiny.EXPERIMENTS / "exo2ego_7b_24gb"), "stage3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in lines if line.startswith("|")}
+    assert float(rows["GiB a device"][0]) < 20
+    # By hand: 16 bytes for what trains and 2 for what else is frozen, without the 32 decoder layers of 218.1 M weights.
+    layers = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    frozen = 2 * (COUNTS["language_model"] - layers)
+    trained = COUNTS["projector"] + COUNTS["ego_encoder"] + 182_225_664 + 335_544_320
+    assert float(rows["on the CPU"][-1]) == pytest.approx((16 * trained + frozen) / 2**30, rel=0.001)
+    assert float(rows["GiB of weights and optimiser"][-1]) > layers / 2**30
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        # The whole optimiser on the device: 18 bytes for what trains, or 12 with moments in 8 bits.
+        ([], 18 * 489.19e6 + 2 * 7532.64e6),
+        (["model.init_args.optim.algorithm=adamw8bit"], 12 * 489.19e6 + 2 * 7532.64e6),
+        (["model.init_args.frozen_dtype=int8"], 18 * 489.19e6 + 2 * 553.3e6 + 6979.3e6 + 2 * 4096 * 14336),
+        (["model.init_args.frozen_dtype=nf4"], 18 * 489.19e6 + 2 * 553.3e6 + 6979.3e6 * 9 / 16 + 2 * 4096 * 14336),
+    ],
+)
+def test_bytes_of_quantised_weights_and_moments(seven_b, override, expected):
+    given = ["trainer.devices=1", "trainer.num_nodes=1", "trainer.strategy=auto", *override]
+    configuration = compose(SEVEN_B, "stage1", given)
+    stage = build_stage(configuration)
+    stage.model = stage.on_meta()
+    trained = sum(p.numel() for p in stage.model.part("projector").values())
+    frozen = sum(p.numel() for part in ("exo_encoder", "language_model") for p in stage.model.part(part).values())
+    assert _state_bytes(stage, trained, frozen, "auto", 1)[0] == pytest.approx(expected, rel=0.001)

@@ -804,7 +804,7 @@ def test_weights_of_one_unit_at_a_time_are_whole_where_they_are_sharded(toy_toke
     stage._device_mesh, stage.trainer = object(), trainer(1)
     whole = []
 
-    def cut(unit, mesh, precision):
+    def cut(unit, mesh, precision, cpu_offload):
         whole.append({name for name, p in stage.model.part("language_model").items() if not p.is_meta})
         unit.to("meta")
 

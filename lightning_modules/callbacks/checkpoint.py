@@ -105,11 +105,16 @@ def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: the list is damaged.
     """
+    entries = _stored(folder)
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Return what ``torch.distributed.checkpoint`` knows of everything in a checkpoint, by name."""
     try:
-        entries = FileSystemReader(folder).read_metadata().state_dict_metadata
+        return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
     except Exception as error:  # unpickling raises whatever the damage leads to
         raise CheckpointError(f"{_damaged(folder, 'its .metadata')} ({error})") from None
-    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_tensors(folder: Path, into: dict[str, Any], alone: bool = False) -> None:
@@ -420,18 +425,30 @@ def _restore(folder: Path, stage: L.LightningModule, optimizer: torch.optim.Opti
             "another configuration; train from scratch with FORCE=1"
         )
     tensors = {name: tensor for name, tensor in stage.state_dict().items() if f"state_dict.{name}" in stored}
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, shape in stored.items():
+    states: dict[str, dict[str, Any]] = {}
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for key, entry in _stored(folder).items():
         if key.startswith("optimizer."):
             name, _, kind = key.removeprefix("optimizer.").rpartition(".")
-            like = parameters[name].detach()
-            states.setdefault(name, {})[kind] = torch.zeros_like(like) if shape == like.shape else torch.zeros(shape)
+            states.setdefault(name, {})[kind] = _empty_state(entry, parameters[name].detach(), fused)
     read_tensors(folder, {"state_dict": tensors, "optimizer": states})
     for name, state in states.items():
         optimizer.state[parameters[name]] = state
     rates = read_state(folder)["learning_rates"]
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"]]
+
+
+def _empty_state(entry: Any, parameter: Tensor, fused: bool) -> Any:
+    """Return a value to fill for an entry of a parameter's optimiser state."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return 0  # bitsandbytes counts steps in a number
+    dtype = entry.properties.dtype
+    if entry.size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype)
+    # AdamW counts steps on the CPU, unless it is fused; other tensors are used where the parameter is.
+    on_cpu = not len(entry.size) and not fused
+    return torch.zeros(entry.size, dtype=dtype, device=None if on_cpu else parameter.device)
 
 
 def _use(device: int) -> None:

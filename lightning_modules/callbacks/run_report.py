@@ -96,7 +96,7 @@ def parts_table(stage: Stage) -> str:
     """Return a Markdown table with a row for each part: all parameters, and trained ones."""
     rows: list[tuple[str, int, int]] = []
     for part in stage.model.parts:
-        total = sum(parameter.numel() for parameter in stage.model.part(part).values())
+        total = stage.model.count(part)
         rows.append((part, total, total if part in stage.trained else 0))
     rows.append(("together", sum(row[1] for row in rows), sum(row[2] for row in rows)))
     cells: Any = [[part, f"{total:,}", f"{trained:,}"] for part, total, trained in rows]

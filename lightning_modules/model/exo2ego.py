@@ -28,6 +28,7 @@ from lightning_modules.model.language_model import LanguageModel, LanguageModelC
 from lightning_modules.model.lora import LoRAConfig, add_lora
 from lightning_modules.model.mapping import FeatureMapping, MapperConfig
 from lightning_modules.model.projector import STCConnector, stc_tokens
+from lightning_modules.model.quantize import hidden_count
 
 VISUAL_INPUTS = ("ego", "mapped")
 """Features of an egocentric clip that the language model can read, in this order: x, and F(x)."""
@@ -257,6 +258,11 @@ class Exo2EgoModel(nn.Module):
             named = dict(self.language_model.causal_lm.named_parameters())
             return {key: p for key, p in named.items() if key.endswith((".lora_A", ".lora_B")) == (name == "lora")}
         return dict(self.get_submodule(name).named_parameters())
+
+    def count(self, name: str) -> int:
+        """Return the number of parameters of one part; quantised ones count as those that they stand for."""
+        stored = sum(parameter.numel() for parameter in self.part(name).values())
+        return stored + (hidden_count(self.language_model) if name == "language_model" else 0)
 
 
 def _compiled_in_training(

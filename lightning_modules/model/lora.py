@@ -104,8 +104,10 @@ def merge_lora(module: nn.Module) -> None:
     """Fold the adapters inside `module` into their layers, which become plain `nn.Linear` again.
 
     Raises:
-        ValueError: there are no adapters.
+        ValueError: there are no adapters, or a layer's weight is quantised.
     """
+    if any(not isinstance(layer.weight, nn.Parameter) for layer in _require_adapted(module).values()):
+        raise ValueError("adapters cannot be folded into quantised weights: load the model with frozen_dtype bfloat16")
     for layer in _require_adapted(module).values():
         update = layer.lora_B.float() @ layer.lora_A.float() * layer.scale
         layer.weight.copy_(layer.weight.float() + update)

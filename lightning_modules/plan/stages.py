@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from datamodules.batch import ClipBatch, Demonstration, TextBatch
 from lightning_modules.compat import flash_attention, flash_attention_backward, storage_id, tree_leaves
-from lightning_modules.model.exo2ego import Exo2EgoModel
+from lightning_modules.model.quantize import BITS, quantizable
 from lightning_modules.stages.answer_guidance import AnswerGuidance
 from lightning_modules.stages.base import Stage
 from lightning_modules.validation.report import markdown_table
@@ -93,6 +93,8 @@ class StagePlan:
             blocks' inputs, ``transient`` not included.
         transient: bytes of the largest block, which exist while it is recomputed.
         states: bytes of weights, gradients and optimiser on one device.
+        cpu_states: the same in the memory of the CPU, for one device.
+        further_fixes: how states take less, for messages.
         frozen_itemsize: bytes of a parameter that does not train.
         checkpointing: whether activations are checkpointed, or the parts whose blocks do so.
         devices, micro_batch, accumulate: how a global batch is split.
@@ -125,6 +127,8 @@ class StagePlan:
     gathers: int | None = None
     gathered: int | None = None
     activations_by_part: dict[str, PartActivations] = field(default_factory=dict)
+    cpu_states: int = 0
+    further_fixes: tuple[str, ...] = ()
 
     @property
     def global_batch(self) -> int:
@@ -176,6 +180,7 @@ class StagePlan:
             fixes.append("shard weights and optimiser over the devices (trainer.strategy)")
             if self.frozen_itemsize > 2 and not all(trained for _, trained in self.parts.values()):
                 fixes.append("keep frozen parts in bfloat16 (model.init_args.frozen_dtype)")
+            fixes += self.further_fixes
         raise ValueError(
             f"{self.name}: needs {needed / _GIB:.0f} GiB a device, plan.gpu_memory_gib is {memory_gib:g}: "
             f"{', or '.join(fixes) or 'use a smaller model'}"
@@ -215,10 +220,10 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
     trained = sum(count for count, trains in parts.values() if trains)
     frozen = sum(count for count, trains in parts.values() if not trains)
     strategy = str(trainer.get("strategy", "auto"))
-    states = _state_bytes(trained, frozen, stage.frozen_dtype.itemsize, strategy, devices)
+    states, cpu_states = _state_bytes(stage, trained, frozen, strategy, devices)
     sharded = "fsdp" in strategy
     if sharded:
-        states += _gathered_bytes(stage.model, 2 if low_precision else 4, whole_language_model=captions > 0)
+        states += _gathered_bytes(stage, 2 if low_precision else 4, whole_language_model=captions > 0)
     plan = StagePlan(
         name=str(config["stage"]),
         parts=parts,
@@ -231,6 +236,8 @@ def plan_stage(config: dict[str, Any], stage: Stage) -> StagePlan:
         transient=transient,
         frozen_itemsize=stage.frozen_dtype.itemsize,
         states=states,
+        cpu_states=cpu_states,
+        further_fixes=_further_fixes(stage, strategy),
         checkpointing=False,
         activations_by_part=probe.by_part(),
         devices=devices,
@@ -310,6 +317,7 @@ def plan_table(plans: Sequence[StagePlan], assumed: Sequence[PlanConfig]) -> str
         ("steps", lambda p, a: None if p.steps is None else f"{p.steps:,}"),
         ("of them warm-up", lambda p, a: None if p.warmup_steps is None else f"{p.warmup_steps:,}"),
         ("GiB of weights and optimiser", lambda p, a: f"{p.states / _GIB:.2f}"),
+        ("on the CPU", lambda p, a: f"{p.cpu_states / _GIB:.2f}" if p.cpu_states else None),
         ("GiB a sample, everything held", lambda p, a: f"{p.activations / _GIB:.2f}"),
         ("GiB a sample, checkpointed", lambda p, a: f"{p.activations_checkpointed / _GIB:.2f}"),
         ("and while recomputing", lambda p, a: f"{p.transient / _GIB:.2f}"),
@@ -369,35 +377,64 @@ def _split(data: dict[str, Any], trainer: dict[str, Any], devices: int) -> tuple
     return micro_batch, per_device // micro_batch
 
 
-def _state_bytes(trained: int, frozen: int, frozen_size: int, strategy: str, devices: int) -> int:
-    """Count float32 weights, gradients, two moments and a bfloat16 copy during computation; DDP adds buckets."""
-    if "fsdp" in strategy.lower():
-        return (16 * trained + frozen_size * frozen) // devices
+def _state_bytes(stage: Stage, trained: int, frozen: int, strategy: str, devices: int) -> tuple[int, int]:
+    """Count bytes of weights, gradients and optimiser on a device and, where they are offloaded, on the CPU.
+
+    Trained parameters have float32 weights, gradients, two moments (8 bits each with ``adamw8bit``) and a bfloat16 copy
+    during computation; DDP adds buckets. Quantised weights are whole on each device, with one of them dequantised.
+    """
+    layers = _quantized(stage)
+    weights = [layer.weight.numel() for layer in layers]
+    quantized = sum(weights)
+    held = 0
+    if stage.quantization is not None:
+        held = math.ceil(BITS[stage.quantization] / 8 * quantized) + 2 * max(weights, default=0)
+    frozen_bytes = stage.frozen_dtype.itemsize * (frozen - quantized)
+    if "fsdp" in strategy:
+        shard = (16 * trained + frozen_bytes) // devices
+        return (held, shard) if "offload" in strategy else (held + shard, 0)
+    moments = 2 if stage.optim.algorithm == "adamw8bit" else 8
     buckets = 4 if devices > 1 else 0
-    return (18 + buckets) * trained + frozen_size * frozen
+    return (10 + moments + buckets) * trained + frozen_bytes + held, 0
 
 
-def _gathered_bytes(model: Exo2EgoModel, itemsize: int, whole_language_model: bool) -> int:
+def _quantized(stage: Stage) -> list[nn.Linear]:
+    """Return the layers of a model, on the meta device, that would be quantised."""
+    if stage.quantization is None or "language_model" in stage.trained:
+        return []
+    return [layer for block in stage.model.language_model.blocks() for layer in quantizable(block)]
+
+
+def _further_fixes(stage: Stage, strategy: str) -> tuple[str, ...]:
+    fixes = []
+    if stage.quantization is None and stage.frozen_dtype.itemsize == 2 and "language_model" not in stage.trained:
+        fixes.append("store the frozen language model in 8 bits (model.init_args.frozen_dtype: int8)")
+    if "offload" not in strategy:
+        fixes.append("keep what trains on the CPU (trainer.strategy: fsdp2_cpu_offload)")
+    return tuple(fixes)
+
+
+def _gathered_bytes(stage: Stage, itemsize: int, whole_language_model: bool) -> int:
     """Count the gathered parameters during computation: those outside all inner units, one unit, and the next one.
 
     Args:
-        model: on any device.
+        stage: with its model on any device.
         itemsize: bytes of a gathered parameter.
         whole_language_model: all of its layers are gathered at the same time, to generate captions.
     """
-    *inside, (_, around) = _unit_sizes(model)
+    *inside, (_, around) = _unit_sizes(stage)
     sizes = dict(inside)
     together = 2 * max(sizes.values())
     if whole_language_model:
-        together = max(together, sum(sizes[layer] for layer in model.language_model.blocks()))
+        together = max(together, sum(sizes[layer] for layer in stage.model.language_model.blocks()))
     return itemsize * (around + together)
 
 
-def _unit_sizes(model: Exo2EgoModel) -> list[tuple[nn.Module, int]]:
-    """Return the units that are gathered one by one with the number of their own parameters, the model itself last."""
-    counted: set[int] = set()
+def _unit_sizes(stage: Stage) -> list[tuple[nn.Module, int]]:
+    """Return the units that are gathered one by one with the number of their own parameters, the model last."""
+    counted = {id(layer.weight) for layer in _quantized(stage)}
     sizes = []
-    for unit in model.units():
+    for unit in stage.model.units():
         own = [parameter for parameter in unit.parameters() if id(parameter) not in counted]
         counted |= {id(parameter) for parameter in own}
         sizes.append((unit, sum(parameter.numel() for parameter in own)))
@@ -508,7 +545,7 @@ class _Probe:
         follows.
         """
         model = self.stage.model
-        *units, (_, around) = _unit_sizes(model)
+        *units, (_, around) = _unit_sizes(self.stage)
         itemsize = next(model.parameters()).element_size()
         times = dict.fromkeys((unit for unit, _ in units), 0)
 

@@ -25,8 +25,9 @@ from lightning_modules.compat import allow_compiled_shapes, attached_trainer
 from lightning_modules.egobench.evaluator import Evaluator
 from lightning_modules.losses import loss_by_source
 from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig
+from lightning_modules.model.quantize import Quantization
 from lightning_modules.stages.optim import OptimConfig
-from lightning_modules.strategy import shard
+from lightning_modules.strategy import FSDP2, shard
 from lightning_modules.validation.evaluator import QAEvaluator
 from lightning_modules.validation.scores import QAResults
 from lightning_modules.weights.loading import load_weights, require_fit
@@ -51,7 +52,8 @@ class Stage(L.LightningModule, ABC):
             has the part is used. Parts that are not named, or null, are initialised at random.
         train: parts that train instead of those in ``trains``.
         seed: of random weights and of dropout.
-        frozen_dtype: type of the parts that do not train. Trained parts are float32.
+        frozen_dtype: type of the parts that do not train. Trained parts are float32. ``int8`` and ``nf4`` store the
+            linear layers of a frozen language model in 8 or 4 bits, and what else is frozen in bfloat16.
         compile_blocks: compile the blocks of every part for training, see ``Exo2EgoModel.compile_blocks``.
         activation_checkpointing: recompute activations inside the blocks of every part during the backward pass
             instead of keeping them; or the parts whose blocks do so; or ``auto``: the parts with which a device's
@@ -86,7 +88,7 @@ class Stage(L.LightningModule, ABC):
         init: dict[str, str | list[str] | None] | None = None,
         train: list[str] | None = None,
         seed: int = 0,
-        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
+        frozen_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32",
         activation_checkpointing: bool | Literal["auto"] | list[str] = False,
         compile_blocks: bool = False,
     ) -> None:
@@ -95,7 +97,8 @@ class Stage(L.LightningModule, ABC):
         self.network, self.optim, self.seed = network, optim, seed
         self.tokenizer_name, self.activation_checkpointing = tokenizer, activation_checkpointing
         self.compile_blocks = compile_blocks
-        self.frozen_dtype: torch.dtype = getattr(torch, frozen_dtype)
+        self.quantization: Quantization | None = frozen_dtype if frozen_dtype in ("int8", "nf4") else None
+        self.frozen_dtype: torch.dtype = torch.bfloat16 if self.quantization else getattr(torch, frozen_dtype)
         sources = {**(init or {})}
         sources.setdefault("language_model", network.language_model.pretrained)
         self.init = {part: [s] if isinstance(s, str) else s for part, s in sources.items() if s is not None}
@@ -212,11 +215,15 @@ class Stage(L.LightningModule, ABC):
 
         def shard_unit(unit: nn.Module) -> None:
             if self.device_mesh is not None:
-                shard(unit, self.device_mesh, self.trainer.precision)
+                strategy = self.trainer.strategy
+                offload = isinstance(strategy, FSDP2) and strategy.cpu_offload
+                shard(unit, self.device_mesh, self.trainer.precision, offload)
 
         trainer = attached_trainer(self)
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
-        load_weights(model, self.sources, self.trained, self.frozen_dtype, device, shard_unit)
+        load_weights(
+            model, self.sources, self.trained, self.frozen_dtype, device, shard_unit, quantization=self.quantization
+        )
         self.train(self.training)
 
     def attach(self, model: Exo2EgoModel) -> None:

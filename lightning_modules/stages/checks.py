@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning_modules.model.language_model import transformers_config
+from lightning_modules.model.quantize import require_bitsandbytes
 
 if TYPE_CHECKING:
     from datamodules.clips.dataset import ClipConfig
@@ -56,6 +57,11 @@ def check_stage(stage: Stage, clips: ClipConfig, max_text_tokens: int) -> None:
             f"{longest} positions of the language model: lower data.init_args.max_text_tokens to at most "
             f"{longest - visual}"
         )
+
+    if stage.quantization == "nf4":
+        require_bitsandbytes("model.init_args.frozen_dtype: nf4")
+    if stage.optim.algorithm == "adamw8bit":
+        require_bitsandbytes("model.init_args.optim.algorithm: adamw8bit")
 
     stage.num_frames = clips.num_frames
     stage.check_sources()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ class OptimConfig:
         weight_decay: applied to matrices; vectors (norms, biases) are never decayed.
         betas: of Adam.
         lr_mult: factors on the learning rate of single parts, by the part's name.
+        algorithm: ``adamw``, or ``adamw8bit``, which stores the moments of large tensors in 8 bits (bitsandbytes).
     """
 
     learning_rate: float
@@ -30,6 +32,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     lr_mult: dict[str, float] = field(default_factory=dict)
+    algorithm: Literal["adamw", "adamw8bit"] = "adamw"
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -40,7 +43,7 @@ class OptimConfig:
         if unknown := set(self.lr_mult) - set(PARTS):
             raise ValueError(f"model.optim.lr_mult: got {', '.join(sorted(unknown))}, allowed: {', '.join(PARTS)}")
 
-    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]], fused: bool = False) -> torch.optim.AdamW:
+    def optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]], fused: bool = False) -> torch.optim.Optimizer:
         """Return AdamW with two groups for each part, its matrices and its vectors.
 
         Args:
@@ -59,6 +62,11 @@ class OptimConfig:
             }
             for (part, matrices), members in groups.items()
         ]
+        if self.algorithm == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            eight_bit: torch.optim.Optimizer = AdamW8bit(settings, betas=self.betas)
+            return eight_bit
         return torch.optim.AdamW(settings, betas=self.betas, fused=fused or None)
 
     def schedule(self, optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:

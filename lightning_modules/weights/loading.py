@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_modules.model.exo2ego import Exo2EgoModel
+from lightning_modules.model.quantize import Quantization, quantize_linears
 from lightning_modules.weights.tensors import FoundWeights, WeightsError
 
 _POSITIONS = {
@@ -74,6 +75,7 @@ def load_weights(
     frozen_dtype: torch.dtype,
     device: torch.device,
     finish_unit: Callable[[nn.Module], None] | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Bring every part to its type and device and fill it, one unit of the model at a time.
 
@@ -86,9 +88,12 @@ def load_weights(
         frozen_dtype: type of the other parts.
         device: of all parts.
         finish_unit: called with each unit when it is filled, to shard it.
+        quantization: of the linear layers in the decoder layers of a frozen language model. Each layer is quantised
+            before the next is read.
     """
     if "language_model" in found:
         model.language_model.restore_buffers()
+    quantized = [] if quantization is None or "language_model" in trained else model.language_model.blocks()
     done: set[int] = set()
     for unit in model.units():
         for part in model.parts:
@@ -98,6 +103,8 @@ def load_weights(
                     with torch.no_grad():
                         parameter.copy_(found[part].tensors[name].read())
                 parameter.requires_grad_(part in trained)
+        if quantization is not None and unit in quantized:
+            quantize_linears(unit, quantization)
         if finish_unit is not None:
             finish_unit(unit)
         done |= {id(parameter) for parameter in unit.parameters()}
