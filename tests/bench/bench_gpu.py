@@ -7,7 +7,8 @@ memory next to the plan's, and the time of forward, backward and optimiser. A pr
 by kind of kernel. Results go to standard output as Markdown and to ``--out`` as JSON, after every case, so that a run
 that is cut short keeps what it measured.
 
-``--smoke`` runs the same on a CPU with the tiny network of the default experiment.
+``--smoke`` runs the same on a CPU with the tiny network of the default experiment. ``--roofline`` measures nothing: it
+counts operations and bytes of the same steps, and the least time that an H100 needs for them, see ``roofline.py``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+from roofline import CARDS, by_kind, fused, largest, least_ms, record
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
@@ -68,14 +69,14 @@ class Case:
         experiment: folder in ``experiments``.
         micro_batch: samples in a step.
         checkpointing: parts whose blocks recompute their activations in the backward pass.
-        compiled: parts whose blocks are compiled with ``torch.compile``.
+        compiled: blocks are compiled with ``torch.compile``.
     """
 
     stage: str
     experiment: str
     micro_batch: int
     checkpointing: tuple[str, ...]
-    compiled: tuple[str, ...] = ()
+    compiled: bool = False
 
     @property
     def title(self) -> str:
@@ -271,7 +272,8 @@ def planned(case: Case, smoke: bool) -> dict[str, float]:
     config = configuration(case, smoke)
     stage = build_stage(config)
     plan = plan_stage(config, stage)
-    return {"flops": plan.flops, "plan_gib": plan.needed(case.micro_batch, bool(case.checkpointing)) / 2**30}
+    recomputed = tuple(part for part in case.checkpointing if part in plan.activations_by_part)
+    return {"flops": plan.flops, "plan_gib": plan.needed(case.micro_batch, recomputed) / 2**30}
 
 
 @torch.no_grad()
@@ -296,9 +298,8 @@ def measure(case: Case, smoke: bool, traced: bool) -> dict[str, Any]:
     device = torch.device("cpu" if smoke else "cuda")
     stage.__dict__["tokenizer"] = SimpleNamespace(eos_token_id=2)  # only the end of an answer is asked of it
     random_model(stage, device)
-    for part, blocks in stage.model.blocks().items():
-        if part in case.compiled:
-            compile_blocks(blocks)
+    if case.compiled:
+        stage.model.compile_blocks()
     stage.model.checkpoint_activations(case.checkpointing)
     clips, assumed = config["clips"], PlanConfig(**(config.get("plan") or {}))
     length = WARMUP_STEPS + STEPS + traced
@@ -328,12 +329,6 @@ def measure(case: Case, smoke: bool, traced: bool) -> dict[str, Any]:
     return row
 
 
-def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compile the forward of every block; blocks of one class share their compiled code."""
-    for block in blocks:
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-
-
 def full_size_cases() -> list[Case]:
     """Return the cases in the order of their worth: each stage as it runs, then one lever after another."""
     one = Case("stage1", "exo2ego_7b", 8, BLOCKS)
@@ -343,11 +338,12 @@ def full_size_cases() -> list[Case]:
         one,
         two,
         three,
-        replace(one, compiled=BLOCKS),
-        replace(two, compiled=BLOCKS),
-        replace(three, compiled=BLOCKS),
-        replace(one, checkpointing=("exo_encoder", "language_model")),
-        replace(three, micro_batch=2, checkpointing=("ego_encoder", "language_model")),
+        replace(one, compiled=True),
+        replace(two, compiled=True),
+        replace(three, compiled=True),
+        replace(one, micro_batch=4, compiled=True, checkpointing=("projector", "language_model")),
+        replace(two, micro_batch=2, compiled=True, checkpointing=("projector", "language_model")),
+        replace(three, micro_batch=2, compiled=True, checkpointing=("projector", "language_model")),
         replace(two, experiment="exo2ego_7b_answer_kl"),
         replace(one, micro_batch=16),
     ]
@@ -399,6 +395,35 @@ def profiles(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{row['case']['stage']} ({'compiled' if row['case']['compiled'] else 'eager'}): {shares}"
 
 
+def print_rooflines(cases: list[Case], smoke: bool) -> None:
+    """Print for each case what a step computes and moves, and the least time for it on an H100."""
+    kinds = ["matrix product", "convolution", "attention", "elementwise", "cast", "copy", "normalisation", "optimiser"]
+    times = [f"{name}, ms" for card in CARDS for name in (card, f"{card}, fused")]
+    lines = [
+        ["stage", "micro-batch", "mode", "recomputed", "TFLOP", *(f"GB {kind}" for kind in kinds), "fused", *times]
+    ]
+    for case in cases:
+        config = configuration(case, smoke)
+        stage, clips = build_stage(config), config["clips"]
+        stage.__dict__["tokenizer"] = SimpleNamespace(eos_token_id=2)
+        assumed = PlanConfig(**(config.get("plan") or {}))
+        sizes = clips["num_frames"], clips["image_size"], stage.vocab_size
+        operators = record(stage, SyntheticClips(case.micro_batch, *sizes, assumed, 1)[0], case.checkpointing)
+        merged = fused(operators)
+        moved = {kind: gigabytes for kind, (_, gigabytes) in by_kind(operators).items()}
+        lines.append(
+            [
+                *case.title.split(" | "),
+                f"{sum(each.flops for each in operators) / 1e12:.0f}",
+                *(f"{moved.get(kind, 0.0):,.0f}" for kind in kinds),
+                f"{sum(each.moved for each in merged) / 1e9:,.0f}",
+                *(f"{least_ms(some, *card):,.0f}" for card in CARDS.values() for some in (operators, merged)),
+            ]
+        )
+        print(f"{case.title}: {'; '.join(f'{name} {size:.0f} GB' for name, size in largest(operators))}", flush=True)
+    print(markdown_table(lines))
+
+
 def matrix_tflops(device: torch.device) -> float:
     """Measure what the card gives for a large bfloat16 matrix product, in TFLOP/s."""
     left, right = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -418,9 +443,14 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--seconds", type=float, default=240, help="start no case after this time (default 240)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench_gpu.json"), help="file for the results")
+    parser.add_argument("--roofline", action="store_true", help="count operations and bytes instead; needs no GPU")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     torch._dynamo.config.cache_size_limit = 64  # blocks of several shapes are compiled one after another
+    cases = smoke_cases() if options.smoke else full_size_cases()
+    if options.roofline:
+        print_rooflines(list(dict.fromkeys(plain(case) for case in cases))[:3], options.smoke)
+        return
     began = time.perf_counter()
     name = "CPU" if options.smoke else torch.cuda.get_device_name()
     peak = next((tflops for word, tflops in PEAK_TFLOPS.items() if word in name), None)
@@ -428,7 +458,6 @@ def main() -> None:
     if not options.smoke:
         result["matrix_product_tflops"] = matrix_tflops(torch.device("cuda"))
         print(f"{name}: 8192 x 8192 x 8192 in bfloat16 at {result['matrix_product_tflops']:.0f} TFLOP/s")
-    cases = smoke_cases() if options.smoke else full_size_cases()
     plans: dict[Case, Future[dict[str, float]]] = {}
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(1 if options.smoke else 3, get_context("spawn")) as pool:
@@ -460,7 +489,7 @@ def main() -> None:
 
 def plain(case: Case) -> Case:
     """Return what the plan of a case depends on."""
-    return replace(case, compiled=())
+    return replace(case, compiled=False)
 
 
 def write(file: Path, result: dict[str, Any]) -> None:
