@@ -400,7 +400,7 @@ def print_rooflines(cases: list[Case], smoke: bool) -> None:
     kinds = ["matrix product", "convolution", "attention", "elementwise", "cast", "copy", "normalisation", "optimiser"]
     times = [f"{name}, ms" for card in CARDS for name in (card, f"{card}, fused")]
     lines = [
-        ["stage", "micro-batch", "mode", "recomputed", "TFLOP", *(f"GB {kind}" for kind in kinds), "fused", *times]
+        ["stage", "micro-batch", "mode", "recomputed", "TFLOP", *(f"GB {kind}" for kind in kinds), "GB fused", *times]
     ]
     for case in cases:
         config = configuration(case, smoke)
