@@ -131,7 +131,8 @@ def _next_commands(config: dict[str, Any]) -> str:
         return f"next: make tensorboard{everywhere}"
     later = stages[stages.index(stage) + 1 :]
     if not later:
-        return f"next: make evaluate{variables}{everywhere} | make tensorboard{everywhere}"
+        commands = (f"chat VIDEO=file{variables}", f"evaluate{variables}", "tensorboard")
+        return "next: " + " | ".join(f"make {command}{everywhere}" for command in commands)
     run_dir = Path(str(config["run_dir"]))
     if run_dir != Path(runs, experiment, stage):
         variables += " ARGS=" + shlex.quote(f"handoffs.{stage}={run_dir}/handoff")

@@ -137,7 +137,9 @@ def test_the_next_command(monkeypatch):
         return training._next_commands({"experiment": experiment, "stage": stage, "runs": "runs", "run_dir": run_dir})
 
     assert following("toy", "stage1") == "next: make stage2 | make tensorboard"
-    assert following("toy_qwen3", "stage3") == "next: make evaluate EXPERIMENT=toy_qwen3 | make tensorboard"
+    assert following("toy_qwen3", "stage3") == (
+        "next: make chat VIDEO=file EXPERIMENT=toy_qwen3 | make evaluate EXPERIMENT=toy_qwen3 | make tensorboard"
+    )
     elsewhere = following("toy", "stage2", "runs/toy/tau 2")
     assert elsewhere == "next: make stage3 ARGS='handoffs.stage2=runs/toy/tau 2/handoff' | make tensorboard"
     assert following("of_mine", "stage1") == "next: make tensorboard"
