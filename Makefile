@@ -192,9 +192,9 @@ describe: $(READY) ## narrate VIDEO=file, a part of EVERY=2 seconds at a time, w
 	@test -n $(call path,$(VIDEO)) || { echo "error: name the video: make describe VIDEO=kitchen.mp4"; exit 2; }
 	@$(PYTHON) -m lightning_modules describe $(call path,$(VIDEO)) --model $(TRAINED) $(if $(QUESTION),--question $(call path,$(QUESTION))) $(if $(EVERY),--every '$(EVERY)') $(if $(OUT),--out $(call path,$(OUT))) $(SPAN) $(ARGS)
 
-export: $(READY) ## write the trained STAGE=stage3 to OUT=folder for transformers, ARGS=--unmerged keeps LoRA apart [STAGE OUT EXPERIMENT RUNS ARGS]
+export: $(READY) ## write the trained STAGE=stage3 to OUT=folder, TO=hf|peft|videollama2; ARGS=--unmerged keeps LoRA apart [STAGE OUT TO EXPERIMENT RUNS ARGS]
 	@test -n "$(STAGE)" && test -n $(call path,$(OUT)) || { echo "error: name both: make export STAGE=stage3 OUT=exports/toy"; exit 2; }
-	$(PYTHON) -m lightning_modules export $(RUN)/$(STAGE) $(call path,$(OUT)) $(ARGS)
+	$(PYTHON) -m lightning_modules export $(RUN)/$(STAGE) $(call path,$(OUT)) $(if $(TO),--to '$(TO)') $(ARGS)
 
 score: $(READY) ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..." [EXPERIMENT RUNS ARGS]
 	@$(PYTHON) -m lightning_modules score $(RUN) $(ARGS)

@@ -184,11 +184,11 @@ def describe(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a trained model as a folder that plain transformers load."""
+    """Write a trained model as a folder for transformers, PEFT or VideoLLaMA2."""
     from lightning_modules.inference.export import export_model
 
     _silence_warnings()
-    export_model(options.model, options.out, merge=not options.unmerged)
+    export_model(options.model, options.out, options.to, merge=not options.unmerged)
 
 
 _KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
@@ -277,6 +277,7 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="start of the span")
         command.add_argument("--end", type=float, metavar="SECONDS", help="its end, by default that of the video")
     if verb == "export":
+        command.add_argument("--to", choices=("hf", "peft", "videollama2"), default="hf", help="form of the folder")
         command.add_argument("--unmerged", action="store_true", help="keep the adapters of LoRA apart from the layers")
     if verb == "describe":
         command.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="length of a narrated part")

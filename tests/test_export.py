@@ -178,3 +178,38 @@ def test_an_existing_folder_is_kept(exported, noisy_runs, capsys):
     assert main(["export", str(noisy_runs / "toy" / "stage3"), str(exported)]) == 2
     assert "exists: remove it, or name another folder" in capsys.readouterr().err
     assert sorted(exported.iterdir()) == before
+
+
+@torch.no_grad()
+def test_adapters_open_with_peft_alone(noisy_runs, model, tmp_path):
+    peft = pytest.importorskip("peft")
+    export_model(noisy_runs / "toy" / "stage3", tmp_path / "adapter", "peft")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    ids = torch.arange(1, 13).view(2, 6)
+    expected = model.model.language_model.causal_lm(ids).logits
+    torch.testing.assert_close(loaded(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    with loaded.disable_adapter():
+        assert not torch.allclose(loaded(ids).logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("stage", ["stage0", "stage1"])
+def test_a_demonstrator_is_read_back_from_the_form_of_videollama2(noisy_runs, tmp_path, stage):
+    export_model(noisy_runs / "toy" / stage, tmp_path / "out", "videollama2")
+    loaded = Exo2Ego.from_pretrained(noisy_runs / "toy" / stage)
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (settings["model_type"], settings["mm_projector_type"]) == ("videollama2_mistral", "stc_connector_v35")
+    for part in ("exo_encoder", "projector", "language_model"):
+        found = find_weights([str(tmp_path / "out")], part, loaded.description.network)
+        expected = loaded.model.part(part)
+        assert found.tensors.keys() == expected.keys()
+        assert all(torch.equal(tensor.read(), expected[name]) for name, tensor in found.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("stage", "to", "message"),
+    [("stage0", "peft", "this stage has no adapters: name stage3"), ("stage3", "videollama2", "name stage0 or stage1")],
+)
+def test_forms_that_do_not_fit_are_refused(noisy_runs, tmp_path, stage, to, message):
+    with pytest.raises(ValueError, match=message):
+        export_model(noisy_runs / "toy" / stage, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()

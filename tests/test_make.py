@@ -197,8 +197,8 @@ def test_a_trained_model_is_asked(checkout):
     assert described == [
         ["-m", "lightning_modules", "describe", "a.mp4", "--model", "owner/name", "--every", "4", "--out", "a.srt"]
     ]
-    exported = make(checkout, "export", "STAGE=stage3", "OUT=exports/toy")[2]
-    assert exported == [["-m", "lightning_modules", "export", "runs/toy/stage3", "exports/toy"]]
+    exported = make(checkout, "export", "STAGE=stage3", "OUT=exports/toy", "TO=peft")[2]
+    assert exported == [["-m", "lightning_modules", "export", "runs/toy/stage3", "exports/toy", "--to", "peft"]]
     assert "name the video" in refused(checkout, "chat")
 
 

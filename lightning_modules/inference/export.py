@@ -30,10 +30,12 @@ from lightning_modules.inference.loading import ModelFiles, build_model, open_mo
 from lightning_modules.inference.model_card import model_card
 from lightning_modules.inference.source_files import write_source_files
 from lightning_modules.model.exo2ego import Exo2EgoModel
-from lightning_modules.model.lora import merge_lora
+from lightning_modules.model.lora import merge_lora, save_peft_adapter
 from lightning_modules.weights.exported import MODEL_TYPE, stored_name
+from lightning_modules.weights.videollama2 import videollama2_settings, videollama2_tensors
 
 MAX_NEW_TOKENS = 128
+BASE = "language_model"
 _SHARD = "5GB"
 _CLASSES = {
     "AutoConfig": "configuration_exo2ego.Exo2EgoConfig",
@@ -42,41 +44,99 @@ _CLASSES = {
 }
 
 
-def export_model(source: str | Path, out: Path, merge: bool = True) -> None:
+def export_model(source: str | Path, out: Path, to: str = "hf", merge: bool = True) -> None:
     """Export a trained model; the folder appears complete or not at all.
 
     Args:
         source: see ``open_model``.
         out: the folder; it must not exist.
-        merge: fold the adapters into the layers of the language model.
+        to: ``hf`` for transformers; ``peft`` for the language model with its adapters apart, in PEFT's format;
+            ``videollama2`` for a demonstrator in the form of VideoLLaMA2.
+        merge: fold the adapters into the layers of the language model, for ``hf``.
 
     Raises:
-        ValueError: ``out`` exists, the model cannot be loaded, or its encoder is a class of your own, whose file
-            transformers would not find.
+        ValueError: ``out`` exists, the model cannot be loaded, or has no such form.
     """
     if out.exists():
         raise ValueError(f"{out}: exists: remove it, or name another folder")
     files = open_model(source)
-    own = files.description.network.encoder.type
-    if own is not None:
+    _check_form(files.description, to)
+    model = build_model(files, torch.device("cpu"), torch.float32)
+    new = out.with_name(f".{out.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    if to == "peft":
+        _write_peft(new, model, files, base=str((out / BASE).resolve()))
+    elif to == "videollama2":
+        _write_videollama2(new, model, files)
+    else:
+        _write_transformers(new, model, files, merge)
+    os.replace(new, out)
+    print(f"{out}: {', '.join(model.parts)}; to publish it: hf upload owner/name {out}")
+
+
+def _check_form(description: ModelDescription, to: str) -> None:
+    """Refuse what a format has no place for, before weights are read.
+
+    Raises:
+        ValueError: the message names the format that fits.
+    """
+    own = description.network.encoder.type
+    if to == "hf" and own is not None:
         raise ValueError(
             f"network.encoder.type: {own} is a class of your own, which transformers would not find: use the run's "
             "folder of stage weights instead, which this repository loads"
         )
-    model = build_model(files, torch.device("cpu"), torch.float32)
+    if to == "peft" and "lora" not in description.parts:
+        raise ValueError("TO=peft: this stage has no adapters: name stage3, or TO=hf")
+    if to == "videollama2":
+        if set(description.parts) != {"exo_encoder", "projector", "language_model"}:
+            raise ValueError(
+                f"TO=videollama2: this stage has {', '.join(description.parts)}, but VideoLLaMA2 has one encoder and "
+                "no mapping: name stage0 or stage1, or TO=hf"
+            )
+        videollama2_settings(description.network, description.clips.num_frames)
+
+
+def _write_peft(folder: Path, model: Exo2EgoModel, files: ModelFiles, base: str) -> None:
+    """Write the adapters, and the language model that they belong to below ``BASE``."""
+    adapters = {name: parameter.detach() for name, parameter in model.part("lora").items()}
+    save_peft_adapter(adapters, files.description.network.lora, folder, base)
+    files.encoder().tokenizer.save_pretrained(folder)
+    (folder / BASE).mkdir()
+    tensors = {name: parameter.detach() for name, parameter in model.part("language_model").items()}
+    save_torch_state_dict(tensors, folder / BASE, max_shard_size=_SHARD)
+    _write_json(folder / BASE / "config.json", _language_model_settings(model))
+    files.encoder().tokenizer.save_pretrained(folder / BASE)
+
+
+def _write_videollama2(folder: Path, model: Exo2EgoModel, files: ModelFiles) -> None:
+    """Write a demonstrator under the names of VideoLLaMA2."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in videollama2_tensors(model).items()}
+    save_torch_state_dict(tensors, folder, max_shard_size=_SHARD)
+    files.encoder().tokenizer.save_pretrained(folder)
+    settings = _language_model_settings(model)
+    settings["model_type"] = f"videollama2_{settings['model_type']}"
+    settings["architectures"] = [f"Videollama2{model.language_model.causal_lm.config.model_type.title()}ForCausalLM"]
+    description = files.description
+    _write_json(
+        folder / "config.json", settings | videollama2_settings(description.network, description.clips.num_frames)
+    )
+
+
+def _language_model_settings(model: Exo2EgoModel) -> dict[str, Any]:
+    """Return the content of the language model's ``config.json``."""
+    causal_lm = model.language_model.causal_lm
+    settings: dict[str, Any] = json.loads(causal_lm.config.to_json_string(use_diff=False))
+    return settings | {"architectures": [type(causal_lm).__name__], "dtype": "float32"}
+
+
+def _write_transformers(folder: Path, model: Exo2EgoModel, files: ModelFiles, merge: bool) -> None:
+    """Write the whole model with the code that transformers needs for it."""
     description = files.description
     if merge and "lora" in description.parts:
         merge_lora(model.language_model.causal_lm)
         description = replace(description, parts=tuple(part for part in description.parts if part != "lora"))
-    new = out.with_name(f".{out.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    _write(new, model, description, files)
-    os.replace(new, out)
-    print(f"{out}: {', '.join(description.parts)}; to publish it: hf upload owner/name {out}")
-
-
-def _write(folder: Path, model: Exo2EgoModel, description: ModelDescription, files: ModelFiles) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for part in description.parts:
         tensors |= {stored_name(part, name): parameter.detach() for name, parameter in model.part(part).items()}

@@ -115,18 +115,22 @@ def merge_lora(module: nn.Module) -> None:
         layer.__class__ = nn.Linear  # type: ignore[assignment]
 
 
-def save_peft_adapter(adapters: Mapping[str, Tensor], config: LoRAConfig, folder: str | Path) -> None:
+def save_peft_adapter(
+    adapters: Mapping[str, Tensor], config: LoRAConfig, folder: str | Path, base_model: str | None = None
+) -> None:
     """Write adapters as PEFT does, for `peft.PeftModel.from_pretrained(base, folder)`.
 
     Args:
         adapters: `lora_A` and `lora_B` of every adapted layer, by their names inside the transformers model.
         config: their size.
         folder: gets `adapter_config.json` and `adapter_model.safetensors`; made if missing.
+        base_model: folder or hub name of the language model without adapters, for `AutoPeftModelForCausalLM`.
     """
     layers = {name.rpartition(".")[0] for name in adapters}
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,

@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import open_clip
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+from torch import Tensor
 
 from datamodules.io.hub import use_cache_without_network
 from datamodules.text import download_command
@@ -167,6 +168,30 @@ def to_encoder(tower: Tensors, encoder: EncoderConfig, where: str) -> Tensors:
         raise WeightsError(f"{where}: {error}. Give a folder of CLIP weights.") from None
     joined = {ours: StoredTensor.joined([tower[name] for name in names]) for ours, names in sources.items()}
     return {ours: joined[theirs] for ours, theirs in tower_sources(joined, encoder).items()}
+
+
+def to_hf_clip(encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the parameters of an encoder to a CLIP tower of transformers; the inverse of ``to_encoder``.
+
+    The last layer and the final norm, which an encoder does not have, are missing.
+    """
+    outside = {ours: theirs for theirs, ours in _RENAMED.items()}
+    inside = {ours: theirs for theirs, ours in _RENAMED_IN_LAYER.items()}
+    tower: dict[str, Tensor] = {}
+    for name, tensor in encoder.items():
+        name = name.removeprefix("tower.")
+        if name in outside:
+            tower[f"vision_model.{outside[name]}"] = tensor
+            continue
+        index, _, inner = name.removeprefix("transformer.resblocks.").partition(".")
+        layer, (part, _, kind) = f"vision_model.encoder.layers.{index}", inner.rpartition(".")
+        if inner.startswith("attn.in_proj_"):
+            kind = inner.removeprefix("attn.in_proj_")
+            for letter, third in zip("qkv", tensor.chunk(3), strict=True):
+                tower[f"{layer}.self_attn.{letter}_proj.{kind}"] = third.clone()  # so that it can be stored alone
+        else:
+            tower[f"{layer}.{inside[part]}.{kind}"] = tensor
+    return tower
 
 
 def tower_sources(names: Collection[str], config: EncoderConfig) -> dict[str, str]:

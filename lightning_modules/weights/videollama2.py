@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from lightning_modules.model.exo2ego import NetworkConfig
+from torch import Tensor
+
+from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig
 from lightning_modules.model.projector import stc_tokens
-from lightning_modules.weights.clip import ENCODERS, require_form, to_encoder
+from lightning_modules.weights.clip import ENCODERS, require_form, to_encoder, to_hf_clip
 from lightning_modules.weights.language_model import find_language_model
 from lightning_modules.weights.tensors import FoundWeights, Release, WeightsError
 
@@ -34,6 +37,38 @@ def find_videollama2(release: Release, part: str, network: NetworkConfig) -> Fou
         base = release.settings.get("_name_or_path", "mistralai/Mistral-7B-Instruct-v0.2")
         return release.found(part, {}, f"holds no language model, its base is {base}")
     return find_language_model(replace(release, tensors=tensors), part)
+
+
+def videollama2_tensors(model: Exo2EgoModel) -> dict[str, Tensor]:
+    """Return the parameters of a demonstrator by the names of VideoLLaMA2."""
+    tower = to_hf_clip(model.part("exo_encoder"))
+    tensors = {f"{_TOWER}{name}": tensor for name, tensor in tower.items()}
+    tensors |= {f"{_PROJECTOR}{name}": tensor for name, tensor in model.part("projector").items()}
+    return tensors | model.part("language_model")
+
+
+def videollama2_settings(network: NetworkConfig, num_frames: int) -> dict[str, Any]:
+    """Return the keys of VideoLLaMA2's ``config.json`` that describe frames, tower and projector.
+
+    Raises:
+        WeightsError: VideoLLaMA2 has no tower of this form.
+    """
+    encoder = network.encoder
+    if encoder.type is not None or encoder.timm is not None or not encoder.quick_gelu:
+        raise WeightsError(
+            "network.encoder: VideoLLaMA2 has a CLIP tower with quick_gelu, not this one. Export it for transformers."
+        )
+    kinds = {padding: kind for kind, padding in _PADDING.items()}
+    return {
+        "mm_projector_type": kinds[network.projector.padding],
+        "mm_vision_tower": f"openai/clip-vit-large-patch{encoder.patch_size}-{encoder.image_size}",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_hidden_size": encoder.width,
+        "image_aspect_ratio": "pad",
+        "num_frames": num_frames,
+        "use_mm_proj": True,
+    }
 
 
 def _find_projector(release: Release, network: NetworkConfig) -> FoundWeights:
