@@ -7,19 +7,29 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
 from datamodules.batch import VIDEO_TOKEN_ID
+from datamodules.clips.dataset import ClipConfig
 from datamodules.clips.sampler import BatchRequest
 from lightning_modules import Exo2Ego
 from lightning_modules.cli import main
 from lightning_modules.config import compose
 from lightning_modules.evaluation import _trained
+from lightning_modules.inference import export
+from lightning_modules.inference.description import describe
 from lightning_modules.inference.export import export_model
+from lightning_modules.inference.loading import ModelFiles
+from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.weights.resolve import find_weights
+from lightning_modules.weights.tensors import open_tensors
+
+ROOT = Path(__file__).parents[1]
 
 PLAIN_TRANSFORMERS = """
 import json, sys
@@ -49,6 +59,23 @@ for path, start, end, question in clips:
     print(json.dumps({"frames": frames, "ids": ids, "logits": logits.tolist(), "text": text}))
 answer = pipeline("image-text-to-text", model=model, processor=processor)
 print(json.dumps(answer(text=messages, max_new_tokens=24, return_full_text=False)[0]["generated_text"]))
+"""
+
+
+PEAK_OF_LOADING = """
+import sys
+from pathlib import Path
+import torch
+from lightning_modules.inference.loading import build_model, open_model
+
+def peak():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+before, files = peak(), open_model(sys.argv[1])
+model = build_model(files, torch.device("cpu"), torch.float32)
+size = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+print(size, peak() - before)
 """
 
 
@@ -213,3 +240,29 @@ def test_forms_that_do_not_fit_are_refused(noisy_runs, tmp_path, stage, to, mess
     with pytest.raises(ValueError, match=message):
         export_model(noisy_runs / "toy" / stage, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_file_stays_mapped_after_its_tensors_were_read(exported):
+    tensors = open_tensors(exported / "model.safetensors", "")
+    values = [tensor.read().clone() for tensor in tensors.values()]
+    assert values
+    assert str(exported) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.slow
+def test_loading_holds_the_model_and_at_most_one_shard_more(noisy_runs, tmp_path, monkeypatch):
+    network = tiny.network()
+    network.language_model.overrides |= {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12}
+    parts = ("ego_encoder", "projector", "ego_to_exo", "language_model", "lora")
+    described = describe(network, 74, parts, ClipConfig(tiny.FRAMES, tiny.SIZE))
+    tokenizer = noisy_runs / "toy" / "stage3" / "handoff" / "tokenizer"
+    files = ModelFiles("large", described, {}, str(tokenizer), {})
+    monkeypatch.setattr(export, "_SHARD", "100MB")
+    export._write_transformers(tmp_path, Exo2EgoModel(described.network, 74, parts), files, merge=False)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_LOADING, tmp_path], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    size, rise = map(float, done.stdout.split())
+    print(f"model {size:.0f} MiB, peak of loading {rise:.0f} MiB")
+    assert size > 500 and rise < size + 100

@@ -72,7 +72,7 @@ def export_model(source: str | Path, out: Path, to: str = "hf", merge: bool = Tr
     else:
         _write_transformers(new, model, files, merge)
     os.replace(new, out)
-    print(f"{out}: {', '.join(model.parts)}; to publish it: hf upload owner/name {out}")
+    print(f"{out} is complete; `hf upload owner/name {out}` publishes it")
 
 
 def _check_form(description: ModelDescription, to: str) -> None:

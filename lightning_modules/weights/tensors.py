@@ -160,15 +160,17 @@ def open_tensors(file: Path, fix: str) -> Tensors:
         if file.suffix != ".safetensors":
             state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
             return {name: StoredTensor(tuple(value.shape), value.detach) for name, value in state.items()}
-        opened = safe_open(file, framework="pt")
-        shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
     except Exception as error:  # torch.load raises whatever the damage leads to
         raise WeightsError(f"{file}: cannot be read ({' '.join(str(error).split())}). {fix}.") from None
 
     def read(name: str) -> Tensor:
+        # A file that stays open stays mapped, and every page that was read counts as memory of the process.
         try:
-            tensor: Tensor = opened.get_tensor(name)
-        except SafetensorError as error:
+            with safe_open(file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+        except (OSError, SafetensorError) as error:
             raise WeightsError(f"{file}: cannot be read ({error}). {fix}.") from None
         return tensor
 
