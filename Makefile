@@ -61,7 +61,7 @@ OPTIONS = runs=$(call path,$(RUNS)) $(if $(filter runs=%,$(ARGS)),$(error ARGS: 
 FINISHED = $$(cd $(RUN) 2>/dev/null && ls -d stage*/handoff/manifest.json 2>/dev/null | cut -d / -f 1)
 # Stage 0 gets the ARGS of stage 1 except those of stage 1's own classes and folders.
 STAGE0_IF_MISSING = test -f $(RUN)/stage0/handoff/manifest.json || { set -- $(ARGS); \
-  for word do shift; case $$word in \
+  for word do shift; case $$word in --*=*) word=$${word$(HASH)--};; esac; case $$word in \
     handoffs.stage0=*) exit 0;; \
     model.*|data.*|run_dir=*|handoffs.*|start.*|-*) ;; \
     *) set -- "$$@" "$$word";; esac; done; \

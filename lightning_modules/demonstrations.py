@@ -175,7 +175,10 @@ def settings(config: dict[str, Any], datamodule: EgoExoClipDataModule) -> dict[s
         "answer_tokens": stage.answer_tokens,
         "top_k": stage.top_k,
         "kl.tau": stage.kl.tau,
-        "precision": [str(config["trainer"].get("precision", "32-true")), str(stage.frozen_dtype)],
+        "precision": [
+            str(config["trainer"].get("precision", "32-true")),
+            stage.quantization or str(stage.frozen_dtype),
+        ],
     }
 
 

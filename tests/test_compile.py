@@ -62,6 +62,19 @@ def test_compiled_blocks_give_the_same_losses_and_gradients(toy_tokenizer, witho
     assert_same(compiled, step(name, toy_tokenizer))
 
 
+@pytest.mark.slow
+def test_compiled_blocks_take_quantised_layers(toy_tokenizer, without_compiler):
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled, usual = (
+            step("stage3", toy_tokenizer, frozen_dtype="int8", compile_blocks=compile_blocks)
+            for compile_blocks in (True, False)
+        )
+    assert without_compiler
+    torch.testing.assert_close(compiled[1], usual[1], rtol=1e-3, atol=0)
+    for name, gradient in usual[2].items():
+        assert (compiled[2][name] - gradient).norm() < 0.02 * gradient.norm()  # measured: 0.003
+
+
 def test_blocks_of_a_class_share_their_code_and_evaluation_runs_without(toy_tokenizer, without_compiler):
     stage, _, _ = step("stage1", toy_tokenizer, compile_blocks=True)
     made = len(without_compiler)

@@ -13,7 +13,7 @@ import datamodules.ego_exo_clip.demonstrations as files
 from datamodules.clips.sampler import BatchRequest
 from lightning_modules.cli import main
 from lightning_modules.config import compose
-from lightning_modules.demonstrations import _Work, demonstrator_config, use_demonstrations
+from lightning_modules.demonstrations import _Work, demonstrator_config, settings, use_demonstrations
 from lightning_modules.run import build, build_stage
 from lightning_modules.weights.handoff import full_tensors, write_stage_weights
 
@@ -231,6 +231,25 @@ def test_answers_made_with_other_settings_are_refused_by_name(overrides, stored)
         files.DemonstrationsError, match=rf"{stored}: .* with different {names}: run `make demonstrate E"
     ):
         prepared(overrides, *OTHER.values())
+
+
+def test_answers_in_8_bits_are_not_those_in_bfloat16(overrides):
+    mixed = [*overrides, "trainer.precision=bf16-mixed"]
+    datamodule = build(compose(TOY, "stage2", overrides)).datamodule
+    datamodule.setup("fit")
+    precisions = [
+        settings(compose(TOY, "stage2", [*mixed, f"model.init_args.frozen_dtype={kind}"]), datamodule)["precision"]
+        for kind in ("int8", "bfloat16")
+    ]
+    assert precisions == [["bf16-mixed", "int8"], ["bf16-mixed", "torch.bfloat16"]]
+
+
+@pytest.mark.slow
+def test_a_language_model_in_8_bits_gives_answers(overrides, tmp_path):
+    changes = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=int8"]
+    small = [*overrides, *changes, f"model.init_args.demonstrations={tmp_path}"]
+    assert main(["demonstrate", str(TOY), "stage2", *small]) == 0
+    prepared(small)
 
 
 def test_answers_of_another_demonstrator_are_refused_until_they_are_computed_again(overrides, copy, tmp_path, capsys):

@@ -99,6 +99,14 @@ def test_stage0_gets_the_arguments_that_are_its_own(checkout):
     assert second == [*fit, "stage1", "runs=runs", *passed, "--force"]
 
 
+def test_stage0_gets_overrides_with_dashes_and_no_options(checkout):
+    words = "--trainer.max_steps=3 --model.init_args.a=1 --data.init_args.b=2 --run_dir=x --force -v"
+    _, _, (first, second) = make(checkout, "stage1", f"ARGS={words}")
+    assert first[4:] == ["stage0", "runs=runs", "trainer.max_steps=3"]
+    assert second[4:] == ["stage1", "runs=runs", *words.split()]
+    assert [call[4] for call in make(checkout, "stage1", "ARGS=--handoffs.stage0=elsewhere")[2]] == ["stage1"]
+
+
 def test_stage0_runs_only_where_its_weights_are_missing(checkout):
     calls = make(checkout, "stage1", "ARGS=handoffs.stage0=elsewhere")[2]
     assert [call[4] for call in calls] == ["stage1"]

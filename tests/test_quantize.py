@@ -190,6 +190,14 @@ def test_moments_in_8_bits_train_as_those_in_32_and_are_resumed(toy_tokenizer, t
     assert loss < halfway - 0.005 and abs(loss - usual) < 0.002  # measured: 0.0001
 
 
+def test_a_random_language_model_is_refused_before_anything_is_read(toy_tokenizer):
+    """Its weights would be exported, and packed ones cannot be."""
+    clips = ClipConfig(num_frames=tiny.FRAMES, image_size=tiny.SIZE)
+    with pytest.raises(ValueError, match=r"frozen_dtype: int8 is for .* read from files, .*init.language_model"):
+        check_stage(tiny.make_stage("stage1", toy_tokenizer, frozen_dtype="int8"), clips, 16)
+    check_stage(tiny.make_stage("stage0", toy_tokenizer, frozen_dtype="int8"), clips, 16)  # trains it
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [

@@ -18,6 +18,7 @@ from lightning_modules.model.exo2ego import NetworkConfig, ProjectorConfig
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.model.lora import LoRAConfig
 from lightning_modules.model.mapping import MapperConfig
+from lightning_modules.model.quantize import stored_parameters
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 STAGES = {
@@ -98,7 +99,10 @@ def make_stage(name, tokenizer, learning_rate=1e-2, optim=None, **changes):
 
 @torch.no_grad()
 def scatter(model, seed=0):
-    """Move every parameter off its initial value, so that zero-initialised ones take part."""
+    """Move every parameter off its initial value, so that zero-initialised ones take part; not packed bits."""
     generator = torch.Generator().manual_seed(seed)
+    quantised = stored_parameters(model)
     for parameter in model.parameters():
+        if parameter in quantised:
+            continue
         parameter += 0.1 * torch.randn(parameter.shape, generator=generator)

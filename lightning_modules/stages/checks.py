@@ -62,6 +62,12 @@ def check_stage(stage: Stage, clips: ClipConfig, max_text_tokens: int) -> None:
         require_bitsandbytes("model.init_args.frozen_dtype: nf4")
     if stage.optim.algorithm == "adamw8bit":
         require_bitsandbytes("model.init_args.optim.algorithm: adamw8bit")
+    if stage.quantization is not None and "language_model" not in (*stage.init, *stage.trained):
+        raise ValueError(
+            f"model.init_args.frozen_dtype: {stage.quantization} is for a language model that is read from files, but "
+            "this one is drawn at random and could not be exported: name its weights in "
+            "model.init_args.init.language_model or network.language_model.pretrained, or use bfloat16"
+        )
 
     stage.num_frames = clips.num_frames
     stage.check_sources()
