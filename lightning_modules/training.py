@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 from lightning_modules.callbacks.checkpoint import (
@@ -27,7 +28,7 @@ from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.evaluation import answer_validation, evaluate
 from lightning_modules.inference.description import answering_files, describe_config
 from lightning_modules.layers import dump_yaml
-from lightning_modules.plan.stages import flops_per_sample, plan_stage
+from lightning_modules.plan.stages import StagePlan, flops_per_sample, plan_stage
 from lightning_modules.resume import check_resumable, check_same_start, discard_run
 from lightning_modules.run import Run, build, build_stage
 from lightning_modules.weights.handoff import write_stage_weights
@@ -84,7 +85,7 @@ def fit(config: dict[str, Any], force: bool = False, layers: Composition | None 
     if is_rank_zero:
         _prepare_folder(run, layers)
         _enable_mfu(run)
-        _choose_recomputation(run)
+    _choose_recomputation(run)
     try:
         run.trainer.fit(run.stage, datamodule=run.datamodule, ckpt_path=checkpoint)
         late = any(gather_objects(signalled(run.trainer)))
@@ -208,17 +209,38 @@ def _enable_mfu(run: Run) -> None:
     monitor.peak_flops = run.plan.peak_tflops * 1e12
 
 
+class _Recomputation(L.Callback):
+    """Resolves ``activation_checkpointing: auto`` alike on all ranks: they have to gather the same units in step.
+
+    The memory of the smallest device counts, or ``plan.gpu_memory_gib`` where there is no GPU.
+
+    Args:
+        plan: of the stage, on rank 0; None on the others, which take its choice.
+        memory_gib: of this rank's device, if that is no GPU; None for unknown.
+    """
+
+    def __init__(self, plan: StagePlan | None, memory_gib: float | None) -> None:
+        self.plan, self.memory_gib = plan, memory_gib
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Choose before the model is built; the processes are connected by now."""
+        device, memory_gib = trainer.strategy.root_device, self.memory_gib
+        if device.type == "cuda":
+            memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+        known = [memory for memory in gather_objects(memory_gib) if memory is not None]
+        chosen: list[str] = []
+        if self.plan is not None:
+            chosen = list(self.plan.least_recomputation(min(known, default=None)))
+            print(f"activation checkpointing: blocks of {', '.join(chosen) or 'no part'} are recomputed")
+        pl_module.activation_checkpointing = trainer.strategy.broadcast(chosen)  # type: ignore[assignment]
+
+
 def _choose_recomputation(run: Run) -> None:
-    """Resolve ``activation_checkpointing: auto`` by the memory of the GPU, or else by ``plan.gpu_memory_gib``."""
-    if run.stage.activation_checkpointing != "auto":
-        return
-    device, memory_gib = run.trainer.strategy.root_device, run.plan.gpu_memory_gib
-    if device.type == "cuda":
-        memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-    chosen = list(plan_stage(run.config, build_stage(run.config)).least_recomputation(memory_gib))
-    run.stage.activation_checkpointing = chosen
-    if run.trainer.is_global_zero:
-        print(f"activation checkpointing: blocks of {', '.join(chosen) or 'no part'} are recomputed")
+    """Let the Trainer resolve ``activation_checkpointing: auto`` when its processes are connected."""
+    if run.stage.activation_checkpointing == "auto":
+        plan = plan_stage(run.config, build_stage(run.config)) if run.trainer.is_global_zero else None
+        callbacks = run.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.append(_Recomputation(plan, run.plan.gpu_memory_gib))
 
 
 def _export(checkpoint: Path, config: dict[str, Any], out: Path) -> list[str]:

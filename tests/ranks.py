@@ -9,9 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
+
+from lightning_modules.model.exo2ego import _checkpointed
+
 
 def run_together(world, commands, folder, timeout_s=300):
     """Run ``main(arguments)`` for each of the commands, one after another, in ``world`` processes started once.
+
+    An argument may be a list of words, one for each rank.
 
     Returns:
         The output of the first process for each command.
@@ -49,14 +55,34 @@ def run_together(world, commands, folder, timeout_s=300):
 def _run(folder):
     from lightning_modules.cli import main
 
-    printed = []
-    for arguments in json.loads((folder / "commands.json").read_text()):
+    printed, rank = [], int(os.environ["LOCAL_RANK"])
+    for command in json.loads((folder / "commands.json").read_text()):
+        arguments = [word if isinstance(word, str) else word[rank] for word in command]
         with contextlib.redirect_stdout(io.StringIO()) as output:
             status = main(arguments)
         assert status == 0, (arguments, output.getvalue())
         printed.append(output.getvalue())
-    if os.environ["LOCAL_RANK"] == "0":
+    if rank == 0:
         (folder / "printed.json").write_text(json.dumps(printed))
+
+
+class RecomputedParts(L.Callback):
+    """Writes the parts whose blocks recompute their activations when training begins, in a file for each rank.
+
+    Args:
+        folder: of the files.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_fit_start(self, trainer, pl_module):
+        parts = [
+            part
+            for part, blocks in pl_module.model.blocks().items()
+            if any(getattr(block.forward, "func", None) is _checkpointed for block in blocks)
+        ]
+        (self.folder / f"rank_{trainer.global_rank}.json").write_text(json.dumps(parts))
 
 
 if __name__ == "__main__":

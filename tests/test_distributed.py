@@ -20,6 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_modules.callbacks.checkpoint import check_files, newest
 from lightning_modules.cli import main
+from lightning_modules.config import compose
+from lightning_modules.plan.stages import plan_stage
+from lightning_modules.run import build_stage
 from lightning_modules.signals import STOPPED
 
 TOY = str(tiny.EXPERIMENTS / "toy")
@@ -70,12 +73,19 @@ def alone(toy_world, tmp_path_factory):
     return runs
 
 
+def memory_for_some(runs, world):
+    """Return GiB of two devices: of one that holds everything, and of one for which a single part is recomputed."""
+    _, folder, stage, *overrides = arguments("stage2", world, runs, runs, "trainer.devices=2", "trainer.strategy=fsdp2")
+    config = compose(Path(folder), stage, overrides)
+    plan = plan_stage(config, build_stage(config))
+    return [8, plan.needed(plan.micro_batch, ("language_model",)) / 2**30]
+
+
 @pytest.fixture(scope="module")
 def by_two(alone, toy_world, tmp_path_factory):
     """The same stages by two processes, each from the stage weights that one process wrote, and one stage by four."""
-    runs = {
-        name: tmp_path_factory.mktemp(name) for name in ("ddp", "fsdp2", "chain", "four", "bf16", "small", "answers")
-    }
+    names = ("ddp", "fsdp2", "chain", "four", "bf16", "small", "answers", "auto")
+    runs = {name: tmp_path_factory.mktemp(name) for name in names}
     two = "trainer.devices=2"
     commands = [
         arguments(stage, toy_world, runs[strategy], alone, two, f"trainer.strategy={strategy}")
@@ -92,6 +102,20 @@ def by_two(alone, toy_world, tmp_path_factory):
         arguments("stage3", toy_world, runs["small"], alone, two, *SMALL, "trainer.strategy=fsdp2_cpu_offload")
     ]
     commands += [arguments("stage2", toy_world, runs["answers"], alone, two, "trainer.strategy=fsdp2", *ANSWERS)]
+    recorder = [{"class_path": "ranks.RecomputedParts", "init_args": {"folder": str(runs["auto"])}}]
+    commands += [
+        arguments(
+            "stage2",
+            toy_world,
+            runs["auto"],
+            alone,
+            two,
+            "trainer.strategy=fsdp2",
+            "model.init_args.activation_checkpointing=auto",
+            [f"plan.gpu_memory_gib={memory_gib}" for memory_gib in memory_for_some(alone, toy_world)],
+            f"trainer.callbacks={json.dumps(recorder)}",
+        )
+    ]
     runs["printed"] = run_together(2, commands, tmp_path_factory.mktemp("two"))
     commands = [arguments("stage2", toy_world, runs["four"], alone, "trainer.devices=4", "trainer.strategy=fsdp2")]
     run_together(4, commands, tmp_path_factory.mktemp("four_ranks"))
@@ -105,6 +129,15 @@ def test_two_processes_learn_what_one_does(alone, by_two, strategy, stage):
     print(f"{stage} {strategy}: largest difference of a weight {difference:.1e}")
     assert difference < ROUNDING
     torch.testing.assert_close(losses(by_two[strategy], stage), losses(alone, stage), rtol=1e-5, atol=1e-5)
+
+
+def test_every_process_recomputes_what_the_smallest_device_needs(alone, by_two):
+    """With other parts on each rank, they would gather shards in different orders, and wait for each other for ever."""
+    first, second = (json.loads((by_two["auto"] / f"rank_{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert 0 < len(first) < 6
+    assert f"blocks of {', '.join(first)} are recomputed" in by_two["printed"][-1]
+    assert largest_difference(weights(alone, "stage2"), weights(by_two["auto"], "stage2")) < ROUNDING
 
 
 def test_sharded_processes_follow_the_demonstrator_s_captions(alone, by_two, toy_world, tmp_path):
