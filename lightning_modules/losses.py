@@ -19,6 +19,8 @@ from torch import Tensor, nn
 Pool = Literal["none", "time", "all"]
 Axis = Literal["channel", "spatial"]
 Standardize = Literal["ema", "token", "none"]
+CycleForm = Literal["l1", "huber", "squared"]
+Statistics = Literal["delayed", "immediate"]
 
 
 def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
@@ -112,15 +114,21 @@ def loss_by_source(logits: Tensor, targets: Tensor, source: Tensor, sources: int
     return of_source.float() @ torch.stack([losses, torch.ones_like(losses)], dim=1)
 
 
-def cycle_consistency_loss(feature: Tensor, round_trip: Tensor, valid: Tensor) -> Tensor:
-    """L1 distance of features to themselves after a round trip through both mappings.
+def cycle_consistency_loss(
+    feature: Tensor, round_trip: Tensor, valid: Tensor, form: CycleForm = "l1", delta: float = 1.0
+) -> Tensor:
+    """Distance of features to themselves after a round trip through both mappings.
 
-    The paper writes a norm; averaged over elements here, so that the weight does not depend on the number of patches.
+    The paper writes an L1 norm; averaged over elements here, so that the weight does not depend on the number of
+    patches. The gradient of L1 has the same size however small the error, so that mappings near the identity are
+    pushed around by its signs; the other two forms are smooth at zero.
 
     Args:
         feature: float [B, T, h, w, C], the target.
         round_trip: the same shape, after F then G or G then F.
         valid: bool [B], the clips that count.
+        form: ``l1``: absolute error; ``huber``: squared below ``delta``, with the slope of L1 above it; ``squared``.
+        delta: error at which ``huber`` turns from squared to absolute, in the unit of the features.
 
     Returns:
         float scalar >= 0.
@@ -130,7 +138,10 @@ def cycle_consistency_loss(feature: Tensor, round_trip: Tensor, valid: Tensor) -
     """
     if feature.shape != round_trip.shape:
         raise ValueError(f"round trip gave {tuple(round_trip.shape)}, expected {tuple(feature.shape)}")
-    return F.l1_loss(where_valid(valid, round_trip, feature), feature)
+    counted = where_valid(valid, round_trip, feature)
+    if form == "huber":
+        return F.smooth_l1_loss(counted, feature, beta=delta)
+    return F.mse_loss(counted, feature) if form == "squared" else F.l1_loss(counted, feature)
 
 
 def where_valid(valid: Tensor, feature: Tensor, other: Tensor) -> Tensor:
@@ -200,51 +211,78 @@ class FeatureStandardizer(nn.Module):
 
     CLIP features carry a few channels far larger than the rest, on which an unstandardised softmax would spend all its
     mass. ``ema`` keeps running statistics of the target, averaged over ranks, fixed within an optimiser step so that
-    they do not depend on how its batch is split, and fixed in evaluation; the very first step has none yet. ``token``
-    standardises each position over its channels; ``none`` leaves features as they are.
+    they do not depend on how its batch is split, and fixed in evaluation. ``token`` standardises each position over its
+    channels; ``none`` leaves features as they are.
 
     Args:
         dim: C.
         kind: which statistics.
         momentum: share of the running statistics that stays at each update.
+        statistics: ``delayed``: the first step has none yet, and the variance is E[x^2] - E[x]^2 in float32, which
+            loses its digits where a channel's mean is far above its deviation. ``immediate``: the first step is
+            standardised by what was observed in it so far, on all ranks, and the variance is that of centred
+            features, combined as by Chan, Golub and LeVeque (1979).
     """
 
     mean: Tensor
     variance: Tensor
     updates: Tensor
 
-    def __init__(self, dim: int, kind: Standardize, momentum: float = 0.99) -> None:
+    def __init__(self, dim: int, kind: Standardize, momentum: float = 0.99, statistics: Statistics = "delayed") -> None:
         super().__init__()
-        self.kind, self.momentum = kind, momentum
+        self.kind, self.momentum, self.statistics = kind, momentum, statistics
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("variance", torch.ones(dim))
         self.register_buffer("updates", torch.zeros(1))
-        self._sums: list[Tensor] = []  # of the micro-batches of this rank since the last update
+        self._observed: list[Tensor] = []  # a row for each micro-batch of this rank since the last update
+        self._started = False  # True once ``updates`` is known to be above 0
 
     @torch.no_grad()
     def observe(self, target: Tensor, valid: Tensor) -> None:
         """Record float [B, T, h, w, C], of the clips that bool [B] marks, for the next update."""
-        if self.kind != "ema" or not self.training:
+        if self.kind != "ema" or not self.training or target.is_meta:
             return
         flat = where_valid(valid, target.float(), target.new_zeros(())).flatten(0, -2)
         positions = valid.sum().to(flat.dtype) * (len(flat) // len(target))
-        self._sums.append(torch.cat([flat.sum(0), flat.square().sum(0), positions[None]]))
+        if self.statistics == "delayed":
+            self._observed.append(torch.cat([flat.sum(0), flat.square().sum(0), positions[None]]))
+            return
+        mean = flat.sum(0) / positions.clamp(min=1)
+        counted = valid.repeat_interleave(len(flat) // len(target), output_size=len(flat))[:, None]
+        self._observed.append(torch.cat([mean, ((flat - mean).square() * counted).sum(0), positions[None]]))
+        self._started = self._started or bool(self.updates > 0)
+        if not self._started:
+            mean, variance, positions = self._of_observed()
+            self.mean.copy_(mean.where(positions > 0, self.mean))
+            self.variance.copy_(variance.where(positions > 0, self.variance))
 
     @torch.no_grad()
     def update(self) -> None:
         """Update the running statistics with the features that all ranks observed since the last update."""
-        if not self._sums:
+        if not self._observed:
             return
-        sums = torch.stack(self._sums).sum(0)
-        self._sums = []
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        positions = sums[-1]
-        mean, square = (sums[:-1] / positions.clamp(min=1)).chunk(2)
+        mean, variance, positions = self._of_observed()
+        self._observed = []
         keep = torch.where(self.updates > 0, self.momentum, 0.0).where(positions > 0, 1.0)
         self.mean.lerp_(mean, (1 - keep).expand_as(self.mean))
-        self.variance.lerp_((square - mean.square()).clamp(min=0), (1 - keep).expand_as(self.variance))
+        self.variance.lerp_(variance, (1 - keep).expand_as(self.variance))
         self.updates += positions > 0
+
+    def _of_observed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean and variance, float [C], and number of positions of what all ranks observed."""
+        rows = torch.stack(self._observed)
+        if self.statistics == "delayed":
+            sums = _over_ranks(rows.sum(0))
+            positions = sums[-1]
+            mean, square = (sums[:-1] / positions.clamp(min=1)).chunk(2)
+            return mean, (square - mean.square()).clamp(min=0), positions
+        counts = rows[:, -1:]
+        means, squares = rows[:, :-1].chunk(2, dim=1)
+        sums = _over_ranks(torch.cat([(counts * means).sum(0), counts.sum(0)]))
+        positions = sums[-1]
+        mean = sums[:-1] / positions.clamp(min=1)
+        centred = _over_ranks((squares + counts * (means - mean).square()).sum(0))
+        return mean, centred / positions.clamp(min=1), positions
 
     def forward(self, features: Tensor) -> Tensor:
         """Standardise float [B, T, h, w, C]."""
@@ -253,3 +291,10 @@ class FeatureStandardizer(nn.Module):
         if self.kind == "token":
             return F.layer_norm(features.float(), features.shape[-1:])
         return (features.float() - self.mean) / (self.variance + 1e-6).sqrt()
+
+
+def _over_ranks(sums: Tensor) -> Tensor:
+    """Add up the sums of all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums

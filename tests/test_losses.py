@@ -52,6 +52,33 @@ def test_cycle_by_hand():
     assert cycle_consistency_loss(feature, feature, VALID) == 0
 
 
+@pytest.mark.parametrize(
+    ("form", "delta", "expected"),
+    [
+        ("l1", 1.0, 0.375),
+        ("squared", 1.0, (0.5**2 + 0.25**2) / 2),
+        ("huber", 1.0, (0.5**2 + 0.25**2) / 4),
+        ("huber", 0.3, (0.5 - 0.15 + 0.25**2 / 0.6) / 2),  # absolute above 0.3
+    ],
+)
+def test_cycle_forms_by_hand(form, delta, expected):
+    feature = features([[1.0, 2.0], [3.0, 4.0]])
+    round_trip = (feature + torch.tensor([0.5, -0.25])).requires_grad_()
+    loss = cycle_consistency_loss(feature, round_trip, VALID, form, delta)
+    torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(("form", "vanishes"), [("l1", False), ("huber", True), ("squared", True)])
+def test_the_gradient_of_a_smooth_cycle_loss_vanishes_with_the_error(form, vanishes):
+    feature, sizes = torch.randn(1, 1, 2, 2, 4, generator=torch.Generator().manual_seed(0)), []
+    for error in (1e-1, 1e-4):
+        round_trip = (feature + error).requires_grad_()
+        cycle_consistency_loss(feature, round_trip, VALID, form).backward()
+        sizes.append(float(round_trip.grad.norm()))
+    assert (sizes[1] < 0.01 * sizes[0]) == vanishes
+    assert (sizes[1] == pytest.approx(sizes[0])) != vanishes
+
+
 def test_cycle_refuses_a_changed_shape():
     with pytest.raises(ValueError, match=r"round trip gave \(1, 1, 1, 1, 2\), expected \(1, 1, 1, 2, 2\)"):
         cycle_consistency_loss(torch.zeros(1, 1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 2), VALID)
@@ -142,6 +169,49 @@ def test_standardizer_starts_with_the_first_batch_then_averages():
     torch.testing.assert_close(standardizer.variance, torch.tensor([0.9, 90.0]))
     expected = torch.tensor([(4.2 - 2.2) / math.sqrt(0.9), (20 - 90) / math.sqrt(90)])
     torch.testing.assert_close(standardizer(features([[4.2, -50.0]])).flatten(), expected)
+
+
+def test_immediate_statistics_serve_the_first_step_and_no_split_changes_those_after_it():
+    whole, split = (FeatureStandardizer(1, "ema", momentum=0.5, statistics="immediate") for _ in range(2))
+    batch = torch.tensor([1.0, 3.0, 8.0, 4.0]).view(2, 1, 1, 2, 1)
+    whole.observe(batch, torch.ones(2, dtype=torch.bool))
+    assert (whole.mean.item(), whole.variance.item(), whole.updates.item()) == (4.0, 6.5, 0.0)
+    for clip, expected in zip(batch.split(1), [(2.0, 1.0), (4.0, 6.5)], strict=True):
+        split.observe(clip, VALID)
+        assert (split.mean.item(), split.variance.item()) == expected
+    for standardizer in (whole, split):
+        standardizer.update()
+        assert (standardizer.mean.item(), standardizer.variance.item(), standardizer.updates.item()) == (4.0, 6.5, 1.0)
+        standardizer.observe(batch + 2, torch.tensor([True, False]))
+        assert standardizer.mean.item() == 4.0  # fixed within a later step
+        standardizer.update()
+        assert (standardizer.mean.item(), standardizer.variance.item()) == (4.0, 3.75)
+
+
+def test_immediate_statistics_keep_the_digits_of_a_large_mean():
+    feature = 4000 + torch.randn(8, 1, 16, 16, 2, generator=torch.Generator().manual_seed(0))
+    variance = feature.double().var((0, 1, 2, 3), correction=0)
+    errors = {}
+    for statistics in ("delayed", "immediate"):
+        standardizer = FeatureStandardizer(2, "ema", statistics=statistics)
+        for clip in feature.split(1):
+            standardizer.observe(clip, VALID)
+        standardizer.update()
+        errors[statistics] = float((standardizer.variance - variance).abs().max())
+    assert errors["immediate"] < 1e-4 < 0.05 < errors["delayed"]
+
+
+def test_immediate_statistics_leave_corrupt_clips_out_and_resume():
+    standardizer = FeatureStandardizer(1, "ema", momentum=0.5, statistics="immediate")
+    standardizer.observe(features([[9.0], [9.0]]), ~VALID)
+    assert (standardizer.mean.item(), standardizer.variance.item()) == (0.0, 1.0)
+    step(standardizer, features([[1.0], [3.0]]), VALID)
+    read = FeatureStandardizer(1, "ema", momentum=0.5, statistics="immediate")
+    read.load_state_dict(standardizer.state_dict())
+    read.observe(features([[6.0], [6.0]]), VALID)
+    assert read.mean.item() == 2.0
+    read.update()
+    assert (read.mean.item(), read.variance.item()) == (4.0, 0.5)
 
 
 def test_standardizer_is_fixed_in_evaluation():

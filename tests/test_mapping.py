@@ -101,6 +101,31 @@ def test_residual_mapping_starts_as_the_identity_and_can_leave_it(kind, norm):
     assert not torch.equal(mapping(features), features)
 
 
+@pytest.mark.parametrize("kind", ["resnet", "attention", "linear"])
+def test_the_initial_scale_lets_a_residual_mapping_start_near_the_identity_or_at_random(kind):
+    features, starts = torch.randn(2, 1, 8, 8, 6), {}
+    for scale in (0.0, 0.1, 1.0):
+        torch.manual_seed(0)
+        mapping = FeatureMapping(6, MapperConfig(kind=kind, width=8, num_blocks=1, initial_scale=scale))
+        starts[scale] = mapping(features) - features
+    assert not starts[0.0].any()
+    assert 0.05 < starts[1.0].norm() / features.norm() < 2
+    torch.testing.assert_close(starts[0.1], 0.1 * starts[1.0], atol=1e-6, rtol=1e-4)
+
+
+def test_in_mixed_precision_a_small_difference_is_added_in_float32():
+    torch.manual_seed(0)
+    features = 1 + torch.rand(1, 1, 8, 8, 6)
+    mapping = FeatureMapping(6, MapperConfig(kind="linear", initial_scale=1e-3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mapped = mapping(features.bfloat16())
+    assert mapped.dtype == torch.float32
+    difference = mapped - features.bfloat16().float()
+    expected = mapping.model(features[0].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[None]
+    torch.testing.assert_close(difference, expected, atol=1e-4, rtol=0.05)
+    assert mapping.bfloat16()(features.bfloat16()).dtype == torch.bfloat16  # inference without autocast
+
+
 def test_residual_adds_the_input():
     features = torch.randn(1, 1, 8, 8, 6)
     mapping = randomised(FeatureMapping(6, MapperConfig(width=8, num_blocks=1)))

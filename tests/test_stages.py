@@ -252,6 +252,55 @@ def test_cycle_by_channel_deviations_weighs_channels_alike(toy_tokenizer):
     assert stage._cycle("exo", exo, 1.5 * exo, valid).item() == pytest.approx(0.5, abs=1e-4)
 
 
+@pytest.mark.parametrize("where", ["patches", "tokens"])
+def test_detached_inputs_keep_guidance_out_of_the_ego_encoder_and_change_no_value(toy_tokenizer, where):
+    losses, batch = {}, tiny.clip_batch()
+    for detach in (False, True):
+        kl, cycle = KLConfig(where=where, detach_input=detach), CycleConfig(detach_input=detach)
+        stage = guided(toy_tokenizer, kl=kl, cycle=cycle, contrastive=ContrastiveConfig(weight=0.5))
+        losses[detach] = stage.losses(batch)
+        for name, loss in losses[detach].items():
+            reached = set()
+            for part in ("ego_encoder", "ego_to_exo", "exo_to_ego"):
+                weights = list(stage.model.part(part).values())
+                gradients = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+                if any(gradient is not None and gradient.any() for gradient in gradients):
+                    reached.add(part)
+            expected = {"ego_to_exo"} | ({"exo_to_ego"} if name == "cycle" else set())
+            if name == "vtg" or not detach:
+                expected.add("ego_encoder")
+            assert reached == expected, name
+    assert losses[False].keys() == {"vtg", "kl", "contrastive", "cycle"}
+    for name, loss in losses[False].items():
+        assert torch.equal(loss, losses[True][name])
+
+
+def test_the_kl_of_answers_cannot_be_kept_out_of_the_ego_encoder(toy_tokenizer):
+    with pytest.raises(ValueError, match=r"model.kl.detach_input: .* set it to false"):
+        tiny.make_stage("answers", toy_tokenizer, kl=KLConfig(detach_input=True))
+
+
+@pytest.mark.parametrize("form", ["huber", "squared"])
+def test_the_form_of_the_cycle_loss_and_its_width_reach_it(toy_tokenizer, form):
+    exo = torch.randn(2, 1, 1, 2, 32, generator=torch.Generator().manual_seed(0))
+    stage = tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(form=form, delta=0.5))
+    loss = stage._cycle("exo", exo, exo + 0.1, torch.ones(2, dtype=torch.bool))
+    assert loss.item() == pytest.approx(0.01 if form == "squared" else 0.01 / (2 * 0.5), rel=1e-4)
+    with pytest.raises(ValueError, match=r"model.cycle.delta: got 0, allowed: above 0"):
+        tiny.make_stage("stage2", toy_tokenizer, cycle=CycleConfig(delta=0))
+
+
+def test_immediate_statistics_serve_the_first_step_of_a_stage(toy_tokenizer):
+    first = {}
+    for statistics in ("delayed", "immediate"):
+        stage = guided(toy_tokenizer, statistics=statistics, cycle=CycleConfig(norm="channel_std"))
+        first[statistics] = stage.losses(tiny.clip_batch())
+        stage.on_before_optimizer_step(None)
+    assert first["delayed"]["vtg"] == first["immediate"]["vtg"]
+    assert first["delayed"]["kl"] != first["immediate"]["kl"]
+    assert first["delayed"]["cycle"] != first["immediate"]["cycle"]
+
+
 def test_stage2_reads_the_demonstrator_without_moving_it(toy_tokenizer):
     stage = tiny.make_stage("stage2", toy_tokenizer)
     stage.configure_model()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -24,7 +25,9 @@ class MapperConfig:
             Not used by `linear`.
         num_blocks: residual blocks at the coarsest grid, or transformer layers. Not used by `linear`.
         num_downsamplings: halvings of the grid in `resnet` and `cyclegan`.
-        residual: learn the difference to the input, starting from the identity. `cyclegan` never does.
+        residual: learn the difference D to the input, F(x) = x + D(x). `cyclegan` never does.
+        initial_scale: factor on the initial weights of D's last layer: with 0 the mapping starts as the identity, with
+            a small number near it, and with 1 D starts at random. Not used without `residual`.
         norm: normalisation in `resnet`. `cyclegan` always has `instance`, `attention` layer normalisation.
     """
 
@@ -33,6 +36,7 @@ class MapperConfig:
     num_blocks: int = 9
     num_downsamplings: int = 2
     residual: bool = True
+    initial_scale: float = 0.0
     norm: Literal["group", "instance"] = "group"
 
     def __post_init__(self) -> None:
@@ -44,7 +48,7 @@ class MapperConfig:
         ]
         problems += [
             f"{key} is {getattr(self, key)}, smallest allowed: {least}"
-            for key, least in (("width", 1), ("num_blocks", 1), ("num_downsamplings", 0))
+            for key, least in (("width", 1), ("num_blocks", 1), ("num_downsamplings", 0), ("initial_scale", 0))
             if getattr(self, key) < least
         ]
         if self.kind == "resnet" and self.norm == "group":
@@ -68,8 +72,8 @@ class FeatureMapping(nn.Module):
     Every frame is mapped by itself, as an image of C channels. The paper names a nine-block CycleGAN generator and
     leaves its use on features open. `resnet` departs from that generator where it is made for pixels: 1x1 stem and
     head, since patches are semantic already; no tanh, since features are unbounded; group instead of instance norm,
-    which would erase each frame's channel means; and F(x) = x + D(x) with D = 0 at the start. `attention` (named as
-    future work) adds no positions, since the features carry the encoder's, and so takes any grid.
+    which would erase each frame's channel means; and F(x) = x + D(x), by default with D = 0 at the start. `attention`
+    (named as future work) adds no positions, since the features carry the encoder's, and so takes any grid.
 
     Args:
         dim: C.
@@ -98,9 +102,13 @@ class FeatureMapping(nn.Module):
             layers, last = _generator(dim, mapper, kernel_size=7, norm=nn.InstanceNorm2d, bias=True)
             self.model = nn.Sequential(*layers, last, nn.Tanh())
             self.model.apply(_init_cyclegan)
-        if self.residual:
+        if self.residual and mapper.initial_scale == 0:
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
+        elif self.residual:
+            with torch.no_grad():
+                for parameter in last.parameters():
+                    parameter.mul_(mapper.initial_scale)
 
     def blocks(self) -> list[nn.Module]:
         """Return residual blocks or transformer layers, the units of activation checkpointing and sharding."""
@@ -130,7 +138,8 @@ class FeatureMapping(nn.Module):
         padding = (0, -columns % self.stride, 0, -rows % self.stride)
         mapped = self.model(F.pad(x, padding, mode="replicate") if any(padding) else x)[..., :rows, :columns]
         if self.residual:
-            mapped = x + mapped
+            # In mixed precision the sum stays in float32: where half precision would lose a small D.
+            mapped = (x.float() if torch.is_autocast_enabled(x.device.type) else x) + mapped
         mapped_features: Tensor = mapped.permute(0, 2, 3, 1).reshape(features.shape)
         return mapped_features
 

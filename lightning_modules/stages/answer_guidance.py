@@ -40,7 +40,7 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         **guidance: arguments of ``DemonstratorLearnerGuidance``.
 
     Raises:
-        ValueError: with ``demonstrations``, y would pass through a projector that trains.
+        ValueError: with ``demonstrations``, y would pass through a projector that trains; or ``kl.detach_input``.
     """
 
     projects_exo = True
@@ -52,6 +52,11 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         for key, number in (("answer_tokens", answer_tokens), ("top_k", top_k)):
             if number < 1:
                 raise ValueError(f"model.{key}: got {number}, allowed: 1 or more")
+        if self.kl.detach_input:
+            raise ValueError(
+                "model.kl.detach_input: the KL of answers and video-text generation are read from one pass on x and "
+                "F(x), so that both train the ego encoder: set it to false"
+            )
         self.answer_tokens, self.demonstrations, self.top_k = answer_tokens, demonstrations, top_k
         if demonstrations is not None:
             self._leave_demonstrator_out()
@@ -92,7 +97,8 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
             if self.contrastive.weight:
                 losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
         if self.cycle.weight:
-            losses["cycle"] = self.cycle.weight * self._cycles(ego, mapped, exo, batch.valid)
+            _, of_cycle = self._guided_inputs(ego, mapped)
+            losses["cycle"] = self.cycle.weight * self._cycles(*of_cycle, exo, batch.valid)
         return losses
 
     def _demonstrated(self, exo: Tensor | None, batch: ClipBatch) -> tuple[TextBatch, NextTokens]:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from datamodules.batch import ClipBatch
 from lightning_modules.losses import (
     Axis,
+    CycleForm,
     FeatureStandardizer,
     Pool,
     Standardize,
+    Statistics,
     contrastive_loss,
     cycle_consistency_loss,
     guidance_kl_loss,
@@ -33,7 +35,11 @@ class CycleConfig:
         forward, backward: the directions that count: x -> F -> G -> x and y -> G -> F -> y.
         detach_target: keep the gradient out of the target x, which could otherwise shrink to lower the loss.
         norm: ``channel_std`` gives all channels the same weight: features are divided by running deviations of the
-            target, see ``FeatureStandardizer``, which has none yet in the very first step.
+            target, see ``FeatureStandardizer``, which has none yet in the very first step if ``statistics`` is
+            ``delayed``.
+        form: ``l1`` as in the paper; ``huber`` and ``squared`` are smooth at zero, see ``cycle_consistency_loss``.
+        delta: error at which ``huber`` turns from squared to absolute, in deviations with ``channel_std``.
+        detach_input: train F and G on x, but not the ego encoder.
     """
 
     weight: float = 1.0
@@ -41,6 +47,9 @@ class CycleConfig:
     backward: bool = True
     detach_target: bool = True
     norm: Literal["none", "channel_std"] = "none"
+    form: CycleForm = "l1"
+    delta: float = 1.0
+    detach_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class KLConfig:
             projector makes of both. The projector trains on x and F(x), so that y means less and less to it:
             ``init.exo_projector`` names the projector of stage 1, and y then passes through that one.
         warmup_fraction: fraction of all steps over which the weight rises from 0.
+        detach_input: train F, and with ``tokens`` the projector, but not the ego encoder.
     """
 
     weight: float = 1.0
@@ -64,13 +74,14 @@ class KLConfig:
     standardize: Standardize = "ema"
     where: Literal["patches", "tokens"] = "patches"
     warmup_fraction: float = 0.0
+    detach_input: bool = False
 
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
     """Retrieval of y by F(x) among the clips of a micro-batch, see ``contrastive_loss``; not of the paper.
 
-    It compares the same features as the KL, standardised in the same way.
+    It compares the same features as the KL, standardised in the same way, with x detached if ``kl.detach_input``.
     """
 
     weight: float = 0.0
@@ -85,7 +96,9 @@ class GuidanceFeatures:
         ego: x, float [B, T, h, w, C].
         exo: y, the same shape; carries no gradient.
         mapped: F(x), the same shape.
-        visual: visual tokens of x and F(x) that the language model reads, float [B, N, D].
+        visual: visual tokens of x and F(x), float [B, N, D], those that the language model reads.
+
+    x and F(x) carry no gradient into the ego encoder if ``kl.detach_input``.
     """
 
     ego: Tensor
@@ -106,6 +119,7 @@ class DemonstratorLearnerGuidance(Stage):
         cycle: weight and form of cycle consistency.
         kl: weight and form of the guidance.
         contrastive: weight and temperature of a contrastive term in addition to the KL.
+        statistics: of the features that are standardised, see ``FeatureStandardizer``.
         **shared: arguments of ``Stage``.
 
     Raises:
@@ -130,6 +144,7 @@ class DemonstratorLearnerGuidance(Stage):
         cycle: CycleConfig = CycleConfig(),
         kl: KLConfig = KLConfig(),
         contrastive: ContrastiveConfig = ContrastiveConfig(),
+        statistics: Statistics = "delayed",
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
@@ -137,7 +152,10 @@ class DemonstratorLearnerGuidance(Stage):
             raise ValueError("model.cycle: got forward and backward false, allowed: one of them true, or weight 0")
         if not 0 <= kl.warmup_fraction <= 1:
             raise ValueError(f"model.kl.warmup_fraction: got {kl.warmup_fraction}, allowed: from 0 to 1")
+        if cycle.delta <= 0:
+            raise ValueError(f"model.cycle.delta: got {cycle.delta}, allowed: above 0")
         self.vtg_weight, self.cycle, self.kl, self.contrastive = vtg_weight, cycle, kl, contrastive
+        self.statistics = statistics
         if "exo_projector" in self.uses and not self.projects_exo:
             raise ValueError(
                 "model.init.exo_projector: model.kl.where is patches, which pass through no projector: leave it out, "
@@ -153,10 +171,12 @@ class DemonstratorLearnerGuidance(Stage):
         """Set the model, and add the statistics that standardise the features of the KL and of the cycles."""
         super().attach(model)
         dim = model.language_model.dim if self.kl.where == "tokens" else self.network.encoder_shape.dim
-        self.standardizer = FeatureStandardizer(dim, self.kl.standardize)
+        self.standardizer = FeatureStandardizer(dim, self.kl.standardize, statistics=self.statistics)
         width = self.network.encoder_shape.dim
         views = ("ego", "exo") if self.cycle.norm == "channel_std" else ()
-        self.cycle_standardizers = nn.ModuleDict({view: FeatureStandardizer(width, "ema") for view in views})
+        self.cycle_standardizers = nn.ModuleDict(
+            {view: FeatureStandardizer(width, "ema", statistics=self.statistics) for view in views}
+        )
 
     def on_fit_start(self) -> None:
         """Refuse to compare tokens of F(x) where the language model reads none."""
@@ -189,16 +209,29 @@ class DemonstratorLearnerGuidance(Stage):
         with torch.no_grad():
             exo = model.exo_encoder(batch.exo_video)  # paper: y
         mapped = model.ego_to_exo(ego)  # paper: F(x)
-        features = GuidanceFeatures(ego, exo, mapped, model.learner_view(ego, mapped))
+        visual = model.learner_view(ego, mapped)
+        of_kl, of_cycle = self._guided_inputs(ego, mapped)
+        read_again = self.kl.detach_input and self.kl.where == "tokens"
+        compared = model.learner_view(*of_kl) if read_again else visual
+        features = GuidanceFeatures(of_kl[0], exo, of_kl[1], compared)
 
-        losses = {"vtg": self._generation(features.visual, batch)}
+        losses = {"vtg": self._generation(visual, batch)}
         target, standardized, feature_kl = self._feature_kl(features, batch)
         losses["kl"] = self._kl_weight() * self.kl_loss(features, batch, feature_kl)
         if self.contrastive.weight:
             losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
         if self.cycle.weight:
-            losses["cycle"] = self.cycle.weight * self._cycles(ego, mapped, exo, batch.valid)
+            losses["cycle"] = self.cycle.weight * self._cycles(*of_cycle, exo, batch.valid)
         return losses
+
+    def _guided_inputs(self, ego: Tensor, mapped: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return x and F(x) for the KL, and for the cycles; F runs once more on x without its gradient if asked to."""
+        of_kl, of_cycle = self.kl.detach_input, bool(self.cycle.weight) and self.cycle.detach_input
+        inputs = ego, mapped
+        if not (of_kl or of_cycle):
+            return inputs, inputs
+        detached = ego.detach(), self.model.ego_to_exo(ego.detach())
+        return (detached if of_kl else inputs), (detached if of_cycle else inputs)
 
     def kl_loss(self, features: GuidanceFeatures, batch: ClipBatch, feature_kl: Tensor) -> Tensor:
         """Return the guidance term before it is weighted; a subclass may return another one.
@@ -275,4 +308,4 @@ class DemonstratorLearnerGuidance(Stage):
             assert isinstance(standardizer, FeatureStandardizer)
             standardizer.observe(target, valid)
             target, round_trip = standardizer(target), standardizer(round_trip)
-        return cycle_consistency_loss(target, round_trip, valid)
+        return cycle_consistency_loss(target, round_trip, valid, self.cycle.form, self.cycle.delta)
