@@ -217,6 +217,37 @@ def test_a_long_video_is_narrated_part_by_part(model, video, counted):
     assert len(model._prefixes) <= api._CLIPS_KEPT
 
 
+def test_several_questions_have_the_answers_of_each_alone(model, video):
+    questions = [QUESTION, "Which hand?", "Which object does the camera-wearer hold?", "Which hand?"]
+    expected = [model.answer(video, question, 1.0, 3.0, max_new_tokens=24) for question in questions]
+    assert len(set(expected)) > 1
+    assert model.answer(video, questions, 1.0, 3.0, max_new_tokens=24) == expected
+
+
+def test_parts_that_are_narrated_together_have_the_text_of_each_alone(model, video, monkeypatch):
+    monkeypatch.setattr(api, "_NARRATED_TOGETHER", 3)
+    narrations = list(model.describe(video, every=0.7, max_new_tokens=24))
+    assert len(narrations) > 5 and len({text for *_, text in narrations}) > 1
+    for start, end, text in narrations:
+        assert text == model.answer(video, QUESTION, start, end, max_new_tokens=24)
+
+
+def test_parts_before_an_unreadable_one_are_narrated(model, video, monkeypatch):
+    look, expected = model.look, list(model.describe(video, every=0.7, end=2.1))
+
+    def damaged(path, start, end):
+        if start > 1.0:
+            raise SpanOutsideFile(f"{path}: damaged")
+        return look(path, start, end)
+
+    monkeypatch.setattr(model, "look", damaged)
+    model._prefixes.clear()
+    narrations = model.describe(video, every=0.7)
+    assert [next(narrations), next(narrations)] == expected[:2]
+    with pytest.raises(SpanOutsideFile, match="damaged"):
+        next(narrations)
+
+
 def test_parts_cover_a_span_and_none_is_much_shorter():
     assert api._parts(0.0, 7.0, 2.0) == [(0.0, 2.0), (2.0, 4.0), (4.0, 6.0), (6.0, 7.0)]
     assert api._parts(1.0, 5.5, 2.0) == [(1.0, 3.0), (3.0, 5.5)]

@@ -4,6 +4,9 @@ import pytest
 import torch
 from test_language_model import EOS, OVERRIDES, build, spliced_row, visual_tokens
 
+from datamodules.batch import BenchmarkBatch, GenerateUntilRequest, Instance, LoglikelihoodRequest
+from datamodules.text import load_tokenizer
+from lightning_modules.egobench.evaluator import Evaluator
 from lightning_modules.model.language_model import VIDEO_TOKEN_ID as V
 from lightning_modules.model.lora import LoRAConfig, add_lora
 from lightning_modules.model.prefix_cache import SharedPrefix, _passes
@@ -81,6 +84,53 @@ def test_greedy_answers_equal_those_of_transformers(model):
     assert prefix.greedy(12, end=-1) == full
     assert prefix.greedy(12, end=full[4]) == full[: full.index(full[4])]
     torch.testing.assert_close(prefix.log_likelihoods(ROWS), before, atol=1e-5, rtol=0)
+
+
+def answers_alone(prefix, rows, end, max_new_tokens=10):
+    answers = []
+    for row in rows:
+        with prefix.extended(row) as context:
+            answers.append(context.greedy(max_new_tokens, end))
+    return answers
+
+
+@pytest.mark.parametrize("tokens_a_pass", [4, 1024])
+def test_rows_that_are_decoded_together_continue_as_each_alone(model, tokens_a_pass):
+    prefix = SharedPrefix(model, embeds(model), tokens_a_pass)
+    before = prefix.log_likelihoods(ROWS)
+    rows = [(), (7, 8), (7, 8, 9), (10,), (7, 8), (11, 12, 13, 14, 15)]
+    endless = answers_alone(prefix, rows, end=-1)
+    assert prefix.greedy_each(rows, 10, end=-1) == endless
+    end = endless[1][3]  # some rows stop before others
+    stopped = answers_alone(prefix, rows, end)
+    assert prefix.greedy_each(rows, 10, end) == stopped
+    assert prefix.greedy_each(rows, 1, end=-1) == [answer[:1] for answer in endless]
+    assert len({len(answer) for answer in stopped}) > 1
+    torch.testing.assert_close(prefix.log_likelihoods(ROWS), before, atol=1e-5, rtol=0)
+
+
+def test_generated_answers_of_a_benchmark_are_those_of_each_request_alone(toy_tokenizer):
+    evaluator = Evaluator(build("mistral"), load_tokenizer(str(toy_tokenizer)))
+    visual = visual_tokens(1)[0]
+    limits = {(7, 8): 6, (9,): 3, (10, 11, 12): 6, (7,): 6}
+    requests = [GenerateUntilRequest(context, limit) for context, limit in limits.items()]
+    choices = LoglikelihoodRequest((5,), ((6, EOS), (7, EOS)))
+    instances = [Instance(str(n), 0, {"scores": choices, "text": each}) for n, each in enumerate(requests)]
+    together = evaluator.evaluate(BenchmarkBatch((1,), instances), visual)
+    assert together == [evaluator.evaluate(BenchmarkBatch((1,), [each]), visual)[0] for each in instances]
+    assert len({row["text"] for row in together}) > 2
+    with pytest.raises(ValueError, match="the batch has no clip"):
+        evaluator.evaluate(BenchmarkBatch((1,), [Instance("0", 0, {"text": requests[0]})]), None)
+
+
+@pytest.mark.parametrize("window", [3, 9])
+def test_rows_that_are_decoded_together_have_a_sliding_window_each(window):
+    with torch.no_grad():
+        model = build("mistral")
+        model.causal_lm.config.sliding_window = window
+        prefix = SharedPrefix(model, embeds(model))
+        rows = [(7, 8), (7, 8, 9), (10,), (11, 12, 13, 14, 15)]
+        assert prefix.greedy_each(rows, 10, end=-1) == answers_alone(prefix, rows, end=-1)
 
 
 @pytest.mark.parametrize("window", [3, 9, 10])

@@ -58,20 +58,36 @@ class Evaluator:
         if visual is not None:
             before = self._embed(batch.prefix)
             clip = SharedPrefix(self.language_model, torch.cat([before, visual.to(before.dtype)]))
+        answers = iter(self._generate(batch, clip))
         results = []
         for instance in batch.instances:
             result: dict[str, Any] = {"id": instance.sample_id, "clip": instance.clip}
             for name, request in instance.requests.items():
-                result[name] = self._run(request, batch.prefix, clip)
+                is_generated = isinstance(request, GenerateUntilRequest)
+                result[name] = next(answers) if is_generated else self._run(request, batch.prefix, clip)
             results.append(result)
         return results
+
+    def _generate(self, batch: BenchmarkBatch, clip: SharedPrefix | None) -> list[str]:
+        """Return the text of every ``GenerateUntilRequest`` about a clip, all decoded together."""
+        each = [request for instance in batch.instances for request in instance.requests.values()]
+        requests = [request for request in each if isinstance(request, GenerateUntilRequest)]
+        if not requests:
+            return []
+        tokens: dict[int, list[int]] = {}
+        for limit in {request.max_new_tokens for request in requests}:
+            numbers = [n for n, request in enumerate(requests) if request.max_new_tokens == limit]
+            rows = [requests[n].context for n in numbers]
+            answers = _given(clip).greedy_each(rows, limit, int(self.tokenizer.eos_token_id))
+            tokens |= zip(numbers, answers, strict=True)
+        ordered = [tokens[n] for n in range(len(requests))]
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in ordered]
 
     def _run(self, request: Request, prefix: TokenIds, clip: SharedPrefix | None) -> Any:
         if isinstance(request, LoglikelihoodRequest) and request.without_video:
             text = SharedPrefix(self.language_model, self._embed(prefix + request.context))
             return self._mean_log_likelihoods(text, request.continuations)
-        if clip is None:
-            raise ValueError("the batch has no clip, but a request needs one: decode the clip, or ask without_video")
+        clip = _given(clip)
         match request:
             case MultipleChoiceRequest():
                 logits = clip.next_logits(request.contexts)
@@ -80,10 +96,6 @@ class Evaluator:
             case LoglikelihoodRequest():
                 with clip.extended(request.context) as context:
                     return self._mean_log_likelihoods(context, request.continuations)
-            case GenerateUntilRequest():
-                with clip.extended(request.context) as context:
-                    tokens = context.greedy(request.max_new_tokens, int(self.tokenizer.eos_token_id))
-                return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
     @staticmethod
     def _mean_log_likelihoods(context: SharedPrefix, continuations: tuple[TokenIds, ...]) -> list[float]:
@@ -93,6 +105,12 @@ class Evaluator:
     def _embed(self, ids: TokenIds) -> Tensor:
         device = self.language_model.causal_lm.get_input_embeddings().weight.device
         return self.language_model.embed(torch.tensor(ids, dtype=torch.int64, device=device))
+
+
+def _given(clip: SharedPrefix | None) -> SharedPrefix:
+    if clip is None:
+        raise ValueError("the batch has no clip, but a request needs one: decode the clip, or ask without_video")
+    return clip
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.io.conversation import Turn
 from datamodules.text import EncodedText, TextEncoder, UnusableText
+from datamodules.video.errors import ClipDecodeError
 from datamodules.video.reader import Clip, ClipReader
 from datamodules.video.sampling import read_views
 from lightning_modules.inference.description import ModelDescription
@@ -32,6 +33,7 @@ MAX_NEW_TOKENS = 128
 CAPTION = "Describe the video."
 """The question that narrations answer; the experiments train captions with it."""
 _CLIPS_KEPT = 2
+_NARRATED_TOGETHER = 8
 
 
 class Narration(NamedTuple):
@@ -184,7 +186,7 @@ class Exo2Ego:
         max_new_tokens: int = MAX_NEW_TOKENS,
         visual_inputs: Sequence[str] | None = None,
     ) -> str | list[str]:
-        """Answer a question, or several about the same clip, greedily.
+        """Answer a question, or several about the same clip, greedily; several are decoded together.
 
         Args:
             video: file, folder of images, or frames.
@@ -203,11 +205,9 @@ class Exo2Ego:
         """
         questions = [question] if isinstance(question, str) else question
         prompts = [self.encoder.prompt(text) for text in questions]
-        answers = []
+        rows = [tuple(_after_clip(prompt)) for prompt in prompts]
         with self._prefix(prompts, video, start, end, visual_inputs) as prefix, torch.no_grad():
-            for prompt in prompts:
-                with prefix.extended(_after_clip(prompt)) as context:
-                    answers.append(self._decode(context.greedy(max_new_tokens, self._end)))
+            answers = [self._decode(tokens) for tokens in prefix.greedy_each(rows, max_new_tokens, self._end)]
         return answers[0] if isinstance(question, str) else answers
 
     def stream(
@@ -307,7 +307,7 @@ class Exo2Ego:
         question: str = CAPTION,
         max_new_tokens: int = MAX_NEW_TOKENS,
     ) -> Iterator[Narration]:
-        """Narrate a video of any length; no more than one clip of it is in memory.
+        """Narrate a video of any length; no more than one clip and the visual tokens of 8 are in memory.
 
         Args:
             video: file or folder of images.
@@ -318,7 +318,8 @@ class Exo2Ego:
             max_new_tokens: longest narration of a part.
 
         Returns:
-            An iterator of narrations in the order of time, each computed when it is asked for.
+            An iterator of narrations in the order of time: the first by itself, then 8 that are decoded together
+            when the first of them is asked for.
 
         Raises:
             ClipDecodeError: the video cannot be read, or does not have the span.
@@ -336,8 +337,34 @@ class Exo2Ego:
     def _describe(
         self, video: Video, parts: Sequence[tuple[float, float]], question: str, max_new_tokens: int
     ) -> Iterator[Narration]:
+        # The first part does not wait for others.
+        start, end = parts[0]
+        yield Narration(start, end, self.answer(video, question, start, end, max_new_tokens))
+        for number in range(1, len(parts), _NARRATED_TOGETHER):
+            yield from self._narrate(video, parts[number : number + _NARRATED_TOGETHER], question, max_new_tokens)
+
+    def _narrate(
+        self, video: Video, parts: Sequence[tuple[float, float]], question: str, max_new_tokens: int
+    ) -> Iterator[Narration]:
+        """Narrate parts of a video together; those before an unreadable one come before the error."""
+        visual: list[Tensor] = []
+        problem: ClipDecodeError | None = None
         for start, end in parts:
-            yield Narration(start, end, self.answer(video, question, start, end, max_new_tokens))
+            try:
+                visual.append(self.visual_tokens(self.look(video, start, end).frames))
+            except ClipDecodeError as error:
+                problem = error
+                break
+        if visual:
+            prompt = torch.tensor([self.encoder.prompt(question).input_ids], device=self.device)
+            prompts = prompt.expand(len(visual), -1)
+            answers = self.model.language_model.generate(
+                prompts, torch.ones_like(prompts), torch.stack(visual), max_new_tokens, self._end, self._end
+            )
+            for (start, end), tokens in zip(parts, answers, strict=False):
+                yield Narration(start, end, self._decode(tokens))
+        if problem is not None:
+            raise problem
 
     def chat(self, video: Video, start: float = 0.0, end: float | None = None) -> Chat:
         """Start a conversation about a clip, in which every question sees the turns before it.

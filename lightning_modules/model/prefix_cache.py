@@ -178,6 +178,52 @@ class SharedPrefix:
         """Continue with the most likely tokens until ``end``, which is left out, or ``max_new_tokens``."""
         return list(self.stream(max_new_tokens, end))
 
+    def greedy_each(self, rows: Sequence[Row], max_new_tokens: int, end: int) -> list[list[int]]:
+        """Continue each row of tokens with the most likely ones, all rows together.
+
+        Args:
+            rows: tokens between the prefix and each answer.
+            max_new_tokens: longest answer.
+            end: ends an answer.
+
+        Returns:
+            What ``greedy`` returns after each row alone.
+        """
+        if len(rows) == 1:  # needs no mask
+            with self.extended(rows[0]) as context:
+                return [context.greedy(max_new_tokens, end)]
+        answers: list[list[int]] = [[] for _ in rows]
+        for part in _passes(tuple(rows), False, self.tokens_a_pass):
+            try:
+                self._continue_tree(part, answers, max_new_tokens, end)
+            finally:
+                self._crop_cache(self.cache.get_seq_length() - self.length)
+        return answers
+
+    def _continue_tree(self, part: _Pass, answers: list[list[int]], max_new_tokens: int, end: int) -> None:
+        """Add the next tokens of a tree's rows to their answers; the keys of all tokens stay in the cache."""
+        # Next tokens come after any state of the tree, the first of which is that of the prefix.
+        root = torch.zeros(1, len(part.tokens), dtype=torch.bool)
+        visible = torch.cat([root, part.visible])[part.ends]
+        position = torch.cat([torch.tensor([0]), part.depth + 1])[part.ends] + self.length
+        read_positions = self.length + part.depth
+        states = self._read_tree(part)[part.ends.to(self.last.device)]
+        row = part.rows
+
+        for number in range(max_new_tokens):
+            token = self.language_model.logits(states).argmax(-1).cpu()  # a GPU is waited for once a step
+            is_open = token != end
+            row, token, visible, position = row[is_open], token[is_open], visible[is_open], position[is_open]
+            for answer, chosen in zip(row.tolist(), token.tolist(), strict=True):
+                answers[answer].append(chosen)
+            if not len(row) or number + 1 == max_new_tokens:  # nothing follows the last one
+                return
+            # Each row gets one more branch, which it alone attends to.
+            visible = torch.cat([visible, torch.eye(len(row), dtype=torch.bool)], dim=1)
+            read_positions = torch.cat([read_positions, position])
+            states = self._read_branches(token, visible, position, read_positions)
+            position = position + 1
+
     def stream(self, max_new_tokens: int, end: int) -> Iterator[int]:
         """Yield the tokens of ``greedy`` one by one; use the prefix for nothing else until the iterator is closed."""
         before, read = self.last, 0
@@ -203,33 +249,45 @@ class SharedPrefix:
 
     def _states(self, part: _Pass) -> Tensor:
         """Return the states of the prefix and after each token of a tree: float [1 + L, D]; the cache stays equal."""
-        count = len(part.tokens)
-        if not count:
+        states = self._read_tree(part)
+        self._crop_cache(len(part.tokens))
+        return states
+
+    def _read_tree(self, part: _Pass) -> Tensor:
+        """Return the states of the prefix and after each token of a tree: float [1 + L, D]."""
+        if not len(part.tokens):
             return self.last[None]
         position = self.length + part.depth
-        states = self._read(
-            self.language_model.embed(part.tokens.to(self.last.device)),
-            int(position.max()) + 1,
-            attention_mask=self._masks(part, position),
-            position_ids=position[None].to(self.last.device),
-        )
-        self._crop_cache(count)
-        return torch.cat([self.last[None], states])
+        return torch.cat([self.last[None], self._read_branches(part.tokens, part.visible, position, position)])
 
-    def _masks(self, part: _Pass, position: Tensor) -> Any:
-        """Return the mask of a tree that attends to the prefix and to itself, [1, 1, L, P + L], for the model's layers.
+    def _read_branches(self, tokens: Tensor, visible: Tensor, position: Tensor, key_position: Tensor) -> Tensor:
+        """Read tokens that see the prefix and some of the C tokens behind it, which end with themselves.
 
         Args:
-            part: the tree.
-            position: int64 [L], of its tokens.
+            tokens: int64 [L].
+            visible: bool [L, C], which tokens behind the prefix each one attends to.
+            position: int64 [L], of the tokens.
+            key_position: int64 [C], of all tokens behind the prefix.
+
+        Returns:
+            Their states, float [L, D].
         """
+        return self._read(
+            self.language_model.embed(tokens.to(self.last.device)),
+            int(position.max()) + 1,
+            attention_mask=self._masks(visible, position, key_position),
+            position_ids=position[None].to(self.last.device),
+        )
+
+    def _masks(self, visible: Tensor, position: Tensor, key_position: Tensor) -> Any:
+        """Return the mask of ``_read_branches`` for the model's layers, [1, 1, L, P + C]."""
         config = self.language_model.causal_lm.config
-        visible = torch.cat([torch.ones(len(position), self.length, dtype=torch.bool), part.visible], dim=1)
+        visible = torch.cat([torch.ones(len(position), self.length, dtype=torch.bool), visible], dim=1)
         window = getattr(config, "sliding_window", None)
         types = getattr(config, "layer_types", None) or ()
         if window is None or (types and "sliding_attention" not in types):
             return self._mask(visible)
-        distance = position[:, None] - torch.cat([torch.arange(self.length), position])
+        distance = position[:, None] - torch.cat([torch.arange(self.length), key_position])
         sliding = self._mask(visible & (distance < window))
         if not types:  # the window is that of all layers
             return sliding
