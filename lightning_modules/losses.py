@@ -9,6 +9,7 @@ tokens, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -169,15 +170,82 @@ def guidance_kl_loss(
         float32 scalar >= 0.
     """
     target = target.detach()
-    y, x = (f.float().flatten(2, 3) for f in (target, where_valid(valid, mapped, target)))  # [B, T, h * w, C]
-    if pool == "time":
-        y, x = y.mean(1, keepdim=True), x.mean(1, keepdim=True)
-    elif pool == "all":
-        y, x = y.mean((1, 2), keepdim=True), x.mean((1, 2), keepdim=True)
-    if axis == "spatial":
-        y, x = y.transpose(2, 3), x.transpose(2, 3)
-    log_p, log_q = (F.log_softmax(f.flatten(0, 2) / tau, dim=-1) for f in (y, x))
+    log_p, log_q = (
+        log_distributions(f, tau, axis, pool).flatten(0, 2) for f in (target, where_valid(valid, mapped, target))
+    )
     return tau**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def log_distributions(features: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none") -> Tensor:
+    """Return the distributions that ``guidance_kl_loss`` compares, as logarithms.
+
+    Args:
+        features: float [B, T, h, w, C], standardised.
+        tau, axis, pool: as there.
+
+    Returns:
+        float32 [B, T, P, K]: with ``channel``, P = h * w positions and K = C; with ``spatial``, P = C and K = h * w.
+        Dimensions that ``pool`` averages over are 1.
+    """
+    x = features.float().flatten(2, 3)
+    if pool == "time":
+        x = x.mean(1, keepdim=True)
+    elif pool == "all":
+        x = x.mean((1, 2), keepdim=True)
+    if axis == "spatial":
+        x = x.transpose(2, 3)
+    return F.log_softmax(x / tau, dim=-1)
+
+
+class KLBars:
+    """KL of y to what knows nothing of the clip: bars that KL(y || F(x)) must be below to mean something.
+
+    The first bar is the mean of y's distributions at each position over the clips and frames seen before: no constant
+    is closer to y. The second is the uniform distribution. For curves only: nothing of it is kept in checkpoints, and
+    each rank has its own mean.
+
+    Args:
+        longest: number of batches that the mean is taken over; later ones count as one of as many.
+    """
+
+    def __init__(self, longest: int = 50) -> None:
+        self.longest, self.batches = longest, 0
+        self.mean: Tensor | None = None  # [P, K]
+
+    @torch.no_grad()
+    def observe(self, log_p: Tensor, valid: Tensor) -> None:
+        """Add the distributions of a batch, of the clips that bool [B] marks, to the mean."""
+        counted = valid[:, None, None, None]
+        clips = valid.sum()
+        mean = (log_p.exp() * counted).sum((0, 1)) / (clips.clamp(min=1) * log_p.shape[1])
+        self.batches += 1
+        if self.mean is None:
+            self.mean = mean
+        else:
+            share = torch.where(clips > 0, 1 / min(self.batches, self.longest), 0.0)
+            self.mean = self.mean.lerp(mean, share)
+
+    @torch.no_grad()
+    def of(self, log_p: Tensor, valid: Tensor, tau: float = 1.0) -> dict[str, Tensor]:
+        """Return the KL of a batch to each bar by name, scaled and averaged as ``guidance_kl_loss`` does.
+
+        Args:
+            log_p: float32 [B, T, P, K], see ``log_distributions``.
+            valid: bool [B], the clips that count.
+            tau: temperature of the distributions.
+
+        Returns:
+            ``mean``, once a batch has been observed, and ``uniform``; float32 scalars.
+        """
+        p = log_p.exp()
+        bars = {"uniform": torch.full_like(log_p[0, 0], -math.log(log_p.shape[-1]))}
+        if self.mean is not None:
+            bars["mean"] = self.mean.clamp(min=torch.finfo(self.mean.dtype).tiny).log()
+        found = {}
+        for name, log_q in bars.items():
+            of_clips = (p * (log_p - log_q)).sum(-1).mean((1, 2))
+            found[name] = tau**2 * of_clips.where(valid, 0.0).mean()
+        return found
 
 
 def contrastive_loss(target: Tensor, mapped: Tensor, valid: Tensor, different: Tensor, tau: float = 0.1) -> Tensor:

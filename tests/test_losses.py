@@ -8,11 +8,13 @@ import torch.nn.functional as F
 
 from lightning_modules.losses import (
     FeatureStandardizer,
+    KLBars,
     NextTokens,
     answer_kl_loss,
     contrastive_loss,
     cycle_consistency_loss,
     guidance_kl_loss,
+    log_distributions,
     vtg_loss,
 )
 
@@ -240,6 +242,50 @@ def test_standardizer_state_travels_with_checkpoints():
     read.load_state_dict(written.state_dict())
     step(read, features([[6.0], [6.0]]), VALID)
     assert (read.mean.item(), read.variance.item()) == (4.0, 0.5)
+
+
+# --------------------------------------------------------------------------------------------------------------- bars
+
+
+def test_bars_by_hand():
+    """The mean of (3/4, 1/4) and (1/4, 3/4) is uniform; that of the first alone is the first."""
+    bars = KLBars()
+    first, second = (log_distributions(features(rows)) for rows in ([[LN3, 0.0]], [[0.0, LN3]]))
+    to_uniform = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert bars.of(first, VALID).keys() == {"uniform"}
+    bars.observe(first, VALID)
+    found = bars.of(second, VALID, tau=2.0)
+    assert found["uniform"].item() == pytest.approx(4 * to_uniform)
+    assert found["mean"].item() == pytest.approx(4 * (0.75 * math.log(3) + 0.25 * math.log(1 / 3)))
+    bars.observe(second, VALID)
+    assert bars.of(first, VALID)["mean"].item() == pytest.approx(to_uniform, abs=1e-6)
+
+
+@pytest.mark.parametrize("axis", ["channel", "spatial"])
+@pytest.mark.parametrize("pool", ["none", "time", "all"])
+def test_no_constant_is_closer_than_the_mean_of_what_was_observed(axis, pool):
+    y = 2 * torch.randn(6, 2, 2, 3, 5, generator=torch.Generator().manual_seed(0))
+    y += 3 * torch.randn(1, 1, 2, 3, 5, generator=torch.Generator().manual_seed(1))  # positions differ
+    valid, bars = torch.ones(6, dtype=torch.bool), KLBars()
+    log_p = log_distributions(y, 1.5, axis, pool)
+    bars.observe(log_p, valid)
+    best = bars.of(log_p, valid, 1.5)["mean"]
+    means = y.mean((0, 1), keepdim=True).expand_as(y)
+    for constant in (means, 0.9 * means, torch.zeros_like(y)):
+        assert best <= guidance_kl_loss(y, constant, valid, 1.5, axis, pool) + 1e-6
+    uniform = guidance_kl_loss(y, torch.zeros_like(y), valid, 1.5, axis, pool)
+    torch.testing.assert_close(bars.of(log_p, valid, 1.5)["uniform"], uniform)
+
+
+def test_bars_leave_corrupt_clips_out():
+    y = torch.randn(2, 1, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    masked, kept = KLBars(), KLBars()
+    masked.observe(log_distributions(y), torch.tensor([True, False]))
+    masked.observe(log_distributions(y), torch.tensor([False, False]))
+    kept.observe(log_distributions(y[:1]), VALID)
+    torch.testing.assert_close(masked.mean, kept.mean)
+    of_both = masked.of(log_distributions(y), torch.tensor([True, False]))
+    torch.testing.assert_close(2 * of_both["uniform"], kept.of(log_distributions(y[:1]), VALID)["uniform"])
 
 
 # -------------------------------------------------------------------------------------------------------- contrastive

@@ -27,6 +27,7 @@ from lightning_modules.callbacks.dropout_seed import DropoutSeed
 from lightning_modules.callbacks.finite_check import FiniteCheck
 from lightning_modules.callbacks.handoff import StageHandoff
 from lightning_modules.callbacks.run_report import RunReport
+from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.losses import contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
@@ -278,6 +279,46 @@ def test_detached_inputs_keep_guidance_out_of_the_ego_encoder_and_change_no_valu
 def test_the_kl_of_answers_cannot_be_kept_out_of_the_ego_encoder(toy_tokenizer):
     with pytest.raises(ValueError, match=r"model.kl.detach_input: .* set it to false"):
         tiny.make_stage("answers", toy_tokenizer, kl=KLConfig(detach_input=True))
+
+
+BARS = {"guidance/kl_uniform", "guidance/kl_mean", "guidance/gain_over_mean", "guidance/mapping_change_back"}
+
+
+class StepLogs(L.Callback):
+    """Keep ``step_log`` of every step."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.logs.append(dict(pl_module.step_log))
+
+
+def test_bars_of_the_kl_are_measured_in_the_steps_that_are_written_and_change_no_gradient(toy_tokenizer):
+    logs, weights = {}, {}
+    for every in (2, 100):
+        stage, of_steps = tiny.make_stage("stage2", toy_tokenizer), StepLogs()
+        fit(stage, steps=4, callbacks=[TrainingMonitor(every), of_steps])
+        logs[every], weights[every] = of_steps.logs, values(stage)
+    assert [BARS & log.keys() for log in logs[100]] == [set()] * 4
+    uniform = BARS - {"guidance/kl_mean", "guidance/gain_over_mean"}
+    assert [BARS & log.keys() for log in logs[2]] == [set(), uniform, set(), BARS]
+    last = logs[2][-1]
+    assert last["guidance/gain_over_mean"] == last["guidance/kl_mean"] - last["guidance/kl"]
+    assert 0 < last["guidance/mapping_change_back"] < 1
+    assert moved(weights[2], weights[100]) == set()
+
+
+def test_a_run_whose_mapping_maps_nothing_says_so_at_its_end(toy_tokenizer, capsys):
+    fit(tiny.make_stage("stage2", toy_tokenizer), steps=2, callbacks=[TrainingMonitor(1)])
+    assert "note: F changes x by " in capsys.readouterr().out
+    stage = tiny.make_stage("stage2", toy_tokenizer)
+    assert stage.remarks({"guidance/mapping_change": 0.2, "guidance/gain_over_mean": 0.01}) == []
+    lines = stage.remarks({"guidance/mapping_change": 0.009, "guidance/gain_over_mean": -0.055})
+    assert "0.9 % of its norm" in lines[0] and "0.055 above the KL to the mean of y" in lines[1]
+    answers = tiny.make_stage("answers", toy_tokenizer)
+    assert answers.remarks({"guidance/mapping_change": 0.2, "guidance/gain_over_mean": -0.1}) == []
+    assert tiny.make_stage("stage3", toy_tokenizer).remarks({"guidance/mapping_change": 0.0}) == []
 
 
 @pytest.mark.parametrize("form", ["huber", "squared"])

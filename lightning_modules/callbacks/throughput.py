@@ -77,8 +77,9 @@ class TrainingMonitor(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: ClipBatch, batch_idx: int
     ) -> None:
         """Print corrupt samples of the batch, and the text of the first sample of a run as the model reads it."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        stage.measures = (trainer.global_step + 1) % self.every_n_steps == 0
         if trainer.global_step == 0 and batch_idx == 0 and trainer.is_global_zero:
-            stage: Stage = pl_module  # type: ignore[assignment]
             print(f"first sample, supervised tokens in brackets: {supervised_text(batch.text, 0, stage.tokenizer)}")
         self.seen += len(batch.ids)
         self.corrupt += len(batch.corrupt)
@@ -164,7 +165,9 @@ class TrainingMonitor(L.Callback):
         return torch.as_tensor(reduced).cpu()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print medians over the run without the first window, in which caches and allocators fill."""
+        """Print medians over the run without the first window, in which caches and allocators fill, and remarks."""
+        stage: Stage = pl_module  # type: ignore[assignment]
+        stage.measures = False
         windows = self.windows[1:] or self.windows
         if trainer.is_global_zero and windows:
             median = {name: statistics.median(window[name] for window in windows) for name in windows[0]}
@@ -179,6 +182,8 @@ class TrainingMonitor(L.Callback):
                 f"{100 * median['perf/data_wait']:.0f} % of the time waiting for data{worst}, "
                 f"peak memory {median['perf/peak_memory_gib']:.1f} GiB"
             )
+            for remark in stage.remarks(self.written):
+                print(f"note: {remark}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clocks during validation."""

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from datamodules.batch import IGNORE_INDEX, ClipBatch, TextBatch
 from lightning_modules.losses import NextTokens, answer_kl_loss, vtg_loss
-from lightning_modules.stages.guidance import DemonstratorLearnerGuidance, GuidanceFeatures
+from lightning_modules.stages.guidance import DemonstratorLearnerGuidance, GuidanceFeatures, mapping_change
 from lightning_modules.strategy import gathered
 
 
@@ -44,6 +44,7 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
     """
 
     projects_exo = True
+    guides_by_features = False
 
     def __init__(
         self, answer_tokens: int = 16, demonstrations: str | None = None, top_k: int = 64, **guidance: Any
@@ -96,6 +97,8 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
             target, standardized, _ = self._feature_kl(GuidanceFeatures(ego, exo, mapped, visual), batch)
             if self.contrastive.weight:
                 losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
+        else:
+            self.step_log["guidance/mapping_change"] = mapping_change(ego, mapped, batch.valid)
         if self.cycle.weight:
             _, of_cycle = self._guided_inputs(ego, mapped)
             losses["cycle"] = self.cycle.weight * self._cycles(*of_cycle, exo, batch.valid)

@@ -8,7 +8,7 @@ the gradients) is done by callbacks, see ``lightning_modules.callbacks``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -61,6 +61,8 @@ class Stage(L.LightningModule, ABC):
 
     Attributes:
         step_log: values of the last training step for the curves, detached scalars by name.
+        measures: ``TrainingMonitor`` sets it in the steps after which it writes, and a stage then adds to ``step_log``
+            what costs a little more.
         source_losses: float32 [S, 2], loss and number of tokens by source of the last micro-batch, see
             ``loss_by_source``; None if the samples are not mixed.
         results: answers to validation questions since the start of the last evaluation.
@@ -114,6 +116,7 @@ class Stage(L.LightningModule, ABC):
                 allowed = dict.fromkeys(self.uses + self.optional)
                 raise ValueError(f"model.{key}: got {', '.join(unknown)}, allowed: {', '.join(allowed)}")
         self.step_log: dict[str, Tensor] = {}
+        self.measures = False
         self.source_losses: Tensor | None = None
         self.results = QAResults()
         self.num_frames = 0
@@ -133,6 +136,14 @@ class Stage(L.LightningModule, ABC):
     @abstractmethod
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return the weighted losses of a micro-batch by name; their sum is minimised."""
+
+    def remarks(self, values: Mapping[str, float]) -> list[str]:
+        """Return lines about the end of a training run that its summary must not leave out.
+
+        Args:
+            values: the last values of the curves by name.
+        """
+        return []
 
     def forward(self, video: Tensor, view: str = "ego") -> Tensor:
         """Return the visual tokens of clips of one view: uint8 [B, T, S, S, 3] to float [B, N, D]."""

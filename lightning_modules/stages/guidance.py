@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,22 @@ from lightning_modules.losses import (
     Axis,
     CycleForm,
     FeatureStandardizer,
+    KLBars,
     Pool,
     Standardize,
     Statistics,
     contrastive_loss,
     cycle_consistency_loss,
     guidance_kl_loss,
+    log_distributions,
     vtg_loss,
     where_valid,
 )
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.stages.base import Stage
+
+_LEAST_CHANGE = 0.05
+"""Change of x by F, over the norm of x, below which a run says so at its end."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ class DemonstratorLearnerGuidance(Stage):
     optional = ("exo_projector",)
     trains = ("ego_encoder", "projector", "ego_to_exo", "exo_to_ego")
     views = ("ego",)
+    guides_by_features: ClassVar[bool] = True
+    """True if the KL of features is a loss, and not only logged."""
 
     def __init__(
         self,
@@ -155,7 +163,7 @@ class DemonstratorLearnerGuidance(Stage):
         if cycle.delta <= 0:
             raise ValueError(f"model.cycle.delta: got {cycle.delta}, allowed: above 0")
         self.vtg_weight, self.cycle, self.kl, self.contrastive = vtg_weight, cycle, kl, contrastive
-        self.statistics = statistics
+        self.statistics, self.kl_bars = statistics, KLBars()
         if "exo_projector" in self.uses and not self.projects_exo:
             raise ValueError(
                 "model.init.exo_projector: model.kl.where is patches, which pass through no projector: leave it out, "
@@ -193,6 +201,19 @@ class DemonstratorLearnerGuidance(Stage):
         for standardizer in (self.standardizer, *self.cycle_standardizers.values()):
             assert isinstance(standardizer, FeatureStandardizer)
             standardizer.update()
+
+    def remarks(self, values: Mapping[str, float]) -> list[str]:
+        """Say if F is still close to the identity, or its KL not below that of a constant."""
+        found = []
+        change, gain = values.get("guidance/mapping_change"), values.get("guidance/gain_over_mean")
+        if change is not None and change < _LEAST_CHANGE:
+            found.append(f"F changes x by {100 * change:.1f} % of its norm: F(x) is nearly x, so that x is read twice")
+        if gain is not None and gain <= 0 and self.kl.weight and self.guides_by_features:
+            found.append(
+                f"KL(y || F(x)) is {-gain:.3f} above the KL to the mean of y at each position: F(x) tells less about y "
+                "than a constant does"
+            )
+        return found
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
         """Return video-text generation on x and F(x), KL(y || F(x)) and cycle consistency."""
@@ -248,24 +269,30 @@ class DemonstratorLearnerGuidance(Stage):
         return self.vtg_weight * vtg_loss(logits, targets, batch.label_tokens)
 
     def _feature_kl(self, features: GuidanceFeatures, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """Compare the features; log KL(y || F(x)), KL(y || x), and the distance of F from the identity.
+        """Compare the features; log KL(y || F(x)), KL(y || x), the bars, and the distance of F from the identity.
 
         Returns:
             Standardised y and F(x), and KL(y || F(x)).
         """
-        valid = batch.valid
+        valid, form = batch.valid, (self.kl.tau, self.kl.axis, self.kl.pool)
         exo, mapped, ego = self._compared(features)
         self.standardizer.observe(exo, valid)
         target, standardized, unmapped = (self.standardizer(feature) for feature in (exo, mapped, ego))
-        kl = guidance_kl_loss(target, standardized, valid, self.kl.tau, self.kl.axis, self.kl.pool)
+        kl = guidance_kl_loss(target, standardized, valid, *form)
         with torch.no_grad():
-            without_mapping = guidance_kl_loss(target, unmapped, valid, self.kl.tau, self.kl.axis, self.kl.pool)
-            change, size = (where_valid(valid, f, f.new_zeros(())).norm() for f in (mapped - ego, ego))
+            without_mapping = guidance_kl_loss(target, unmapped, valid, *form)
         self.step_log |= {
             "guidance/kl": kl.detach(),
             "guidance/kl_without_mapping": without_mapping,
-            "guidance/mapping_change": change / size.clamp(min=1e-12),
+            "guidance/mapping_change": mapping_change(ego, mapped, valid),
         }
+        if self.measures:
+            log_p = log_distributions(target.detach(), *form)
+            bars = self.kl_bars.of(log_p, valid, self.kl.tau)
+            self.step_log |= {f"guidance/kl_{name}": bar for name, bar in bars.items()}
+            if "mean" in bars:
+                self.step_log["guidance/gain_over_mean"] = bars["mean"] - kl.detach()
+            self.kl_bars.observe(log_p, valid)
         return target, standardized, kl
 
     def _compared(self, features: GuidanceFeatures) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,10 +320,15 @@ class DemonstratorLearnerGuidance(Stage):
         if self.cycle.forward:
             target = ego.detach() if self.cycle.detach_target else ego
             round_trip = model.exo_to_ego(mapped)
+            if self.measures and not self.cycle.backward:
+                self.step_log["guidance/mapping_change_back"] = mapping_change(mapped, round_trip, valid)
             directions["ego"] = self._cycle("ego", target, round_trip, valid)
         if self.cycle.backward:
             assert exo is not None
-            round_trip = model.ego_to_exo(model.exo_to_ego(exo))
+            as_ego = model.exo_to_ego(exo)
+            if self.measures:
+                self.step_log["guidance/mapping_change_back"] = mapping_change(exo, as_ego, valid)
+            round_trip = model.ego_to_exo(as_ego)
             directions["exo"] = self._cycle("exo", exo, round_trip, valid)
         self.step_log |= {f"guidance/cycle_{view}": loss.detach() for view, loss in directions.items()}
         return torch.stack(list(directions.values())).sum()
@@ -309,3 +341,11 @@ class DemonstratorLearnerGuidance(Stage):
             standardizer.observe(target, valid)
             target, round_trip = standardizer(target), standardizer(round_trip)
         return cycle_consistency_loss(target, round_trip, valid, self.cycle.form, self.cycle.delta)
+
+
+@torch.no_grad()
+def mapping_change(features: Tensor, mapped: Tensor, valid: Tensor) -> Tensor:
+    """Return the norm of the difference over that of the features, of the clips that are valid; 0 for the identity."""
+    change, size = (where_valid(valid, f, f.new_zeros(())).norm() for f in (mapped - features, features))
+    share: Tensor = change / size.clamp(min=1e-12)
+    return share
