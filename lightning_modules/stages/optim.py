@@ -63,7 +63,7 @@ class OptimConfig:
             for (part, matrices), members in groups.items()
         ]
         if self.algorithm == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
+            from bitsandbytes.optim.adamw import AdamW8bit
 
             eight_bit: torch.optim.Optimizer = AdamW8bit(settings, betas=self.betas)
             return eight_bit
