@@ -3,7 +3,6 @@ EXPERIMENT ?= toy
 RUNS ?= runs
 ARGS ?=
 RESULTS ?= $(RUNS)/ablations/results
-PORT ?= 6006
 JOBS ?= 2
 INDEX ?= $(ROOT)/ego_exo_clip
 BASE_PYTHON ?= python3
@@ -66,6 +65,7 @@ STAGE0_IF_MISSING = test -f $(RUN)/stage0/handoff/manifest.json || { set -- $(AR
     model.*|data.*|run_dir=*|handoffs.*|start.*|-*) ;; \
     *) set -- "$$@" "$$word";; esac; done; \
   echo "No stage 0 in" $(RUN)": it runs first"; set -x; $(FIT) stage0 runs=$(call path,$(RUNS)) "$$@"; }
+CHECK_PORT = @case '$(PORT)' in ''|*[!0-9]*|??????*) echo "error: PORT: got $(PORT), expected a number such as PORT=6006"; exit 2;; esac
 # FILES are words of the shell, such as data/*.jsonl, or one path with spaces.
 FILE_LIST = if test -e $(call path,$(FILES)); then set -- $(call path,$(FILES)); else eval set -- $(call path,$(FILES)); fi
 # Experiments on a generated world generate it first.
@@ -81,8 +81,11 @@ export GOMP_SPINCOUNT ?= 10000
 export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
+serve: PORT ?= 8000
+tensorboard: PORT ?= 6006
+
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan consolidate evaluate chat describe export score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan consolidate evaluate chat describe export serve score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -196,11 +199,15 @@ export: $(READY) ## write the trained STAGE=stage3 to OUT=folder, TO=hf|peft|vid
 	@test -n "$(STAGE)" && test -n $(call path,$(OUT)) || { echo "error: name both: make export STAGE=stage3 OUT=exports/toy"; exit 2; }
 	$(PYTHON) -m lightning_modules export $(RUN)/$(STAGE) $(call path,$(OUT)) $(if $(TO),--to '$(TO)') $(ARGS)
 
+serve: $(READY) ## answer OpenAI's chat completions on PORT=8000 with MODEL=folder, about videos below ROOT=folder, needs exo2ego[serve] [MODEL ROOT PORT EXPERIMENT RUNS ARGS]
+	$(CHECK_PORT)
+	$(PYTHON) -m lightning_modules serve $(TRAINED) $(if $(ROOT),--root $(call path,$(ROOT))) --port $(PORT) $(ARGS)
+
 score: $(READY) ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..." [EXPERIMENT RUNS ARGS]
 	@$(PYTHON) -m lightning_modules score $(RUN) $(ARGS)
 
 tensorboard: $(READY) ## serve TensorBoard for all runs on PORT [RUNS PORT]
-	@case '$(PORT)' in ''|*[!0-9]*|??????*) echo "error: PORT: got $(PORT), expected a number such as PORT=6006"; exit 2;; esac
+	$(CHECK_PORT)
 	$(PYTHON) -m tensorboard.main --logdir $(call path,$(RUNS)) --port $(PORT)
 
 test: $(READY) ## run the fast tests in JOBS=2 processes, less than 10 minutes on 2 cores [JOBS]

@@ -11,6 +11,7 @@ Every verb imports what it needs when it is called, so that ``--help`` and wrong
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import sys
@@ -191,10 +192,25 @@ def export(options: argparse.Namespace) -> None:
     export_model(options.model, options.out, options.to, merge=not options.unmerged)
 
 
+def serve(options: argparse.Namespace) -> None:
+    """Serve a trained model over HTTP, in the form of OpenAI's chat completions."""
+    _silence_warnings()
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'exo2ego[serve]'") from None
+    from lightning_modules.serving import server
+
+    names = [field.name for field in dataclasses.fields(server.Limits)]
+    limits = server.Limits(**{name: getattr(options, name) for name in names if getattr(options, name) is not None})
+    server.serve(options.model, options.root, options.host, options.port, limits)
+
+
 _KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
 """An override in the form ``--key=value``. Names of options have no dots, and no key has the name of one."""
 
-_VERBS = (fit, evaluate, demonstrate, show, keys, plan, consolidate, report, score, chat, describe, export)
+_VERBS = (fit, evaluate, demonstrate, show, keys, plan, consolidate, report, score, chat, describe, export, serve)
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
 
@@ -237,13 +253,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("out", type=Path, help="folder to write; it must not exist")
         elif name in ("chat", "describe"):
             command.add_argument("video", help="video file, or folder of images")
+        elif name == "serve":
+            command.add_argument("model", help="run, exported folder, or name on the hub")
         else:
             command.add_argument("experiment", type=Path, help="folder of the experiment, or config.yaml of a run")
             command.add_argument("rest", nargs="*", metavar="[STAGE] key=value", help=OVERRIDES)
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         _add_options(name, command)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] not in (["chat"], ["describe"], ["export"]):
+    if given[:1] not in (["chat"], ["describe"], ["export"], ["serve"]):
         given = [_KEY_OPTION.sub(r"\1", word) for word in given]
     options, after = parser.parse_known_args(given)
     # argparse accepts no more positional arguments after an option, but key=value may follow in any order.
@@ -279,6 +297,15 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
     if verb == "export":
         command.add_argument("--to", choices=("hf", "peft", "videollama2"), default="hf", help="form of the folder")
         command.add_argument("--unmerged", action="store_true", help="keep the adapters of LoRA apart from the layers")
+    if verb == "serve":
+        command.add_argument("--root", type=Path, metavar="FOLDER", help="requests may name the videos below it")
+        command.add_argument("--host", default="127.0.0.1", help="address to listen on, by default this machine's own")
+        command.add_argument("--port", type=int, default=8000, help="port to listen on")
+        command.add_argument("--running", type=int, metavar="N", help="requests that are answered at the same time")
+        command.add_argument("--waiting", type=int, metavar="N", help="further requests that are accepted")
+        command.add_argument("--body-mib", type=float, metavar="MIB", help="largest request")
+        command.add_argument("--seconds", type=float, metavar="S", help="longest time of a request")
+        command.add_argument("--new-tokens", type=int, metavar="N", help="longest answer")
     if verb == "describe":
         command.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="length of a narrated part")
         command.add_argument("--out", type=Path, metavar="FILE", help="subtitles to write, .srt or .vtt")

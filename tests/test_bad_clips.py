@@ -341,6 +341,14 @@ def test_a_pipe_is_refused_without_waiting_for_its_other_end(bad):
         ClipReader().read(bad["no regular file"], [0.0], SIDE)
 
 
+def test_files_that_refer_to_others_are_no_videos(whole, tmp_path):
+    playlist = tmp_path / "list.mp4"
+    (tmp_path / "other.mp4").write_bytes(whole.read_bytes())
+    playlist.write_text("ffconcat version 1.0\nfile other.mp4\n")  # FFmpeg looks at the content
+    with pytest.raises(NotAVideo, match=r"list\.mp4"):
+        ClipReader().read(playlist, [0.0], 16)
+
+
 class Stuck(Files):
     """Reading never ends, or ends the process."""
 

@@ -159,8 +159,9 @@ BUILDS_ON = {
     "training": {"callbacks", "config", "demonstrations", "distributed", "egobench", "evaluation", "inference"}
     | {"layers", "plan", "resume", "run", "weights"},
     "exits": {"callbacks", "compat", "signals", "training"},
+    "serving": {"inference"},
     "cli": {"", "compat", "config", "demonstrations", "early_check", "egobench", "evaluation", "exits", "inference"}
-    | {"layers", "lock", "plan", "run", "signals", "training"},
+    | {"layers", "lock", "plan", "run", "serving", "signals", "training"},
     "__main__": {"cli"},
     "__init__": {"inference", "stages"},
 }

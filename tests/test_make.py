@@ -210,6 +210,15 @@ def test_a_trained_model_is_asked(checkout):
     assert "name the video" in refused(checkout, "chat")
 
 
+def test_a_trained_model_is_served(checkout):
+    serve = ["-m", "lightning_modules", "serve"]
+    assert make(checkout, "serve")[2] == [[*serve, "runs/toy/stage3", "--port", "8000"]]
+    words = [f"MODEL={SPACED}", f"ROOT=/data/{SPACED}", "PORT=9000", "ARGS=--running 4"]
+    served = [*serve, SPACED, "--root", f"/data/{SPACED}", "--port", "9000", "--running", "4"]
+    assert make(checkout, "serve", *words)[2] == [served]
+    assert "error: PORT: got http, expected a number" in refused(checkout, "serve", "PORT=http")
+
+
 @pytest.mark.parametrize("port", ["", "http", "60 06", "123456"])
 def test_the_port_is_a_number(checkout, port):
     assert f"error: PORT: got {port}, expected a number" in refused(checkout, "tensorboard", f"PORT={port}")

@@ -14,6 +14,11 @@ from av.video.frame import VideoFrame
 
 from datamodules.video.errors import Mirrored
 
+_REFERS_TO_FILES = frozenset(
+    {"concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "vobsub", "webm_dash_manifest"}
+)
+# FFmpeg can only be given the names of all others.
+_SELF_CONTAINED = ",".join(sorted(av.formats_available - _REFERS_TO_FILES))
 _CHECKS_BITSTREAM = frozenset({"msmpeg4v1", "msmpeg4v2", "msmpeg4v3", "wmv1", "wmv2"})
 
 
@@ -25,6 +30,9 @@ def media_url(path: str) -> str:
 def open_input(path: str, options: Mapping[str, str] | None = None) -> InputContainer:
     """Open a local file for reading.
 
+    Playlists and other files that refer to files or addresses are refused: a video that somebody sent could make the
+    process read others.
+
     Args:
         path: the file; it may be relative and hold colons.
         options: options of FFmpeg's demuxer.
@@ -32,7 +40,8 @@ def open_input(path: str, options: Mapping[str, str] | None = None) -> InputCont
     Raises:
         av.error.FFmpegError: the file is missing or cannot be opened as a video.
     """
-    return av.open(media_url(path), "r", options=dict(options or {}), metadata_errors="ignore")
+    options = {"format_whitelist": _SELF_CONTAINED, **(options or {})}
+    return av.open(media_url(path), "r", options=options, metadata_errors="ignore")
 
 
 def set_up_decoder(codec: VideoCodecContext) -> None:

@@ -7,7 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -44,6 +44,20 @@ class Narration(NamedTuple):
     text: str
 
 
+class Piece(NamedTuple):
+    """A piece of an answer as it is decoded.
+
+    Attributes:
+        text: follows the text of the pieces before; the last piece may have none.
+        completion_tokens: tokens of the answer so far, without its end token.
+        prompt_tokens: positions that were read before the answer, those of the clip included.
+    """
+
+    text: str
+    completion_tokens: int
+    prompt_tokens: int
+
+
 class Exo2Ego:
     """A trained model that answers questions about egocentric video.
 
@@ -55,13 +69,19 @@ class Exo2Ego:
         encoder: turns questions into tokens.
         description: frames of a clip and shapes.
         name: where the model comes from.
+        read_timeout_s: longest time that reading a clip may take, None for no limit.
     """
 
     def __init__(
-        self, model: Exo2EgoModel, encoder: TextEncoder, description: ModelDescription, name: str = ""
+        self,
+        model: Exo2EgoModel,
+        encoder: TextEncoder,
+        description: ModelDescription,
+        name: str = "",
+        read_timeout_s: float | None = None,
     ) -> None:
         self.model, self.encoder, self.description, self.name = model, encoder, description, name
-        self._reader, self._lock = ClipReader(), threading.Lock()
+        self._reader, self._lock = ClipReader(timeout_s=read_timeout_s), threading.Lock()
         self._prefixes: OrderedDict[Any, SharedPrefix] = OrderedDict()
 
     @classmethod
@@ -70,6 +90,7 @@ class Exo2Ego:
         source: str | Path,
         device: str | torch.device | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
+        read_timeout_s: float | None = None,
     ) -> Exo2Ego:
         """Load a trained model; only the parts that answering uses are read.
 
@@ -77,6 +98,7 @@ class Exo2Ego:
             source: a run, such as ``runs/toy/stage3``, an exported folder, or ``owner/name`` on the Hugging Face hub.
             device: the first GPU by default, or the CPU where there is none.
             dtype: type of all parameters; by default float32 on the CPU, and on a GPU that of training.
+            read_timeout_s: longest time that reading a clip may take, None for no limit.
 
         Raises:
             ValueError: there is no such model, or its files are damaged; the message names the fix.
@@ -85,7 +107,8 @@ class Exo2Ego:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or ("float32" if place.type == "cpu" else files.description.dtype)
         encoder = files.encoder()
-        return cls(build_model(files, place, getattr(torch, chosen)), encoder, files.description, files.where)
+        model = build_model(files, place, getattr(torch, chosen))
+        return cls(model, encoder, files.description, files.where, read_timeout_s)
 
     @property
     def device(self) -> torch.device:
@@ -94,13 +117,16 @@ class Exo2Ego:
 
     # ---------------------------------------------------------------------------------------------------------- video
 
-    def look(self, video: Video, start: float = 0.0, end: float | None = None) -> Clip:
+    def look(
+        self, video: Video, start: float = 0.0, end: float | None = None, reader: ClipReader | None = None
+    ) -> Clip:
         """Read the frames that the model sees of a span: at the middles of equal parts, as in training.
 
         Args:
             video: file or folder of images.
             start: start of the span in seconds.
             end: its end; None for the end of the video.
+            reader: reads in place of the model's own reader, which keeps the files that were read last open.
 
         Returns:
             The frames, uint8 [T, S, S, 3], and their times.
@@ -111,9 +137,9 @@ class Exo2Ego:
         if isinstance(video, Tensor):
             raise ValueError("video: got frames, which were read before: name a file")
         c, path = self.description.clips, Path(video)
-        with self._lock:
+        with nullcontext() if reader else self._lock:
             views = read_views(
-                self._reader,
+                reader or self._reader,
                 {"ego": path},
                 start,
                 math.inf if end is None else end,
@@ -232,11 +258,30 @@ class Exo2Ego:
         Raises:
             UnusableText: a question holds a special token.
         """
+        pieces = self.pieces(video, question, start, end, max_new_tokens, visual_inputs, earlier)
+        return (piece.text for piece in pieces if piece.text)
+
+    def pieces(
+        self,
+        video: Video,
+        question: str,
+        start: float = 0.0,
+        end: float | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        visual_inputs: Sequence[str] | None = None,
+        earlier: Sequence[Turn] = (),
+    ) -> Iterator[Piece]:
+        """Answer a question piece by piece and count tokens; see ``stream``.
+
+        Returns:
+            An iterator of pieces; the last one counts all tokens. ``completion_tokens`` equal to ``max_new_tokens``
+            means that the answer was cut.
+        """
         prompt = self.encoder.prompt(question, earlier)
-        return self._stream(prompt, video, start, end, max_new_tokens, visual_inputs)
+        return self._pieces(prompt, video, start, end, max_new_tokens, visual_inputs)
 
     @torch.no_grad()
-    def _stream(
+    def _pieces(
         self,
         prompt: EncodedText,
         video: Video,
@@ -244,23 +289,21 @@ class Exo2Ego:
         end: float | None,
         max_new_tokens: int,
         visual_inputs: Sequence[str] | None,
-    ) -> Iterator[str]:
+    ) -> Iterator[Piece]:
         with (
             self._prefix([prompt], video, start, end, visual_inputs) as prefix,
             prefix.extended(_after_clip(prompt)) as context,
         ):
             tokens: list[int] = []
-            shown = ""
+            shown, prompt_tokens = "", context.length
             for token in context.stream(max_new_tokens, self._end):
                 tokens.append(token)
                 text = self._decode(tokens)
                 # A character of several tokens is incomplete until its last one.
                 if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
-                    yield text[len(shown) :]
+                    yield Piece(text[len(shown) :], len(tokens), prompt_tokens)
                     shown = text
-            text = self._decode(tokens)
-            if len(text) > len(shown):
-                yield text[len(shown) :]
+            yield Piece(self._decode(tokens)[len(shown) :], len(tokens), prompt_tokens)
 
     def choose(
         self,
