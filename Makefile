@@ -85,7 +85,7 @@ serve: PORT ?= 8000
 tensorboard: PORT ?= 6006
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan consolidate evaluate chat describe export serve score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe export serve score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -175,6 +175,10 @@ ablations-quick: $(READY) data/fair_quick/ego_exo_clip/index.json ## the same in
 
 plan: $(READY) $(WORLD) ## print parameters, memory, operations and hours of EXPERIMENT; allocates nothing [EXPERIMENT ARGS]
 	@$(PYTHON) -m lightning_modules plan experiments/$(NAME) $(ARGS)
+
+probe: $(READY) $(WORLD) ## print linear probes of y, x and F(x), bars of the KL and norms of gradients of a finished STAGE=stage2 [EXPERIMENT RUNS STAGE ARGS]
+	@test -n "$(STAGE)" || { echo "error: name the stage: make probe STAGE=stage2"; exit 2; }
+	@$(PYTHON) -m lightning_modules probe experiments/$(NAME) $(STAGE) runs=$(call path,$(RUNS)) $(ARGS)
 
 consolidate: $(READY) ## export stage weights from the last checkpoint of an unfinished STAGE=stage2 [EXPERIMENT RUNS STAGE ARGS]
 	@test -n "$(STAGE)" || { echo "error: name the stage: make consolidate STAGE=stage2"; exit 2; }

@@ -134,6 +134,14 @@ def demonstrate(options: argparse.Namespace) -> None:
     demonstrations.demonstrate(config, options.force)
 
 
+def probe(options: argparse.Namespace) -> None:
+    """Print what y, x and F(x) of a finished stage 2 tell about clips, bars of its KL, and norms of its gradients."""
+    config = _compose(options)
+    from lightning_modules import probe as probes
+
+    probes.probe(config, options.samples)
+
+
 def consolidate(options: argparse.Namespace) -> None:
     """Export stage weights from the last checkpoint of an unfinished stage."""
     config = _read_layers(options).resolve()
@@ -207,10 +215,25 @@ def serve(options: argparse.Namespace) -> None:
     server.serve(options.model, options.root, options.host, options.port, limits)
 
 
-_KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
+_KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|samples|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
 """An override in the form ``--key=value``. Names of options have no dots, and no key has the name of one."""
 
-_VERBS = (fit, evaluate, demonstrate, show, keys, plan, consolidate, report, score, chat, describe, export, serve)
+_VERBS = (
+    fit,
+    evaluate,
+    demonstrate,
+    show,
+    keys,
+    plan,
+    probe,
+    consolidate,
+    report,
+    score,
+    chat,
+    describe,
+    export,
+    serve,
+)
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
 
@@ -285,6 +308,8 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--force", action="store_true", help="train from scratch, discarding an earlier run")
     if verb == "demonstrate":
         command.add_argument("--force", action="store_true", help="discard demonstrations that exist")
+    if verb == "probe":
+        command.add_argument("--samples", type=int, default=400, metavar="N", help="clips to encode, 400 by default")
     if verb == "evaluate":
         benchmarks = "answer benchmarks of the experiment instead: names separated by commas, or all"
         command.add_argument("--benchmarks", metavar="NAMES", default="", help=benchmarks)

@@ -64,7 +64,8 @@ def check_early(config: dict[str, Any], verb: str) -> None:
 
     Args:
         config: the resolved configuration.
-        verb: ``fit`` needs the data and the weights of the stages before, ``evaluate`` those of the stage itself.
+        verb: ``fit`` needs the data and the weights of the stages before, ``evaluate`` and ``probe`` those
+            of the stage itself.
 
     Raises:
         ValueError: one line with all problems.
@@ -84,7 +85,7 @@ def check_early(config: dict[str, Any], verb: str) -> None:
         elif value is not None and key in shared:
             _check(value, *shared[key], key, problems)
     refuse(problems, config)
-    if verb in ("fit", "evaluate"):
+    if verb in ("fit", "evaluate", "probe"):
         _check_files(config, verb)
 
 
@@ -98,7 +99,7 @@ def _check_files(config: dict[str, Any], verb: str) -> None:
     if isinstance(root, str) and isinstance(held_out, str | None):
         require_data(root, held_out)
     run = Path(str(config.get("run_dir")))
-    if verb == "evaluate":
+    if verb != "fit":
         needed = [str(run / "handoff")]
     elif (run / "handoff").exists() or (run / "checkpoints").exists():
         needed = []  # the stage is finished or resumes

@@ -29,7 +29,7 @@ def evaluate(config: dict[str, Any], handoff: Path | None = None) -> None:
     Raises:
         WeightsError: the stage has no weights.
     """
-    run, manifest = _trained(config, handoff)
+    run, manifest = trained_run(config, handoff)
     answer_validation(run, manifest["step"])
 
 
@@ -45,7 +45,7 @@ def evaluate_benchmarks(config: dict[str, Any], names: Sequence[str] | None = No
         WeightsError: the stage has no weights.
         ValueError: a file of a benchmark is missing or invalid, or predictions were made in another way.
     """
-    run, manifest = _trained(config)
+    run, manifest = trained_run(config)
     benchmarks = load_benchmarks(run.egobench, names, run.datamodule)
     model = {
         "model": run.stage.started_from(),
@@ -135,7 +135,7 @@ def report(runs: Path) -> None:
         print(f"\n{benchmarks}")
 
 
-def _trained(config: dict[str, Any], handoff: Path | None = None) -> tuple[Run, dict[str, Any]]:
+def trained_run(config: dict[str, Any], handoff: Path | None = None) -> tuple[Run, dict[str, Any]]:
     """Build a run that starts from its own stage weights; return it with their manifest."""
     folder = handoff or Path(str(config.get("run_dir", ""))) / "handoff"
     manifest = read_manifest(folder)

@@ -156,12 +156,13 @@ BUILDS_ON = {
     "resume": {"config", "run", "stages", "weights"},
     "demonstrations": {"config", "run", "stages", "weights"},
     "evaluation": {"callbacks", "config", "egobench", "run", "validation", "weights"},
+    "probe": {"config", "evaluation", "losses", "run", "stages", "validation"},
     "training": {"callbacks", "config", "demonstrations", "distributed", "egobench", "evaluation", "inference"}
     | {"layers", "plan", "resume", "run", "weights"},
     "exits": {"callbacks", "compat", "signals", "training"},
     "serving": {"inference"},
     "cli": {"", "compat", "config", "demonstrations", "early_check", "egobench", "evaluation", "exits", "inference"}
-    | {"layers", "lock", "plan", "run", "serving", "signals", "training"},
+    | {"layers", "lock", "plan", "probe", "run", "serving", "signals", "training"},
     "__main__": {"cli"},
     "__init__": {"inference", "stages"},
 }

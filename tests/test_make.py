@@ -129,6 +129,10 @@ def path_commands(path):
             ["consolidate", "STAGE=stage2", f"RUNS={path}"],
             ["lightning_modules", "consolidate", "experiments/toy", "stage2", f"runs={path}"],
         ),
+        (
+            ["probe", "STAGE=stage2", f"RUNS={path}"],
+            ["lightning_modules", "probe", "experiments/toy", "stage2", f"runs={path}"],
+        ),
         (["score", f"RUNS={path}"], ["lightning_modules", "score", f"{path}/toy"]),
         (["evaluate", f"RUNS={path}"], ["lightning_modules", "report", f"{path}/toy"]),
         (["tensorboard", f"RUNS={path}"], ["tensorboard.main", "--logdir", path, "--port", "6006"]),
