@@ -3,12 +3,15 @@
 Weights are random and clips are synthetic, so nothing is downloaded; the step itself is the one of a run: the stage's
 own ``training_step`` and optimiser under a ``lightning.Trainer`` in bfloat16. Every case prints milliseconds, TFLOP/s,
 MFU (useful operations as ``make plan`` counts them, recomputation excluded, over the card's dense bfloat16 peak), peak
-memory next to the plan's, and the time of forward, backward and optimiser. A profile of one step of each stage follows,
-by kind of kernel. Results go to standard output as Markdown and to ``--out`` as JSON, after every case, so that a run
-that is cut short keeps what it measured.
+memory next to the plan's, and the time of forward, backward and optimiser. A profile of one step of each case follows,
+by kind of kernel, then the losses of fsdp2 on one device next to those without it, and how many clips a second worker
+processes decode to the device next to what the measured steps read. The cases that tell most come first, and one that
+fails does not stop the others. Results go to standard output and a file next to ``--out`` as Markdown and to ``--out``
+as JSON, after every case, so that a run that is cut short keeps what it measured.
 
-``--smoke`` runs the same on a CPU with the tiny network of the default experiment. ``--roofline`` measures nothing: it
-counts operations and bytes of the same steps, and the least time that an H100 needs for them, see ``roofline.py``.
+``--smoke`` runs all kinds of cases on a CPU with the tiny network of the default experiment. ``--roofline`` measures
+nothing: it counts operations and bytes of the same steps, and the least time that an H100 needs for them, see
+``roofline.py``.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ import logging
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,23 +37,30 @@ from typing import Any
 
 import lightning as L
 import torch
+from bench_steps import write_video
 from roofline import CARDS, by_kind, fused, largest, least_ms, record
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
+from datamodules.video.reader import ClipReader
+from datamodules.video.sampling import segment_midpoints
 from lightning_modules.config import compose
 from lightning_modules.model.exo2ego import PARTS, Exo2EgoModel
 from lightning_modules.plan.stages import PlanConfig, plan_stage
 from lightning_modules.run import build_stage
 from lightning_modules.stages.base import Stage
+from lightning_modules.strategy import FSDP2, shard
 from lightning_modules.validation.report import markdown_table
 from lightning_modules.weights.loading import load_weights
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "A800": 312.0}
 """Dense bfloat16 peak of a card, by a word of its name."""
-WARMUP_STEPS, STEPS = 2, 4
+WARMUP_STEPS, STEPS, SMOKE_STEPS = 2, 4, 2
 FAMILIES = {
     "attention": ("flash", "fmha", "attention"),
     "convolution": ("conv", "cudnn", "wgrad", "dgrad", "implicit"),
@@ -58,6 +70,16 @@ FAMILIES = {
     "copy": ("memcpy", "memset", "copy", "cat", "gather", "scatter", "index"),
 }
 """Kinds of kernels by a part of their names, the first match counts; all others are elementwise."""
+
+
+KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""Kernels of ``scaled_dot_product_attention`` that a case may prescribe."""
+VIEWS = {"stage1": 1, "stage2": 2, "stage3": 1}
+"""Clips that a sample of a stage decodes."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,9 @@ class Case:
         micro_batch: samples in a step.
         checkpointing: parts whose blocks recompute their activations in the backward pass.
         compiled: blocks are compiled with ``torch.compile``.
+        attention: the only kernel that attention may use, one of ``KERNELS``; or ``eager`` for transformers' own
+            implementation in the language model; PyTorch's choice by default.
+        strategy: of the Trainer, ``auto`` or ``fsdp2``.
     """
 
     stage: str
@@ -77,13 +102,40 @@ class Case:
     micro_batch: int
     checkpointing: tuple[str, ...]
     compiled: bool = False
+    attention: str = ""
+    strategy: str = "auto"
 
     @property
     def title(self) -> str:
         """Short name for tables."""
         recomputed = "all" if set(self.checkpointing) >= set(BLOCKS) else ", ".join(self.checkpointing) or "none"
         mode = "compiled" if self.compiled else "eager"
+        mode += f", {self.attention} attention" if self.attention else ""
+        mode += "" if self.strategy == "auto" else f", {self.strategy}"
         return f"{self.experiment} {self.stage} | {self.micro_batch} | {mode} | {recomputed}"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Clips of one video, decoded by worker processes and copied to the device.
+
+    Attributes:
+        workers: numbers of processes to measure.
+        seconds: duration of each measurement.
+        side: of the video's square frames in pixels.
+        num_frames, size: T and S of a clip.
+    """
+
+    workers: tuple[int, ...]
+    seconds: float
+    side: int
+    num_frames: int
+    size: int
+
+    @property
+    def title(self) -> str:
+        """Short name for messages."""
+        return f"decoding with {', '.join(map(str, self.workers))} workers"
 
 
 BLOCKS = ("exo_encoder", "ego_encoder", "projector", "ego_to_exo", "exo_to_ego", "language_model")
@@ -132,10 +184,56 @@ class SyntheticClips(Dataset[ClipBatch]):
         return ClipBatch(names, text, tokens, self.video.clone(), self.video.flip(1), prompt=self.prompt.clone())
 
 
+class VideoClips(Dataset[Tensor]):
+    """Clips of 2 s from random places of one video, without end.
+
+    Args:
+        file: video of at least 3 s.
+        num_frames: T.
+        size: side of a clip's frames in pixels.
+    """
+
+    def __init__(self, file: Path, num_frames: int, size: int) -> None:
+        self.file, self.num_frames, self.size = file, num_frames, size
+        self.reader = ClipReader()
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, index: int) -> Tensor:
+        start_s = 0.37 * index % 1
+        times_s = segment_midpoints(start_s, start_s + 1.9, self.num_frames)
+        return torch.as_tensor(self.reader.read(self.file, times_s, self.size).frames)
+
+
+def decode(work: Decoding, device: torch.device) -> dict[str, float]:
+    """Return the clips that arrive on the device in a second, by number of workers."""
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.mp4"
+        write_video(file, work.side, 3, 30)
+        for workers in work.workers:
+            loader = DataLoader(
+                VideoClips(file, work.num_frames, work.size), 4, num_workers=workers, pin_memory=device.type == "cuda"
+            )
+            batches = iter(loader)
+            for _ in range(2 * workers):  # every worker has started
+                next(batches)
+            began, clips = time.perf_counter(), 0
+            while time.perf_counter() - began < work.seconds:
+                clips += len(next(batches).to(device, non_blocking=True))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            rates[str(workers)] = clips / (time.perf_counter() - began)
+            del batches
+    return rates
+
+
 class StepTimer(L.Callback):
     """Clocks the phases of every optimiser step after the warm-up; waits for the device at each border."""
 
     def __init__(self) -> None:
+        self.losses: list[Tensor] = []
         self.phases: dict[str, list[float]] = defaultdict(list)
         self.last = 0.0
 
@@ -161,8 +259,10 @@ class StepTimer(L.Callback):
         """End the backward pass."""
         self._mark("backward", trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """End the optimiser step; the Trainer has already counted it."""
+        assert isinstance(pl_module, Stage)
+        self.losses.append(pl_module.step_log["train/loss"])
         if trainer.global_step > WARMUP_STEPS:
             self._mark("optimiser", trainer)
 
@@ -257,7 +357,10 @@ def configuration(case: Case, smoke: bool) -> dict[str, Any]:
     """Compose a case's experiment for one device; its weights start at random."""
     hardware = ["trainer.num_nodes=1", "trainer.devices=1", "trainer.strategy=auto", "plan.samples=null"]
     tiny = ["network.language_model.overrides.vocab_size=512"]  # no tokenizer is read
-    config = compose(EXPERIMENTS / case.experiment, case.stage, tiny if smoke else hardware)
+    overrides = tiny if smoke else hardware
+    if case.attention == "eager":
+        overrides = [*overrides, "network.language_model.attn_implementation=eager"]
+    config = compose(EXPERIMENTS / case.experiment, case.stage, overrides)
     arguments = config["model"]["init_args"]
     arguments["init"] = {}
     arguments.pop("demonstrations", None)  # without stored answers, the demonstrator takes part
@@ -291,8 +394,20 @@ def random_model(stage: Stage, device: torch.device) -> None:
     stage.train()
 
 
-def measure(case: Case, smoke: bool, traced: bool) -> dict[str, Any]:
+def shard_in_training(stage: Stage, trainer: L.Trainer) -> None:
+    """Have the Trainer shard the stage's model, as ``configure_model`` does with one that it builds."""
+
+    def configure_model() -> None:
+        assert stage.device_mesh is not None
+        for unit in stage.model.units():
+            shard(unit, stage.device_mesh, trainer.precision)
+
+    stage.__dict__["configure_model"] = configure_model
+
+
+def measure(case: Case, smoke: bool) -> dict[str, Any]:
     """Run one case through the Trainer and return its row."""
+    torch.manual_seed(0)
     config = configuration(case, smoke)
     stage = build_stage(config)
     device = torch.device("cpu" if smoke else "cuda")
@@ -302,13 +417,15 @@ def measure(case: Case, smoke: bool, traced: bool) -> dict[str, Any]:
         stage.model.compile_blocks()
     stage.model.checkpoint_activations(case.checkpointing)
     clips, assumed = config["clips"], PlanConfig(**(config.get("plan") or {}))
-    length = WARMUP_STEPS + STEPS + traced
+    length = WARMUP_STEPS + (SMOKE_STEPS if smoke else STEPS + 1)  # the last one on a GPU is profiled
     data = SyntheticClips(case.micro_batch, clips["num_frames"], clips["image_size"], stage.vocab_size, assumed, length)
     loader: DataLoader[ClipBatch] = DataLoader(data, batch_size=None, collate_fn=lambda batch: batch)
     timer, trace = StepTimer(), StepProfile()
     trainer = L.Trainer(
         accelerator=device.type,
         devices=1,
+        strategy=FSDP2() if case.strategy == "fsdp2" else "auto",
+        use_distributed_sampler=False,
         precision="32-true" if smoke else "bf16-mixed",
         max_steps=length,
         gradient_clip_val=1.0,
@@ -319,18 +436,25 @@ def measure(case: Case, smoke: bool, traced: bool) -> dict[str, Any]:
         enable_model_summary=False,
         inference_mode=False,
     )
+    if case.strategy == "fsdp2":
+        shard_in_training(stage, trainer)
     clock = None if smoke else PartClock(stage.model)
-    trainer.fit(stage, loader)
+    try:
+        with sdpa_kernel(KERNELS[case.attention]) if case.attention in KERNELS else nullcontext():
+            trainer.fit(stage, loader)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     peak = 0.0 if smoke else torch.cuda.max_memory_allocated() / 2**30
     row = {"case": asdict(case), "step_ms": timer.step_ms, "peak_gib": peak, "kernels": trace.shares, "top": trace.top}
     row |= {f"{phase}_ms": statistics.median(times) for phase, times in timer.phases.items()}
     row["parts_forward_ms"] = clock.step_ms(length) if clock else {}
-    row["loss"] = float(stage.step_log["train/loss"])
+    row["losses"] = [float(loss) for loss in timer.losses]
     return row
 
 
-def full_size_cases() -> list[Case]:
-    """Return the cases in the order of their worth: each stage as it runs, then one lever after another."""
+def full_size_cases() -> list[Case | Decoding]:
+    """Return the cases in the order of their worth: each stage as it runs, its best settings, then single levers."""
     one = Case("stage1", "exo2ego_7b", 8, BLOCKS)
     two = Case("stage2", "exo2ego_7b", 4, BLOCKS)
     three = Case("stage3", "exo2ego_7b", 4, BLOCKS)
@@ -338,21 +462,35 @@ def full_size_cases() -> list[Case]:
         one,
         two,
         three,
-        replace(one, compiled=True),
-        replace(two, compiled=True),
-        replace(three, compiled=True),
         replace(one, micro_batch=4, compiled=True, checkpointing=("projector", "language_model")),
         replace(two, micro_batch=2, compiled=True, checkpointing=("projector", "language_model")),
         replace(three, micro_batch=2, compiled=True, checkpointing=("projector", "language_model")),
+        Decoding((1, 2, 4, 8), 2.5, 448, 16, 336),
+        replace(two, strategy="fsdp2"),
+        replace(one, compiled=True),
+        replace(two, compiled=True),
+        replace(three, compiled=True),
+        *(replace(three, attention=kernel) for kernel in ("flash", "efficient", "math", "eager")),
         replace(two, experiment="exo2ego_7b_answer_kl"),
         replace(one, micro_batch=16),
     ]
 
 
-def smoke_cases() -> list[Case]:
-    """Return the same kinds of cases for the network of the default experiment."""
+def smoke_cases() -> list[Case | Decoding]:
+    """Return the same kinds of cases for the network of the default experiment, except compiled ones.
+
+    A CPU has no memory-efficient attention: this case fails, and the others are measured.
+    """
     one = Case("stage1", "toy", 2, BLOCKS)
-    return [one, replace(one, stage="stage2"), replace(one, stage="stage3", checkpointing=("language_model",))]
+    two = replace(one, stage="stage2")
+    return [
+        one,
+        two,
+        replace(one, stage="stage3", checkpointing=("language_model",)),
+        Decoding((1, 2), 0.2, 64, 4, 32),
+        replace(two, strategy="fsdp2"),
+        *(replace(one, attention=kernel) for kernel in ("efficient", "math", "eager")),
+    ]
 
 
 def described(row: dict[str, Any], plan: dict[str, float] | None, peak_tflops: float | None) -> dict[str, Any]:
@@ -368,9 +506,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     measures = ["ms", "forward", "backward", "optimiser", "TFLOP/s", "MFU %", "GiB", "GiB planned"]
     lines = [["stage", "micro-batch", "mode", "recomputed", *measures]]
     for row in rows:
-        case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in row["case"].items()})
+        case = Case(**row["case"])
         if "error" in row:
-            lines.append([*case.title.split(" | "), row["error"], *[""] * (len(measures) - 1)])
+            lines.append([*case.title.split(" | "), "failed", *[""] * (len(measures) - 1)])
             continue
         phases = [row.get(f"{phase}_ms", math.nan) for phase in ("forward", "backward", "optimiser")]
         mfu = row.get("mfu")
@@ -392,7 +530,43 @@ def profiles(rows: list[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         if row.get("kernels"):
             shares = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in row["kernels"].items())
-            yield f"{row['case']['stage']} ({'compiled' if row['case']['compiled'] else 'eager'}): {shares}"
+            yield f"{Case(**row['case']).title}: {shares}"
+
+
+def sharded_losses(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for each case with fsdp2: how far its losses are from those of the same steps without."""
+    measured = {Case(**row["case"]): row["losses"] for row in rows if "error" not in row}
+    for case, losses in measured.items():
+        alone = measured.get(replace(case, strategy="auto"))
+        if case.strategy == "fsdp2" and alone is not None:
+            furthest = max(abs(one - other) / abs(other) for one, other in zip(losses, alone, strict=True))
+            yield (
+                f"{case.title}: losses {', '.join(f'{loss:.5f}' for loss in losses)}; on a single device without it "
+                f"{', '.join(f'{loss:.5f}' for loss in alone)}; largest relative difference {furthest:.1e}"
+            )
+
+
+def decoding_table(rates: dict[str, float], rows: list[dict[str, Any]]) -> str:
+    """Markdown of the decoded clips a second, next to what the fastest measured step of each stage reads."""
+    needed: dict[str, float] = defaultdict(float)
+    for row in rows:
+        if "error" not in row:
+            stage = row["case"]["stage"]
+            needed[stage] = max(needed[stage], VIEWS[stage] * row["case"]["micro_batch"] / row["step_ms"] * 1e3)
+    lines = [["workers", "clips/s", *(f"of the {need:.1f} that {stage} reads" for stage, need in needed.items())]]
+    for workers, rate in rates.items():
+        lines.append([workers, f"{rate:.1f}", *(f"{100 * rate / need:.0f} %" for need in needed.values())])
+    return markdown_table(lines)
+
+
+def report(result: dict[str, Any]) -> str:
+    """Markdown of everything that was measured."""
+    rows, parts = result["rows"], [table(result["rows"])]
+    parts += ["\n".join(f"- {line}" for line in lines(rows)) for lines in (profiles, sharded_losses)]
+    if "clips_per_s" in result:
+        parts.append(decoding_table(result["clips_per_s"], rows))
+    parts += [f"- {title}: {error}" for title, error in result["errors"].items()]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def print_rooflines(cases: list[Case], smoke: bool) -> None:
@@ -447,57 +621,70 @@ def main() -> None:
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
     torch._dynamo.config.cache_size_limit = 64  # blocks of several shapes are compiled one after another
-    cases = smoke_cases() if options.smoke else full_size_cases()
+    work = smoke_cases() if options.smoke else full_size_cases()
+    cases = list(dict.fromkeys(plain(case) for case in work if isinstance(case, Case)))
     if options.roofline:
-        print_rooflines(list(dict.fromkeys(plain(case) for case in cases))[:3], options.smoke)
+        print_rooflines(cases[:3], options.smoke)
         return
-    began = time.perf_counter()
     name = "CPU" if options.smoke else torch.cuda.get_device_name()
     peak = next((tflops for word, tflops in PEAK_TFLOPS.items() if word in name), None)
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "rows": []}
+    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "rows": [], "errors": {}}
+    began = time.perf_counter()
     if not options.smoke:
         result["matrix_product_tflops"] = matrix_tflops(torch.device("cuda"))
         print(f"{name}: 8192 x 8192 x 8192 in bfloat16 at {result['matrix_product_tflops']:.0f} TFLOP/s")
-    plans: dict[Case, Future[dict[str, float]]] = {}
-    rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(1 if options.smoke else 3, get_context("spawn")) as pool:
-        for case in dict.fromkeys(plain(case) for case in cases):
-            plans[case] = pool.submit(planned, case, options.smoke)
-        for case in cases:
+    workers, start = (1, "fork") if options.smoke else (3, "spawn")
+    with ProcessPoolExecutor(workers, get_context(start)) as pool:
+        plans = {case: pool.submit(planned, case, options.smoke) for case in cases}
+        for each in work:
             if time.perf_counter() - began > options.seconds:
-                print(f"time is up: not measured: {case.title}")
+                print(f"time is up: not measured: {each.title}")
                 continue
-            traced = not options.smoke and case.micro_batch == plain(case).micro_batch
-            try:
-                rows.append(measure(case, options.smoke, traced))
-            except torch.cuda.OutOfMemoryError as error:
-                rows.append({"case": asdict(case), "error": f"out of memory ({str(error).split('.')[0]})"})
-            gc.collect()
-            torch.cuda.empty_cache()
-            spent = time.perf_counter() - began
-            print(f"{spent:5.0f} s: {case.title}: {rows[-1].get('step_ms', math.nan):,.0f} ms a step", flush=True)
-            result["rows"] = rows
+            note = run_alone(each, options.smoke, result)
+            print(f"{time.perf_counter() - began:5.0f} s: {each.title}: {note}", flush=True)
             write(options.out, result)
-        result["rows"] = [
-            described(row, plans[plain(case)].result(), peak) if "error" not in row else row
-            for row, case in zip(rows, cases, strict=False)
-        ]
+        result["rows"] = [described(row, plan_of(row, plans), peak) for row in result["rows"]]
     write(options.out, result)
-    print(table(result["rows"]))
-    print("\n".join(profiles(result["rows"])))
+    print(f"\n{report(result)}")
+
+
+def run_alone(work: Case | Decoding, smoke: bool, result: dict[str, Any]) -> str:
+    """Measure one case into the result, where its error goes if it fails; return what to print about it."""
+    try:
+        if isinstance(work, Decoding):
+            result["clips_per_s"] = decode(work, torch.device("cpu" if smoke else "cuda"))
+            return ", ".join(f"{rate:.1f}" for rate in result["clips_per_s"].values()) + " clips a second"
+        result["rows"].append(measure(work, smoke))
+        return f"{result['rows'][-1]['step_ms']:,.0f} ms a step"
+    except Exception as error:  # whatever it is, other cases may work
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        if isinstance(work, Case):
+            result["rows"].append({"case": asdict(work), "error": reason})
+        result["errors"][work.title] = reason
+        return reason
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def plan_of(row: dict[str, Any], plans: dict[Case, Future[dict[str, float]]]) -> dict[str, float] | None:
+    """Return the plan of a measured row; None for one that failed, or whose plan did."""
+    plan = plans[plain(Case(**row["case"]))]
+    return None if "error" in row or plan.exception() else plan.result()
 
 
 def plain(case: Case) -> Case:
     """Return what the plan of a case depends on."""
-    return replace(case, compiled=False)
+    return replace(case, compiled=False, attention="", strategy="auto")
 
 
 def write(file: Path, result: dict[str, Any]) -> None:
-    """Replace the JSON file."""
+    """Replace the JSON file, and the Markdown next to it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    new.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, file)
+    for path, text in ((file, json.dumps(result, indent=1) + "\n"), (file.with_suffix(".md"), report(result))):
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
 
 
 if __name__ == "__main__":
