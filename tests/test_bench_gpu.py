@@ -48,4 +48,4 @@ def test_rooflines_are_counted_without_a_gpu():
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = [line for line in run.stdout.splitlines() if line.startswith("| toy stage")]
-    assert len(rows) == 3
+    assert len(rows) == 6

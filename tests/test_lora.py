@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_modules.model.lora import LoRAConfig, LoRALinear, add_lora, merge_lora, save_peft_adapter
@@ -146,3 +148,16 @@ def test_scaling_inside_the_update_changes_no_bit():
     assert torch.equal(layer(x), outside)
     pairs = zip(*(torch.autograd.grad(y, inputs, gradient) for y in (layer(x), outside)), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_recomputation_repeats_the_narrow_products_alone():
+    """The large product needs nothing that is saved after it, and recomputation ends before it if it is the last."""
+    module = nn.Sequential(nn.Linear(24, 40))
+    add_lora(module, LoRAConfig(rank=4, alpha=8, dropout=0.0))
+    module[0].weight.requires_grad_(False)
+    x, flops = torch.randn(9, 24, requires_grad=True), []
+    for output in (module(x), checkpoint(module, x, use_reentrant=False)):
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+        flops.append(counter.get_total_flops())
+    assert 0 < flops[1] - flops[0] <= 2 * 9 * 4 * (24 + 40)

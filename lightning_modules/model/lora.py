@@ -57,7 +57,9 @@ class LoRALinear(nn.Linear):
         """Map float [..., I] to float [..., O]."""
         reduced = F.linear(F.dropout(x, self.lora.dropout, self.training), self.lora_A)
         # Scaled where it is r wide instead of O; with a power of two as factor the result is the same to the bit.
-        return super().forward(x) + F.linear(reduced * self.scale, self.lora_B)
+        update = F.linear(reduced * self.scale, self.lora_B)
+        # Last: recomputation of a block ends before its last product, which should be the large one.
+        return super().forward(x) + update
 
     @property
     def scale(self) -> float:

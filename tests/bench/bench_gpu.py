@@ -38,7 +38,7 @@ from typing import Any
 import lightning as L
 import torch
 from bench_steps import write_video
-from roofline import CARDS, by_kind, fused, largest, least_ms, record
+from roofline import CARDS, HEAVY, by_kind, fused, largest, least_ms, record
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -572,7 +572,7 @@ def report(result: dict[str, Any]) -> str:
 def print_rooflines(cases: list[Case], smoke: bool) -> None:
     """Print for each case what a step computes and moves, and the least time for it on an H100."""
     kinds = ["matrix product", "convolution", "attention", "elementwise", "cast", "copy", "normalisation", "optimiser"]
-    times = [f"{name}, ms" for card in CARDS for name in (card, f"{card}, fused")]
+    times = [f"{name}, ms" for card in CARDS for name in (card, f"{card}, fused", f"{card}, heavy alone")]
     lines = [
         ["stage", "micro-batch", "mode", "recomputed", "TFLOP", *(f"GB {kind}" for kind in kinds), "GB fused", *times]
     ]
@@ -584,6 +584,7 @@ def print_rooflines(cases: list[Case], smoke: bool) -> None:
         sizes = clips["num_frames"], clips["image_size"], stage.vocab_size
         operators = record(stage, SyntheticClips(case.micro_batch, *sizes, assumed, 1)[0], case.checkpointing)
         merged = fused(operators)
+        heavy = [each for each in operators if each.kind in HEAVY.values()]
         moved = {kind: gigabytes for kind, (_, gigabytes) in by_kind(operators).items()}
         lines.append(
             [
@@ -591,7 +592,7 @@ def print_rooflines(cases: list[Case], smoke: bool) -> None:
                 f"{sum(each.flops for each in operators) / 1e12:.0f}",
                 *(f"{moved.get(kind, 0.0):,.0f}" for kind in kinds),
                 f"{sum(each.moved for each in merged) / 1e9:,.0f}",
-                *(f"{least_ms(some, *card):,.0f}" for card in CARDS.values() for some in (operators, merged)),
+                *(f"{least_ms(some, *card):,.0f}" for card in CARDS.values() for some in (operators, merged, heavy)),
             ]
         )
         print(f"{case.title}: {'; '.join(f'{name} {size:.0f} GB' for name, size in largest(operators))}", flush=True)
@@ -624,7 +625,7 @@ def main() -> None:
     work = smoke_cases() if options.smoke else full_size_cases()
     cases = list(dict.fromkeys(plain(case) for case in work if isinstance(case, Case)))
     if options.roofline:
-        print_rooflines(cases[:3], options.smoke)
+        print_rooflines([*cases[:3], *(replace(case, checkpointing=()) for case in cases[:3])], options.smoke)
         return
     name = "CPU" if options.smoke else torch.cuda.get_device_name()
     peak = next((tflops for word, tflops in PEAK_TFLOPS.items() if word in name), None)
@@ -643,6 +644,9 @@ def main() -> None:
             note = run_alone(each, options.smoke, result)
             print(f"{time.perf_counter() - began:5.0f} s: {each.title}: {note}", flush=True)
             write(options.out, result)
+        for case, plan in plans.items():
+            if error := plan.exception():
+                result["errors"][f"plan of {case.title}"] = f"{type(error).__name__}: {error}"
         result["rows"] = [described(row, plan_of(row, plans), peak) for row in result["rows"]]
     write(options.out, result)
     print(f"\n{report(result)}")
