@@ -139,7 +139,9 @@ class FeatureMapping(nn.Module):
         mapped = self.model(F.pad(x, padding, mode="replicate") if any(padding) else x)[..., :rows, :columns]
         if self.residual:
             # In mixed precision the sum stays in float32: where half precision would lose a small D.
-            mapped = (x.float() if torch.is_autocast_enabled(x.device.type) else x) + mapped
+            kind = x.device.type  # ``meta`` when a stage is planned, which has no mixed precision
+            is_mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+            mapped = (x.float() if is_mixed else x) + mapped
         mapped_features: Tensor = mapped.permute(0, 2, 3, 1).reshape(features.shape)
         return mapped_features
 
