@@ -35,12 +35,14 @@ class GatedModel(Exo2Ego):
     """A model whose answers can be held up after their first piece."""
 
     gate: threading.Event
+    held = 0
     closed = 0
 
     def pieces(self, *args, **kwargs):
         for number, piece in enumerate(super().pieces(*args, **kwargs)):
             try:
                 if number:
+                    self.held += not self.gate.is_set()
                     assert self.gate.wait(20)
                 yield piece
             except GeneratorExit:
@@ -219,13 +221,14 @@ def ask_and_leave(port, stream):
 
 def test_places_are_bounded_and_those_of_clients_that_leave_are_free_again(port, model):
     wait_for(lambda: places_taken(port) == 0)
-    closed = model.closed
+    held, closed = model.held, model.closed
     model.gate.clear()
     clients = []
     try:
         for taken, stream in enumerate((True, False, True), start=1):
             clients.append(ask_and_leave(port, stream))
             wait_for(lambda taken=taken: places_taken(port) == taken)
+        wait_for(lambda: model.held == held + 2)
         status, refused = send(port, {"messages": messages()})
         assert status == 503 and refused["error"]["message"] == "all places of this server are taken: ask again later"
         for client in clients:
