@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,8 @@ def test_imports_in_code_exist(page):
     for block in code_blocks(page, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
+                if node.module == "openai" and not find_spec("openai"):
+                    continue  # a client of the server, which an existing environment need not have
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name), f"{page.name}: {node.module}.{alias.name}"
