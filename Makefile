@@ -85,7 +85,7 @@ serve: PORT ?= 8000
 tensorboard: PORT ?= 6006
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe export serve score tensorboard test test-all chaos lint format bench bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe export serve score tensorboard test test-all chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -237,6 +237,9 @@ bench: $(READY) $(TOY) ## measure memory of the loss, clip reading and training 
 
 bench-gpu: $(READY) ## measure each stage's full-size training step on one GPU, ARGS=--smoke for tiny sizes on a CPU [ARGS]
 	PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True PYTHONPATH=. $(PYTHON) tests/bench/bench_gpu.py $(ARGS)
+
+bench-answer: $(READY) ## measure how fast a trained model answers, random weights where there is none [MODEL EXPERIMENT RUNS ARGS]
+	$(PYTHON) tests/bench/bench_answer.py --experiment '$(NAME)' --runs $(call path,$(RUNS)) $(if $(MODEL),--model $(TRAINED)) $(ARGS)
 
 bench-clips: $(READY) ## measure clip reading against other readers, pip install '.[bench]' for all of them [ARGS]
 	$(PYTHON) tests/bench/bench_clips.py $(ARGS)

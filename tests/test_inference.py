@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from bench import bench_answer
 
 from datamodules.text import UnusableText
 from datamodules.video.errors import ClipDecodeError, EmptySpan, FileMissing, SpanOutsideFile
@@ -300,6 +301,19 @@ def test_unusable_input_is_refused(model, video, tmp_path):
         model.choose(video, QUESTION, [OPTIONS[0], OPTIONS[0]])
     with pytest.raises(ValueError, match="every: got 0"):
         model.describe(video, every=0)
+
+
+def test_the_benchmark_measures_a_trained_and_a_random_model(runs, tmp_path, capsys):
+    """It compares the answers of all ways of decoding."""
+    few = ["--rows", "1", "2", "--tokens", "4", "--repeats", "1"]
+    bench_answer.main([*few, "--runs", str(runs)])
+    assert capsys.readouterr().out.startswith(f"{runs}/toy/stage3/handoff: ")
+    bench_answer.main([*few, "--runs", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}/toy/stage3 is not finished: random weights"
+    measured = [line.split("|")[1:-1] for line in lines if line.startswith(("| questions about", "| clips"))]
+    assert [int(cells[1]) for cells in measured] == [1, 2, 1, 2, 1, 2]
+    assert all(float(cells[4].replace(",", "")) > 0 for cells in measured)
 
 
 # ---------------------------------------------------------------------------------------------------- in the terminal

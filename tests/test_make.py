@@ -209,6 +209,10 @@ def test_a_trained_model_is_asked(checkout):
     assert described == [
         ["-m", "lightning_modules", "describe", "a.mp4", "--model", "owner/name", "--every", "4", "--out", "a.srt"]
     ]
+    bench = ["tests/bench/bench_answer.py", "--experiment", "toy", "--runs", SPACED]
+    assert make(checkout, "bench-answer", f"RUNS={SPACED}")[2] == [bench]
+    (call,) = make(checkout, "bench-answer", f"MODEL={SPACED}", "ARGS=--rows 1 8")[2]
+    assert call[5:] == ["--model", SPACED, "--rows", "1", "8"]
     exported = make(checkout, "export", "STAGE=stage3", "OUT=exports/toy", "TO=peft")[2]
     assert exported == [["-m", "lightning_modules", "export", "runs/toy/stage3", "exports/toy", "--to", "peft"]]
     assert "name the video" in refused(checkout, "chat")
