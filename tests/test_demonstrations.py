@@ -111,7 +111,7 @@ def batch_of(dataset, epoch=0):
 # ------------------------------------------------------------------------------------------------------------- losses
 
 
-@pytest.mark.parametrize("policy", ["all", "random"])
+@pytest.mark.parametrize("policy", [pytest.param("all", marks=pytest.mark.slow), "random"])
 def test_losses_with_all_probabilities_stored_are_those_without(overrides, stored, policy):
     policy = f"data.init_args.exo_policy={policy}"
     cached, read = prepared(overrides, policy)
