@@ -93,7 +93,7 @@ def test_one_command_scores_all_benchmarks(evaluated, toy_world):
         assert len({row["id"] for row in answered}) == len(answered)
     assert not list((out(evaluated) / "predictions").glob("*.part*"))
     curves = EventAccumulator(str(evaluated / "toy" / "stage3")).Reload()
-    (inter,) = curves.Scalars("eval/egomcq/accuracy/inter")
+    (inter,) = curves.Scalars("4_eval/egomcq/accuracy/inter")
     (score,) = (s for s in scores if (s.benchmark, s.metric) == ("egomcq", "accuracy/inter"))
     assert inter.value == pytest.approx(score.value) and inter.step == 2  # optimiser steps of the stage
     assert "paper" not in (out(evaluated) / "results.md").read_text()  # of an invented world
@@ -234,8 +234,8 @@ def test_a_fixed_part_is_scored_while_stage_3_validates(runs, toy_world):
     options = ["experiment=fast", "egobench.fast=[egoschema,egomcq]", "data.init_args.held_out=null"]
     assert main([*command("fit", toy_world, runs, "stage3"), *starts, *options]) == 0
     tags = EventAccumulator(str(runs / "fast" / "stage3")).Reload().Tags()["scalars"]
-    assert any(re.fullmatch("val/egoschema_accuracy.*", tag) for tag in tags), tags
-    assert any(re.fullmatch("val/egomcq_accuracy.*/inter", tag) for tag in tags), tags
+    assert any(re.fullmatch("2_val/egoschema_accuracy.*", tag) for tag in tags), tags
+    assert any(re.fullmatch("2_val/egomcq_accuracy.*/inter", tag) for tag in tags), tags
 
 
 # --------------------------------------------------------------------------------------------------------------------
