@@ -207,6 +207,12 @@ def test_an_existing_folder_is_kept(exported, noisy_runs, capsys):
     assert sorted(exported.iterdir()) == before
 
 
+@pytest.mark.parametrize(("stage", "to"), [("stage3", "hf"), ("stage3", "peft"), ("stage1", "videollama2")])
+def test_all_files_of_an_export_have_the_same_mode(noisy_runs, tmp_path, stage, to):
+    export_model(noisy_runs / "toy" / stage, tmp_path / "out", to)
+    assert len({file.stat().st_mode for file in (tmp_path / "out").rglob("*") if file.is_file()}) == 1
+
+
 @torch.no_grad()
 def test_adapters_open_with_peft_alone(noisy_runs, model, tmp_path):
     peft = pytest.importorskip("peft")

@@ -97,6 +97,12 @@ def test_stage_weights_stand_alone(runs, video, model, tmp_path, monkeypatch):
     assert Exo2Ego.from_pretrained("alone").answer(video, QUESTION) == model.answer(video, QUESTION)
 
 
+def test_all_files_of_stage_weights_have_the_same_mode(toy_runs):
+    folder = toy_runs / "toy" / "stage3" / "handoff"
+    assert (folder / "frozen" / "language_model.safetensors").is_file()
+    assert len({file.stat().st_mode for file in folder.rglob("*") if file.is_file()}) == 1
+
+
 def test_large_frozen_parts_are_found_at_their_source(toy_runs, tmp_path, video, monkeypatch):
     monkeypatch.setattr(description, "MAX_COPIED_PARAMETERS", 10)
     runs = shutil.copytree(toy_runs, tmp_path / "runs")

@@ -71,6 +71,9 @@ def export_model(source: str | Path, out: Path, to: str = "hf", merge: bool = Tr
         _write_videollama2(new, model, files)
     else:
         _write_transformers(new, model, files, merge)
+    mode = (new / "tokenizer_config.json").stat().st_mode
+    for file in new.rglob("*.safetensors"):  # safetensors makes files that only their owner can read
+        file.chmod(mode)
     os.replace(new, out)
     print(f"{out} is complete; `hf upload owner/name {out}` publishes it")
 

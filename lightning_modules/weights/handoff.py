@@ -153,7 +153,7 @@ def write_stage_weights(
     }
     manifest_file = new / "manifest.json"
     manifest_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for file in new.glob("*.safetensors"):  # safetensors makes files that only their owner can read
+    for file in new.rglob("*.safetensors"):  # safetensors makes files that only their owner can read
         file.chmod(manifest_file.stat().st_mode)
     for path in [*new.rglob("*"), new]:
         sync(path)
