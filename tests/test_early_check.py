@@ -29,7 +29,7 @@ MISTAKES = {
     "fit experiments/toy stage2 data_root=nowhere": "data.root: no folder nowhere: run `make data`",
     "fit experiments/toy stage2 data.init_args.root=. data.init_args.held_out=x.json": "data.held_out: no file x.json",
     "fit experiments/toy stage2 data_root=. data.init_args.held_out=null runs=none": "No stage1 weights in none/toy/st",
-    "evaluate experiments/toy stage3 data_root=. data.init_args.held_out=null runs=none --benchmarks=all": "No stage3 weights",
+    "evaluate experiments/toy stage3 data_root=. data.init_args.held_out=null runs=none --benchmarks=all": "No stage3 ",
     "plan experiments/toy plan.mfus=0.5": "plan.mfus: no such key in plan, allowed: ",
     "fit runs/none/config.yaml": "runs/none/config.yaml: no such file",
 }
