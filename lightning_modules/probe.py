@@ -121,7 +121,7 @@ class _Prober:
         spread = indices[:: max(1, len(indices) // (_BATCH * _STATISTICS_BATCHES))]
         for batch in self._read(spread[: _BATCH * _STATISTICS_BATCHES]):
             features = self._encode(batch)
-            self.stage.standardizer.observe(self.stage._compared(features)[0], batch.valid)
+            self.stage.standardizer.observe(self.stage.compared_features(features)[0], batch.valid)
         self.stage.standardizer.update()
         self.stage.eval()
         parts = []
@@ -193,7 +193,7 @@ class _Prober:
     @torch.no_grad()
     def _measure(self, features: GuidanceFeatures, batch: ClipBatch) -> Encoded:
         self.stage.step_log = {}
-        self.stage._feature_kl(features, batch)
+        self.stage.compare_features(features, batch)
         measured = {name: float(value) for name, value in self.stage.step_log.items()}
         measured["guidance/mapping_change_back"] = self.change_back
         pooled = {"y": features.exo, "x": features.ego, "mapped": features.mapped}
@@ -222,7 +222,7 @@ class _Prober:
             visual = features.visual[place] if features.visual.dim() else features.visual
             ego, mapped = features.ego[place], features.mapped[place]
             pair = [GuidanceFeatures(ego, exo, mapped, visual) for exo in (features.exo[place], other)]
-            y, of_other = (stage.standardizer(stage._compared(one)[0]) for one in pair)
+            y, of_other = (stage.standardizer(stage.compared_features(one)[0]) for one in pair)
         valid = torch.ones(len(rows), dtype=torch.bool, device=self.device)
         return {"other_camera": float(guidance_kl_loss(y, of_other, valid, kl.tau, kl.axis, kl.pool))}
 

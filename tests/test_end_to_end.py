@@ -214,7 +214,7 @@ def test_the_page_of_key_curves(finished):
     (page,) = json.loads(plugin.layout_impl(RequestContext(), ""))["category"]
     charts = {chart["title"]: chart["multiline"]["tag"][0] for chart in page["chart"]}
     assert len(charts) == len(page["chart"])  # the same page for all stages
-    for title, run in (("losses", "toy/stage1"), ("KL(y || F(x)), and without F", "toy/stage2")):
+    for title, run in (("losses", "toy/stage1"), ("KL(y || F(x)), and its bars", "toy/stage2")):
         tags = runs.GetAccumulator(run).Tags()["tensors"]
         assert len([tag for tag in tags if re.match(charts[title], tag)]) >= 2, title
 

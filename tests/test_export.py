@@ -20,7 +20,7 @@ from datamodules.clips.sampler import BatchRequest
 from lightning_modules import Exo2Ego
 from lightning_modules.cli import main
 from lightning_modules.config import compose
-from lightning_modules.evaluation import _trained
+from lightning_modules.evaluation import trained_run
 from lightning_modules.inference import export
 from lightning_modules.inference.description import describe
 from lightning_modules.inference.export import export_model
@@ -83,7 +83,7 @@ print(size, peak() - before)
 def run(noisy_runs, toy_runs):
     """Return the run of stage 3 as ``make evaluate`` builds it, with its training data."""
     folder = noisy_runs / "toy" / "stage3"
-    run, _ = _trained(compose(toy_runs / "toy" / "stage3" / "config.yaml", None, [f"run_dir={folder}"]))
+    run, _ = trained_run(compose(toy_runs / "toy" / "stage3" / "config.yaml", None, [f"run_dir={folder}"]))
     run.stage.configure_model()
     run.stage.eval()
     run.datamodule.setup("fit")

@@ -33,6 +33,13 @@ def checkout(tmp_path):
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def not_inside_make(monkeypatch):
+    """Hide that ``make test`` runs these tests: make hands its options and variables to every make below it."""
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def make(checkout, *words, typed=""):
     """Run make and return its status, its output and the arguments of each call of Python."""
     calls = checkout / "calls"

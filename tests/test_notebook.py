@@ -16,6 +16,8 @@ OPTIONS = 'OPTIONS = ["RUNS=runs"]'
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(TOP / "docs")  # where a notebook application starts
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    for name in ("MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"):  # of the make that runs the tests
+        monkeypatch.delenv(name, raising=False)
     content = json.loads((TOP / "docs" / "exo2ego.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in content["cells"] if cell["cell_type"] == "code"]
     short = [

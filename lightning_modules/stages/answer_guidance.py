@@ -94,7 +94,7 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         visual = model.learner_view(ego, mapped)
         losses = self._text_losses(visual, batch, answers, demonstrated)
         if exo is not None:
-            target, standardized, _ = self._feature_kl(GuidanceFeatures(ego, exo, mapped, visual), batch)
+            target, standardized, _ = self.compare_features(GuidanceFeatures(ego, exo, mapped, visual), batch)
             if self.contrastive.weight:
                 losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
         else:

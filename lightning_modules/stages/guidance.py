@@ -237,7 +237,7 @@ class DemonstratorLearnerGuidance(Stage):
         features = GuidanceFeatures(of_kl[0], exo, of_kl[1], compared)
 
         losses = {"vtg": self._generation(visual, batch)}
-        target, standardized, feature_kl = self._feature_kl(features, batch)
+        target, standardized, feature_kl = self.compare_features(features, batch)
         losses["kl"] = self._kl_weight() * self.kl_loss(features, batch, feature_kl)
         if self.contrastive.weight:
             losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
@@ -268,14 +268,14 @@ class DemonstratorLearnerGuidance(Stage):
         logits, targets = self.read_text(visual, batch)
         return self.vtg_weight * vtg_loss(logits, targets, batch.label_tokens)
 
-    def _feature_kl(self, features: GuidanceFeatures, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def compare_features(self, features: GuidanceFeatures, batch: ClipBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Compare the features; log KL(y || F(x)), KL(y || x), the bars, and the distance of F from the identity.
 
         Returns:
             Standardised y and F(x), and KL(y || F(x)).
         """
         valid, form = batch.valid, (self.kl.tau, self.kl.axis, self.kl.pool)
-        exo, mapped, ego = self._compared(features)
+        exo, mapped, ego = self.compared_features(features)
         self.standardizer.observe(exo, valid)
         target, standardized, unmapped = (self.standardizer(feature) for feature in (exo, mapped, ego))
         kl = guidance_kl_loss(target, standardized, valid, *form)
@@ -295,7 +295,7 @@ class DemonstratorLearnerGuidance(Stage):
             self.kl_bars.observe(log_p, valid)
         return target, standardized, kl
 
-    def _compared(self, features: GuidanceFeatures) -> tuple[Tensor, Tensor, Tensor]:
+    def compared_features(self, features: GuidanceFeatures) -> tuple[Tensor, Tensor, Tensor]:
         """Return y, F(x) and x, float [B, T, h, w, C], or their visual tokens as [B, 1, 1, N, D]."""
         if self.kl.where != "tokens":
             return features.exo, features.mapped, features.ego
