@@ -52,19 +52,24 @@ def one_clip():
     return ClipBatch(batch.ids[:1], text, 3.0, batch.ego_video[:1], batch.exo_video[:1], valid=batch.valid[:1])
 
 
+def counted_flops(stage, batch):
+    """Operations of a real forward and backward pass."""
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know that fused kernel
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
+            sum(stage.losses(batch).values()).backward()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    return counter.get_total_flops()
+
+
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
 def test_operations_are_those_of_a_real_step(toy_tokenizer, name):
     real = tiny.make_stage(name, toy_tokenizer)
     real.configure_model()
     real.train()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know that fused kernel
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
-            sum(real.losses(one_clip()).values()).backward()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
     planned = plan_stage(config(name), tiny.make_stage(name, toy_tokenizer))
-    assert planned.flops == counter.get_total_flops()
+    assert planned.flops == counted_flops(real, one_clip())
     assert planned.flops < planned.flops_recomputed < 4 / 3 * planned.flops
 
 
@@ -89,13 +94,7 @@ def test_operations_of_a_kl_on_answers_are_those_of_a_real_step(toy_tokenizer):
         assumed = PlanConfig(**config("stage2")["plan"])
         batch.prompt = torch.full((assumed.text_tokens - assumed.label_tokens + 1,), 5)
         batch.prompt[0] = VIDEO_TOKEN_ID
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
-                sum(real.losses(batch).values()).backward()
-        finally:
-            torch.backends.mha.set_fastpath_enabled(True)
-        counted[narrated] = counter.get_total_flops()
+        counted[narrated] = counted_flops(real, batch)
     narrated, mixed = (planned_answers(toy_tokenizer, fraction) for fraction in (1.0, 0.25))
     assert narrated.flops == counted[True]
     # The last token of a caption is not read, and a row of one clip is not padded.
@@ -114,15 +113,9 @@ def test_stored_answers_cost_no_demonstrator(toy_tokenizer):
     batch.exo_video = None
     likeliest, log_probs = torch.zeros(3, 3, dtype=torch.int64), torch.zeros(3, 3)
     batch.demonstration = Demonstration(batch.text, likeliest, log_probs, log_probs[:, 0])
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter:
-            sum(real.losses(batch).values()).backward()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
     sharded = config("stage2", trainer={"devices": 2, "strategy": "fsdp2"})
     planned = plan_stage(sharded, tiny.make_stage("answers", toy_tokenizer, **stored))
-    assert planned.flops == counter.get_total_flops()
+    assert planned.flops == counted_flops(real, batch)
     assert planned.gathers == 2
     assert "exo_encoder" not in planned.parts and "exo_projector" not in planned.parts
 

@@ -32,6 +32,7 @@ from lightning_modules.inference.source_files import write_source_files
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.lora import merge_lora, save_peft_adapter
 from lightning_modules.weights.exported import MODEL_TYPE, stored_name
+from lightning_modules.weights.tensors import use_mode_of
 from lightning_modules.weights.videollama2 import videollama2_settings, videollama2_tensors
 
 MAX_NEW_TOKENS = 128
@@ -71,9 +72,7 @@ def export_model(source: str | Path, out: Path, to: str = "hf", merge: bool = Tr
         _write_videollama2(new, model, files)
     else:
         _write_transformers(new, model, files, merge)
-    mode = (new / "tokenizer_config.json").stat().st_mode
-    for file in new.rglob("*.safetensors"):  # safetensors makes files that only their owner can read
-        file.chmod(mode)
+    use_mode_of(new / "tokenizer_config.json", new)
     os.replace(new, out)
     print(f"{out} is complete; `hf upload owner/name {out}` publishes it")
 

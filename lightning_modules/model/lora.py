@@ -143,10 +143,8 @@ def save_peft_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{_PEFT_PREFIX}{name}{_PEFT_SUFFIX}": tensor for name, tensor in adapters.items()}
-    weights, described = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    described.write_text(json.dumps(settings, indent=2) + "\n")
-    weights.chmod(described.stat().st_mode)  # safetensors makes files that only their owner can read
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def from_peft_name(name: str) -> str:

@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -196,12 +196,10 @@ def find_video(root: Path | None, name: str) -> Path:
         raise BadRequest("video_url: addresses are not read: send the video as data URL, or name a path below the root")
     if root is None:
         raise BadRequest("video_url: this server reads no files: send the video as data URL, data:video/mp4;base64,...")
-    try:
+    with suppress(OSError, ValueError, RuntimeError):  # too long, a zero byte, or links in a circle
         path = (root / name).resolve()
         if path.is_relative_to(root) and path.is_file():
             return path
-    except (OSError, ValueError, RuntimeError):
-        pass  # too long, a zero byte, or links in a circle
     raise BadRequest(f"video_url: {shown(name)}: no such file below the root of this server: correct the path", 404)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.model.lora import LoRAConfig, from_peft_name, save_peft_adapter
-from lightning_modules.weights.tensors import FoundWeights, WeightsError, file_digest, open_tensors, sync
+from lightning_modules.weights.tensors import FoundWeights, WeightsError, file_digest, open_tensors, sync, use_mode_of
 
 FORMAT = 1
 ADAPTER = "adapter"
@@ -153,8 +153,7 @@ def write_stage_weights(
     }
     manifest_file = new / "manifest.json"
     manifest_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for file in new.rglob("*.safetensors"):  # safetensors makes files that only their owner can read
-        file.chmod(manifest_file.stat().st_mode)
+    use_mode_of(manifest_file, new)
     for path in [*new.rglob("*"), new]:
         sync(path)
 

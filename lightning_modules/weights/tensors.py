@@ -29,6 +29,16 @@ _WEIGHT_FILES = (
 )
 
 
+def use_mode_of(file: Path, folder: Path) -> None:
+    """Give all safetensors files below a folder the mode of a file that follows the umask.
+
+    safetensors makes files that only their owner can read.
+    """
+    mode = file.stat().st_mode
+    for weights in folder.rglob("*.safetensors"):
+        weights.chmod(mode)
+
+
 class WeightsError(ValueError):
     """Weights are missing or do not fit; the message names the place, the problem and how to fix it."""
 
