@@ -119,7 +119,7 @@ class ByRank(IterableDataset):
 
 def test_ranks_are_counted_together(toy_tokenizer, tmp_path):
     stage = tiny.make_stage("stage3", toy_tokenizer, network=tiny.network(dropout=0.0))
-    options = {"devices": 2, "strategy": "ddp_fork", "max_steps": 1, "callbacks": [TrainingMonitor(every_n_steps=1)]}
+    options = {"devices": 2, "strategy": "ddp_spawn", "max_steps": 1, "callbacks": [TrainingMonitor(every_n_steps=1)]}
     (written,) = curves(tmp_path, stage, ByRank(), **options)
     assert [written[f"data/share_{name}"] for name in NAMES] == [2 / 4, 1 / 4, 1 / 4]
     alone = tiny.make_stage("stage3", toy_tokenizer, network=tiny.network(dropout=0.0))
