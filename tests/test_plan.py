@@ -381,3 +381,13 @@ def test_bytes_of_quantised_weights_and_moments(seven_b, override, expected):
     trained = sum(p.numel() for p in stage.model.part("projector").values())
     frozen = sum(p.numel() for part in ("exo_encoder", "language_model") for p in stage.model.part(part).values())
     assert _state_bytes(stage, trained, frozen, "auto", 1)[0] == pytest.approx(expected, rel=0.001)
+
+
+@pytest.mark.slow
+def test_the_small_experiment_fits_cards_of_8_and_24_gb():
+    configuration = compose(tiny.EXPERIMENTS / "exo2ego_small", "stage2")
+    plan = plan_stage(configuration, build_stage(configuration))
+    memory = configuration["plan"]["gpu_memory_gib"]
+    plan.require_fit(memory)
+    assert memory < 8 and plan.checkpointing == plan.least_recomputation(memory) != ()
+    assert plan.least_recomputation(23.5) == ()  # on 24 GB, nothing is recomputed
