@@ -423,6 +423,17 @@ def test_every_experiment_binds_to_its_classes(toy_world, tmp_path, experiment, 
             assert handoff or re.fullmatch(r"weights/[\w.-]+/[\w.-]+|open_clip:[\w-]+/\w+", source)
 
 
+def test_the_full_size_experiment_trains_what_the_paper_writes():
+    two, three = (compose(tiny.EXPERIMENTS / "exo2ego_7b", stage) for stage in ("stage2", "stage3"))
+    of_two, of_three = two["model"]["init_args"], three["model"]["init_args"]
+    assert two["network"]["mapper"] | {"residual": False, "num_blocks": 9} == two["network"]["mapper"]
+    assert not {"ego_to_exo", "exo_to_ego"} & of_two["init"].keys()  # F and G from random weights
+    assert of_two["init"]["ego_encoder"] == two["start"]["encoder"]
+    assert set(of_two["train"]) == {"ego_encoder", "ego_to_exo", "exo_to_ego"}
+    assert set(of_three["train"]) == {"ego_encoder", "ego_to_exo", "lora"}
+    assert not {"kl", "cycle"} & of_two.keys()  # the KL of features and both cycles are the defaults of the class
+
+
 def test_a_shared_key_reaches_everything_that_depends_on_it(toy_world, tmp_path):
     before = compose(TOY, "stage2", overrides(toy_world))
     changes = ["clips.image_size=64", "clips.num_frames=6", f"runs={tmp_path}", "seed_everything=11"]
