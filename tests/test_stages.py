@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -279,6 +280,30 @@ def test_detached_inputs_keep_guidance_out_of_the_ego_encoder_and_change_no_valu
 def test_the_kl_of_answers_cannot_be_kept_out_of_the_ego_encoder(toy_tokenizer):
     with pytest.raises(ValueError, match=r"model.kl.detach_input: .* set it to false"):
         tiny.make_stage("answers", toy_tokenizer, kl=KLConfig(detach_input=True))
+
+
+def test_features_teach_f_alone_while_answers_teach_the_learner(toy_tokenizer):
+    kl = KLConfig(pool="all", detach_input=True)
+    stage = guided(toy_tokenizer, "answers", kl=kl, feature_weight=10.0, cycle=CycleConfig(detach_input=True))
+    batch = tiny.clip_batch()
+    losses = stage.losses(batch)
+    assert losses.keys() == {"vtg", "kl", "kl_features", "cycle"}
+    assert losses["kl_features"].item() == pytest.approx(10 * stage.step_log["guidance/kl"].item())
+    assert losses["kl"].item() == pytest.approx(stage.step_log["guidance/kl_answers"].item())
+    for name, expected in (("kl", {"ego_encoder", "ego_to_exo"}), ("kl_features", {"ego_to_exo"})):
+        reached = set()
+        for part in ("ego_encoder", "ego_to_exo", "exo_to_ego"):
+            weights = list(stage.model.part(part).values())
+            gradients = torch.autograd.grad(losses[name], weights, retain_graph=True, allow_unused=True)
+            if any(gradient is not None and gradient.any() for gradient in gradients):
+                reached.add(part)
+        assert reached == expected, name
+    only_logged = guided(toy_tokenizer, "answers", kl=KLConfig(pool="all"))
+    assert "kl_features" not in only_logged.losses(batch)
+    worse = {"guidance/gain_over_mean": -0.1}
+    assert stage.remarks(worse) and not only_logged.remarks(worse)
+    with pytest.raises(ValueError, match="exo video, which this stage needs"):
+        stage.losses(replace(batch, exo_video=None))
 
 
 BARS = {"guidance/kl_uniform", "guidance/kl_mean", "guidance/gain_over_mean", "guidance/mapping_change_back"}

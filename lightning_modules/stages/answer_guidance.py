@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from datamodules.batch import IGNORE_INDEX, ClipBatch, TextBatch
 from lightning_modules.losses import NextTokens, answer_kl_loss, vtg_loss
-from lightning_modules.stages.guidance import DemonstratorLearnerGuidance, GuidanceFeatures, mapping_change
+from lightning_modules.stages.guidance import DemonstratorLearnerGuidance, mapping_change
 from lightning_modules.strategy import gathered
 
 
@@ -28,9 +28,11 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
 
     The projector trains on x and F(x), so that y means less and less to it. ``init.exo_projector`` names the projector
     of stage 1; y then passes through that one. ``kl.weight``, ``kl.tau`` and ``kl.warmup_fraction`` apply to this
-    KL; the other settings of ``kl`` to the KL of features, which is only logged.
+    KL; the settings of ``kl`` other than its weight to the KL of features, which is only logged unless it has a
+    weight of its own: answers teach what to say about x and F(x), and features teach F to map.
 
     Args:
+        feature_weight: of the KL of features, in addition to that of answers.
         answer_tokens: longest caption.
         demonstrations: folder of the demonstrator's answers, computed once by ``make demonstrate``, from which batches
             take them. The demonstrator then does not run: neither its projector and its pass through the language
@@ -40,24 +42,30 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         **guidance: arguments of ``DemonstratorLearnerGuidance``.
 
     Raises:
-        ValueError: with ``demonstrations``, y would pass through a projector that trains; or ``kl.detach_input``.
+        ValueError: with ``demonstrations``, y would pass through a projector that trains; or ``kl.detach_input``
+            without ``feature_weight``.
     """
 
     projects_exo = True
-    guides_by_features = False
 
     def __init__(
-        self, answer_tokens: int = 16, demonstrations: str | None = None, top_k: int = 64, **guidance: Any
+        self,
+        feature_weight: float = 0.0,
+        answer_tokens: int = 16,
+        demonstrations: str | None = None,
+        top_k: int = 64,
+        **guidance: Any,
     ) -> None:
         super().__init__(**guidance)
         for key, number in (("answer_tokens", answer_tokens), ("top_k", top_k)):
             if number < 1:
                 raise ValueError(f"model.{key}: got {number}, allowed: 1 or more")
-        if self.kl.detach_input:
+        if self.kl.detach_input and not feature_weight:
             raise ValueError(
                 "model.kl.detach_input: the KL of answers and video-text generation are read from one pass on x and "
-                "F(x), so that both train the ego encoder: set it to false"
+                "F(x), so that both train the ego encoder: set it to false, or model.feature_weight above 0"
             )
+        self.feature_weight = feature_weight
         self.answer_tokens, self.demonstrations, self.top_k = answer_tokens, demonstrations, top_k
         if demonstrations is not None:
             self._leave_demonstrator_out()
@@ -69,10 +77,15 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
                 "model.demonstrations: y passes through the projector that trains on x and F(x), so that its answers "
                 "change: set model.init.exo_projector to the projector of stage 1, or demonstrations to null"
             )
-        reads_exo = self.contrastive.weight or (self.cycle.weight and self.cycle.backward)
+        reads_exo = self.feature_weight or self.contrastive.weight or (self.cycle.weight and self.cycle.backward)
         replaced = {"exo_projector"} if reads_exo else {"exo_projector", "exo_encoder"}
         self.uses = tuple(part for part in self.uses if part not in replaced)
         self.init = {part: sources for part, sources in self.init.items() if part not in replaced}
+
+    @property
+    def guides_by_features(self) -> bool:
+        """True if the KL of features is a loss, and not only logged."""
+        return self.feature_weight > 0
 
     @property
     def encodes_exo(self) -> bool:
@@ -80,8 +93,8 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         return "exo_encoder" in self.uses
 
     def losses(self, batch: ClipBatch) -> dict[str, Tensor]:
-        """Return video-text generation on x and F(x), KL of answers and cycle consistency."""
-        if self.demonstrations is None and batch.exo_video is None:
+        """Return video-text generation on x and F(x), KL of answers and of features, and cycle consistency."""
+        if self.demonstrations is None and batch.exo_video is None and not self.feature_weight:
             return super().losses(batch)
         model = self.model
         ego = model.ego_encoder(self.video_of(batch, "ego"))
@@ -93,14 +106,17 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         answers, demonstrated = self._demonstrated(exo, batch)
         visual = model.learner_view(ego, mapped)
         losses = self._text_losses(visual, batch, answers, demonstrated)
-        if exo is not None:
-            target, standardized, _ = self.compare_features(GuidanceFeatures(ego, exo, mapped, visual), batch)
+        if exo is None:
+            self.step_log["guidance/mapping_change"] = mapping_change(ego, mapped, batch.valid)
+            _, of_cycle = self._guided_inputs(ego, mapped)
+        else:
+            features, of_cycle = self.guided_features(ego, exo, mapped, visual)
+            target, standardized, feature_kl = self.compare_features(features, batch)
+            if self.feature_weight:
+                losses["kl_features"] = self.feature_weight * self._rise() * feature_kl
             if self.contrastive.weight:
                 losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
-        else:
-            self.step_log["guidance/mapping_change"] = mapping_change(ego, mapped, batch.valid)
         if self.cycle.weight:
-            _, of_cycle = self._guided_inputs(ego, mapped)
             losses["cycle"] = self.cycle.weight * self._cycles(*of_cycle, exo, batch.valid)
         return losses
 
@@ -141,7 +157,7 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         kl = answer_kl_loss(demonstrated, logits, clip, len(tokens), self.kl.tau)
         self.step_log["guidance/kl_answers"] = kl.detach()
         vtg = vtg_loss(logits, targets, batch.label_tokens)
-        return {"vtg": self.vtg_weight * vtg, "kl": self._kl_weight() * kl}
+        return {"vtg": self.vtg_weight * vtg, "kl": self.kl.weight * self._rise() * kl}
 
     @torch.no_grad()
     def demonstrate(self, exo: Tensor, batch: ClipBatch) -> tuple[TextBatch, NextTokens]:

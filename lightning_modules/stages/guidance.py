@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -143,8 +143,6 @@ class DemonstratorLearnerGuidance(Stage):
     optional = ("exo_projector",)
     trains = ("ego_encoder", "projector", "ego_to_exo", "exo_to_ego")
     views = ("ego",)
-    guides_by_features: ClassVar[bool] = True
-    """True if the KL of features is a loss, and not only logged."""
 
     def __init__(
         self,
@@ -174,6 +172,11 @@ class DemonstratorLearnerGuidance(Stage):
     def projects_exo(self) -> bool:
         """True if y passes through a projector."""
         return self.kl.where == "tokens"
+
+    @property
+    def guides_by_features(self) -> bool:
+        """True if the KL of features is a loss, and not only logged."""
+        return self.kl.weight > 0
 
     def attach(self, model: Exo2EgoModel) -> None:
         """Set the model, and add the statistics that standardise the features of the KL and of the cycles."""
@@ -208,7 +211,7 @@ class DemonstratorLearnerGuidance(Stage):
         change, gain = values.get("guidance/mapping_change"), values.get("guidance/gain_over_mean")
         if change is not None and change < _LEAST_CHANGE:
             found.append(f"F changes x by {100 * change:.1f} % of its norm: F(x) is nearly x, so that x is read twice")
-        if gain is not None and gain <= 0 and self.kl.weight and self.guides_by_features:
+        if gain is not None and gain <= 0 and self.guides_by_features:
             found.append(
                 f"KL(y || F(x)) is {-gain:.3f} above the KL to the mean of y at each position: F(x) tells less about y "
                 "than a constant does"
@@ -231,19 +234,29 @@ class DemonstratorLearnerGuidance(Stage):
             exo = model.exo_encoder(batch.exo_video)  # paper: y
         mapped = model.ego_to_exo(ego)  # paper: F(x)
         visual = model.learner_view(ego, mapped)
-        of_kl, of_cycle = self._guided_inputs(ego, mapped)
-        read_again = self.kl.detach_input and self.kl.where == "tokens"
-        compared = model.learner_view(*of_kl) if read_again else visual
-        features = GuidanceFeatures(of_kl[0], exo, of_kl[1], compared)
-
+        features, of_cycle = self.guided_features(ego, exo, mapped, visual)
         losses = {"vtg": self._generation(visual, batch)}
         target, standardized, feature_kl = self.compare_features(features, batch)
-        losses["kl"] = self._kl_weight() * self.kl_loss(features, batch, feature_kl)
+        losses["kl"] = self.kl.weight * self._rise() * self.kl_loss(features, batch, feature_kl)
         if self.contrastive.weight:
             losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
         if self.cycle.weight:
             losses["cycle"] = self.cycle.weight * self._cycles(*of_cycle, exo, batch.valid)
         return losses
+
+    def guided_features(
+        self, ego: Tensor, exo: Tensor, mapped: Tensor, visual: Tensor
+    ) -> tuple[GuidanceFeatures, tuple[Tensor, Tensor]]:
+        """Return the features that the KL compares, and x and F(x) for the cycles, detached from x as configured.
+
+        Args:
+            ego, exo, mapped: x, y and F(x), float [B, T, h, w, C].
+            visual: visual tokens of x and F(x), float [B, N, D].
+        """
+        of_kl, of_cycle = self._guided_inputs(ego, mapped)
+        read_again = self.kl.detach_input and self.kl.where == "tokens"
+        compared = self.model.learner_view(*of_kl) if read_again else visual
+        return GuidanceFeatures(of_kl[0], exo, of_kl[1], compared), of_cycle
 
     def _guided_inputs(self, ego: Tensor, mapped: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Return x and F(x) for the KL, and for the cycles; F runs once more on x without its gradient if asked to."""
@@ -310,9 +323,10 @@ class DemonstratorLearnerGuidance(Stage):
         number = torch.tensor([clips[name] for name in batch.ids]).to(batch.valid.device, non_blocking=True)
         return contrastive_loss(target, mapped, batch.valid, number != number[:, None], self.contrastive.tau)
 
-    def _kl_weight(self) -> float:
+    def _rise(self) -> float:
+        """Return the factor on the weight of the KL, which rises to 1 during the warm-up."""
         rising = self.kl.warmup_fraction * self.total_steps() if self.kl.warmup_fraction else 0.0
-        return self.kl.weight * min(1.0, (self.trainer.global_step + 1) / (rising + 1)) if rising else self.kl.weight
+        return min(1.0, (self.trainer.global_step + 1) / (rising + 1)) if rising else 1.0
 
     def _cycles(self, ego: Tensor, mapped: Tensor, exo: Tensor | None, valid: Tensor) -> Tensor:
         """Return the sum of the directions: G(F(x)) against x, F(G(y)) against y, for which y must be there."""
