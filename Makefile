@@ -66,6 +66,9 @@ STAGE0_IF_MISSING = test -f $(RUN)/stage0/handoff/manifest.json || { set -- $(AR
     *) set -- "$$@" "$$word";; esac; done; \
   echo "No stage 0 in" $(RUN)": it runs first"; set -x; $(FIT) stage0 runs=$(call path,$(RUNS)) "$$@"; }
 CHECK_PORT = @case '$(PORT)' in ''|*[!0-9]*|??????*) echo "error: PORT: got $(PORT), expected a number such as PORT=6006"; exit 2;; esac
+# What is misspelt in ARGS is refused before a world is generated for it.
+CHECK_KEYS = @for stage in $(filter stage%,$(MAKECMDGOALS)); do \
+  $(PYTHON) -m lightning_modules check experiments/$(NAME) $$stage $(OPTIONS) || exit; done
 # FILES are words of the shell, such as data/*.jsonl, or one path with spaces.
 FILE_LIST = if test -e $(call path,$(FILES)); then set -- $(call path,$(FILES)); else eval set -- $(call path,$(FILES)); fi
 # Experiments on a generated world generate it first.
@@ -116,9 +119,11 @@ existing-environment:
 data: $(TOY) ## generate the default dataset
 
 $(TOY): | $(READY)
+	$(CHECK_KEYS)
 	$(PYTHON) -m datamodules.toy_world --root data/toy
 
 $(FAIR): | $(READY)
+	$(CHECK_KEYS)
 	$(PYTHON) -m datamodules.toy_world --root data/fair --preset fair --train-takes 330 --val-takes 100
 
 data/fair_quick/ego_exo_clip/index.json: | $(READY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, TextBatch
 from datamodules.io.conversation import VIDEO_TAG, Turn
-from datamodules.io.hub import use_cache_without_network
+from datamodules.io.hub import download_command, is_hub_name, use_cache_without_network
 
 
 def _template(question: str, answer: str) -> str:
@@ -40,7 +39,6 @@ _TEMPLATES = {
     "plain": _PLAIN,
 }
 _UNKNOWN_SHOWN = 8
-_HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 _ANSWER = "\ue000{}\ue001"  # stands for an answer in a rendered template; private characters, refused in texts
 
 
@@ -123,30 +121,8 @@ class EncodedText:
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-def is_hub_name(name: str) -> bool:
-    """Return True if a name means a repository of the Hugging Face hub: ``owner/name``, and no such folder exists.
-
-    Every other name means a local folder, for which the network is not used.
-    """
-    return re.fullmatch(_HUB_NAME, name, re.ASCII) is not None and not Path(name).is_dir()
-
-
-def download_command(path: Path) -> str | None:
-    """Return the command that downloads a repository of the Hugging Face hub to the folder ``.../<owner>/<name>``.
-
-    Returns:
-        None if the folder's last two components do not look like a repository's. They do below a folder ``weights``;
-        elsewhere the name needs a capital, a hyphen or a dot, which folders that this project writes lack.
-    """
-    repository = "/".join(path.parts[-2:])
-    released = path.parts[-3:-2] == ("weights",) or re.search("[A-Z.-]", path.name)
-    if not (released and re.fullmatch(_HUB_NAME, repository, re.ASCII)):
-        return None
-    return f".venv/bin/hf download {repository} --local-dir {shlex.quote(str(path))}"
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a Hugging Face tokenizer from a local folder or by its hub name, see ``is_hub_name``.
+    """Load a Hugging Face tokenizer from a local folder or by its hub name, see ``datamodules.io.hub.is_hub_name``.
 
     Raises:
         ValueError: the folder is missing or holds no valid tokenizer, the hub cannot be reached or has no repository

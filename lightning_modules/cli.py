@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from datamodules.io.hub import is_hub_name
 from datamodules.io.processes import start_server
 from lightning_modules.config import Composition, ConfigError, compose, read_layers, stage_names
 from lightning_modules.early_check import check_early
@@ -77,6 +78,11 @@ def show(options: argparse.Namespace) -> None:
 
     print(dump_yaml(complete(config)), end="")
     build(config)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Check what `fit` is given, as far as that is possible within a second; `show` checks everything."""
+    check_early(_read_layers(options).resolve(), "check")
 
 
 def keys(options: argparse.Namespace) -> None:
@@ -171,6 +177,7 @@ def score(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     """Ask a trained model about a video, interactively without --question."""
+    _require_files(options)
     _silence_warnings()
     from lightning_modules.inference.api import Exo2Ego
     from lightning_modules.inference.terminal import ask
@@ -181,6 +188,7 @@ def chat(options: argparse.Namespace) -> None:
 
 def describe(options: argparse.Namespace) -> None:
     """Narrate a video of any length with time stamps, optionally as subtitles."""
+    _require_files(options)
     _silence_warnings()
     from lightning_modules.inference.api import CAPTION, Exo2Ego
     from lightning_modules.inference.terminal import check_subtitles, narrate
@@ -194,6 +202,7 @@ def describe(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a trained model as a folder for transformers, PEFT or VideoLLaMA2."""
+    _require_files(options)
     from lightning_modules.inference.export import export_model
 
     _silence_warnings()
@@ -202,6 +211,7 @@ def export(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve a trained model over HTTP, in the form of OpenAI's chat completions."""
+    _require_files(options)
     _silence_warnings()
     try:
         import starlette  # noqa: F401
@@ -223,6 +233,7 @@ _VERBS = (
     evaluate,
     demonstrate,
     show,
+    check,
     keys,
     plan,
     probe,
@@ -300,11 +311,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
     """Declare the options of a single verb."""
-    if verb in ("fit", "evaluate"):
+    if verb in ("fit", "check", "evaluate"):
         command.add_argument(
             "--single-inputs", action="store_true", help="also answer from x alone and from F(x) alone"
         )
-    if verb == "fit":
+    if verb in ("fit", "check"):
         command.add_argument("--force", action="store_true", help="train from scratch, discarding an earlier run")
     if verb == "demonstrate":
         command.add_argument("--force", action="store_true", help="discard demonstrations that exist")
@@ -402,6 +413,18 @@ def _check_then_import(config: dict[str, Any], verb: str) -> None:
     """
     check_early(config, verb)
     _silence_warnings()
+
+
+def _require_files(options: argparse.Namespace) -> None:
+    """Refuse a model or a video that is not there before torch is imported and the model read.
+
+    Raises:
+        ValueError: it names the argument.
+    """
+    if not Path(options.model).is_dir() and not is_hub_name(options.model):
+        raise ValueError(f"{options.model}: no such folder: name a run, an exported folder, or owner/name on the hub")
+    if "video" in options and not Path(options.video).exists():
+        raise ValueError(f"{options.video}: no such file: name a video, or a folder of images")
 
 
 def _silence_warnings() -> None:

@@ -23,8 +23,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from datamodules.clips.datamodule import ClipDataModule
 from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench.config import EgoBenchConfig
-from datamodules.io.hub import use_cache_without_network
-from datamodules.text import is_hub_name
+from datamodules.io.hub import is_hub_name, use_cache_without_network
 from lightning_modules.callbacks.checkpoint import CheckpointFolders
 from lightning_modules.callbacks.defaults import default_callbacks
 from lightning_modules.callbacks.progress import StageProgress

@@ -14,15 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.io import hub
-from datamodules.text import (
-    EncodedText,
-    PromptConfig,
-    TextEncoder,
-    UnusableText,
-    download_command,
-    is_hub_name,
-    load_tokenizer,
-)
+from datamodules.io.hub import download_command, is_hub_name
+from datamodules.text import EncodedText, PromptConfig, TextEncoder, UnusableText, load_tokenizer
 
 QUESTION, ANSWER = "What does the camera-wearer do?", "picks up"
 SECOND = ("Which hand does the camera-wearer use?", "left")

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datamodules.clips.dataset import ClipConfig
-from datamodules.text import CHAT, PromptConfig, is_hub_name
+from datamodules.io.hub import is_hub_name
+from datamodules.text import CHAT, PromptConfig
 from lightning_modules.model.exo2ego import PARTS, NetworkConfig
 from lightning_modules.model.language_model import LanguageModelConfig, transformers_config
 from lightning_modules.weights.clip import OPEN_CLIP

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 
-from datamodules.text import TextEncoder, is_hub_name, load_tokenizer
+from datamodules.io.hub import is_hub_name
+from datamodules.text import TextEncoder, load_tokenizer
 from lightning_modules.config import compose
 from lightning_modules.inference.description import (
     FROZEN,

@@ -18,8 +18,7 @@ import open_clip
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from torch import Tensor
 
-from datamodules.io.hub import use_cache_without_network
-from datamodules.text import download_command
+from datamodules.io.hub import download_command, use_cache_without_network
 from lightning_modules.model.encoders import EncoderConfig
 from lightning_modules.model.exo2ego import NetworkConfig
 from lightning_modules.weights.tensors import (

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from datamodules.io.hub import use_cache_without_network
-from datamodules.text import download_command, is_hub_name
+from datamodules.io.hub import download_command, is_hub_name, use_cache_without_network
 from lightning_modules.model.exo2ego import PARTS, NetworkConfig
 from lightning_modules.weights.clip import OPEN_CLIP, download_open_clip, find_clip, find_open_clip
 from lightning_modules.weights.exported import find_exported
