@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import ClipConfig, InstructionDataModule
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
+from datamodules.text import TextEncoder
 from lightning_modules import OptimConfig
 from lightning_modules.callbacks.checkpoint import (
     CheckpointError,
@@ -151,6 +152,12 @@ def test_adapters_change_nothing_before_training(toy_tokenizer):
     bare = QAEvaluator(plain, stage.tokenizer, stage.views)
     assert bare.generate(batch.text, visual) == adapted.generate(batch.text, visual)
     assert bare.score(batch.text, visual) == adapted.score(batch.text, visual)
+
+
+def test_validation_may_have_choices_alone(toy_tokenizer):
+    stage = tiny.make_stage("stage3", toy_tokenizer)
+    stage.configure_model()
+    assert stage.evaluator.generate(TextEncoder.batch([]), torch.zeros(0, 4, stage.model.language_model.dim)) == []
 
 
 def test_parameters_without_gradient_are_reported_once(toy_tokenizer):

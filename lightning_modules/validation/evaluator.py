@@ -59,6 +59,8 @@ class QAEvaluator:
             prompts: R rows that end where the answer begins.
             visual: float [R, N, D], the clip of each row.
         """
+        if not len(prompts.input_ids):
+            return []
         eos = int(self.tokenizer.eos_token_id)
         ids = self.model.language_model.generate(
             prompts.input_ids, prompts.attention_mask, visual, MAX_ANSWER_TOKENS, eos, eos

@@ -1,10 +1,10 @@
-"""Released CLIP and SigLIP vision towers, as open_clip and as transformers store them.
+"""Released vision towers of open_clip, and CLIP's as transformers stores it.
 
-====================================  ==================================================
+====================================  ===========================================================================
 ``open_clip_config.json``             CLIP or SigLIP as open_clip stores it
 ``open_clip:<model>/<tag>``           the same, by open_clip's names, downloaded once into its cache
-``config.json``, ``clip*``            CLIP as transformers stores it
-====================================  ==================================================
+``config.json``, ``clip*``            CLIP as transformers stores it; for others see ``transformers_vision.py``
+====================================  ===========================================================================
 """
 
 from __future__ import annotations
@@ -104,13 +104,8 @@ def find_clip(release: Release, part: str, network: NetworkConfig) -> FoundWeigh
     """Find the tower in a CLIP model of transformers; None for other formats.
 
     Raises:
-        WeightsError: the tower is of another form than ``network.encoder``, or SigLIP's.
+        WeightsError: the tower is of another form than ``network.encoder``.
     """
-    if "siglip" in release.kind:
-        raise WeightsError(
-            f"{release.where}: SigLIP as transformers stores it cannot be read. "
-            "Give its open_clip form, a folder of timm/..., instead."
-        )
     if not release.kind.startswith("clip"):
         return None
     if part not in ENCODERS:

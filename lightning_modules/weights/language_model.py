@@ -11,9 +11,9 @@ from lightning_modules.weights.tensors import FoundWeights, Release
 def find_language_model(release: Release, part: str) -> FoundWeights:
     """Find the language model in a folder of transformers, of any type of causal language model."""
     if release.kind in CONFIG_MAPPING and release.kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        fix = (
-            "give a causal language model" if part == "language_model" else "give CLIP or SigLIP weights for an encoder"
-        )
+        fix = "give CLIP, SigLIP or DINO weights for an encoder"
+        if part == "language_model":
+            fix = "give a causal language model"
         return release.found(part, {}, f"holds a {release.kind} model, no {part}: {fix}")
     if part != "language_model":
         return release.found(part, {}, f"holds a language model ({release.kind}), no {part}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -10,13 +9,8 @@ from torch import Tensor, nn
 
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.quantize import Quantization, quantize_linears
+from lightning_modules.weights.positions import PATCH_FILTERS, square_side
 from lightning_modules.weights.tensors import FoundWeights, WeightsError
-
-_POSITIONS = {
-    "tower.positional_embedding": "tower.conv1.weight",
-    "tower.pos_embed": "tower.patch_embed.proj.weight",
-}
-"""Positions of the built-in encoders, and the patch filters whose size they go with."""
 
 
 def require_fit(found: FoundWeights, parameters: Mapping[str, Tensor]) -> None:
@@ -53,18 +47,18 @@ def _fix_of_resolution(found: FoundWeights, parameters: Mapping[str, Tensor]) ->
     if found.tensors.keys() != set(parameters):
         return None
     wrong = [name for name, tensor in found.tensors.items() if tuple(parameters[name].shape) != tensor.shape]
-    if len(wrong) != 1 or wrong[0] not in _POSITIONS:
+    if len(wrong) != 1 or wrong[0] not in PATCH_FILTERS:
         return None
     stored, ours = found.tensors[wrong[0]].shape, tuple(parameters[wrong[0]].shape)
-    patch = parameters[_POSITIONS[wrong[0]]].shape[-1]
+    patch = parameters[PATCH_FILTERS[wrong[0]]].shape[-1]
     if stored[-1] != ours[-1]:
         return None
-    side = math.isqrt(stored[-2])  # a class token may come before the patches
-    if side**2 not in (stored[-2], stored[-2] - 1):
+    side = square_side(stored[-2])
+    if side is None:
         return None
     return (
         f"Its positions are those of frames of {side * patch} x {side * patch} pixels: set clips.image_size to "
-        f"{side * patch}"
+        f"{side * patch}, or network.encoder.resample_positions to true"
     )
 
 

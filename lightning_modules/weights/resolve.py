@@ -10,14 +10,16 @@ from huggingface_hub import snapshot_download
 
 from datamodules.io.hub import download_command, is_hub_name, use_cache_without_network
 from lightning_modules.model.exo2ego import PARTS, NetworkConfig
-from lightning_modules.weights.clip import OPEN_CLIP, download_open_clip, find_clip, find_open_clip
+from lightning_modules.weights.clip import ENCODERS, OPEN_CLIP, download_open_clip, find_clip, find_open_clip
 from lightning_modules.weights.exported import find_exported
 from lightning_modules.weights.handoff import open_stage_weights
 from lightning_modules.weights.language_model import find_language_model
+from lightning_modules.weights.positions import resample_positions
 from lightning_modules.weights.tensors import FoundWeights, WeightsError, open_release
+from lightning_modules.weights.transformers_vision import find_transformers_tower
 from lightning_modules.weights.videollama2 import find_videollama2
 
-FORMATS = (find_exported, find_open_clip, find_videollama2, find_clip)
+FORMATS = (find_exported, find_open_clip, find_videollama2, find_clip, find_transformers_tower)
 """Readers of release formats, each of which returns None for other formats. All others are language models."""
 
 
@@ -67,8 +69,12 @@ def _open_source(source: str, part: str, network: NetworkConfig) -> FoundWeights
         release = open_release(folder, f"Run `{command}`" if command else "Give a folder of released weights")
     for find in FORMATS:
         found = find(release, named, network)
-        if found is not None:
-            return replace(found, part=part)
+        if found is None:
+            continue
+        if named in ENCODERS and network.encoder.resample_positions:
+            antialias = release.kind in ("open_clip", "dinov2_with_registers")  # each as its own library does it
+            found = replace(found, tensors=resample_positions(found.tensors, network.encoder, antialias))
+        return replace(found, part=part)
     return replace(find_language_model(release, named), part=part)
 
 

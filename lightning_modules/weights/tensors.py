@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class StoredTensor:
         rows = sum(piece.shape[0] for piece in pieces)
         return cls((rows, *first.shape[1:]), lambda: torch.cat([piece.read() for piece in pieces]))
 
+    def mapped(self, shape: tuple[int, ...], change: Callable[[Tensor], Tensor]) -> StoredTensor:
+        """Return a tensor of another shape that is computed from this one when it is read."""
+        return StoredTensor(shape, lambda: change(self.read()))
+
 
 Tensors = dict[str, StoredTensor]
 
@@ -102,6 +106,7 @@ class Release:
         settings: content of the configuration file.
         tensors: by the names of the release.
         digest: of configuration and file sizes, 16 hexadecimal digits.
+        preprocessing: content of the file that describes the pixels, empty if there is none.
     """
 
     where: str
@@ -109,6 +114,7 @@ class Release:
     settings: dict[str, Any]
     tensors: Tensors
     digest: str
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
     def found(self, part: str, tensors: Tensors, note: str = "", count: int = 0) -> FoundWeights:
         """Return the tensors of a part, renamed to ours."""
@@ -138,10 +144,9 @@ def open_release(folder: Path, fix: str) -> Release:
         file = folder / "config.json"
     if not file.is_file():
         raise WeightsError(f"{file}: no such file. {fix}.")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsError(f"{file}: invalid JSON ({error}). {fix}.") from None
+    settings = _read_json(file, fix)
+    pixels = folder / "preprocessor_config.json"
+    preprocessing = _read_json(pixels, fix) if pixels.is_file() else {}
     kind = "open_clip" if file.name == "open_clip_config.json" else str(settings.get("model_type", "model"))
 
     # One file of tensors, or several with an index.
@@ -151,7 +156,15 @@ def open_release(folder: Path, fix: str) -> Release:
     weights = folder / present[0]
     tensors = open_sharded(weights, fix) if present[0] in _INDEX_FILES else open_tensors(weights, fix)
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
-    return Release(str(folder), kind, settings, tensors, release_digest(settings, files))
+    return Release(str(folder), kind, settings, tensors, release_digest(settings, files), preprocessing)
+
+
+def _read_json(file: Path, fix: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file}: invalid JSON ({error}). {fix}.") from None
+    return content
 
 
 def open_tensors(file: Path, fix: str) -> Tensors:

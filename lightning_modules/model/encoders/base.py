@@ -40,6 +40,8 @@ class EncoderConfig:
             are those stated here. None: CLIP's.
         quick_gelu: activation of OpenAI's CLIP, and so of VideoLLaMA2. False: exact GELU. Not used with `timm`, whose
             entry fixes the activation.
+        gelu_tanh: with `timm`, approximate GELU by tanh, as transformers does for SigLIP; timm's entries do not.
+        resample_positions: adapt position embeddings of released weights to `image_size`, bicubically.
         image_mean: RGB, on the 0-1 scale. CLIP's by default, whatever the tower: SigLIP's is 0.5.
         image_std: RGB, on the 0-1 scale, as `image_mean`.
         type: import path of a subclass of `VisionEncoder`, such as `my_encoder.MyEncoder`, to build instead of a
@@ -59,6 +61,8 @@ class EncoderConfig:
     image_std: tuple[float, float, float] = CLIP_STD
     type: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
+    gelu_tanh: bool = False
+    resample_positions: bool = False
 
     def __post_init__(self) -> None:
         """Refuse impossible sizes, and keys without effect."""
@@ -94,8 +98,11 @@ class EncoderConfig:
             problems.append(f"width {self.width} is not a multiple of 4")
         if self.layers < 2:
             problems.append(f"layers is {self.layers}, at least 2 are needed since the last one is not used")
-        if self.timm is not None and not is_model_in_modules(self.timm, ["vision_transformer"]):
+        known = ["eva"] if "dinov3" in (self.timm or "") else ["vision_transformer"]
+        if self.timm is not None and not is_model_in_modules(self.timm, known):
             problems.append(f"timm {self.timm!r} is no vision transformer of timm {timm.__version__}")
+        if self.gelu_tanh and (self.timm is None or known == ["eva"]):
+            problems.append("gelu_tanh goes with a vision transformer of timm, without DINOv3: set it to false")
         return problems
 
 
