@@ -428,13 +428,20 @@ RIGHT = {  # variant to right answers of four that the glasses see, by seed
 }
 
 
+METRICS = {"val/ego_choice": 0.5, "guidance/mapping_change": 0.25, "guidance/kl": 0.1, "guidance/kl_mean": 0.3}
+
+
 @pytest.fixture
 def content(waves, monkeypatch):
     parts = {"ego_encoder": {"weight": ["float32", [3, 5]]}, "lora": {"a": ["float32", [7]]}}
     monkeypatch.setattr(
         results,
         "read_manifest",
-        lambda folder: {"parts": parts, "code_version": "later" if "seed1" in str(folder) else "first"},
+        lambda folder: {
+            "parts": parts,
+            "code_version": "later" if "seed1" in str(folder) else "first",
+            "metrics": METRICS if "e_full/stage2" in str(folder) else {},
+        },
     )
     for job in (job for wave in waves for job in wave):
         for reads, folder in job.reads.items():
@@ -513,6 +520,8 @@ def test_tables(content):
     a, b, e = (content["names"][name] for name in ("a_ego_only", "b_mapping_alone", "e_full"))
     mean = cells(few, "### stage2", b, "all clips")
     assert mean[2] == "22" and "50.0 ± 211.8" in mean  # 2 of 6 and 4 of 6 right, t(1) = 12.706
+    maps = cells(stage2, "below both bars.", e)
+    assert maps[1:] == ["25.0", "0.100", "", "0.300", ""]
     difference = cells(stage2, f"Minus {b}:", e, "all clips")
     assert "**+16.7 ± 0.0**" in difference
     assert "-25.0 ± 105.9" not in difference and "-16.7 ± 211.8" in cells(stage2, f"Minus {b}:", a, "all clips")

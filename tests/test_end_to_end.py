@@ -101,6 +101,7 @@ def test_stage_leaves_what_it_trained(finished, stage):
             n: s for n, (_, s) in manifest["parts"][part].items()
         }
     assert manifest["metrics"].keys() >= {"val/ego_choice", "val/ego_loss", "val/ego_caption"}
+    assert ("guidance/mapping_change" in manifest["metrics"]) == (stage == "stage2")
 
 
 def test_stages_start_from_each_other(finished):

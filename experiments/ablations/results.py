@@ -32,6 +32,14 @@ CLIPS = {
     "hidden": "clips whose action they do not see",
 }
 READS = {"whole": "all it learned to read", "ego": "x alone", "mapped": "F(x) alone"}
+MAPPING = {
+    "mapping_change": "change of x by F, %",
+    "kl": "KL(y, F(x))",
+    "kl_without_mapping": "KL(y, x)",
+    "kl_mean": "KL(y, mean of y)",
+    "kl_answers": "KL of answers",
+}
+"""Curves at the end of stage 2 that the tables show. The KL of features is that of the variant's own form."""
 INTERVAL = (
     "Mean over seeds and its 95 % interval by Student's t; differences are taken within each seed first. Every "
     "interval stands for itself: of twenty without any effect, one excludes zero by chance. All seeds answer the same "
@@ -145,7 +153,7 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
     """
     runs: list[dict[str, Any]] = [
         {"regime": job.group, "variant": job.variant, "stage": job.stage, "seed": job.seed, "reads": reads}
-        | {"trained": _trained(job), "clips": read_scores(folder)}
+        | {"trained": _trained(job), "mapping": _mapping(job), "clips": read_scores(folder)}
         for job in jobs
         for reads, folder in job.reads.items()
     ]
@@ -179,6 +187,12 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
         "effects": effects,
         "views": views,
     }
+
+
+def _mapping(job: Job) -> dict[str, float]:
+    """Return how far F is from the identity after training, and its KL with the bars; empty without guidance."""
+    metrics = read_manifest(job.folder / "handoff").get("metrics", {})
+    return {name: metrics[f"guidance/{name}"] for name in MAPPING if f"guidance/{name}" in metrics}
 
 
 def _trained(job: Job) -> int:
@@ -253,6 +267,8 @@ def markdown(content: dict[str, Any]) -> str:
             variants = [v for r, v, s in places if (r, s) == (regime, stage)]
             others = [v for v in variants if v != content["control"]]
             lines += [f"### {stage}", "", _of_stage(content, means, regime, stage, variants), ""]
+            if stage == "stage2":
+                lines += _mappings(content, regime, variants)
             if others:
                 lines += [f"Minus {content['names'][content['control']]}:", ""]
                 lines += [_of_stage(content, effects, regime, stage, others, signed=True), ""]
@@ -284,6 +300,25 @@ def _of_stage(
             if any(cells):
                 rows.append([name, title, count, *cells])
     return markdown_table(rows, left=2)
+
+
+def _mappings(content: dict[str, Any], regime: str, variants: list[str]) -> list[str]:
+    """Format what F does at the end of training, as lines; none if nothing was measured."""
+    rows = [["", *MAPPING.values()]]
+    for variant in variants:
+        place = (regime, variant, "stage2", "whole")
+        found = [run["mapping"] for run in content["runs"] if tuple(run[key] for key in PLACE) == place]
+        cells = []
+        for name in MAPPING:
+            values = [of[name] for of in found if name in of]
+            scale, digits = (100, 1) if name == "mapping_change" else (1, 3)
+            cells.append(f"{scale * math.fsum(values) / len(values):.{digits}f}" if values else "")
+        if any(cells):
+            rows.append([content["names"][variant], *cells])
+    if len(rows) == 1:
+        return []
+    note = "F at the end of training, means over seeds. F maps if it changes x, and its KL is below both bars."
+    return [note, "", markdown_table(rows), ""]
 
 
 def _stages(content: dict[str, Any], means: _Lookup, regime: str) -> str:

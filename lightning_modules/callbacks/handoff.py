@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datamodules.clips.datamodule import ClipDataModule
 from lightning_modules.callbacks.checkpoint import stopped_early
+from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.inference.description import (
     ModelDescription,
     answering_dtype,
@@ -83,7 +84,7 @@ class StageHandoff(L.Callback):
             "config_hash": self.config_hash,
             "data_fingerprint": datamodule.fingerprint() if hasattr(datamodule, "fingerprint") else None,
             "started_from": stage.started_from(),
-            "metrics": {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")},
+            "metrics": _metrics(trainer),
         }
         more = answering_files(description, stage, unsourced) if description else None
         try:
@@ -93,6 +94,14 @@ class StageHandoff(L.Callback):
                 f"{self.folder}: the stage weights could not be written ({error}): fix this and run the stage again, "
                 "it resumes from its last checkpoint"
             ) from None
+
+
+def _metrics(trainer: L.Trainer) -> dict[str, float]:
+    """Return the last validation scores, and how the mappings stand at the end of training."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    curves = next((callback.written for callback in callbacks if isinstance(callback, TrainingMonitor)), {})
+    found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return found | {name: float(value) for name, value in curves.items() if name.startswith("guidance/")}
 
 
 def _describe(trainer: L.Trainer, stage: Stage) -> ModelDescription | None:
