@@ -14,6 +14,7 @@ from lightning_modules.egobench.loading import load_benchmarks
 from lightning_modules.egobench.predictions import BenchmarkDataModule, Predictions, predict, write_submissions
 from lightning_modules.egobench.results import score_folder, stages_table
 from lightning_modules.run import Run, build
+from lightning_modules.validation.consistency import of_all_ranks, shares
 from lightning_modules.validation.report import write_metrics, write_predictions, write_report
 from lightning_modules.validation.scores import chance_levels
 from lightning_modules.weights.handoff import read_manifest
@@ -106,16 +107,20 @@ def answer_validation(run: Run, step: int) -> None:
         return
     run.trainer.test(run.stage, datamodule=run.datamodule, verbose=False)
     scores, predictions = run.stage.results.means_and_counts(), run.stage.results.all_predictions()
+    comparisons = of_all_ranks(run.stage.comparisons)
     if run.trainer.is_global_zero:
         metrics = {name: mean for name, (mean, _) in scores.items()}
         run.folder.mkdir(parents=True, exist_ok=True)
         write_predictions(run.folder / "predictions.jsonl", predictions)
+        if comparisons:
+            write_predictions(run.folder / "consistency.jsonl", comparisons)
+        consistency = shares(comparisons)
         held_out = run.datamodule.held_out_set()
         chance = chance_levels(held_out.all_questions())
-        write_metrics(run.folder, run.name, len(held_out), metrics, chance)
+        write_metrics(run.folder, run.name, len(held_out), metrics, chance, consistency)
         for logger in run.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                write_final_scores(logger, run.full_config, scores, chance, step)
+                write_final_scores(logger, run.full_config, scores, chance, consistency, step)
         print(write_report(run.folder.parent))
 
 

@@ -103,7 +103,7 @@ def check_same_start(folder: Path, stage: Stage) -> None:
 
 def discard_run(folder: Path) -> None:
     """Remove checkpoints, answers and curves of a run; its stage weights are kept as ``handoff.previous``."""
-    for name in ("checkpoints", "egobench", "scores", "metrics.json", "predictions.jsonl"):
+    for name in ("checkpoints", "egobench", "scores", "metrics.json", "predictions.jsonl", "consistency.jsonl"):
         _remove(folder / name)
     for events in folder.glob("events.out.tfevents.*"):
         events.unlink()

@@ -140,6 +140,29 @@ def test_stage_answers_every_held_out_question(finished, toy_world, stage):
     assert metrics["chance"]["choice"] == 0.25
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_with_a_learner_compares_its_visual_inputs(finished, stage):
+    folder = finished / "toy" / stage
+    file, metrics = folder / "consistency.jsonl", json.loads((folder / "metrics.json").read_text())
+    inputs = {"stage2": ["y", "x", "mapped", "both"], "stage3": ["x", "mapped", "both"]}.get(stage)
+    if inputs is None:
+        assert not file.exists() and "consistency" not in metrics
+        return
+    compared = [json.loads(line) for line in file.read_text().splitlines()]
+    answered = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    both = {(a["clip"], a["task"]): a for a in answered if a["task"] != "caption"}
+    assert {(c["clip"], c["task"]) for c in compared} == both.keys() and len(compared) == len(both)
+    for comparison in compared:
+        assert list(comparison["given"]) == list(comparison["right"]) == inputs
+        assert comparison["given"]["both"] == both[comparison["clip"], comparison["task"]]["prediction"]
+    for task in ("choice", "qa"):
+        found = metrics["consistency"][task]
+        assert found["right_both"] == pytest.approx(metrics["metrics"][f"ego_{task}"], rel=1e-5)
+        assert found["n"] == sum(c["task"].startswith(task) for c in compared)
+    line = f"| {stage} | four-way choice | {found['n'] / 5:.0f} |"
+    assert line in re.sub(" +", " ", (finished / "toy" / "results.md").read_text())
+
+
 def test_report_joins_all_stages(finished, capsys):
     results = json.loads((finished / "toy" / "results.json").read_text())
     assert list(results) == STAGES
@@ -198,6 +221,7 @@ def test_runs_are_sorted_by_settings_and_final_scores(finished):
     assert "run_dir" not in columns and "model.init_args.network.encoder.width" not in columns
     scores = {info.name.tag for info in found.metric_infos}
     assert {"3_final/ego_choice", "3_final/exo_choice", "3_final/ego_caption"} <= scores
+    assert {"3_final/consistency_choice_same", "3_final/consistency_qa_right"} <= scores
     assert all(tag.startswith("3_final/") for tag in scores)
     metrics = json.loads((finished / "toy" / "stage2" / "metrics.json").read_text())
     events = EventAccumulator(str(finished / "toy" / "stage2" / "scores")).Reload()
@@ -541,7 +565,16 @@ def test_each_visual_input_alone_is_evaluated_next_to_the_run(runs, toy_world, s
         assert main([*alone, *shared]) == 0
         again = json.loads((runs / reads / "toy" / stage / "metrics.json").read_text())["metrics"]["ego_loss"]
         assert again == losses[reads]
+        if stage == "stage3":
+            assert _given(folder, "choice") == _given(runs / "toy" / stage, "choice", {"ego": "x"}.get(reads, reads))
     assert len(set(losses.values())) == 3
+
+
+def _given(folder, task, alone=None):
+    """Answers to all questions of a kind: those of a run, or those it gave from one visual input alone."""
+    file = folder / ("consistency.jsonl" if alone else "predictions.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {row["clip"]: row["given"][alone] if alone else row["prediction"] for row in rows if row["task"] == task}
 
 
 def test_a_stage_trained_again_answers_again_by_each_visual_input(runs, toy_world):

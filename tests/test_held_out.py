@@ -5,6 +5,7 @@ import json
 import pytest
 
 from datamodules.batch import Question
+from lightning_modules.validation.consistency import compare, shares
 from lightning_modules.validation.report import write_metrics, write_report
 from lightning_modules.validation.scores import (
     QAResults,
@@ -105,6 +106,54 @@ def test_means_over_ranks_weigh_clips_not_ranks(monkeypatch):
         ranks.append(results)
     monkeypatch.setattr("lightning_modules.validation.scores.gather_objects", lambda _: [r._sums() for r in ranks])
     assert ranks[0].means()["ego_qa"] == 0.75
+
+
+def test_consistency_by_hand():
+    def answers(*given):
+        questions = [CHOICE, *(Question(0, f"qa_{kind}", "?", "left") for kind in ("hand", "side"))]
+        scores = [[(-float(option != given[0]), 1) for option in OPTIONS], *given[1:]]
+        first = score_choice(questions[0], scores[0], **WHERE)
+        return [first, *(score_text(q, text, **WHERE) for q, text in zip(questions[1:], given[1:], strict=True))]
+
+    by_input = {
+        "y": answers("c", "left", "up"),
+        "x": answers("a", "Left.", "up"),
+        "both": answers("c", "left", "left"),
+    }
+    comparisons = compare(by_input)
+    assert [c.same() for c in comparisons] == [False, True, False]
+    assert [c.same("y", "x") for c in comparisons] == [False, True, True]
+    assert comparisons[0].record()["right"] == {"y": True, "x": False, "both": True}
+    found = shares(comparisons * 2)
+    assert found.keys() == {"choice", "qa", "qa_hand", "qa_side"}
+    assert found["choice"] == {
+        **{"n": 2, "right_y": 1, "right_x": 0, "right_both": 1},
+        **{"same_y": 1, "same_x": 0, "same": 0, "right": 0},
+    }
+    assert found["qa"] == {
+        **{"n": 4, "right_y": 0.5, "right_x": 0.5, "right_both": 1},
+        **{"same_y": 0.5, "same_x": 0.5, "same": 0.5, "right": 0.5},
+    }
+
+
+def test_table_of_consistency_names_the_inputs_that_stages_have(tmp_path):
+    chance = {"choice": 0.25}
+    three = {"n": 40.0, "right_x": 0.5, "right_mapped": 0.4, "right_both": 0.6, "same_x": 0.7, "same_mapped": 0.8}
+    three |= {"same": 0.3, "right": 0.2}
+    four = three | {"right_y": 0.9, "same_y": 1.0}
+    for number, found in ((2, four), (3, three)):
+        consistency = {"choice": found, "qa_hand": found}
+        write_metrics(_stage(tmp_path, number), f"stage{number}", 40, {"ego_choice": 0.6}, chance, consistency)
+    table = write_report(tmp_path).split("\n\n")[-1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert cells[0][3:] == [
+        *("right: y", "right: x", "right: F(x)", "right: both"),
+        *("same: y", "same: x", "same: F(x)", "all same", "all right"),
+    ]
+    assert cells[2:] == [
+        ["stage2", "four-way choice", "40", "90.0", "50.0", "40.0", "60.0", "100.0", "70.0", "80.0", "30.0", "20.0"],
+        ["stage3", "four-way choice", "40", "", "50.0", "40.0", "60.0", "", "70.0", "80.0", "30.0", "20.0"],
+    ]
 
 
 def test_report_table(tmp_path):

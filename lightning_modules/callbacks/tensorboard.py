@@ -14,7 +14,8 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from lightning_modules.validation.report import score_table
+from lightning_modules.validation.report import GROUPS as TASKS
+from lightning_modules.validation.report import consistency_table, score_table
 
 GROUPS = ("train", "val", "final", "eval", "guidance", "optim", "perf", "data")
 """Groups of curves in the order of TensorBoard's pages, which sort by name."""
@@ -76,9 +77,13 @@ def write_final_scores(
     config: Mapping[str, Any],
     scores: Mapping[str, tuple[float, int]],
     chance: Mapping[str, float],
+    consistency: Mapping[str, Mapping[str, float]],
     step: int,
 ) -> None:
     """Write the scores of all validation questions, and the settings of the run, so that runs can be sorted by both.
+
+    Of the consistency, the shares of questions with the same answer from every visual input, and with a right one from
+    each of them, are scores; all of its numbers are in a table.
 
     They are a run of their own in TensorBoard, ``<run>/scores``, whose earlier content is replaced. The page
     "HParams" then has a column for each setting and each score, and no other curves.
@@ -88,6 +93,7 @@ def write_final_scores(
         config: resolved configuration.
         scores: mean and number of answers of each score, by name.
         chance: the best score that ignores the clips, by name without the view.
+        consistency: see ``validation.consistency.shares``; empty for stages without a learner.
         step: optimiser steps of the run.
     """
     folder = Path(logger.log_dir) / "scores"
@@ -102,6 +108,12 @@ def write_final_scores(
         for name, (mean, _) in scores.items():
             writer.add_scalar(numbered(f"final/{name}"), mean, step)
         writer.add_text("final/scores", score_table(scores, chance), step)
+        for task in [task for task in TASKS if task in consistency]:
+            for name in ("same", "right"):
+                writer.add_scalar(numbered(f"final/consistency_{task}_{name}"), consistency[task][name], step)
+        if consistency:
+            content = {"chance": chance, "consistency": consistency}
+            writer.add_text("final/consistency", consistency_table({str(config["stage"]): content}), step)
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, bool | float | str]:

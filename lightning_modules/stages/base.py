@@ -28,8 +28,9 @@ from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig
 from lightning_modules.model.quantize import Quantization
 from lightning_modules.stages.optim import OptimConfig
 from lightning_modules.strategy import FSDP2, shard
+from lightning_modules.validation.consistency import Comparison
 from lightning_modules.validation.evaluator import QAEvaluator
-from lightning_modules.validation.scores import QAResults
+from lightning_modules.validation.scores import Prediction, QAResults
 from lightning_modules.weights.loading import load_weights, require_fit
 from lightning_modules.weights.resolve import find_weights
 from lightning_modules.weights.tensors import FoundWeights
@@ -66,6 +67,8 @@ class Stage(L.LightningModule, ABC):
         source_losses: float32 [S, 2], loss and number of tokens by source of the last micro-batch, see
             ``loss_by_source``; None if the samples are not mixed.
         results: answers to validation questions since the start of the last evaluation.
+        comparisons: answers to them from each visual input alone, since the start of the last test; empty without a
+            learner.
         num_frames: frames of a clip, 0 if unknown.
         gradient_norm: norm of all gradients of the step, if it was computed before they are clipped.
 
@@ -119,6 +122,7 @@ class Stage(L.LightningModule, ABC):
         self.measures = False
         self.source_losses: Tensor | None = None
         self.results = QAResults()
+        self.comparisons: list[Comparison] = []
         self.num_frames = 0
         self.gradient_norm: Tensor | None = None
 
@@ -369,7 +373,7 @@ class Stage(L.LightningModule, ABC):
 
     def on_test_epoch_start(self) -> None:
         """Discard earlier results."""
-        self.results = QAResults()
+        self.results, self.comparisons = QAResults(), []
 
     def validation_step(
         self, batch: QuestionBatch | list[BenchmarkBatch], batch_idx: int = 0, dataloader_idx: int = 0
@@ -380,17 +384,27 @@ class Stage(L.LightningModule, ABC):
             ``predictions``: a ``Prediction`` for each question and view, or a row for each request.
         """
         if isinstance(batch, QuestionBatch):
-            predictions = self.model.run(self.evaluator.answer, batch)
-            self.results.predictions += predictions
-            return {"predictions": predictions}
+            return {"predictions": self._answer_questions(batch)}
         rows: list[Any] = []
         for clip in batch:
             rows += self.predict_step(clip)
         return {"predictions": rows}
 
     def test_step(self, batch: QuestionBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> dict[str, list[Any]]:
-        """Answer validation questions."""
-        return self.validation_step(batch, batch_idx, dataloader_idx)
+        """Answer validation questions, and from each visual input alone, too."""
+        return {"predictions": self._answer_questions(batch, compare=True)}
+
+    def _answer_questions(self, batch: QuestionBatch, compare: bool = False) -> list[Prediction]:
+        def work() -> tuple[list[Prediction], list[Comparison]]:
+            evaluator = self.evaluator
+            visual = evaluator.encode(batch)
+            answers = evaluator.answer(batch, visual)
+            return answers, evaluator.compare(batch, visual, answers) if compare else []
+
+        predictions, comparisons = self.model.run(work)
+        self.results.predictions += predictions
+        self.comparisons += comparisons
+        return predictions  # type: ignore[no-any-return]
 
     def predict_step(self, batch: BenchmarkBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Run the requests of a benchmark about one egocentric clip, see ``Evaluator``."""

@@ -8,21 +8,35 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_modules.validation.consistency import INPUTS, Comparison
 from lightning_modules.validation.scores import Prediction
 
 VIEWS = {"exo": "exocentric", "ego": "egocentric"}
 GROUPS = ("caption", "choice", "qa")
 """Kinds of validation questions in the order of the table."""
+_CONSISTENCY = (
+    "Per cent of answers that are right from y (exocentric), from x and F(x) alone and from both; that are the same as "
+    "from all that the learner reads; and that are the same, or right, from each of these."
+)
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
 
-def write_metrics(folder: Path, stage: str, clips: int, metrics: dict[str, float], chance: dict[str, float]) -> None:
-    """Write ``metrics.json`` of one stage."""
+def write_metrics(
+    folder: Path,
+    stage: str,
+    clips: int,
+    metrics: dict[str, float],
+    chance: dict[str, float],
+    consistency: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Write ``metrics.json`` of one stage; ``consistency`` is what ``validation.consistency.shares`` returns."""
     content = {"stage": stage, "clips": clips, "metrics": metrics, "chance": chance}
+    if consistency:
+        content["consistency"] = consistency
     (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_predictions(file: Path, predictions: Iterable[Prediction]) -> None:
+def write_predictions(file: Path, predictions: Iterable[Prediction | Comparison]) -> None:
     """Write every answer as a line of JSON."""
     file.write_text("".join(json.dumps(prediction.record()) + "\n" for prediction in predictions), encoding="utf-8")
 
@@ -34,7 +48,7 @@ def write_report(runs: Path) -> str:
         runs: folder of an experiment, with a folder for each stage.
 
     Returns:
-        The Markdown table, in per cent.
+        The Markdown table, in per cent, and that of the consistency of answers if a stage has any.
 
     Raises:
         ValueError: no stage has been evaluated.
@@ -43,7 +57,7 @@ def write_report(runs: Path) -> str:
     stages = {file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
     if not stages:
         raise ValueError(f"{runs}: no stage has been evaluated: run `make stage1` first")
-    table = _table(stages)
+    table = "\n\n".join(filter(None, [_table(stages), consistency_table(stages)]))
     (runs / "results.json").write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
     (runs / "results.md").write_text(table + "\n", encoding="utf-8")
     return table
@@ -60,6 +74,29 @@ def _table(stages: dict[str, dict[str, Any]]) -> str:
                 title = _title(score, chance[score])
                 rows.append([view_name, title, *(_per_cent(value) for value in (chance[score], *values))])
     return markdown_table(rows, left=2)
+
+
+def consistency_table(stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a Markdown table of the answers from each visual input, with a line about it; empty without any.
+
+    Args:
+        stages: content of ``metrics.json`` by stage.
+    """
+    chosen = [
+        (stage, task, found)
+        for stage, content in stages.items()
+        for task, found in content.get("consistency", {}).items()
+        if task in GROUPS
+    ]
+    inputs = [name for name in INPUTS if any(f"right_{name}" in found for _, _, found in chosen)]
+    alone = [name for name in inputs if any(f"same_{name}" in found for _, _, found in chosen)]
+    right, same = [f"right: {INPUTS[name]}" for name in inputs], [f"same: {INPUTS[name]}" for name in alone]
+    rows = [["stage", "questions", "n", *right, *same, "all same", "all right"]]
+    keys = [*(f"right_{name}" for name in inputs), *(f"same_{name}" for name in alone), "same", "right"]
+    for stage, task, found in chosen:
+        title = _title(task, stages[stage]["chance"].get(task, 0.0))
+        rows.append([stage, title, f"{found['n']:.0f}", *(_per_cent(found.get(key)) for key in keys)])
+    return f"{_CONSISTENCY}\n\n{markdown_table(rows, left=2)}" if chosen else ""
 
 
 def score_table(scores: Mapping[str, tuple[float, int]], chance: Mapping[str, float]) -> str:
