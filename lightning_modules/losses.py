@@ -63,7 +63,46 @@ class NextTokens(NamedTuple):
         return NextTokens(log_probs, tokens, _log_rest(self.log_probs, tokens))
 
 
-def answer_kl_loss(target: NextTokens, logits: Tensor, clip: Tensor, clips: int, tau: float = 1.0) -> Tensor:
+class Knowledge(NamedTuple):
+    """How well a demonstrator knows the texts of some clips.
+
+    Attributes:
+        likelihood: float32 [B], geometric mean of the probabilities of a clip's tokens; 0 for clips without any.
+        right: bool [B], every token is the likeliest one in its place; false for clips without any.
+    """
+
+    likelihood: Tensor
+    right: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, given: NextTokens, tokens: Tensor, clip: Tensor, clips: int) -> Knowledge:
+        """Measure how well distributions predict the tokens of a text.
+
+        Args:
+            given: of M tokens. A token that is not among the likeliest ones counts as all of these others.
+            tokens: int64 [M], the text.
+            clip: int64 [M], the row of each token's clip.
+            clips: B.
+        """
+        if given.tokens is None:
+            log_p, likeliest = given.log_probs.gather(-1, tokens[:, None])[:, 0], given.log_probs.argmax(-1)
+        else:
+            assert given.log_rest is not None
+            among = given.tokens == tokens[:, None]
+            log_p = given.log_probs.masked_fill(~among, -torch.inf).amax(-1)
+            log_p = log_p.where(among.any(-1), given.log_rest)
+            likeliest = given.tokens.gather(-1, given.log_probs.argmax(-1, keepdim=True))[:, 0]
+        sums = log_p.new_zeros(clips, 3)
+        each = torch.stack([log_p, (likeliest != tokens).to(log_p.dtype), torch.ones_like(log_p)], dim=1)
+        log_likelihood, wrong, count = sums.index_add(0, clip, each).unbind(1)
+        some = count > 0
+        return cls((log_likelihood / count.clamp(min=1)).exp().where(some, 0.0), some & (wrong == 0))
+
+
+def answer_kl_loss(
+    target: NextTokens, logits: Tensor, clip: Tensor, clips: int, tau: float = 1.0, weight: Tensor | None = None
+) -> Tensor:
     """KL of next-token distributions, the demonstrator's first: averaged over each clip's tokens, then over clips.
 
     Where the target has the likeliest tokens alone, all others count as one, which can only lower the KL.
@@ -75,6 +114,7 @@ def answer_kl_loss(target: NextTokens, logits: Tensor, clip: Tensor, clips: int,
             the others keep their weight.
         clips: B.
         tau: temperature; the loss is multiplied by its square.
+        weight: float [B], weights of the clips; None for 1.
 
     Returns:
         float scalar >= 0.
@@ -86,6 +126,8 @@ def answer_kl_loss(target: NextTokens, logits: Tensor, clip: Tensor, clips: int,
         rest = target.log_rest
         divergence = divergence + rest.exp() * (rest - _log_rest(log_q, target.tokens))
     tokens = divergence.new_zeros(clips).index_add(0, clip, torch.ones_like(divergence))
+    if weight is not None:
+        divergence = divergence * weight.index_select(0, clip)
     return tau**2 * (divergence / tokens.index_select(0, clip)).sum() / clips
 
 
@@ -151,7 +193,13 @@ def where_valid(valid: Tensor, feature: Tensor, other: Tensor) -> Tensor:
 
 
 def guidance_kl_loss(
-    target: Tensor, mapped: Tensor, valid: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none"
+    target: Tensor,
+    mapped: Tensor,
+    valid: Tensor,
+    tau: float = 1.0,
+    axis: Axis = "channel",
+    pool: Pool = "none",
+    weight: Tensor | None = None,
 ) -> Tensor:
     """KL(y || F(x)): the exocentric features' distribution against that of the mapped egocentric ones.
 
@@ -165,6 +213,7 @@ def guidance_kl_loss(
         tau: temperature.
         axis: ``channel``: distributions over C; ``spatial``: over h and w.
         pool: average over ``time``, or over ``all`` positions, before the softmax.
+        weight: float [B], weights of the clips; None for 1.
 
     Returns:
         float32 scalar >= 0.
@@ -173,7 +222,10 @@ def guidance_kl_loss(
     log_p, log_q = (
         log_distributions(f, tau, axis, pool).flatten(0, 2) for f in (target, where_valid(valid, mapped, target))
     )
-    return tau**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    if weight is None:
+        return tau**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    of_each = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return tau**2 * (of_each.view(len(weight), -1).mean(1) * weight).mean()
 
 
 def log_distributions(features: Tensor, tau: float = 1.0, axis: Axis = "channel", pool: Pool = "none") -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from lightning_modules.losses import (
     FeatureStandardizer,
     KLBars,
+    Knowledge,
     NextTokens,
     answer_kl_loss,
     contrastive_loss,
@@ -441,3 +442,44 @@ def test_answer_kl_of_all_tokens_in_another_order_is_the_same():
         torch.testing.assert_close(gradient, gradients[0])
     sure = NextTokens.of(torch.tensor([[0.0, -1e9, -1e9]]), 1.0).top(1)
     assert answer_kl_loss(sure, torch.zeros(1, 3), torch.tensor([0]), 1).item() == pytest.approx(math.log(3))
+
+
+# ----------------------------------------------------------------------------------------------------------- selection
+
+
+def known_by_hand():
+    """Three tokens of clip 0, two of clip 2, none of clip 1, over four words."""
+    p = torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.6, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]] + [[0.7, 0.1, 0.1, 0.1]] * 2)
+    return NextTokens(p.log()), torch.tensor([0, 1, 3, 0, 1]), torch.tensor([0, 0, 0, 2, 2])
+
+
+def test_what_a_demonstrator_knows_by_hand():
+    given, tokens, clip = known_by_hand()
+    known = Knowledge.of(given, tokens, clip, 3)
+    torch.testing.assert_close(known.likelihood, torch.tensor([(0.5 * 0.6 * 0.4) ** (1 / 3), 0.0, 0.07**0.5]))
+    assert known.right.tolist() == [True, False, False]  # the second token of the last clip is not the likeliest
+    whole = Knowledge.of(given.top(4), tokens, clip, 3)
+    torch.testing.assert_close(whole.likelihood, known.likelihood)
+    assert torch.equal(whole.right, known.right)
+    few = Knowledge.of(given.top(1), tokens, clip, 3)  # the others together have a probability of 0.3
+    torch.testing.assert_close(few.likelihood[2], torch.tensor((0.7 * 0.3) ** 0.5))
+    assert torch.equal(few.right, known.right)
+
+
+def test_weights_of_clips_scale_their_share_of_both_kls():
+    weight = torch.tensor([0.5, 1.0, 0.0])
+    target, _, clip = known_by_hand()
+    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+
+    def answers(rows, weight=None):
+        part = torch.isin(clip, torch.tensor(rows))
+        return answer_kl_loss(NextTokens(target.log_probs[part]), logits[part], clip[part], 3, weight=weight)
+
+    torch.testing.assert_close(answers([0, 1, 2], weight), 0.5 * answers([0]))
+    y, x = torch.randn(2, 3, 2, 4, 4, 5, generator=torch.Generator().manual_seed(1))
+    valid = torch.tensor([True, True, True])
+    for form in ((1.0, "channel", "none"), (0.5, "spatial", "time"), (2.0, "channel", "all")):
+        of_clip = torch.stack([guidance_kl_loss(y[i, None], x[i, None], valid[:1], *form) for i in range(3)])
+        weighted = guidance_kl_loss(y, x, valid, *form, weight)
+        torch.testing.assert_close(weighted, (weight * of_clip).mean())
+        torch.testing.assert_close(guidance_kl_loss(y, x, valid, *form, torch.ones(3)), of_clip.mean())

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, Demonstration, TextBatch
 from lightning_modules.callbacks.finite_check import FiniteCheck
-from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig
+from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig, SelectionConfig
 
 WAITING = {
     torch.ops.aten._local_scalar_dense,
@@ -41,10 +41,12 @@ def stage_and_batch(name, tokenizer, **changes):
     extra = {"bow_weight": 0.5, "num_frames": tiny.FRAMES} if name == "stage0" else {}
     if name == "stage2":
         extra = {"contrastive": ContrastiveConfig(0.1), "cycle": CycleConfig(norm="channel_std")}
+        extra["selection"] = SelectionConfig("likelihood", least=0.01)
     batch = tiny.clip_batch()
     if name == "stored answers":  # of one pair that is narrated and one that is not
         name, batch.narrated = "answers", torch.tensor([True, False])
         extra = {"demonstrations": "demonstrations", "init": {"exo_projector": "handoff:projector"}}
+        extra["selection"] = SelectionConfig("right")
         likeliest, log_probs = torch.tensor([[3, 7]] * 5), torch.full((5, 2), -1.0)
         batch.demonstration = Demonstration(tiny.clip_batch().text, likeliest, log_probs, log_probs[:, 0])
     stage = tiny.make_stage(name, tokenizer, **extra, **changes)

@@ -30,11 +30,11 @@ from lightning_modules.callbacks.finite_check import FiniteCheck
 from lightning_modules.callbacks.handoff import StageHandoff
 from lightning_modules.callbacks.run_report import RunReport
 from lightning_modules.callbacks.throughput import TrainingMonitor
-from lightning_modules.losses import contrastive_loss
+from lightning_modules.losses import Knowledge, NextTokens, contrastive_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.stages.checks import check_stage
-from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig, KLConfig
+from lightning_modules.stages.guidance import ContrastiveConfig, CycleConfig, KLConfig, SelectionConfig
 from lightning_modules.validation.evaluator import QAEvaluator
 from lightning_modules.weights.handoff import full_tensors, open_stage_weights, write_stage_weights
 from lightning_modules.weights.resolve import FoundWeights
@@ -625,6 +625,61 @@ def test_without_exocentric_video_text_is_learned_and_nothing_else_may_be_asked_
     for on in ({"kl": KLConfig()}, {"cycle": CycleConfig()}, {"contrastive": ContrastiveConfig(1.0)}):
         with pytest.raises(ValueError, match=r"data.views: got ego alone, .* add exo, or set the"):
             guided(toy_tokenizer, network=network, **(off | on)).losses(batch)
+
+
+def known_narrations(stage, batch):
+    """How well the demonstrator knows the narrations of a batch."""
+    with torch.no_grad():
+        exo = stage.model.project_exo(stage.model.exo_encoder(batch.exo_video))
+        logits, targets = stage.read_text(exo, batch)
+    return Knowledge.of(NextTokens.of(logits, 1.0), targets, torch.tensor([0, 0, 0, 1, 1]), 2)
+
+
+@pytest.mark.parametrize("name", ["stage2", "answers"])
+def test_pairs_teach_by_how_well_the_demonstrator_knows_their_narrations(toy_tokenizer, name):
+    by_clip = []
+    for row in range(2):  # the KL of each clip, with its share of the mean over both
+        batch = tiny.clip_batch()
+        batch.valid = torch.arange(2) == row
+        batch.text.labels[1 - row] = IGNORE_INDEX
+        by_clip.append(guided(toy_tokenizer, name).losses(batch)["kl"])
+    batch = tiny.clip_batch()
+    known = known_narrations(guided(toy_tokenizer, name), batch)
+    assert 0 < known.likelihood.min() < known.likelihood.max()
+    between = known.likelihood.mean().item()
+    for selection, weights in (
+        (SelectionConfig("likelihood"), known.likelihood),
+        (SelectionConfig("likelihood", least=between), known.likelihood * (known.likelihood > between)),
+        (SelectionConfig("right"), known.right.float()),
+    ):
+        stage = guided(toy_tokenizer, name, selection=selection)
+        torch.testing.assert_close(stage.losses(batch)["kl"], (weights * torch.stack(by_clip)).sum())
+        torch.testing.assert_close(stage.step_log["guidance/selected"], weights.mean())
+
+
+def test_pairs_without_narration_teach_features_fully_and_answers_by_their_caption(toy_tokenizer):
+    batch, selection = partly_narrated(), SelectionConfig("likelihood")
+    stage = guided(toy_tokenizer, selection=selection)
+    narrated = known_narrations(stage, tiny.clip_batch()).likelihood[0]
+    stage.losses(batch)
+    torch.testing.assert_close(stage.step_log["guidance/selected"], (narrated + 1) / 2)
+    stage = guided(toy_tokenizer, "answers", selection=SelectionConfig("right"), answer_tokens=6)
+    known = known_narrations(stage, tiny.clip_batch())
+    stage.losses(batch)
+    assert stage.step_log["guidance/selected"] == (known.right[0].item() + 1) / 2
+
+
+def test_impossible_selections_are_refused(toy_tokenizer, of_stage1):
+    for wrong, message in (
+        ({"selection": SelectionConfig("right", least=2.0)}, "model.selection.least: got 2.0, allowed: from 0 to 1"),
+        ({"selection": SelectionConfig(least=0.5)}, "model.selection.by is none: set by to likelihood or right"),
+        ({"selection": SelectionConfig("right"), "kl": KLConfig(0.0)}, "got right, but model.kl.weight is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.make_stage("stage2", toy_tokenizer, **wrong)
+    source = {"exo_projector": f"{of_stage1}:projector"}
+    stage = tiny.make_stage("stage2", toy_tokenizer, selection=SelectionConfig("right"), init=source)
+    assert "exo_projector" in stage.uses
 
 
 def test_bag_of_words_loss_by_hand(toy_tokenizer):

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from datamodules.batch import IGNORE_INDEX, ClipBatch, TextBatch
-from lightning_modules.losses import NextTokens, answer_kl_loss, vtg_loss
-from lightning_modules.stages.guidance import DemonstratorLearnerGuidance, mapping_change
+from lightning_modules.losses import Knowledge, NextTokens, answer_kl_loss, vtg_loss
+from lightning_modules.stages.guidance import DemonstratorLearnerGuidance, clip_of_tokens, mapping_change
 from lightning_modules.strategy import gathered
 
 
@@ -27,9 +27,9 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
     thanks to the captions, text.
 
     The projector trains on x and F(x), so that y means less and less to it. ``init.exo_projector`` names the projector
-    of stage 1; y then passes through that one. ``kl.weight``, ``kl.tau`` and ``kl.warmup_fraction`` apply to this
-    KL; the settings of ``kl`` other than its weight to the KL of features, which is only logged unless it has a
-    weight of its own: answers teach what to say about x and F(x), and features teach F to map.
+    of stage 1; y then passes through that one. ``kl.weight``, ``kl.tau``, ``kl.warmup_fraction`` and ``selection``
+    apply to this KL; the settings of ``kl`` other than its weight to the KL of features, which is only logged unless
+    it has a weight of its own: answers teach what to say about x and F(x), and features teach F to map.
 
     Args:
         feature_weight: of the KL of features, in addition to that of answers.
@@ -150,11 +150,13 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
             demonstrated: the demonstrator's distributions at the M supervised tokens of ``answers``.
         """
         logits, targets = self.read_text(visual, replace(batch, text=answers))
-        tokens = (answers.labels[:, 1:] != IGNORE_INDEX).sum(1)
-        clip = torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens, output_size=len(targets))
+        clip, weight = clip_of_tokens(answers.labels, len(targets)), None
+        if self.selection.by != "none":
+            weight = self.selection.weights(Knowledge.of(demonstrated, targets, clip, len(answers.labels)))
+            self.step_log["guidance/selected"] = weight.mean()
         if batch.narrated is not None:
             targets = targets.where(batch.narrated.index_select(0, clip), IGNORE_INDEX)
-        kl = answer_kl_loss(demonstrated, logits, clip, len(tokens), self.kl.tau)
+        kl = answer_kl_loss(demonstrated, logits, clip, len(answers.labels), self.kl.tau, weight)
         self.step_log["guidance/kl_answers"] = kl.detach()
         vtg = vtg_loss(logits, targets, batch.label_tokens)
         return {"vtg": self.vtg_weight * vtg, "kl": self.kl.weight * self._rise() * kl}

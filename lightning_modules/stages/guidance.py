@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from datamodules.batch import ClipBatch
+from datamodules.batch import IGNORE_INDEX, ClipBatch
 from lightning_modules.losses import (
     Axis,
     CycleForm,
     FeatureStandardizer,
     KLBars,
+    Knowledge,
+    NextTokens,
     Pool,
     Standardize,
     Statistics,
@@ -95,6 +97,30 @@ class ContrastiveConfig:
 
 
 @dataclass(frozen=True)
+class SelectionConfig:
+    """Weight of each pair in the KL by how well the demonstrator knows its text; not of the paper.
+
+    UNIEGO (arXiv 2606.20559) distils, sample by sample, only from teachers that are right and confident. The text is
+    the narration. Where a pair has none, the KL of answers follows the demonstrator's own caption, which is right by
+    definition, and the KL of features counts the pair fully. Weights are not normalised, so that it does not matter
+    how a batch is split: ``guidance/selected`` is their mean.
+
+    Attributes:
+        by: ``likelihood``: the probability that the demonstrator gives to the text, as geometric mean over its tokens;
+            ``right``: 1 if each token is the demonstrator's likeliest one, else 0; ``none``: 1 for all pairs.
+        least: likelihood below which a pair has weight 0.
+    """
+
+    by: Literal["none", "likelihood", "right"] = "none"
+    least: float = 0.0
+
+    def weights(self, known: Knowledge) -> Tensor:
+        """Return the weights of clips, float32 [B]."""
+        weight = known.likelihood if self.by == "likelihood" else known.right.to(known.likelihood.dtype)
+        return weight * (known.likelihood >= self.least)
+
+
+@dataclass(frozen=True)
 class GuidanceFeatures:
     """Features of one micro-batch of pairs.
 
@@ -125,6 +151,8 @@ class DemonstratorLearnerGuidance(Stage):
         cycle: weight and form of cycle consistency.
         kl: weight and form of the guidance.
         contrastive: weight and temperature of a contrastive term in addition to the KL.
+        selection: weight of each pair in the KL. The KL of features then needs a pass of the language model on y, which
+            ``init.exo_projector`` projects if it is named; otherwise the projector that trains on x and F(x) does.
         statistics: of the features that are standardised, see ``FeatureStandardizer``.
         **shared: arguments of ``Stage``.
 
@@ -150,6 +178,7 @@ class DemonstratorLearnerGuidance(Stage):
         cycle: CycleConfig = CycleConfig(),
         kl: KLConfig = KLConfig(),
         contrastive: ContrastiveConfig = ContrastiveConfig(),
+        selection: SelectionConfig = SelectionConfig(),
         statistics: Statistics = "delayed",
         **shared: Any,
     ) -> None:
@@ -160,18 +189,31 @@ class DemonstratorLearnerGuidance(Stage):
             raise ValueError(f"model.kl.warmup_fraction: got {kl.warmup_fraction}, allowed: from 0 to 1")
         if cycle.delta <= 0:
             raise ValueError(f"model.cycle.delta: got {cycle.delta}, allowed: above 0")
+        if not 0 <= selection.least <= 1:
+            raise ValueError(f"model.selection.least: got {selection.least}, allowed: from 0 to 1")
+        if selection.by == "none" and selection.least:
+            raise ValueError(
+                f"model.selection.least: got {selection.least}, but model.selection.by is none: set by to likelihood "
+                "or right"
+            )
+        if selection.by != "none" and not kl.weight:
+            raise ValueError(
+                f"model.selection.by: got {selection.by}, but model.kl.weight is 0: set by to none, or the weight "
+                "above 0"
+            )
         self.vtg_weight, self.cycle, self.kl, self.contrastive = vtg_weight, cycle, kl, contrastive
+        self.selection = selection
         self.statistics, self.kl_bars = statistics, KLBars()
         if "exo_projector" in self.uses and not self.projects_exo:
             raise ValueError(
                 "model.init.exo_projector: model.kl.where is patches, which pass through no projector: leave it out, "
-                "set where to tokens, or use AnswerGuidance"
+                "set where to tokens or model.selection.by to likelihood, or use AnswerGuidance"
             )
 
     @property
     def projects_exo(self) -> bool:
         """True if y passes through a projector."""
-        return self.kl.where == "tokens"
+        return self.kl.where == "tokens" or self.selection.by != "none"
 
     @property
     def guides_by_features(self) -> bool:
@@ -237,6 +279,9 @@ class DemonstratorLearnerGuidance(Stage):
         features, of_cycle = self.guided_features(ego, exo, mapped, visual)
         losses = {"vtg": self._generation(visual, batch)}
         target, standardized, feature_kl = self.compare_features(features, batch)
+        if self.selection.by != "none":
+            form = (self.kl.tau, self.kl.axis, self.kl.pool)
+            feature_kl = guidance_kl_loss(target, standardized, batch.valid, *form, self._weights(exo, batch))
         losses["kl"] = self.kl.weight * self._rise() * self.kl_loss(features, batch, feature_kl)
         if self.contrastive.weight:
             losses["contrastive"] = self.contrastive.weight * self._contrastive(target, standardized, batch)
@@ -266,6 +311,18 @@ class DemonstratorLearnerGuidance(Stage):
             return inputs, inputs
         detached = ego.detach(), self.model.ego_to_exo(ego.detach())
         return (detached if of_kl else inputs), (detached if of_cycle else inputs)
+
+    @torch.no_grad()
+    def _weights(self, exo: Tensor, batch: ClipBatch) -> Tensor:
+        """Return the weight of each pair, float32 [B], by what the language model says of y along the narration."""
+        logits, targets = self.read_text(self.model.project_exo(exo), replace(batch, source=None))
+        clip = clip_of_tokens(batch.text.labels, len(targets))
+        known = Knowledge.of(NextTokens.of(logits, self.kl.tau), targets, clip, len(exo))
+        weights = self.selection.weights(known)
+        if batch.narrated is not None:
+            weights = weights.where(batch.narrated, 1.0)
+        self.step_log["guidance/selected"] = weights.where(batch.valid, 0.0).mean()
+        return weights
 
     def kl_loss(self, features: GuidanceFeatures, batch: ClipBatch, feature_kl: Tensor) -> Tensor:
         """Return the guidance term before it is weighted; a subclass may return another one.
@@ -355,6 +412,17 @@ class DemonstratorLearnerGuidance(Stage):
             standardizer.observe(target, valid)
             target, round_trip = standardizer(target), standardizer(round_trip)
         return cycle_consistency_loss(target, round_trip, valid, self.cycle.form, self.cycle.delta)
+
+
+def clip_of_tokens(labels: Tensor, count: int) -> Tensor:
+    """Return the row of each supervised token, int64 [M], in the order of ``Stage.read_text``.
+
+    Args:
+        labels: int64 [B, L].
+        count: M; the first token of a row is never one of them.
+    """
+    tokens = (labels[:, 1:] != IGNORE_INDEX).sum(1)
+    return torch.arange(len(tokens), device=tokens.device).repeat_interleave(tokens, output_size=count)
 
 
 @torch.no_grad()
