@@ -107,6 +107,9 @@ class ClipBatch(_Movable):
         prompt: int64 [L], the tokens before a caption, with the clip's ``VIDEO_TOKEN_ID``; None where texts differ.
         narrated: bool [B], the samples whose text is used; None if that of every sample in the dataset is.
         demonstration: the demonstrator's answers about the clips, where they were computed before.
+        other_exo_video: uint8 [B, V, T, S, S, 3], the same instants from the other exocentric cameras, zeros where
+            there are fewer than V; None if they are not used.
+        other_exo: bool [B, V], the videos that there are; None without ``other_exo_video``.
     """
 
     ids: list[str]
@@ -121,6 +124,8 @@ class ClipBatch(_Movable):
     prompt: Tensor | None = None
     narrated: Tensor | None = None
     demonstration: Demonstration | None = None
+    other_exo_video: Tensor | None = None
+    other_exo: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Without a mask, all samples are valid."""
@@ -130,7 +135,10 @@ class ClipBatch(_Movable):
     @property
     def num_frames(self) -> int:
         """Frames in the batch, over both views."""
-        return sum(video.shape[0] * video.shape[1] for video in (self.ego_video, self.exo_video) if video is not None)
+        videos = [video for video in (self.ego_video, self.exo_video) if video is not None]
+        if self.other_exo_video is not None:
+            videos.append(self.other_exo_video.flatten(0, 1))
+        return sum(video.shape[0] * video.shape[1] for video in videos)
 
 
 @dataclass(frozen=True)

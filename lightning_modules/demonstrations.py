@@ -127,6 +127,11 @@ def demonstrations_of(config: dict[str, Any]) -> Demonstrations:
             f"model.init_args.demonstrations: got null in {config['stage']} of {config['experiment']}: use "
             "lightning_modules.AnswerGuidance, and name a folder for the demonstrator's answers"
         )
+    if config["data"]["init_args"].get("exo_policy") == "mean":
+        raise ConfigError(
+            "data.init_args.exo_policy: got mean, but demonstrations are of one camera each: set "
+            "model.init_args.demonstrations to null, or exo_policy to all, best, random, best_first or best_last"
+        )
     runs = str(config.get("runs", "runs"))
     elsewhere = "" if runs == "runs" else f" RUNS={runs}"
     return Demonstrations(Path(folder), f"make demonstrate EXPERIMENT={config['experiment']}{elsewhere}")

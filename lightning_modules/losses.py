@@ -64,7 +64,7 @@ class NextTokens(NamedTuple):
 
 
 class Knowledge(NamedTuple):
-    """How well a demonstrator knows the texts of some clips.
+    """Likelihood and correctness of the texts of some clips to a demonstrator.
 
     Attributes:
         likelihood: float32 [B], geometric mean of the probabilities of a clip's tokens; 0 for clips without any.

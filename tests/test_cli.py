@@ -183,7 +183,9 @@ def test_every_key_is_listed_and_can_be_typed(capsys):
     assert [line for line in lines if not re.fullmatch(form, line)] == []
     assert "model.kl.tau = 1.0  # float: temperature" in lines
     assert any(line.startswith("trainer.max_steps = 180  # int, default -1: Stop training") for line in lines)
-    assert "data.exo_policy = all  # all, best, random: which exocentric" in "\n".join(lines)
+    assert "data.exo_policy = all  # all, best, random, best_first, best_last, mean: which exocentric" in "\n".join(
+        lines
+    )
     config = compose(tiny.EXPERIMENTS / "toy", "stage2")
     overrides = [line.partition("  # ")[0].replace(" = ", "=", 1) for line in lines]
     full = complete(config)

@@ -316,6 +316,15 @@ def test_answers_that_would_change_are_not_stored(toy_tokenizer):
         tiny.make_stage("answers", toy_tokenizer, demonstrations="demonstrations")
 
 
+def test_the_mean_over_cameras_is_not_stored(overrides, stored, capsys):
+    mean = "data.init_args.exo_policy=mean"
+    for command in ("demonstrate", "fit"):
+        assert main([command, str(TOY), "stage2", *overrides, mean]) == 2
+        assert (
+            "data.init_args.exo_policy: got mean, but demonstrations are of one camera each" in capsys.readouterr().err
+        )
+
+
 def test_a_batch_without_answers_is_refused(overrides, stored):
     stage, dataset = prepared(overrides)
     batch = batch_of(dataset)

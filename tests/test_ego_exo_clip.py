@@ -142,8 +142,47 @@ def test_best_falls_back_to_the_take_where_the_narration_names_none(toy_world):
 
 
 def test_another_policy_is_refused(toy_world):
-    with pytest.raises(ValueError, match=r"^data\.exo_policy: got 'first', allowed: all, best, random$"):
+    with pytest.raises(ValueError, match=r"^data\.exo_policy: got 'first', allowed: all, best, random, best_first, "):
         dataset(toy_world, exo_policy="first")
+    with pytest.raises(ValueError, match=r"^data\.exo_policy: got mean, but data\.views is \[exo\]: "):
+        dataset(toy_world, exo_policy="mean", views=("exo",))
+    with pytest.raises(ValueError, match=r"^data\.curriculum_epochs: got 0, allowed: 1 or more$"):
+        dataset(toy_world, exo_policy="best_first", curriculum_epochs=0)
+
+
+@pytest.mark.parametrize(("policy", "shares"), [("best_first", (1, 0.5, 0)), ("best_last", (0, 0.5, 1))])
+def test_a_curriculum_leads_from_the_best_view_to_random_ones_or_back(toy_world, policy, shares):
+    chosen = dataset(toy_world, exo_policy=policy, curriculum_epochs=2)
+    best, drawn = (dataset(toy_world, exo_policy=name) for name in ("best", "random"))
+    assert len(chosen) == NARRATIONS
+    for epoch, share in ((0, shares[0]), (1, shares[1]), (2, shares[2]), (9, shares[2])):
+        cameras = [chosen.span(index, epoch).paths["exo"] for index in range(NARRATIONS)]
+        of_best = [best.span(index, epoch).paths["exo"] for index in range(NARRATIONS)]
+        at_random = [drawn.span(index, epoch).paths["exo"] for index in range(NARRATIONS)]
+        assert all(camera in pair for camera, pair in zip(cameras, zip(of_best, at_random, strict=True), strict=True))
+        apart = [place for place in range(NARRATIONS) if of_best[place] != at_random[place]]
+        found = sum(cameras[place] == of_best[place] for place in apart) / len(apart)
+        assert found == share if share in (0, 1) else 0.25 < found < 0.75
+        assert set(chosen.pair(index, epoch) for index in range(NARRATIONS)) <= set(chosen.used_pairs().tolist())
+
+
+def test_mean_reads_the_best_view_and_every_other_camera(toy_world):
+    chosen, best = (dataset(toy_world, exo_policy=name) for name in ("mean", "best"))
+    groups = {group["group_id"]: group for group in lines(toy_world, "groups")}
+    cameras = [len(groups[clip_of(best, index)["group_id"]]["views"]["exo"]) for index in range(NARRATIONS)]
+    few, many = (cameras.index(count) for count in (min(cameras), max(cameras)))
+    batch = chosen.__getitems__(BatchRequest(0, [few, many], [few, many], 1))
+    assert cameras[few] < cameras[many] and batch.other_exo_video.shape[:2] == (2, cameras[many] - 1)
+    assert batch.other_exo.sum(1).tolist() == [cameras[few] - 1, cameras[many] - 1]
+    for row, index in enumerate((few, many)):
+        own = best.videos(best.span(index, 0))["exo"]
+        torch.testing.assert_close(batch.exo_video[row], own, rtol=0, atol=0)
+        for place, there in enumerate(batch.other_exo[row].tolist()):
+            video = batch.other_exo_video[row, place]
+            assert numbers_on(video) == numbers_on(own) if there else not video.any()
+            assert not torch.equal(video, own)
+    assert batch.num_frames == FRAMES * (2 + 2 + 2 * (cameras[many] - 1))
+    assert chosen.used_pairs().tolist() == best.used_pairs().tolist()
 
 
 def test_random_depends_on_seed_epoch_and_sample_only(toy_world):

@@ -49,6 +49,9 @@ def stage_and_batch(name, tokenizer, **changes):
         extra["selection"] = SelectionConfig("right")
         likeliest, log_probs = torch.tensor([[3, 7]] * 5), torch.full((5, 2), -1.0)
         batch.demonstration = Demonstration(tiny.clip_batch().text, likeliest, log_probs, log_probs[:, 0])
+    if name in ("stage2", "answers"):
+        batch.other_exo_video = torch.stack([tiny.video(1, seed=20), tiny.video(1, seed=21)])
+        batch.other_exo = torch.tensor([[True], [False]])
     stage = tiny.make_stage(name, tokenizer, **extra, **changes)
     batch.source, batch.source_names = torch.tensor([1, 0]), ("one", "two")
     return stage, batch.to("cpu")

@@ -628,7 +628,7 @@ def test_without_exocentric_video_text_is_learned_and_nothing_else_may_be_asked_
 
 
 def known_narrations(stage, batch):
-    """How well the demonstrator knows the narrations of a batch."""
+    """Measure how well the demonstrator knows the narrations of a batch."""
     with torch.no_grad():
         exo = stage.model.project_exo(stage.model.exo_encoder(batch.exo_video))
         logits, targets = stage.read_text(exo, batch)
@@ -680,6 +680,51 @@ def test_impossible_selections_are_refused(toy_tokenizer, of_stage1):
     source = {"exo_projector": f"{of_stage1}:projector"}
     stage = tiny.make_stage("stage2", toy_tokenizer, selection=SelectionConfig("right"), init=source)
     assert "exo_projector" in stage.uses
+
+
+def seen_by_others(batch):
+    """Give the first clip one more camera, and the second clip two; the other place is filled with noise."""
+    batch.other_exo_video = torch.stack([tiny.video(2, seed=20), tiny.video(2, seed=21)])
+    batch.other_exo = torch.tensor([[True, False], [True, True]])
+    return batch
+
+
+def test_the_mean_over_cameras_is_the_target_of_features_but_not_of_the_cycle(toy_tokenizer):
+    batch = seen_by_others(tiny.clip_batch())
+    stage = guided(toy_tokenizer, kl=KLConfig(pool="all", standardize="token"))
+    with torch.no_grad():
+        own, (first, second) = (
+            stage.model.exo_encoder(batch.exo_video),
+            map(stage.model.exo_encoder, batch.other_exo_video),
+        )
+        mean = torch.stack([(own[0] + first[0]) / 2, (own[1] + second[0] + second[1]) / 3])
+        mapped = stage.model.ego_to_exo(stage.model.ego_encoder(batch.ego_video))
+    losses = stage.losses(batch)
+    log_p, log_q = (F.layer_norm(f, (32,)).mean((1, 2, 3)).log_softmax(-1) for f in (mean, mapped))
+    torch.testing.assert_close(losses["kl"], (log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    alone = stage.losses(tiny.clip_batch())
+    assert torch.equal(losses["cycle"], alone["cycle"]) and torch.equal(losses["vtg"], alone["vtg"])
+    assert losses["kl"] != alone["kl"]
+    batch.other_exo[:] = False
+    torch.testing.assert_close(stage.losses(batch)["kl"], alone["kl"])
+
+
+def test_the_mean_over_cameras_is_the_target_of_answers(toy_tokenizer):
+    batch = seen_by_others(partly_narrated())
+    stage = guided(toy_tokenizer, "answers", answer_tokens=6)
+    exo = stage.model.exo_encoder
+    with torch.no_grad():
+        answers, mean = stage.demonstrate(exo(batch.exo_video), batch, stage.other_exo(batch))
+        captions, own = stage.demonstrate(exo(batch.exo_video), batch)
+        batch.text, batch.narrated = answers, None  # so that the others read these answers
+        first, second = (stage.demonstrate(exo(video), batch)[1] for video in batch.other_exo_video.unbind(1))
+    assert torch.equal(answers.input_ids, captions.input_ids)
+    p = [given.log_probs.exp() for given in (own, first, second)]
+    expected = torch.cat([(p[0] + p[1])[:3] / 2, sum(p)[3:] / 3])
+    assert len(expected) > 3
+    torch.testing.assert_close(mean.log_probs.exp(), expected)
+    batch = seen_by_others(partly_narrated())
+    assert stage.losses(batch)["kl"] != stage.losses(partly_narrated())["kl"]
 
 
 def test_bag_of_words_loss_by_hand(toy_tokenizer):

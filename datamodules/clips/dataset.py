@@ -78,10 +78,12 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
 
     Attributes:
         source_names: names of the sources that the samples are mixed from, for the curves; empty without a mix.
+        other_views: names of further exocentric views that a sample's span may have.
         pad_to_multiple_of: lengths of the texts of a micro-batch are multiples of this.
     """
 
     source_names: tuple[str, ...] = ()
+    other_views: tuple[str, ...] = ()
     pad_to_multiple_of = 1
 
     def __init__(self, clips: ClipConfig, encoder: TextEncoder) -> None:
@@ -160,13 +162,18 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         spans = [self.span(index, request.epoch) for index in request.indices]
         shape = (len(spans), self.clips.num_frames, self.clips.image_size, self.clips.image_size, 3)
         # Corrupt samples keep their place in the batch, with zeros as frames and nothing to learn.
-        frames = {view: _zeros(shape) for view in spans[0].paths}
+        views = [view for view in spans[0].paths if view not in self.other_views]
+        frames = {view: _zeros(shape) for view in views}
+        others = _zeros((shape[0], len(self.other_views), *shape[1:])) if self.other_views else None
         for row, (index, span) in enumerate(zip(request.indices, spans, strict=True)):
             if index in failed:
                 continue
             try:
                 for view, video in self.videos(span).items():
-                    frames[view][row] = video
+                    if view in frames:
+                        frames[view][row] = video
+                    elif others is not None:
+                        others[row, self.other_views.index(view)] = video
             except ClipDecodeError as error:
                 failed[index] = str(error)
         narrated = self.narrated_samples(request.indices)
@@ -183,6 +190,8 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
             narrated=None if narrated is None else torch.tensor(narrated),
             ego_video=frames.get("ego"),
             exo_video=frames.get("exo"),
+            other_exo_video=others,
+            other_exo=None if others is None else _has(spans, self.other_views),
         )
 
     @staticmethod
@@ -225,6 +234,11 @@ def read_span(reader: ClipReader, span: Span, clips: ClipConfig) -> dict[str, Te
         clips.pad_rgb,
     )
     return {view: clip.frames for view, clip in read.items()}
+
+
+def _has(spans: Sequence[Span], views: Sequence[str]) -> Tensor:
+    """Return bool [spans, views], true where a span has a view."""
+    return torch.tensor([[view in span.paths for view in views] for span in spans], dtype=torch.bool)
 
 
 def _zeros(shape: tuple[int, ...]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from datamodules.ego_exo_clip.demonstrations import Answer, Demonstrations, Demo
 from datamodules.ego_exo_clip.index import PairIndex, read_header
 from datamodules.text import EncodedText, TextEncoder
 
-ExoPolicy = Literal["all", "best", "random"]
+ExoPolicy = Literal["all", "best", "random", "best_first", "best_last", "mean"]
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,19 @@ class EgoExoClipDataset(ClipTextDataset):
         root: folder that its paths are relative to.
         views: which views to decode.
         exo_policy: ``all``: a sample for each exocentric view; ``best``: one, the annotated best view; ``random``: one,
-            drawn again each epoch.
+            drawn again each epoch; ``best_first``: one, in the first epoch the best view, and more and more often a
+            random one until ``curriculum_epochs`` have passed; ``best_last``: the reverse, from a random one to the
+            best view, as ViewBridge (arXiv 2504.05451) distils from views that show more and more; ``mean``: one, the
+            best view, and batches have those of the other cameras in addition.
         instruction: question put before the caption; None trains on the bare caption.
         seed: of the random view.
         clips: frames of a clip.
         encoder: text to tokens.
         narration: which pairs are used, and which of them with their narration.
+        curriculum_epochs: epochs that ``best_first`` and ``best_last`` change over.
 
     Raises:
-        ValueError: ``exo_policy`` is unknown.
+        ValueError: ``exo_policy`` is unknown, or of no use for the views.
     """
 
     def __init__(
@@ -91,10 +95,21 @@ class EgoExoClipDataset(ClipTextDataset):
         clips: ClipConfig,
         encoder: TextEncoder,
         narration: NarrationConfig = NarrationConfig(),
+        curriculum_epochs: int = 2,
     ) -> None:
         super().__init__(clips, encoder)
-        if exo_policy not in ("all", "best", "random"):
-            raise ValueError(f"data.exo_policy: got {exo_policy!r}, allowed: all, best, random")
+        if exo_policy not in get_args(ExoPolicy):
+            raise ValueError(f"data.exo_policy: got {exo_policy!r}, allowed: {', '.join(get_args(ExoPolicy))}")
+        if exo_policy == "mean" and set(views) != set(VIEWS):
+            raise ValueError(
+                f"data.exo_policy: got mean, but data.views is [{', '.join(views)}]: the mean over cameras is a target "
+                "for the other view: use both views, or another policy"
+            )
+        if curriculum_epochs < 1:
+            raise ValueError(f"data.curriculum_epochs: got {curriculum_epochs}, allowed: 1 or more")
+        self.curriculum_epochs = curriculum_epochs
+        if exo_policy == "mean":
+            self.other_views = tuple(f"exo_{place}" for place in range(int(pairs.num_exos().max()) - 1))
         self.pairs, self.root, self.views = pairs, root, views
         self.exo_policy, self.instruction, self.seed = exo_policy, instruction, seed
         self._prompt: list[int] | None = None
@@ -146,6 +161,10 @@ class EgoExoClipDataset(ClipTextDataset):
         ego = int(pairs.first_view[pairs.clip_groups[clip]])
         exo = ego + 1 + self._camera(index, epoch)
         chosen = {view: {"ego": ego, "exo": exo}[view] for view in self.views}
+        if self.exo_policy == "mean":
+            end = int(pairs.first_view[pairs.clip_groups[clip] + 1])
+            others = [number for number in range(ego + 1, end) if number != exo]
+            chosen |= dict(zip(self.other_views, others, strict=False))
         return Span(
             {view: self.root / pairs.view_paths[number] for view, number in chosen.items()},
             float(pairs.start_s[clip]),
@@ -159,9 +178,17 @@ class EgoExoClipDataset(ClipTextDataset):
         ego, end = (int(pairs.first_view[pairs.clip_groups[clip] + more]) for more in (0, 1))
         if self.exo_policy == "all":
             return index - int(self.first_pair[clip])
-        if self.exo_policy == "best":
+        rng = np.random.default_rng([self.seed, epoch, index])
+        drawn = int(rng.integers(end - ego - 1))
+        if rng.random() < self._best_share(epoch):
             return int(pairs.best_views[clip]) - ego - 1
-        return int(np.random.default_rng([self.seed, epoch, index]).integers(end - ego - 1))
+        return drawn
+
+    def _best_share(self, epoch: int) -> float:
+        """Return the share of samples that are of the best view."""
+        passed = min(1.0, epoch / self.curriculum_epochs)
+        shares = {"best": 1.0, "mean": 1.0, "random": 0.0, "best_first": 1.0 - passed, "best_last": passed}
+        return shares[self.exo_policy]
 
     def pair(self, index: int, epoch: int) -> int:
         """Return the number of a sample's narration and camera among all such pairs of the index."""
@@ -177,7 +204,7 @@ class EgoExoClipDataset(ClipTextDataset):
         used = np.zeros(len(self), dtype=bool)
         used[self.with_text] = used[self.without_text] = True
         clips = np.unique(np.searchsorted(self.first_pair, np.flatnonzero(used), side="right") - 1)
-        if (exo_policy or self.exo_policy) == "best":
+        if (exo_policy or self.exo_policy) in ("best", "mean"):
             egos = pairs.first_view[pairs.clip_groups[clips]]
             best: NDArray[np.int64] = self.first_of_clip[clips] + pairs.best_views[clips] - egos - 1
             return best
@@ -276,6 +303,7 @@ class EgoExoClipDataModule(ClipDataModule):
         exo_policy: which exocentric views of a narration become samples, see ``EgoExoClipDataset``.
         instruction: question put before every caption; null trains on bare captions.
         narration: how much of the paired video has its narration used.
+        curriculum_epochs: epochs over which ``best_first`` and ``best_last`` change the exocentric view.
         **shared: see ``ClipDataModule``; ``root`` is the folder that the index's paths are relative to.
 
     Attributes:
@@ -292,6 +320,7 @@ class EgoExoClipDataModule(ClipDataModule):
         exo_policy: ExoPolicy = "all",
         instruction: str | None = None,
         narration: NarrationConfig = NarrationConfig(),
+        curriculum_epochs: int = 2,
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
@@ -303,6 +332,7 @@ class EgoExoClipDataModule(ClipDataModule):
         except ValueError as error:
             raise ValueError(f"data.index: {error}") from None
         self.views, self.exo_policy, self.instruction, self.narration = views, exo_policy, instruction, narration
+        self.curriculum_epochs = curriculum_epochs
         self.demonstrations: Demonstrations | None = None
 
     def read(self) -> EgoExoClipDataset:
@@ -317,6 +347,7 @@ class EgoExoClipDataModule(ClipDataModule):
             self.clips,
             self.encoder,
             self.narration,
+            self.curriculum_epochs,
         )
         dataset.demonstrations = self.demonstrations
         return dataset

@@ -24,7 +24,8 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
     The KL compares the language model's distributions when it reads y with those when it reads x and F(x): along the
     narration, or along the caption that the demonstrator gives greedily where a pair has no narration. The learner
     reads narration or caption once, for video-text generation and KL alike. The KL needs neither aligned frames nor,
-    thanks to the captions, text.
+    thanks to the captions, text. Where batches hold the other exocentric cameras of a pair (``data.exo_policy: mean``),
+    the demonstrator's distributions are the mean over all of them.
 
     The projector trains on x and F(x), so that y means less and less to it. ``init.exo_projector`` names the projector
     of stage 1; y then passes through that one. ``kl.weight``, ``kl.tau``, ``kl.warmup_fraction`` and ``selection``
@@ -99,18 +100,20 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         model = self.model
         ego = model.ego_encoder(self.video_of(batch, "ego"))
         mapped = model.ego_to_exo(ego)
-        exo = None
+        exo, others = None, None
         if self.encodes_exo:
             with torch.no_grad():
                 exo = model.exo_encoder(self.video_of(batch, "exo"))
-        answers, demonstrated = self._demonstrated(exo, batch)
+            others = self.other_exo(batch)
+        answers, demonstrated = self._demonstrated(exo, others, batch)
         visual = model.learner_view(ego, mapped)
         losses = self._text_losses(visual, batch, answers, demonstrated)
         if exo is None:
             self.step_log["guidance/mapping_change"] = mapping_change(ego, mapped, batch.valid)
             _, of_cycle = self._guided_inputs(ego, mapped)
         else:
-            features, of_cycle = self.guided_features(ego, exo, mapped, visual)
+            mean = self.mean_exo(exo, others, batch)
+            features, of_cycle = self.guided_features(ego, mean, mapped, visual)
             target, standardized, feature_kl = self.compare_features(features, batch)
             if self.feature_weight:
                 losses["kl_features"] = self.feature_weight * self._rise() * feature_kl
@@ -120,7 +123,9 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
             losses["cycle"] = self.cycle.weight * self._cycles(*of_cycle, exo, batch.valid)
         return losses
 
-    def _demonstrated(self, exo: Tensor | None, batch: ClipBatch) -> tuple[TextBatch, NextTokens]:
+    def _demonstrated(
+        self, exo: Tensor | None, others: Tensor | None, batch: ClipBatch
+    ) -> tuple[TextBatch, NextTokens]:
         """Return the demonstrator's answers and its distributions, stored or computed now.
 
         The language model is gathered once for all tokens of the captions and for their distributions, on all ranks of
@@ -136,7 +141,7 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
             return stored.answers, NextTokens(stored.log_probs, stored.likeliest, stored.log_rest)
         assert exo is not None
         with gathered([] if batch.narrated is None else self.model.language_model.blocks()):
-            return self.demonstrate(exo, batch)
+            return self.demonstrate(exo, batch, others)
 
     def _text_losses(
         self, visual: Tensor, batch: ClipBatch, answers: TextBatch, demonstrated: NextTokens
@@ -162,20 +167,35 @@ class AnswerGuidance(DemonstratorLearnerGuidance):
         return {"vtg": self.vtg_weight * vtg, "kl": self.kl.weight * self._rise() * kl}
 
     @torch.no_grad()
-    def demonstrate(self, exo: Tensor, batch: ClipBatch) -> tuple[TextBatch, NextTokens]:
+    def demonstrate(self, exo: Tensor, batch: ClipBatch, others: Tensor | None = None) -> tuple[TextBatch, NextTokens]:
         """Return the demonstrator's answers and its distributions at each of their tokens.
+
+        Captions are those of the pair's own camera. The distributions along a caption or a narration are the mean over
+        all cameras.
 
         Args:
             exo: y, float [B, T, h, w, C].
             batch: the micro-batch.
+            others: y of the other cameras, float [B, V, T, h, w, C], if there are any.
 
         Raises:
             ValueError: pairs without narration have different prompts.
         """
         visual = self.model.project_exo(exo)
         answers = batch.text if batch.narrated is None else self.answers(visual, batch)
-        logits, _ = self.read_text(visual, replace(batch, text=answers, source=None))
-        return answers, NextTokens.of(logits, self.kl.tau)
+        asked = replace(batch, text=answers, source=None)
+        logits, targets = self.read_text(visual, asked)
+        own = NextTokens.of(logits, self.kl.tau)
+        if others is None or batch.other_exo is None:
+            return answers, own
+        clip, sums = clip_of_tokens(answers.labels, len(targets)), own.log_probs
+        for place, there in enumerate(batch.other_exo.unbind(1)):
+            logits, _ = self.read_text(self.model.project_exo(others[:, place]), asked)
+            log_probs = NextTokens.of(logits, self.kl.tau).log_probs
+            counted = there.index_select(0, clip)[:, None]
+            sums = torch.logaddexp(sums, log_probs.masked_fill(~counted, -torch.inf))
+        cameras = 1 + batch.other_exo.sum(1).index_select(0, clip)
+        return answers, NextTokens(sums - cameras[:, None].log())
 
     def answers(self, visual: Tensor, batch: ClipBatch) -> TextBatch:
         """Return a row for each pair: its narration, or the prompt and the caption that the demonstrator gives.

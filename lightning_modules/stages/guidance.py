@@ -146,6 +146,9 @@ class DemonstratorLearnerGuidance(Stage):
     consistency, and by KL between the demonstrator's features y and F(x). The exo encoder and the language model are
     frozen; gradients pass through the latter. If all other weights are 0, exocentric video may be missing.
 
+    Where batches hold the other exocentric cameras of a pair (``data.exo_policy: mean``), the KL's target is the mean
+    of y over all of them. Patches of two cameras do not show the same place, so that ``kl.pool: all`` belongs to it.
+
     Args:
         vtg_weight: weight of video-text generation.
         cycle: weight and form of cycle consistency.
@@ -276,7 +279,8 @@ class DemonstratorLearnerGuidance(Stage):
             exo = model.exo_encoder(batch.exo_video)  # paper: y
         mapped = model.ego_to_exo(ego)  # paper: F(x)
         visual = model.learner_view(ego, mapped)
-        features, of_cycle = self.guided_features(ego, exo, mapped, visual)
+        mean = self.mean_exo(exo, self.other_exo(batch), batch)
+        features, of_cycle = self.guided_features(ego, mean, mapped, visual)
         losses = {"vtg": self._generation(visual, batch)}
         target, standardized, feature_kl = self.compare_features(features, batch)
         if self.selection.by != "none":
@@ -323,6 +327,31 @@ class DemonstratorLearnerGuidance(Stage):
             weights = weights.where(batch.narrated, 1.0)
         self.step_log["guidance/selected"] = weights.where(batch.valid, 0.0).mean()
         return weights
+
+    @torch.no_grad()
+    def other_exo(self, batch: ClipBatch) -> Tensor | None:
+        """Return y of the other exocentric cameras, float [B, V, T, h, w, C]; None if the batch has none."""
+        videos = batch.other_exo_video
+        if videos is None:
+            return None
+        encoded = self.model.exo_encoder(videos.flatten(0, 1))
+        others: Tensor = encoded.unflatten(0, videos.shape[:2])
+        return others
+
+    @staticmethod
+    def mean_exo(exo: Tensor, others: Tensor | None, batch: ClipBatch) -> Tensor:
+        """Return the mean of y over the exocentric cameras that there are of each pair.
+
+        Args:
+            exo: y of the pair's own camera, float [B, T, h, w, C].
+            others: see ``other_exo``.
+            batch: the micro-batch.
+        """
+        there = batch.other_exo
+        if others is None or there is None:
+            return exo
+        mean: Tensor = exo + (others * there[..., None, None, None, None]).sum(1)
+        return mean / (1 + there.sum(1))[:, None, None, None, None]
 
     def kl_loss(self, features: GuidanceFeatures, batch: ClipBatch, feature_kl: Tensor) -> Tensor:
         """Return the guidance term before it is weighted; a subclass may return another one.
