@@ -85,10 +85,11 @@ export PYTHONUNBUFFERED = 1
 export TOKENIZERS_PARALLELISM = false
 
 serve: PORT ?= 8000
+demo: PORT ?= 7860
 tensorboard: PORT ?= 6006
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe export serve score tensorboard test test-all chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe export serve demo score tensorboard test test-all chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -211,6 +212,10 @@ export: $(READY) ## write the trained STAGE=stage3 to OUT=folder, TO=hf|peft|vid
 serve: $(READY) ## answer OpenAI's chat completions on PORT=8000 with MODEL=folder, about videos below ROOT=folder, needs exo2ego[serve] [MODEL ROOT PORT EXPERIMENT RUNS ARGS]
 	$(CHECK_PORT)
 	$(PYTHON) -m lightning_modules serve $(TRAINED) $(if $(ROOT),--root $(call path,$(ROOT))) --port $(PORT) $(ARGS)
+
+demo: $(READY) ## serve a web page on PORT=7860 to ask MODEL=folder about uploaded videos, needs exo2ego[demo] [MODEL PORT EXPERIMENT RUNS ARGS]
+	$(CHECK_PORT)
+	@$(PYTHON) -m lightning_modules demo $(TRAINED) --port $(PORT) $(ARGS)
 
 score: $(READY) ## compute benchmark scores again from the predictions alone, ARGS="--judge file ..." [EXPERIMENT RUNS ARGS]
 	@$(PYTHON) -m lightning_modules score $(RUN) $(ARGS)

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datamodules.io.hub import is_hub_name
 from datamodules.io.processes import start_server
@@ -27,6 +27,9 @@ from lightning_modules.early_check import check_early
 from lightning_modules.layers import dump_yaml
 from lightning_modules.lock import RunLock, is_rank_zero, release_all
 from lightning_modules.signals import ExitOnSignal
+
+if TYPE_CHECKING:
+    from lightning_modules.serving.server import Limits
 
 OVERRIDES = "stage, and keys to override: key=value, --key=value, or ~key to remove one; `keys` lists them all"
 DATASET_MODULES = (
@@ -220,9 +223,18 @@ def serve(options: argparse.Namespace) -> None:
         raise ValueError(f"{error.name} is not installed: pip install 'exo2ego[serve]'") from None
     from lightning_modules.serving import server
 
-    names = [field.name for field in dataclasses.fields(server.Limits)]
-    limits = server.Limits(**{name: getattr(options, name) for name in names if getattr(options, name) is not None})
-    server.serve(options.model, options.root, options.host, options.port, limits)
+    server.serve(options.model, options.root, options.host, options.port, _limits(options))
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Serve a web page to ask a trained model about uploaded videos."""
+    _require_files(options)
+    _silence_warnings()
+    try:
+        from lightning_modules.serving.demo import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'exo2ego[demo]'") from None
+    serve(options.model, options.host, options.port, _limits(options))
 
 
 _KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|samples|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
@@ -244,6 +256,7 @@ _VERBS = (
     describe,
     export,
     serve,
+    demo,
 )
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
@@ -287,7 +300,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("out", type=Path, help="folder to write; it must not exist")
         elif name in ("chat", "describe"):
             command.add_argument("video", help="video file, or folder of images")
-        elif name == "serve":
+        elif name in ("serve", "demo"):
             command.add_argument("model", help="run, exported folder, or name on the hub")
         else:
             command.add_argument("experiment", type=Path, help="folder of the experiment, or config.yaml of a run")
@@ -295,7 +308,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         _add_options(name, command)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] not in (["chat"], ["describe"], ["export"], ["serve"]):
+    if given[:1] not in (["chat"], ["describe"], ["export"], ["serve"], ["demo"]):
         given = [_KEY_OPTION.sub(r"\1", word) for word in given]
     options, after = parser.parse_known_args(given)
     # argparse accepts no more positional arguments after an option, but key=value may follow in any order.
@@ -335,11 +348,13 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--unmerged", action="store_true", help="keep the adapters of LoRA apart from the layers")
     if verb == "serve":
         command.add_argument("--root", type=Path, metavar="FOLDER", help="requests may name the videos below it")
+    if verb in ("serve", "demo"):
+        port = {"serve": 8000, "demo": 7860}[verb]
         command.add_argument("--host", default="127.0.0.1", help="address to listen on, by default this machine's own")
-        command.add_argument("--port", type=int, default=8000, help="port to listen on")
+        command.add_argument("--port", type=int, default=port, help="port to listen on")
         command.add_argument("--running", type=int, metavar="N", help="requests that are answered at the same time")
         command.add_argument("--waiting", type=int, metavar="N", help="further requests that are accepted")
-        command.add_argument("--body-mib", type=float, metavar="MIB", help="largest request")
+        command.add_argument("--body-mib", type=float, metavar="MIB", help="largest request or upload")
         command.add_argument("--seconds", type=float, metavar="S", help="longest time of a request")
         command.add_argument("--new-tokens", type=int, metavar="N", help="longest answer")
     if verb == "describe":
@@ -349,6 +364,14 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--judge", choices=("none", "file", "hf"), default="none", help="judge of open answers")
         judge_model = "folder or hub name of the judge, or who wrote the file of verdicts"
         command.add_argument("--judge-model", metavar="NAME", help=judge_model)
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """Return the bounds of a server; those that were not given keep their defaults."""
+    from lightning_modules.serving.server import Limits
+
+    names = [field.name for field in dataclasses.fields(Limits)]
+    return Limits(**{name: getattr(options, name) for name in names if getattr(options, name) is not None})
 
 
 def _locked(config: dict[str, Any]) -> AbstractContextManager[object]:

@@ -15,12 +15,8 @@ import pytest
 import tiny
 from test_clip_stream import make_video
 
-from datamodules.clips.dataset import ClipConfig
-from datamodules.text import TextEncoder
 from lightning_modules import Exo2Ego
 from lightning_modules.cli import main
-from lightning_modules.inference.description import ModelDescription
-from lightning_modules.model.exo2ego import Exo2EgoModel
 
 pytest.importorskip("starlette", reason="needs pip install 'exo2ego[serve]'")
 pytest.importorskip("uvicorn", reason="needs pip install 'exo2ego[serve]'")
@@ -67,13 +63,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(toy_tokenizer):
-    encoder = TextEncoder(str(toy_tokenizer), 64)
-    network, parts = tiny.network(), ("ego_encoder", "ego_to_exo", "projector", "language_model", "lora")
-    clips = ClipConfig(tiny.FRAMES, tiny.SIZE)
-    description = ModelDescription(network, len(encoder.tokenizer), parts, clips)
-    built = Exo2EgoModel(network, len(encoder.tokenizer), parts).eval()
-    tiny.scatter(built)
-    model = GatedModel(built, encoder, description, "tiny", read_timeout_s=LIMITS.seconds)
+    model = tiny.answering_model(toy_tokenizer, GatedModel, read_timeout_s=LIMITS.seconds)
     model.gate = threading.Event()
     model.gate.set()
     return model
@@ -404,10 +394,10 @@ def test_several_clients_are_answered_at_once(port, model, root):
 
 
 def test_wrong_settings_are_refused_before_the_model_is_read(tmp_path, capsys):
-    missing = str(tmp_path / "missing")
-    assert main(["serve", missing, "--root", missing]) == 2
+    missing, empty = str(tmp_path / "missing"), str(tmp_path)
+    assert main(["serve", empty, "--root", missing]) == 2
     assert "is no folder: name the folder of the videos" in capsys.readouterr().err
-    assert main(["serve", missing, "--seconds", "0"]) == 2
+    assert main(["serve", empty, "--seconds", "0"]) == 2
     assert "seconds: got 0.0, allowed: above 0" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as used, pytest.raises(ValueError, match="choose another"):
         serve(missing, None, "127.0.0.1", used.getsockname()[1], LIMITS)

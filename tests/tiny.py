@@ -5,16 +5,20 @@ from pathlib import Path
 import torch
 
 from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, TextBatch
+from datamodules.clips.dataset import ClipConfig
+from datamodules.text import TextEncoder
 from lightning_modules import (
     AnswerGuidance,
     DemonstratorLearnerGuidance,
     DemonstratorSelfPreparation,
+    Exo2Ego,
     Initialisation,
     LearnerSelfPractice,
     OptimConfig,
 )
+from lightning_modules.inference.description import ModelDescription
 from lightning_modules.model.encoders import EncoderConfig
-from lightning_modules.model.exo2ego import NetworkConfig, ProjectorConfig
+from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig, ProjectorConfig
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.model.lora import LoRAConfig
 from lightning_modules.model.mapping import MapperConfig
@@ -95,6 +99,18 @@ def make_stage(name, tokenizer, learning_rate=1e-2, optim=None, **changes):
     )
     stage.num_frames = FRAMES  # as `check` learns from the data
     return stage
+
+
+def answering_model(tokenizer, kind=Exo2Ego, **options):
+    """Return a model of class ``kind`` with random weights, which answers anything."""
+    encoder = TextEncoder(str(tokenizer), 64)
+    parts = ("ego_encoder", "ego_to_exo", "projector", "language_model", "lora")
+    description = ModelDescription(network(), len(encoder.tokenizer), parts, ClipConfig(FRAMES, SIZE))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)  # its answers from x and from F(x) differ
+        built = Exo2EgoModel(description.network, description.vocab_size, parts).eval()
+    scatter(built)
+    return kind(built, encoder, description, "tiny", **options)
 
 
 @torch.no_grad()

@@ -150,6 +150,20 @@ class Exo2Ego:
             )
         return views["ego"]
 
+    def end_of(self, video: str | os.PathLike[str], start: float = 0.0, end: float | None = None) -> float:
+        """Check a span of a video and return its end in seconds.
+
+        Args:
+            video: file or folder of images.
+            start: start of the span in seconds.
+            end: its end; None for the end of the video.
+
+        Raises:
+            ClipDecodeError: the video cannot be opened, or does not have the span.
+        """
+        with self._lock:
+            return self._reader.usable_end_s(Path(video), start, math.inf if end is None else end)
+
     @torch.no_grad()
     def visual_tokens(self, frames: Tensor, visual_inputs: Sequence[str] | None = None) -> Tensor:
         """Encode the frames of a clip: uint8 [T, S, S, 3] to float [N, D].
@@ -162,21 +176,21 @@ class Exo2Ego:
             ValueError: the model does not have them.
         """
         model, video = self.model, frames[None].to(self.device)
-        if visual_inputs is None or tuple(visual_inputs) == self._visual_inputs:
+        if visual_inputs is None or tuple(visual_inputs) == self.visual_inputs:
             tokens: Tensor = model.encode(video)
             return tokens[0]
-        if not visual_inputs or not set(visual_inputs) <= set(self._visual_inputs):
+        if not visual_inputs or not set(visual_inputs) <= set(self.visual_inputs):
             raise ValueError(
                 f"visual_inputs: got {', '.join(visual_inputs)}, but this model reads "
-                f"{', '.join(self._visual_inputs)}: name some of these"
+                f"{', '.join(self.visual_inputs)}: name some of these"
             )
         ego = model.ego_encoder(video)
         chosen = [name for name in VISUAL_INPUTS if name in visual_inputs]
         return model.project(*(model.ego_to_exo(ego) if name == "mapped" else ego for name in chosen))[0]
 
     @property
-    def _visual_inputs(self) -> tuple[str, ...]:
-        """Visual inputs that can be chosen from; the demonstrator has one."""
+    def visual_inputs(self) -> tuple[str, ...]:
+        """Visual inputs that can be chosen from: ``ego`` (x) and ``mapped`` (F(x)); the demonstrator has one."""
         return self.model.visual_inputs if "ego_encoder" in self.model.parts else ("ego",)
 
     # ------------------------------------------------------------------------------------------------------ questions
@@ -373,9 +387,8 @@ class Exo2Ego:
         if not every > 0:
             raise ValueError(f"every: got {every}, allowed: above 0 seconds")
         self.encoder.prompt(question)
-        with self._lock:
-            last = self._reader.usable_end_s(Path(video), start, math.inf if end is None else end)
-        return self._describe(video, _parts(start, last, every), question, max_new_tokens)
+        parts = _parts(start, self.end_of(video, start, end), every)
+        return self._describe(video, parts, question, max_new_tokens)
 
     def _describe(
         self, video: Video, parts: Sequence[tuple[float, float]], question: str, max_new_tokens: int
