@@ -74,7 +74,8 @@ FILE_LIST = if test -e $(call path,$(FILES)); then set -- $(call path,$(FILES));
 # Experiments on a generated world generate it first.
 FAIR := data/fair/ego_exo_clip/index.json
 TOY := data/toy/ego_exo_clip/index.json
-WORLD := $(if $(filter toy_fair,$(NAME)),$(FAIR),$(if $(filter toy%,$(NAME)),$(TOY)))
+RICH := data/rich/ego_exo_clip/index.json
+WORLD := $(if $(filter toy_fair,$(NAME)),$(FAIR),$(if $(filter toy_real,$(NAME)),$(RICH),$(if $(filter toy%,$(NAME)),$(TOY))))
 # A file of tests stays in one process, since its tests share the stages that they train.
 PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 ABLATE = $(PYTHON) -m experiments.ablations experiments/ablations/sweep.yaml
@@ -126,6 +127,9 @@ $(TOY): | $(READY)
 $(FAIR): | $(READY)
 	$(CHECK_KEYS)
 	$(PYTHON) -m datamodules.toy_world --root data/fair --preset fair --train-takes 330 --val-takes 100
+
+$(RICH): | $(READY)
+	$(PYTHON) -m datamodules.toy_world --root data/rich --preset rich --size 224 --train-takes 80 --val-takes 20 --initialisation-takes 160 --practice-takes 80 --benchmark-takes 10
 
 data/fair_quick/ego_exo_clip/index.json: | $(READY)
 	$(PYTHON) -m datamodules.toy_world --root data/fair_quick --preset fair --train-takes 9 --val-takes 2 --initialisation-takes 6 --practice-takes 4
@@ -270,7 +274,7 @@ bench-mix: $(READY) ## measure loading a mix of 600,000 instruction records [ARG
 	$(PYTHON) tests/bench/bench_mix.py $(ARGS)
 
 clean: ## remove the generated data and caches; runs and .venv stay
-	rm -rf data/toy data/fair data/fair_quick .pytest_cache .mypy_cache .ruff_cache
+	rm -rf data/toy data/fair data/rich data/fair_quick .pytest_cache .mypy_cache .ruff_cache
 	find datamodules experiments lightning_modules tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-runs: ## remove the runs of all experiments in RUNS, after listing them and asking; YES=1 does not ask [RUNS YES]

@@ -30,7 +30,7 @@ from datamodules.text import load_tokenizer
 from datamodules.toy_world import questions, release
 from datamodules.toy_world.release import SEEDS, Settings, WorldExists, generate
 from datamodules.toy_world.render import ego_camera, exo_camera, render
-from datamodules.toy_world.scene import PRESETS, SHAKE_M, VERBS, simulate
+from datamodules.toy_world.scene import PHRASINGS, PRESETS, SHAKE_M, VERBS, simulate
 from datamodules.video.probe import probe
 
 FPS = 8
@@ -143,7 +143,7 @@ def test_the_same_world_is_kept_and_another_one_refused(toy_world, toy_settings,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"preset": "none"}, "preset: got 'none', allowed: easy, hard, fair"),
+        ({"preset": "none"}, "preset: got 'none', allowed: easy, hard, fair, rich"),
         ({"val_takes": 0}, "val_takes: got 0, allowed: 1 or more"),
         ({"size": 33}, "size: got 33, allowed: multiples of 16 from 32"),
         ({"size": 16}, "size: got 16, allowed: multiples of 16 from 32"),
@@ -409,7 +409,8 @@ def test_yes_and_no_are_about_as_frequent_and_right(preset):
     for take, action, rng in actions(preset, 100):
         kind, question, answer = questions.answers(take, action, rng)[-1]
         assert kind == "check"
-        assert (f"the {take.things[action.thing].phrase}?" in question) == (answer == "yes")
+        asked = re.search(rf"the {take.things[action.thing].phrase}\b", question)
+        assert (asked is not None) == (answer == "yes")
         replies.append(answer)
     assert abs(replies.count("yes") / len(replies) - 0.5) < 0.06
 
@@ -521,15 +522,38 @@ def test_the_worlds_templates_are_in_its_words_and_the_first_asks_as_held_out_cl
             assert tokenizer.unk_token_id not in ids
 
 
-def test_the_tokenizer_knows_every_word_of_both_presets(toy_tokenizer):
-    tokenizer = load_tokenizer(str(toy_tokenizer))
+def test_the_tokenizer_knows_every_word_of_its_world(toy_tokenizer, tmp_path):
+    questions.write_tokenizer(tmp_path / "rich", PRESETS["rich"])
     for preset in PRESETS:
+        tokenizer = load_tokenizer(str(tmp_path / "rich" if preset == "rich" else toy_tokenizer))
         for take, action, rng in actions(preset, 20):
             rows = questions.answers(take, action, rng)
             for text in [questions.caption(take, action), *(text for row in rows for text in row[1:])]:
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"]
                 assert tokenizer.unk_token_id not in ids
                 assert tokenizer.decode(ids) == text
+
+
+def test_the_rich_world_says_the_same_in_several_ways():
+    forms: Counter[str] = Counter()
+    asked = {kind: set() for kind in questions.QUESTIONS}
+    kinds = set()
+    for take, action, rng in actions("rich", 60):
+        used = take.things[action.thing]
+        kinds |= {thing.kind for thing in take.things}
+        text = take.narration(action)
+        forms[text.replace(used.phrase, "X").replace(action.verb, "V").replace(action.hand, "H")] += 1
+        assert re.search(r"\bC\b", text)
+        for kind, question, _ in questions.answers(take, action, rng):
+            asked[kind].add(question)
+    assert len(forms) == len(PHRASINGS) and min(forms.values()) > 60
+    assert all(asked[kind] == set(questions.PHRASED_QUESTIONS[kind]) for kind in ("verb", "object", "colour", "hand"))
+    assert kinds == set(PRESETS["rich"].named_kinds) and len(kinds) == 9
+
+
+def test_the_vocabulary_of_the_default_world_is_fixed(toy_tokenizer):
+    """Its size is that of the default experiment's language model."""
+    assert len(load_tokenizer(str(toy_tokenizer))) == 74
 
 
 # --------------------------------------------------------------------------------------------------------------------

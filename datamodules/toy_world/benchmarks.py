@@ -438,14 +438,16 @@ def _epic100_mir(folder: Path, takes: Sequence[_Take], rng: np.random.Generator)
     """Write EPIC-KITCHENS MIR: half of the actions; a noun is an object with its colour, and captions name the hand."""
     header = "narration_id participant_id video_id narration_timestamp start_timestamp stop_timestamp start_frame"
     header += " stop_frame narration verb verb_class noun noun_class all_nouns all_noun_classes"
-    colours, rows = list(COLOURS), []
+    rows = []
     captions: dict[str, str] = {}
     for take in takes:
         for number in sorted(rng.permutation(len(take.actions))[: -(-len(take.actions) // 2)].tolist()):
             action = take.actions[number]
             thing, name = take.thing(action), f"{take.epic}_{number}"
             text = questions.caption(take.simulated, action)
-            noun, noun_class = f"{thing.kind}:{thing.colour}", KINDS.index(thing.kind) * 6 + colours.index(thing.colour)
+            colours = take.simulated.world.named_colours
+            noun, noun_class = f"{thing.kind}:{thing.colour}", KINDS.index(thing.kind) * len(colours)
+            noun_class += colours.index(thing.colour)
             times = [_clock(time_s) for time_s in (action.time_s, action.start_s, action.end_s)]
             verb = action.verb.replace(" ", "-")
             numbers = [max(1, int(time_s * EPIC_FPS)) for time_s in (action.start_s, action.end_s)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
-from datamodules.toy_world.scene import COLOURS, HANDS, KINDS, VERBS, Action, Take, Thing, World, sentence
+from datamodules.toy_world.scene import (
+    COLOURS,
+    HANDS,
+    KINDS,
+    PHRASINGS,
+    PRESETS,
+    VERBS,
+    Action,
+    Take,
+    Thing,
+    World,
+    sentence,
+)
 
 CAPTION_INSTRUCTION = "Describe the video."
 QUESTIONS = {
@@ -24,6 +36,34 @@ QUESTIONS = {
     "hand": "Which hand does the camera-wearer use?",
     "check": "Does the camera-wearer use the {thing}?",
 }
+PHRASED_QUESTIONS = {
+    "verb": (
+        QUESTIONS["verb"],
+        "Look at the hands of the camera-wearer and at the object between them. Which action is shown in this clip?",
+        "In a few words, what is happening to the object that the camera-wearer touches?",
+    ),
+    "object": (
+        QUESTIONS["object"],
+        "Several objects are on the table. Which of them does the camera-wearer handle in this clip?",
+        "Name the object that the camera-wearer moves or touches.",
+    ),
+    "colour": (
+        QUESTIONS["colour"],
+        "Several objects are on the table. What is the colour of the one that the camera-wearer handles?",
+        "Name the colour of the object that the camera-wearer moves or touches.",
+    ),
+    "hand": (
+        QUESTIONS["hand"],
+        "From the point of view of the camera-wearer, which of the two hands acts on the object?",
+        "Is it the left or the right hand that the camera-wearer uses?",
+    ),
+    "check": (
+        QUESTIONS["check"],
+        "Several objects are on the table. Is the {thing} the one that the camera-wearer handles?",
+        "Yes or no: does the camera-wearer touch the {thing} in this clip?",
+    ),
+}
+"""Questions by kind in a world with phrasings; the first are those of the other worlds."""
 ACTION_QUESTION = "What does the camera-wearer do with the object?"
 _FRAMES = (
     "{}",
@@ -91,8 +131,11 @@ def answers(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[
     used = take.things[action.thing]
     yes = bool(rng.random() < 0.5)
     asked = used if yes else _other_thing(take, used, rng)
-    rows = [(kind, QUESTIONS[kind], truth[kind]) for kind in ("verb", "object", "colour", "hand")]
-    return [*rows, ("check", QUESTIONS["check"].format(thing=asked.phrase), "yes" if yes else "no")]
+    texts = QUESTIONS
+    if take.world.phrasings:
+        texts = {kind: phrasings[int(rng.integers(len(phrasings)))] for kind, phrasings in PHRASED_QUESTIONS.items()}
+    rows = [(kind, texts[kind], truth[kind]) for kind in ("verb", "object", "colour", "hand")]
+    return [*rows, ("check", texts["check"].format(thing=asked.phrase), "yes" if yes else "no")]
 
 
 def phrase(verb: str, thing: Thing, hand: str) -> str:
@@ -180,12 +223,15 @@ def write_templates(folder: Path) -> None:
     (folder / "egobench.yaml").write_text(yaml.safe_dump(BENCHMARK_PROMPTS, sort_keys=False))
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Write a word-level tokenizer of the world's language, loadable by ``AutoTokenizer``."""
+def write_tokenizer(folder: Path, world: World = PRESETS["easy"]) -> None:
+    """Write a word-level tokenizer of a world's language, loadable by ``AutoTokenizer``."""
     # The vocabulary: the words and marks of every text that the world can contain.
-    things = [Thing(kind, colour) for kind, colour in product(KINDS, COLOURS)]
+    things = [Thing(kind, colour) for kind, colour in product(world.named_kinds, world.named_colours)]
     texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}", *_MORE_TEXTS]
     texts += [full_caption(verb, thing, hand) for verb, thing, hand in product(VERBS, things, HANDS)]
+    if world.phrasings:
+        texts += chain(*PHRASED_QUESTIONS.values())
+        texts += [camera_wearer_text(phrasing.format(verb="", thing="", hand="")) or "" for phrasing in PHRASINGS]
     words: set[str] = set()
     for text in texts:
         words.update(_MARKS.findall(text.replace("{thing}", "")))

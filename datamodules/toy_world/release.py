@@ -45,7 +45,7 @@ from datamodules.io.parallel import parallel_map
 from datamodules.toy_world import questions
 from datamodules.toy_world.benchmarks import write_benchmarks
 from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
-from datamodules.toy_world.scene import COLOURS, KINDS, PRESETS, VERBS, Action, Take, World, simulate
+from datamodules.toy_world.scene import PRESETS, VERBS, Action, Take, World, simulate
 from datamodules.toy_world.video import encode
 
 FORMAT = 5
@@ -127,7 +127,7 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
     write_benchmarks(partial_root / "egobench", settings.world, seeds, settings.size, counter, workers)
     index = build_index(EgoExo4D(partial_root), partial_root / "ego_exo_clip", probe_workers=workers)
     _write_held_out(partial_root, settings, index["alpha"])
-    questions.write_tokenizer(partial_root / "tokenizer")
+    questions.write_tokenizer(partial_root / "tokenizer", settings.world)
     _write_json(partial_root / "world.json", described)
     os.replace(partial_root, root)
     return True
@@ -371,7 +371,8 @@ def _write_practice(root: Path, settings: Settings, workers: int) -> None:
 def _write_egtea(folder: Path, takes: dict[str, Take]) -> None:
     """Write ``action_idx.txt``, ``verb_idx.txt``, ``noun_idx.txt`` and ``train_split1.txt``; ids start at 1."""
     verbs = [verb[0].upper() + verb[1:] for verb in VERBS]
-    nouns = [f"{colour}_{kind}" for colour, kind in product(COLOURS, KINDS)]
+    world = next(iter(takes.values())).world
+    nouns = [f"{colour}_{kind}" for colour, kind in product(world.named_colours, world.named_kinds)]
     actions = [f"{verb} {noun}" for verb, noun in product(verbs, nouns)]
     folder.mkdir(parents=True)
     for name, labels in (("action", actions), ("verb", verbs), ("noun", nouns)):

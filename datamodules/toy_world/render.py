@@ -253,6 +253,12 @@ def _solid(kind: str, scale: float) -> list[tuple[Array, list[tuple[int, ...]]]]
         return [_frustum(0.045 * s, 0.045 * s, 0.0, 0.19 * s), _frustum(0.02 * s, 0.02 * s, 0.19 * s, 0.34 * s, 6)]
     if kind == "plate":
         return [_frustum(0.10 * s, 0.17 * s, 0.0, 0.03 * s, 10)]
+    if kind == "cup":
+        return [_frustum(0.05 * s, 0.07 * s, 0.0, 0.14 * s)]
+    if kind == "bowl":
+        return [_frustum(0.05 * s, 0.12 * s, 0.0, 0.08 * s, 10)]
+    if kind == "pyramid":
+        return [_frustum(0.12 * s, 0.004 * s, 0.0, 0.16 * s, 4)]
     parts = []
     for i in range(8):
         angle = 2 * np.pi * i / 8

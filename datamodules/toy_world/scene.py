@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-KINDS = ("bottle", "plate", "ball", "box", "cone", "ring")
+KINDS = ("bottle", "plate", "ball", "box", "cone", "ring", "cup", "bowl", "pyramid")
 COLOURS = {
     "red": (214, 38, 38),
     "green": (40, 168, 62),
@@ -21,6 +21,9 @@ COLOURS = {
     "yellow": (240, 206, 40),
     "white": (244, 244, 244),
     "purple": (148, 52, 190),
+    "orange": (244, 128, 30),
+    "black": (34, 34, 38),
+    "pink": (244, 140, 190),
 }
 VERBS = ("picks up", "puts down", "shakes", "taps", "pushes", "pulls")
 HANDS = ("left", "right")
@@ -30,6 +33,14 @@ SLIDE_M = 0.26
 SHAKE_M = 0.13
 TAP_M = 0.20
 NEAR_Y, FAR_Y = 0.16, 0.44
+_USUAL = 6  # kinds and colours that the files of every world name, whether they occur or not
+PHRASINGS = (
+    "C {verb} the {thing} with the {hand} hand.",
+    "With the {hand} hand, C {verb} the {thing}.",
+    "C uses the {hand} hand and {verb} the {thing}.",
+    "The {hand} hand of C {verb} the {thing} on the table.",
+)
+"""Forms of a narration; worlds without phrasings have the first alone."""
 REST = {"left": (-0.30, 0.02, 0.03), "right": (0.30, 0.02, 0.03)}
 
 
@@ -51,6 +62,7 @@ class World:
         exo_fov_deg: field of view of the exocentric cameras.
         exo_cameras: probabilities of two, three and four exocentric cameras around a take.
         best_exo: the camera annotated as best; None draws one for each take.
+        phrasings: narrations and questions come in several forms, for language models that know English.
     """
 
     kinds: int = 4
@@ -67,6 +79,17 @@ class World:
     exo_fov_deg: float = 54.0
     exo_cameras: tuple[float, float, float] = (0.7, 0.2, 0.1)
     best_exo: str | None = None
+    phrasings: bool = False
+
+    @property
+    def named_kinds(self) -> tuple[str, ...]:
+        """Kinds of objects that class lists and the vocabulary have."""
+        return KINDS[: max(_USUAL, self.kinds)]
+
+    @property
+    def named_colours(self) -> tuple[str, ...]:
+        """Colours that class lists and the vocabulary have."""
+        return tuple(COLOURS)[: max(_USUAL, self.colours)]
 
 
 PRESETS = {
@@ -82,6 +105,8 @@ PRESETS = {
         exo_cameras=(0.0, 0.0, 1.0),
         best_exo="cam01",
     ),
+    # For pretrained language models: more to name, in more words. Render it with --size 224 for pretrained encoders.
+    "rich": World(kinds=9, colours=9, objects=(2, 3), phrasings=True),
 }
 
 
@@ -142,12 +167,13 @@ class Take:
 
     def narration(self, action: Action) -> str:
         """Return the sentence an annotator would write, with ``C`` for the wearer as in Ego-Exo4D."""
-        return sentence(action.verb, self.things[action.thing], action.hand)
+        phrasing = (self.seed + self.actions.index(action)) % len(PHRASINGS) if self.world.phrasings else 0
+        return sentence(action.verb, self.things[action.thing], action.hand, phrasing)
 
 
-def sentence(verb: str, thing: Thing, hand: str) -> str:
-    """Return the narration of one action."""
-    return f"C {verb} the {thing.phrase} with the {hand} hand."
+def sentence(verb: str, thing: Thing, hand: str, phrasing: int = 0) -> str:
+    """Return the narration of one action in one of the ``PHRASINGS``."""
+    return PHRASINGS[phrasing].format(verb=verb, thing=thing.phrase, hand=hand)
 
 
 def smoothstep(u: Array | float) -> Array:
