@@ -58,6 +58,17 @@ SPAN = $(if $(START),--start '$(START)') $(if $(END),--end '$(END)')
 OPTIONS = runs=$(call path,$(RUNS)) $(if $(filter runs=%,$(ARGS)),$(error ARGS: name the folder of the runs as RUNS=folder),$(ARGS)) \
   $(if $(call flag,FORCE),--force)
 FINISHED = $$(cd $(RUN) 2>/dev/null && ls -d stage*/handoff/manifest.json 2>/dev/null | cut -d / -f 1)
+EVALUATE_STAGES = test -z $(call path,$(DATA)) || { echo "error: DATA: goes with MODEL=folder; an experiment lists its benchmarks itself"; exit 2; }; \
+  for stage in $(STAGES); do ls experiments/*/$$stage.yaml >/dev/null 2>&1 || { \
+    echo "error: STAGES: got $$stage, expected names of stages such as STAGES=\"stage2 stage3\""; exit 2; }; done; \
+  for stage in $(or $(STAGES),$(FINISHED)); do \
+    $(PYTHON) -m lightning_modules evaluate experiments/$(NAME) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks '$(BENCHMARKS)') || exit; done; \
+  $(PYTHON) -m lightning_modules report $(RUN)
+EVALUATE_MODEL = $(if $(filter command,$(firstword $(origin EXPERIMENT)) $(firstword $(origin STAGES))),\
+  echo "error: MODEL: names the model already: leave out EXPERIMENT and STAGES"; exit 2;) \
+  test -n "$(BENCHMARKS)" || { echo "error: name the benchmarks: make evaluate MODEL=exports/toy BENCHMARKS=all"; exit 2; }; \
+  $(PYTHON) -m lightning_modules evaluate $(call path,$(or $(DATA),experiments/data/egobench.yaml)) $(ARGS) --model $(TRAINED) \
+    --benchmarks '$(BENCHMARKS)' --out $(call path,$(RUNS)/evaluated) $(if $(call flag,FORCE),--force)
 # Stage 0 gets the ARGS of stage 1 except those of stage 1's own classes and folders.
 STAGE0_IF_MISSING = test -f $(RUN)/stage0/handoff/manifest.json || { set -- $(ARGS); \
   for word do shift; case $$word in --*=*) word=$${word$(HASH)--};; esac; case $$word in \
@@ -194,12 +205,8 @@ consolidate: $(READY) ## export stage weights from the last checkpoint of an unf
 	@test -n "$(STAGE)" || { echo "error: name the stage: make consolidate STAGE=stage2"; exit 2; }
 	$(PYTHON) -m lightning_modules consolidate experiments/$(NAME) $(STAGE) runs=$(call path,$(RUNS)) $(ARGS)
 
-evaluate: $(READY) $(WORLD) ## validation QA of finished STAGES="stage3 ...", or BENCHMARKS=all|name,name; print the tables [EXPERIMENT RUNS STAGES BENCHMARKS ARGS FORCE]
-	@for stage in $(STAGES); do ls experiments/*/$$stage.yaml >/dev/null 2>&1 || { \
-	  echo "error: STAGES: got $$stage, expected names of stages such as STAGES=\"stage2 stage3\""; exit 2; }; done
-	@for stage in $(or $(STAGES),$(FINISHED)); do \
-	  $(PYTHON) -m lightning_modules evaluate experiments/$(NAME) $$stage $(OPTIONS) $(if $(BENCHMARKS),--benchmarks '$(BENCHMARKS)') || exit; done
-	@$(PYTHON) -m lightning_modules report $(RUN)
+evaluate: $(READY) $(if $(MODEL),$(if $(filter %toy.yaml,$(DATA)),$(TOY)),$(WORLD)) ## validation QA of finished STAGES="stage3 ...", or BENCHMARKS=all|name,name; BENCHMARKS of any MODEL=folder in place of stages, listed in DATA=file.yaml [EXPERIMENT RUNS STAGES BENCHMARKS MODEL DATA ARGS FORCE]
+	@$(if $(MODEL),$(EVALUATE_MODEL),$(EVALUATE_STAGES))
 
 chat: $(READY) ## ask a trained model about VIDEO=file, QUESTION="..." or typed in; START= and END= in seconds, MODEL=folder or name [VIDEO QUESTION START END MODEL EXPERIMENT RUNS ARGS]
 	@test -n $(call path,$(VIDEO)) || { echo "error: name the video: make chat VIDEO=kitchen.mp4"; exit 2; }

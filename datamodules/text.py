@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -102,6 +104,12 @@ def unknown_words(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> s
         f"{max(share, 1e-4):.2%} of the words ({len(found):,} different ones) are unknown to the tokenizer "
         f"{tokenizer.name_or_path}, which reads {tokenizer.unk_token} for them, e.g. {shown}"
     )
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return 16 hexadecimal digits that change with the vocabulary, the special tokens and the chat template."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class UnusableText(ValueError):

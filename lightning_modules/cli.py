@@ -57,9 +57,12 @@ def fit(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Answer the validation questions, or benchmarks, with a finished stage."""
+    """Answer the validation questions, or benchmarks, with a finished stage; or benchmarks with any model."""
+    if options.model is not None:
+        _evaluate_model(options)
+        return
     config = _read_layers(options).resolve()
-    names = [name for name in options.benchmarks.split(",") if name]
+    names = _benchmark_names(options)
     if not names and config["data"]["init_args"].get("held_out") is None:
         raise ConfigError("data.held_out: got null, so there are no questions: name benchmarks, `BENCHMARKS=all`")
     with _locked(config):
@@ -72,6 +75,34 @@ def evaluate(options: argparse.Namespace) -> None:
             evaluation.evaluate(config)
         if options.single_inputs:
             evaluation.evaluate_single_inputs(config, again=True)
+
+
+def _benchmark_names(options: argparse.Namespace) -> list[str]:
+    return [name for name in options.benchmarks.split(",") if name]
+
+
+def _evaluate_model(options: argparse.Namespace) -> None:
+    """Answer benchmarks with a model that needs no experiment."""
+    names = _benchmark_names(options)
+    if not names:
+        raise ConfigError("--benchmarks: a model without an experiment answers benchmarks only: name them, or all")
+    if options.experiment.is_dir():
+        raise ConfigError(f"{options.experiment}: is a folder: name a file with the key egobench, and no stage")
+    if options.single_inputs:
+        raise ConfigError("--single-inputs: belongs to validation questions, which need an experiment: leave it out")
+    config = read_layers(options.experiment, None, options.rest).resolve()
+    if not (config.get("egobench") or {}).get("benchmarks"):
+        raise ConfigError(
+            f"{options.experiment}: key egobench.benchmarks is missing: name a file that lists benchmarks"
+        )
+    # The two last folders of its path name a model, as owner and name do on the hub.
+    parts = [part for part in Path(options.model).absolute().parts if part != "handoff"]
+    out = options.out / "_".join(parts[-2:])
+    with _locked({"run_dir": out}):
+        _silence_warnings()
+        from lightning_modules import evaluation
+
+        evaluation.evaluate_model(options.model, config, out, None if names == ["all"] else names, options.force)
 
 
 def show(options: argparse.Namespace) -> None:
@@ -237,7 +268,9 @@ def demo(options: argparse.Namespace) -> None:
     serve(options.model, options.host, options.port, _limits(options))
 
 
-_KEY_OPTION = re.compile(r"^--(?!(?:benchmarks|samples|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL)
+_KEY_OPTION = re.compile(
+    r"^--(?!(?:benchmarks|model|out|samples|force|judge|traceback)=)([A-Za-z_][\w.]*=.*)", re.DOTALL
+)
 """An override in the form ``--key=value``. Names of options have no dots, and no key has the name of one."""
 
 _VERBS = (
@@ -337,6 +370,11 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
     if verb == "evaluate":
         benchmarks = "answer benchmarks of the experiment instead: names separated by commas, or all"
         command.add_argument("--benchmarks", metavar="NAMES", default="", help=benchmarks)
+        model = "run, exported folder, folder of VideoLLaMA2, or name on the hub, in place of a stage: benchmarks of "
+        model += "the named YAML file, such as experiments/data/egobench.yaml"
+        command.add_argument("--model", metavar="FOLDER", help=model)
+        out = "folder of the results of such models, by default runs/evaluated"
+        command.add_argument("--out", type=Path, default=Path("runs/evaluated"), metavar="FOLDER", help=out)
         command.add_argument("--force", action="store_true", help="discard predictions that exist")
     if verb in ("chat", "describe"):
         command.add_argument("--model", default="runs/toy/stage3", help="run, exported folder, or name on the hub")

@@ -57,7 +57,8 @@ def fit(config: dict[str, Any], force: bool = False, layers: Composition | None 
     """
     run = build(config)
     if fast := run.egobench.fast:
-        datasets = load_benchmarks(run.egobench, fast, run.datamodule)
+        data = run.datamodule
+        datasets = load_benchmarks(run.egobench, fast, data.clips, data.encoder, data.decode_timeout_s)
         run.datamodule.benchmarks = [dataset.fast() for dataset in datasets]
     folder, is_rank_zero = run.folder, run.trainer.is_global_zero
     if force and is_rank_zero:

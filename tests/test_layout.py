@@ -155,7 +155,8 @@ BUILDS_ON = {
     },
     "resume": {"config", "run", "stages", "weights"},
     "demonstrations": {"config", "run", "stages", "weights"},
-    "evaluation": {"callbacks", "config", "egobench", "run", "validation", "weights"},
+    "evaluation": {"callbacks", "config", "config_check", "egobench", "inference", "model", "run", "validation"}
+    | {"weights"},
     "probe": {"config", "evaluation", "losses", "run", "stages", "validation"},
     "training": {"callbacks", "config", "demonstrations", "distributed", "egobench", "evaluation", "inference"}
     | {"layers", "plan", "resume", "run", "weights"},

@@ -225,6 +225,21 @@ def test_a_trained_model_is_asked(checkout):
     assert "name the video" in refused(checkout, "chat")
 
 
+def test_any_model_is_evaluated_without_an_experiment(checkout):
+    words = ["evaluate", f"MODEL={SPACED}", "BENCHMARKS=egoschema"]
+    evaluate = ["-m", "lightning_modules", "evaluate"]
+    options = ["--model", SPACED, "--benchmarks", "egoschema", "--out", "runs/evaluated"]
+    assert make(checkout, *words)[2] == [[*evaluate, "experiments/data/egobench.yaml", *options]]
+    given = [f"DATA={SPACED}.yaml", f"RUNS={SPACED}", "ARGS=trainer.devices=8", "FORCE=1"]
+    options[-1:] = [f"{SPACED}/evaluated", "--force"]
+    assert make(checkout, *words, *given)[2] == [[*evaluate, f"{SPACED}.yaml", "trainer.devices=8", *options]]
+    for other in ("EXPERIMENT=toy", "STAGES=stage3"):
+        assert "MODEL: names the model already: leave out EXPERIMENT and STAGES" in refused(checkout, *words, other)
+    assert "name the benchmarks: make evaluate MODEL=" in refused(checkout, *words[:2])
+    assert "error: DATA: goes with MODEL=folder" in refused(checkout, "evaluate", "DATA=experiments/data/toy.yaml")
+    assert "STAGE: `make evaluate` reads no such variable" in refused(checkout, *words, "STAGE=stage3")
+
+
 def test_a_trained_model_is_served(checkout):
     serve = ["-m", "lightning_modules", "serve"]
     assert make(checkout, "serve")[2] == [[*serve, "runs/toy/stage3", "--port", "8000"]]

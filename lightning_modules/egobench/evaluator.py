@@ -19,11 +19,21 @@ from datamodules.batch import (
     Request,
     TokenIds,
 )
+from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModel
 from lightning_modules.model.prefix_cache import SharedPrefix
 
 DIGITS = 6
 """Decimals of a log-probability in predictions files; every metric is computed from the rounded values."""
+
+
+@torch.no_grad()
+def evaluate_clip(
+    model: Exo2EgoModel, tokenizer: PreTrainedTokenizerBase, batch: BenchmarkBatch
+) -> list[dict[str, Any]]:
+    """Encode the egocentric clip of a batch, if it has one, and run all requests about it, see ``Evaluator``."""
+    visual = None if batch.video is None else model.encode(batch.video)[0]
+    return Evaluator(model.language_model, tokenizer).evaluate(batch, visual)
 
 
 class Evaluator:

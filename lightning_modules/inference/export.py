@@ -121,9 +121,10 @@ def _write_videollama2(folder: Path, model: Exo2EgoModel, files: ModelFiles) -> 
     settings["model_type"] = f"videollama2_{settings['model_type']}"
     settings["architectures"] = [f"Videollama2{model.language_model.causal_lm.config.model_type.title()}ForCausalLM"]
     description = files.description
-    _write_json(
-        folder / "config.json", settings | videollama2_settings(description.network, description.clips.num_frames)
-    )
+    settings |= videollama2_settings(description.network, description.clips.num_frames)
+    # For this repository: what VideoLLaMA2's own keys cannot express, such as the prompt and the heads of the tower.
+    settings[MODEL_TYPE] = description.record()
+    _write_json(folder / "config.json", settings)
 
 
 def _language_model_settings(model: Exo2EgoModel) -> dict[str, Any]:

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
 
+from datamodules.clips.dataset import ClipConfig
 from datamodules.io.hub import is_hub_name
-from datamodules.text import TextEncoder, load_tokenizer
+from datamodules.text import CHAT, PromptConfig, TextEncoder, load_tokenizer
+from datamodules.video.convert import Fit
 from lightning_modules.config import compose
 from lightning_modules.inference.description import (
     FROZEN,
     TOKENIZER,
     ModelDescription,
+    describe,
     describe_config,
     read_description,
 )
@@ -26,7 +29,12 @@ from lightning_modules.weights.exported import MODEL_TYPE, find_exported
 from lightning_modules.weights.handoff import open_stage_weights, read_manifest
 from lightning_modules.weights.loading import load_weights, require_fit
 from lightning_modules.weights.resolve import find_weights
-from lightning_modules.weights.tensors import FoundWeights, WeightsError, open_release, open_tensors
+from lightning_modules.weights.tensors import FoundWeights, Release, WeightsError, open_release, open_tensors
+from lightning_modules.weights.videollama2 import KIND as VIDEOLLAMA2
+from lightning_modules.weights.videollama2 import videollama2_network
+
+DEMONSTRATOR = ("exo_encoder", "projector", "language_model")
+"""Parts of a checkpoint of VideoLLaMA2."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,8 @@ def open_model(source: str | Path) -> ModelFiles:
     """Find a trained model; nothing is read but names and shapes.
 
     Args:
-        source: folder of a run, such as ``runs/toy/stage3``, or its ``handoff``; or an exported folder; or the name
-            of a repository on the Hugging Face hub.
+        source: folder of a run, such as ``runs/toy/stage3``, or its ``handoff``; or an exported folder; or a folder of
+            VideoLLaMA2; or the name of a repository on the Hugging Face hub with one of these.
 
     Raises:
         WeightsError: there is no such model, or a part of it is missing or damaged.
@@ -68,7 +76,7 @@ def open_model(source: str | Path) -> ModelFiles:
     if (folder / "handoff").exists():
         return _open_stage_weights(folder / "handoff")
     if (folder / "config.json").is_file():
-        return _open_exported(folder)
+        return _open_released(folder)
     if (folder / "config.yaml").is_file():
         raise WeightsError(f"{folder}: the run has no weights yet: complete it by `make {folder.name}`")
     raise WeightsError(f"{folder}: holds no trained model: name a run, such as runs/toy/stage3")
@@ -125,13 +133,15 @@ def _open_stage_weights(folder: Path) -> ModelFiles:
     return ModelFiles(str(folder), description, found, str(folder / TOKENIZER), manifest)
 
 
-def _open_exported(folder: Path) -> ModelFiles:
-    """Open a folder that ``make export`` wrote."""
-    release = open_release(folder, "Export the model again")
+def _open_released(folder: Path) -> ModelFiles:
+    """Open a folder that ``make export`` wrote, or one of VideoLLaMA2."""
+    release = open_release(folder, "Export or download the model again")
+    if release.kind.startswith(VIDEOLLAMA2):
+        return _open_videollama2(folder, release)
     if release.kind != MODEL_TYPE:
         raise WeightsError(
             f"{folder}/config.json: model_type is {release.kind}, not {MODEL_TYPE}: name a run, such as "
-            "runs/toy/stage3, or a folder that `make export` wrote"
+            "runs/toy/stage3, a folder that `make export` wrote, or one of VideoLLaMA2"
         )
     description = read_description(release.settings.get("description"), f"{folder}/config.json")
     found = {}
@@ -140,6 +150,24 @@ def _open_exported(folder: Path) -> ModelFiles:
         assert weights is not None
         found[part] = weights
     return ModelFiles(str(folder), description, found, str(folder), release.settings.get("provenance", {}))
+
+
+def _open_videollama2(folder: Path, release: Release) -> ModelFiles:
+    """Open a checkpoint of VideoLLaMA2; our own exports in its form describe themselves."""
+    settings = release.settings
+    if MODEL_TYPE in settings:
+        description = read_description(settings[MODEL_TYPE], f"{folder}/config.json")
+    else:
+        network = videollama2_network(release)
+        fit: Fit = "pad" if settings.get("image_aspect_ratio", "pad") == "pad" else "crop"
+        clips = ClipConfig(int(settings.get("num_frames", 16)), network.encoder.image_size, fit)
+        prompt = CHAT if load_tokenizer(str(folder)).chat_template else PromptConfig("mistral")
+        stored = str(settings.get("dtype", settings.get("torch_dtype")))
+        dtype: Literal["float32", "bfloat16"] = "float32" if stored == "float32" else "bfloat16"
+        vocab_size = network.language_model.overrides["vocab_size"]
+        description = describe(network, vocab_size, DEMONSTRATOR, clips, prompt, dtype=dtype)
+    found = {part: find_weights([str(folder)], part, description.network) for part in description.parts}
+    return ModelFiles(str(folder), description, found, str(folder), {})
 
 
 def _find_referenced(place: Mapping[str, Any], part: str, description: ModelDescription, where: str) -> FoundWeights:

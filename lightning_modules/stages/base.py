@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from datamodules.batch import BenchmarkBatch, ClipBatch, QuestionBatch
 from datamodules.text import load_tokenizer
 from lightning_modules.compat import allow_compiled_shapes, attached_trainer
-from lightning_modules.egobench.evaluator import Evaluator
+from lightning_modules.egobench.evaluator import evaluate_clip
 from lightning_modules.losses import loss_by_source
 from lightning_modules.model.exo2ego import Exo2EgoModel, NetworkConfig
 from lightning_modules.model.quantize import Quantization
@@ -408,13 +408,8 @@ class Stage(L.LightningModule, ABC):
 
     def predict_step(self, batch: BenchmarkBatch, batch_idx: int = 0, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Run the requests of a benchmark about one egocentric clip, see ``Evaluator``."""
-        rows: list[dict[str, Any]] = self.model.run(self._evaluate_batch, batch)
+        rows: list[dict[str, Any]] = self.model.run(evaluate_clip, self.model, self.tokenizer, batch)
         return rows
-
-    @torch.no_grad()
-    def _evaluate_batch(self, batch: BenchmarkBatch) -> list[dict[str, Any]]:
-        visual = None if batch.video is None else self.model.encode(batch.video)[0]
-        return Evaluator(self.model.language_model, self.tokenizer).evaluate(batch, visual)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all ranks."""
