@@ -84,9 +84,9 @@ def test_the_control_and_all_against_it_train_the_same_parts_of_the_learner(name
     assert trained == (learner | {"exo_to_ego"} if init.get("cycle", {}).get("weight", 1.0) else learner)
 
 
-def test_the_attention_mapper_is_as_large_as_the_default_one():
+def test_the_attention_mapper_is_as_large_as_the_nine_blocks():
     sizes = []
-    for name in ("e_full", "e_attention_mapper"):
+    for name in ("e_blocks", "e_attention_mapper"):
         network = variant_config(name, "stage2")["network"]
         mapping = FeatureMapping(network["encoder"]["width"], MapperConfig(**network["mapper"]))
         sizes.append(sum(parameter.numel() for parameter in mapping.parameters()))
@@ -124,8 +124,8 @@ def test_regimes_set_what_their_titles_say(tmp_path):
         if job.variant == plan.control
     }
     assert given["all"] == {}
-    ratios = {name: given[name].get("unnarrated_ratio") for name in ("few", "x0", "x1", "x3")}
-    assert ratios == {"few": None, "x0": 0, "x1": 1, "x3": 3}
+    ratios = {name: given[name].get("unnarrated_ratio") for name in ("few", "copied", "x0", "x3")}
+    assert ratios == {"few": None, "copied": None, "x0": 0, "x3": 3}
     assert {of["ego_text_fraction"] for name, of in given.items() if name != "all"} == {0.09}
     assert round(0.09 * 330) == 30
 

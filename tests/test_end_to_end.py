@@ -529,7 +529,9 @@ REMOVED = {
     **{name: {"ego_to_exo", "exo_to_ego"} for name in ("a_ego_only", "a_more_steps", "ego_preparation")},
     **{name: {"exo_to_ego"} for name in ABLATIONS if name[0] in "bd"},
     "e_without_lora": {"lora"},
+    "paper_recipe": {"projector"},
 }
+FAIR = str(tiny.EXPERIMENTS / "toy_fair")  # which the variants change
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
@@ -542,10 +544,11 @@ def test_ablations_train_from_the_stages_before(finished, toy_world, tmp_path, n
         few.append(f"handoffs.stage2={second}/handoff")
     for stage in ("stage2", "stage3"):
         given = [*SWEEP.overrides_of(name, stage), *few]
-        assert main(arguments(stage, toy_world, tmp_path, *given)) == 0
+        assert main(arguments(stage, toy_world, tmp_path, *given, experiment=FAIR)) == 0
         manifest = read_manifest(tmp_path / "ablations" / name / stage / "handoff")
         assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - REMOVED.get(name, set())
-    assert manifest["started_from"]["projector"] == digest(second)
+    before = finished / "toy" / "stage1" if name == "paper_recipe" else second
+    assert manifest["started_from"]["projector"] == digest(before)
     assert manifest["started_from"]["language_model"] == digest(finished / "toy" / "stage0")
 
 
