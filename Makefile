@@ -101,7 +101,7 @@ demo: PORT ?= 7860
 tensorboard: PORT ?= 6006
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe export serve demo score tensorboard test test-all chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -240,6 +240,10 @@ test: $(READY) ## run the fast tests in JOBS=2 processes, less than 10 minutes o
 
 test-all: $(READY) ## all tests, with the long end-to-end runs [JOBS]
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(PARALLEL)
+
+test-real: $(READY) ## proofs with real weights in WEIGHTS=folder and on a frame of VIDEO=file, see docs/small.md [WEIGHTS VIDEO]
+	@test -n $(call path,$(WEIGHTS)) || { echo "error: name the folder: make test-real WEIGHTS=weights VIDEO=kitchen.mp4"; exit 2; }
+	EXO2EGO_WEIGHTS=$(call path,$(WEIGHTS)) EXO2EGO_VIDEO=$(call path,$(VIDEO)) OMP_NUM_THREADS=1 $(PYTHON) -m pytest -rs tests/test_real.py
 
 chaos: $(READY) ## kill stages at random moments and compare the exported weights, ARGS="--hits 100 --processes 2 --signal TERM" [ARGS]
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(PYTHON) tests/bench/chaos.py $(ARGS)
