@@ -101,7 +101,7 @@ demo: PORT ?= 7860
 tensorboard: PORT ?= 6006
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe watch export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -215,6 +215,10 @@ chat: $(READY) ## ask a trained model about VIDEO=file, QUESTION="..." or typed 
 describe: $(READY) ## narrate VIDEO=file, a part of EVERY=2 seconds at a time, with subtitles in OUT=file.srt or .vtt [VIDEO EVERY OUT QUESTION START END MODEL EXPERIMENT RUNS ARGS]
 	@test -n $(call path,$(VIDEO)) || { echo "error: name the video: make describe VIDEO=kitchen.mp4"; exit 2; }
 	@$(PYTHON) -m lightning_modules describe $(call path,$(VIDEO)) --model $(TRAINED) $(if $(QUESTION),--question $(call path,$(QUESTION))) $(if $(EVERY),--every '$(EVERY)') $(if $(OUT),--out $(call path,$(OUT))) $(SPAN) $(ARGS)
+
+watch: $(READY) ## answer live about SOURCE=camera number, rtsp:// or rtmp:// address, or file, every EVERY=2 seconds [SOURCE EVERY QUESTION MODEL EXPERIMENT RUNS ARGS]
+	@test -n $(call path,$(SOURCE)) || { echo "error: name the source: make watch SOURCE=0 for the first camera"; exit 2; }
+	@$(PYTHON) -m lightning_modules watch $(call path,$(SOURCE)) --model $(TRAINED) $(if $(QUESTION),--question $(call path,$(QUESTION))) $(if $(EVERY),--every '$(EVERY)') $(ARGS)
 
 export: $(READY) ## write the trained STAGE=stage3 to OUT=folder, TO=hf|peft|videollama2; ARGS=--unmerged keeps LoRA apart [STAGE OUT TO EXPERIMENT RUNS ARGS]
 	@test -n "$(STAGE)" && test -n $(call path,$(OUT)) || { echo "error: name both: make export STAGE=stage3 OUT=exports/toy"; exit 2; }

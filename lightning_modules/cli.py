@@ -234,6 +234,17 @@ def describe(options: argparse.Namespace) -> None:
     narrate(model, options.video, options.every, options.start, options.end, question, options.out)
 
 
+def watch(options: argparse.Namespace) -> None:
+    """Answer about the last seconds of a camera, a stream, or a file as if live, until it ends."""
+    _require_files(options)
+    _silence_warnings()
+    from lightning_modules.inference.api import CAPTION, Exo2Ego
+    from lightning_modules.inference.terminal import watch as print_observations
+
+    model = Exo2Ego.from_pretrained(options.model)
+    print_observations(model, options.source, options.every, options.window, options.question or CAPTION)
+
+
 def export(options: argparse.Namespace) -> None:
     """Write a trained model as a folder for transformers, PEFT or VideoLLaMA2."""
     _require_files(options)
@@ -287,6 +298,7 @@ _VERBS = (
     score,
     chat,
     describe,
+    watch,
     export,
     serve,
     demo,
@@ -333,6 +345,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("out", type=Path, help="folder to write; it must not exist")
         elif name in ("chat", "describe"):
             command.add_argument("video", help="video file, or folder of images")
+        elif name == "watch":
+            command.add_argument("source", help="number of a camera, device, address, or video file")
         elif name in ("serve", "demo"):
             command.add_argument("model", help="run, exported folder, or name on the hub")
         else:
@@ -341,7 +355,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         _add_options(name, command)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] not in (["chat"], ["describe"], ["export"], ["serve"], ["demo"]):
+    if given[:1] not in (["chat"], ["describe"], ["watch"], ["export"], ["serve"], ["demo"]):
         given = [_KEY_OPTION.sub(r"\1", word) for word in given]
     options, after = parser.parse_known_args(given)
     # argparse accepts no more positional arguments after an option, but key=value may follow in any order.
@@ -376,9 +390,10 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         out = "folder of the results of such models, by default runs/evaluated"
         command.add_argument("--out", type=Path, default=Path("runs/evaluated"), metavar="FOLDER", help=out)
         command.add_argument("--force", action="store_true", help="discard predictions that exist")
-    if verb in ("chat", "describe"):
+    if verb in ("chat", "describe", "watch"):
         command.add_argument("--model", default="runs/toy/stage3", help="run, exported folder, or name on the hub")
         command.add_argument("--question", metavar="TEXT", help="asked about the clip, or about every part")
+    if verb in ("chat", "describe"):
         command.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="start of the span")
         command.add_argument("--end", type=float, metavar="SECONDS", help="its end, by default that of the video")
     if verb == "export":
@@ -395,6 +410,9 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--body-mib", type=float, metavar="MIB", help="largest request or upload")
         command.add_argument("--seconds", type=float, metavar="S", help="longest time of a request")
         command.add_argument("--new-tokens", type=int, metavar="N", help="longest answer")
+    if verb == "watch":
+        command.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="time between two answers")
+        command.add_argument("--window", type=float, metavar="SECONDS", help="time that an answer looks back")
     if verb == "describe":
         command.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="length of a narrated part")
         command.add_argument("--out", type=Path, metavar="FILE", help="subtitles to write, .srt or .vtt")

@@ -49,7 +49,10 @@ def importers(package):
 def test_video_files_are_opened_in_few_places():
     reading = {
         "datamodules/tools/data_check.py",
-        *(f"datamodules/video/{name}.py" for name in ("convert", "decode", "images", "media", "probe", "reader")),
+        *(
+            f"datamodules/video/{name}.py"
+            for name in ("convert", "decode", "images", "live", "media", "probe", "reader")
+        ),
     }
     writing = {"datamodules/toy_world/video.py", "datamodules/tools/reencode.py", "datamodules/tools/trim.py"}
     assert importers("av") == reading | writing

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -19,6 +21,7 @@ from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID
 from datamodules.io.conversation import Turn
 from datamodules.text import EncodedText, TextEncoder, UnusableText
 from datamodules.video.errors import ClipDecodeError
+from datamodules.video.live import LiveReader, check_window
 from datamodules.video.reader import Clip, ClipReader
 from datamodules.video.sampling import read_views
 from lightning_modules.inference.description import ModelDescription
@@ -42,6 +45,25 @@ class Narration(NamedTuple):
     start_s: float
     end_s: float
     text: str
+
+
+class Observation(NamedTuple):
+    """An answer about the last seconds of a live source.
+
+    Attributes:
+        time: when the window ended, in seconds since 1970.
+        start_s, end_s: the window, in seconds after the first frame.
+        answer: about the window.
+        lag_s: from the end of the window until the answer, in seconds.
+        dropped: frames since the observation before that are in no window, or were not decoded.
+    """
+
+    time: float
+    start_s: float
+    end_s: float
+    answer: str
+    lag_s: float
+    dropped: int
 
 
 class Piece(NamedTuple):
@@ -421,6 +443,53 @@ class Exo2Ego:
                 yield Narration(start, end, self._decode(tokens))
         if problem is not None:
             raise problem
+
+    def watch(
+        self,
+        source: str | int | os.PathLike[str],
+        every: float = 2.0,
+        question: str = CAPTION,
+        window: float | None = None,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> Generator[Observation, None, None]:
+        """Answer a question about the last seconds of a live source, again and again until it ends.
+
+        A thread decodes meanwhile. Each answer is about the newest window, so that a model that is slower than the
+        source leaves frames out and does not fall behind.
+
+        Args:
+            source: number of a camera, device, address such as ``rtsp://...`` or ``rtmp://...``, or a file, which is
+                read at the pace at which it is displayed.
+            every: windows end at multiples of so many seconds.
+            question: asked about every window.
+            window: length of the windows in seconds, at least ``every``, which is the default.
+            max_new_tokens: longest answer.
+
+        Returns:
+            A generator; closing it, or leaving its loop, ends the thread and closes the source.
+
+        Raises:
+            ClipDecodeError: the source cannot be opened, or broke off.
+            UnusableText: the question holds a special token.
+            ValueError: ``every`` is not above 0, or ``window`` is below it.
+        """
+        self.encoder.prompt(question)
+        window_s = every if window is None else window
+        check_window(every, window_s)
+        c = self.description.clips
+        name = source if isinstance(source, int) else os.fspath(source)
+        open_reader = partial(LiveReader, name, every, window_s, c.num_frames, c.image_size, c.frame_fit, c.pad_rgb)
+        return self._watch(open_reader, question, max_new_tokens)
+
+    def _watch(
+        self, open_reader: Callable[[], LiveReader], question: str, max_new_tokens: int
+    ) -> Generator[Observation, None, None]:
+        with closing(open_reader()) as reader:
+            while (window := reader.next_window()) is not None:
+                answer = self.answer(window.frames, question, max_new_tokens=max_new_tokens)
+                lag_s = time.monotonic() - window.ended
+                ended = time.time() - lag_s
+                yield Observation(ended, window.start_s, window.end_s, answer, lag_s, window.dropped)
 
     def chat(self, video: Video, start: float = 0.0, end: float | None = None) -> Chat:
         """Start a conversation about a clip, in which every question sees the turns before it.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 from datamodules.io.atomic import atomic_path
@@ -79,6 +81,20 @@ def narrate(
     if out is not None:
         write_subtitles(out, narrations)
         print(f"{out}: {len(narrations)} subtitles")
+
+
+def watch(model: Exo2Ego, source: str, every: float, window: float | None, question: str) -> None:
+    """Print a line about every window of a live source, until it ends or Ctrl-C.
+
+    Raises:
+        ClipDecodeError: the source cannot be opened, or broke off.
+        ValueError: ``every`` or ``window`` is not usable.
+    """
+    with suppress(KeyboardInterrupt), closing(model.watch(source, every, question, window)) as observations:
+        for o in observations:
+            clock = time.strftime("%H:%M:%S", time.localtime(o.time))
+            dropped = f", {o.dropped} frames dropped" if o.dropped else ""
+            print(f"{clock}  {o.start_s:.1f}-{o.end_s:.1f} s  {o.answer}  (lag {o.lag_s:.1f} s{dropped})", flush=True)
 
 
 def check_subtitles(out: Path) -> None:
