@@ -220,7 +220,7 @@ watch: $(READY) ## answer live about SOURCE=camera number, rtsp:// or rtmp:// ad
 	@test -n $(call path,$(SOURCE)) || { echo "error: name the source: make watch SOURCE=0 for the first camera"; exit 2; }
 	@$(PYTHON) -m lightning_modules watch $(call path,$(SOURCE)) --model $(TRAINED) $(if $(QUESTION),--question $(call path,$(QUESTION))) $(if $(EVERY),--every '$(EVERY)') $(ARGS)
 
-export: $(READY) ## write the trained STAGE=stage3 to OUT=folder, TO=hf|peft|videollama2; ARGS=--unmerged keeps LoRA apart [STAGE OUT TO EXPERIMENT RUNS ARGS]
+export: $(READY) ## write the trained STAGE=stage3 to OUT=folder, TO=hf|peft|videollama2|vllm; ARGS=--unmerged keeps LoRA apart [STAGE OUT TO EXPERIMENT RUNS ARGS]
 	@test -n "$(STAGE)" && test -n $(call path,$(OUT)) || { echo "error: name both: make export STAGE=stage3 OUT=exports/toy"; exit 2; }
 	$(PYTHON) -m lightning_modules export $(RUN)/$(STAGE) $(call path,$(OUT)) $(if $(TO),--to '$(TO)') $(ARGS)
 

@@ -88,6 +88,7 @@ def _evaluate_model(options: argparse.Namespace) -> None:
         raise ConfigError("--benchmarks: a model without an experiment answers benchmarks only: name them, or all")
     if options.experiment.is_dir():
         raise ConfigError(f"{options.experiment}: is a folder: name a file with the key egobench, and no stage")
+    _require_files(options)
     if options.single_inputs:
         raise ConfigError("--single-inputs: belongs to validation questions, which need an experiment: leave it out")
     config = read_layers(options.experiment, None, options.rest).resolve()
@@ -246,7 +247,7 @@ def watch(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a trained model as a folder for transformers, PEFT or VideoLLaMA2."""
+    """Write a trained model as a folder for transformers, PEFT, VideoLLaMA2 or vLLM."""
     _require_files(options)
     from lightning_modules.inference.export import export_model
 
@@ -397,7 +398,9 @@ def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
         command.add_argument("--start", type=float, default=0.0, metavar="SECONDS", help="start of the span")
         command.add_argument("--end", type=float, metavar="SECONDS", help="its end, by default that of the video")
     if verb == "export":
-        command.add_argument("--to", choices=("hf", "peft", "videollama2"), default="hf", help="form of the folder")
+        command.add_argument(
+            "--to", choices=("hf", "peft", "videollama2", "vllm"), default="hf", help="form of the folder"
+        )
         command.add_argument("--unmerged", action="store_true", help="keep the adapters of LoRA apart from the layers")
     if verb == "serve":
         command.add_argument("--root", type=Path, metavar="FOLDER", help="requests may name the videos below it")

@@ -25,6 +25,8 @@ from lightning_modules.inference import export
 from lightning_modules.inference.description import describe
 from lightning_modules.inference.export import export_model
 from lightning_modules.inference.loading import ModelFiles
+from lightning_modules.inference.transformers_code.modeling_exo2ego import Exo2EgoForConditionalGeneration
+from lightning_modules.inference.transformers_code.processing_exo2ego import Exo2EgoProcessor
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.weights.resolve import find_weights
 from lightning_modules.weights.tensors import open_tensors
@@ -146,6 +148,27 @@ def test_an_export_is_read_by_this_repository(noisy_runs, model, exported, toy_w
     assert loaded.answer(video, question, 1.0, 3.0, 24) == model.answer(video, question, 1.0, 3.0, 24)
 
 
+def test_given_answers_are_scored_as_by_choose(exported, noisy_runs, toy_world):
+    """By the classes whose copies lie in the folder."""
+    video, question = sorted((toy_world / "takes").rglob("aria*_214-1.mp4"))[0], "Describe the video."
+    model = Exo2Ego.from_pretrained(exported)
+    greedy = model.answer(video, question, 1.0, 3.0, max_new_tokens=3)
+    options = [greedy, "the red ball", "Camera-wearer moves the blue cup."]
+    expected = model.choose(video, question, options, 1.0, 3.0)
+    loaded = Exo2EgoForConditionalGeneration.from_pretrained(exported)
+    processor = Exo2EgoProcessor.from_pretrained(exported)
+    content = [{"type": "video", "path": str(video), "start": 1.0, "end": 3.0}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}])
+    answers = [tuple(tokens) for tokens in processor.encode_answers(question, options)]
+    log_p, is_greedy = loaded.log_likelihoods(inputs["input_ids"], inputs["pixel_values_videos"], answers)
+    means = log_p / torch.tensor([len(tokens) for tokens in answers])
+    torch.testing.assert_close(means.softmax(0).tolist(), list(expected.values()), atol=1e-6, rtol=1e-5)
+    # Of an answer and its beginnings, all but an end that comes too early are greedy.
+    beginnings = [answers[0][:count] for count in (1, 2, 3)]
+    _, is_greedy = loaded.log_likelihoods(inputs["input_ids"], inputs["pixel_values_videos"], [*beginnings, answers[1]])
+    assert is_greedy.tolist() == [True, True, True, False]
+
+
 def test_a_stage_can_start_from_an_export(exported, model):
     found = find_weights([str(exported)], "ego_encoder", model.description.network)
     expected = model.model.part("ego_encoder")
@@ -207,7 +230,9 @@ def test_an_existing_folder_is_kept(exported, noisy_runs, capsys):
     assert sorted(exported.iterdir()) == before
 
 
-@pytest.mark.parametrize(("stage", "to"), [("stage3", "hf"), ("stage3", "peft"), ("stage1", "videollama2")])
+@pytest.mark.parametrize(
+    ("stage", "to"), [("stage3", "hf"), ("stage3", "peft"), ("stage3", "vllm"), ("stage1", "videollama2")]
+)
 def test_all_files_of_an_export_have_the_same_mode(noisy_runs, tmp_path, stage, to):
     export_model(noisy_runs / "toy" / stage, tmp_path / "out", to)
     assert len({file.stat().st_mode for file in (tmp_path / "out").rglob("*") if file.is_file()}) == 1
@@ -246,6 +271,13 @@ def test_forms_that_do_not_fit_are_refused(noisy_runs, tmp_path, stage, to, mess
     with pytest.raises(ValueError, match=message):
         export_model(noisy_runs / "toy" / stage, tmp_path / "out", to)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_vision_parts_by_themselves_are_no_model(noisy_runs, tmp_path):
+    export_model(noisy_runs / "toy" / "stage3", tmp_path / "out", "vllm")
+    with pytest.raises(ValueError, match="holds the vision parts of an export for vLLM alone: export the model with"):
+        Exo2Ego.from_pretrained(tmp_path / "out" / "vision")
+    assert not list((tmp_path / "out" / "language_model").glob("*.py"))
 
 
 def test_no_file_stays_mapped_after_its_tensors_were_read(exported):

@@ -36,13 +36,10 @@ from lightning_modules.weights.tensors import use_mode_of
 from lightning_modules.weights.videollama2 import videollama2_settings, videollama2_tensors
 
 MAX_NEW_TOKENS = 128
-BASE = "language_model"
+BASE, VISION = "language_model", "vision"
 _SHARD = "5GB"
-_CLASSES = {
-    "AutoConfig": "configuration_exo2ego.Exo2EgoConfig",
-    "AutoModelForImageTextToText": "modeling_exo2ego.Exo2EgoForConditionalGeneration",
-    "AutoProcessor": "processing_exo2ego.Exo2EgoProcessor",
-}
+_CONFIG = "configuration_exo2ego.Exo2EgoConfig"
+_PROCESSOR = "processing_exo2ego.Exo2EgoProcessor"
 
 
 def export_model(source: str | Path, out: Path, to: str = "hf", merge: bool = True) -> None:
@@ -52,7 +49,8 @@ def export_model(source: str | Path, out: Path, to: str = "hf", merge: bool = Tr
         source: see ``open_model``.
         out: the folder; it must not exist.
         to: ``hf`` for transformers; ``peft`` for the language model with its adapters apart, in PEFT's format;
-            ``videollama2`` for a demonstrator in the form of VideoLLaMA2.
+            ``videollama2`` for a demonstrator in the form of VideoLLaMA2; ``vllm`` for the merged language model as a
+            folder that needs no code of this repository, next to the vision parts.
         merge: fold the adapters into the layers of the language model, for ``hf``.
 
     Raises:
@@ -70,9 +68,11 @@ def export_model(source: str | Path, out: Path, to: str = "hf", merge: bool = Tr
         _write_peft(new, model, files, base=str((out / BASE).resolve()))
     elif to == "videollama2":
         _write_videollama2(new, model, files)
+    elif to == "vllm":
+        _write_vllm(new, model, files)
     else:
         _write_transformers(new, model, files, merge)
-    use_mode_of(new / "tokenizer_config.json", new)
+    use_mode_of(next(new.rglob("tokenizer_config.json")), new)
     os.replace(new, out)
     print(f"{out} is complete; `hf upload owner/name {out}` publishes it")
 
@@ -84,7 +84,7 @@ def _check_form(description: ModelDescription, to: str) -> None:
         ValueError: the message names the format that fits.
     """
     own = description.network.encoder.type
-    if to == "hf" and own is not None:
+    if to in ("hf", "vllm") and own is not None:
         raise ValueError(
             f"network.encoder.type: {own} is a class of your own, which transformers would not find: use the run's "
             "folder of stage weights instead, which this repository loads"
@@ -105,11 +105,36 @@ def _write_peft(folder: Path, model: Exo2EgoModel, files: ModelFiles, base: str)
     adapters = {name: parameter.detach() for name, parameter in model.part("lora").items()}
     save_peft_adapter(adapters, files.description.network.lora, folder, base)
     files.encoder().tokenizer.save_pretrained(folder)
-    (folder / BASE).mkdir()
+    _write_language_model(folder / BASE, model, files)
+
+
+def _write_vllm(folder: Path, model: Exo2EgoModel, files: ModelFiles) -> None:
+    """Write the merged language model by itself, and what makes its input embeddings."""
+    if "lora" in files.description.parts:
+        merge_lora(model.language_model.causal_lm)
+    _write_language_model(folder / BASE, model, files)
+    vision = folder / VISION
+    vision.mkdir()
+    parts = tuple(part for part in files.description.parts if part not in ("language_model", "lora"))
+    tensors: dict[str, torch.Tensor] = {}
+    for part in parts:
+        tensors |= {stored_name(part, name): parameter.detach() for name, parameter in model.part(part).items()}
+    tensors["embed_tokens.weight"] = model.language_model.causal_lm.get_input_embeddings().weight.detach()
+    save_torch_state_dict(tensors, vision, max_shard_size=_SHARD)
+    _write_processor(vision, files)
+    _write_config(vision, replace(files.description, parts=parts), files, "AutoModel", "Exo2EgoPromptModel")
+    write_source_files(vision)
+
+
+def _write_language_model(folder: Path, model: Exo2EgoModel, files: ModelFiles) -> None:
+    """Write the language model without adapters as transformers stores it."""
+    folder.mkdir()
     tensors = {name: parameter.detach() for name, parameter in model.part("language_model").items()}
-    save_torch_state_dict(tensors, folder / BASE, max_shard_size=_SHARD)
-    _write_json(folder / BASE / "config.json", _language_model_settings(model))
-    files.encoder().tokenizer.save_pretrained(folder / BASE)
+    save_torch_state_dict(tensors, folder, max_shard_size=_SHARD)
+    _write_json(folder / "config.json", _language_model_settings(model))
+    tokenizer = files.encoder().tokenizer
+    tokenizer.save_pretrained(folder)
+    _write_generation_settings(folder, tokenizer.eos_token_id)
 
 
 def _write_videollama2(folder: Path, model: Exo2EgoModel, files: ModelFiles) -> None:
@@ -144,37 +169,57 @@ def _write_transformers(folder: Path, model: Exo2EgoModel, files: ModelFiles, me
     for part in description.parts:
         tensors |= {stored_name(part, name): parameter.detach() for name, parameter in model.part(part).items()}
     save_torch_state_dict(tensors, folder, max_shard_size=_SHARD)
-    encoder = files.encoder()
-    tokenizer = encoder.tokenizer
-    tokenizer.save_pretrained(folder)
+    _write_processor(folder, files)
+    _write_config(folder, description, files, "AutoModelForImageTextToText", "Exo2EgoForConditionalGeneration")
+    _write_generation_settings(folder, files.encoder().tokenizer.eos_token_id)
+    write_source_files(folder)
+    (folder / "README.md").write_text(model_card(description, files), encoding="utf-8")
+
+
+def _write_config(folder: Path, description: ModelDescription, files: ModelFiles, auto: str, name: str) -> None:
+    """Write ``config.json`` of a folder with code of ours.
+
+    Args:
+        folder: of the files.
+        description: of the parts in it.
+        files: of the model that it was made from.
+        auto: class of transformers that loads it.
+        name: our class that this becomes.
+    """
     provenance = {key: value for key, value in files.manifest.items() if key not in ("parts", "answering")}
-    provenance["versions"] = {name: version(name) for name in ("torch", "transformers")}
+    provenance["versions"] = {package: version(package) for package in ("torch", "transformers")}
     _write_json(
         folder / "config.json",
         {
-            "architectures": ["Exo2EgoForConditionalGeneration"],
+            "architectures": [name],
             "model_type": MODEL_TYPE,
-            "auto_map": _CLASSES,
+            "auto_map": {"AutoConfig": _CONFIG, auto: f"modeling_exo2ego.{name}", "AutoProcessor": _PROCESSOR},
             "dtype": "float32",
             "description": description.record(),
             "provenance": provenance,
         },
     )
-    record = description.record()
+
+
+def _write_processor(folder: Path, files: ModelFiles) -> None:
+    """Write the tokenizer and what turns a video into frames."""
+    files.encoder().tokenizer.save_pretrained(folder)
+    record = files.description.record()
     _write_json(
         folder / "processor_config.json",
         {
             "processor_class": "Exo2EgoProcessor",
-            "auto_map": {"AutoProcessor": _CLASSES["AutoProcessor"]},
+            "auto_map": {"AutoProcessor": _PROCESSOR},
             "clips": record["clips"],
-            "text": {"max_text_tokens": description.max_text_tokens, "prompt": record["prompt"]},
+            "text": {"max_text_tokens": files.description.max_text_tokens, "prompt": record["prompt"]},
         },
     )
-    end = tokenizer.eos_token_id
-    generation = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
-    _write_json(folder / "generation_config.json", generation)
-    write_source_files(folder)
-    (folder / "README.md").write_text(model_card(description, files), encoding="utf-8")
+
+
+def _write_generation_settings(folder: Path, end: int) -> None:
+    """Write settings of greedy decoding that ends at a token."""
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, "eos_token_id": end, "pad_token_id": end}
+    _write_json(folder / "generation_config.json", settings)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

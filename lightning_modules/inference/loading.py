@@ -144,6 +144,8 @@ def _open_released(folder: Path) -> ModelFiles:
             "runs/toy/stage3, a folder that `make export` wrote, or one of VideoLLaMA2"
         )
     description = read_description(release.settings.get("description"), f"{folder}/config.json")
+    if "language_model" not in description.parts:
+        raise WeightsError(f"{folder}: holds the vision parts of an export for vLLM alone: export the model with TO=hf")
     found = {}
     for part in description.parts:
         weights = find_exported(release, part, description.network)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from datamodules.batch import IGNORE_INDEX
 from datamodules.io.conversation import Turn
 from datamodules.text import EncodedText, PromptConfig, TextEncoder
 from datamodules.video.reader import ClipReader
@@ -79,6 +80,20 @@ class Exo2EgoProcessor(ProcessorMixin):  # type: ignore[misc]
         content = [{"type": "video", key: videos}, {"type": "text", "text": text}]
         features: BatchFeature = self.apply_chat_template([{"role": "user", "content": content}])
         return features
+
+    def encode_answers(self, question: str, answers: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of each answer to a question with its end token, as ``log_likelihoods`` takes them.
+
+        Raises:
+            ValueError: a text holds a special token, or is empty, or is longer than the model reads.
+        """
+        rows = [self.encoder.conversation([(question, answer)]) for answer in answers]
+        found = [[label for label in row.labels if label != IGNORE_INDEX] for row in rows]
+        if any(tokens[-1] != self.tokenizer.eos_token_id for tokens in found):
+            raise ValueError(
+                f"a question and its answer do not fit {self.encoder.max_text_tokens} tokens: shorten them"
+            )
+        return found
 
     def batch_decode(self, sequences: Any, **options: Any) -> list[str]:
         """Decode rows of tokens; the clip's placeholder is left out."""
