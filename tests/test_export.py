@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,37 +31,6 @@ from lightning_modules.weights.resolve import find_weights
 from lightning_modules.weights.tensors import open_tensors
 
 ROOT = Path(__file__).parents[1]
-
-PLAIN_TRANSFORMERS = """
-import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("lightning_modules", "datamodules"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Refuse())
-
-import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
-
-folder, clips = sys.argv[1], json.loads(sys.argv[2])
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-for path, start, end, question in clips:
-    video = {"type": "video", "path": path, "start": start, "end": end}
-    messages = [{"role": "user", "content": [video, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(messages)
-    with torch.no_grad():
-        logits = model(**inputs).logits[0, -1]
-    (text,) = processor.post_process_image_text_to_text(model.generate(**inputs, max_new_tokens=24))
-    frames = inputs["pixel_values_videos"][0].flatten().tolist()
-    ids = inputs["input_ids"][0].tolist()
-    print(json.dumps({"frames": frames, "ids": ids, "logits": logits.tolist(), "text": text}))
-answer = pipeline("image-text-to-text", model=model, processor=processor)
-print(json.dumps(answer(text=messages, max_new_tokens=24, return_full_text=False)[0]["generated_text"]))
-"""
-
 
 PEAK_OF_LOADING = """
 import sys
@@ -174,43 +142,6 @@ def test_a_stage_can_start_from_an_export(exported, model):
     expected = model.model.part("ego_encoder")
     assert found.tensors.keys() == expected.keys()
     assert all(torch.equal(tensor.read(), expected[name]) for name, tensor in found.tensors.items())
-
-
-def test_plain_transformers_give_the_same(run, exported, noisy_runs, tmp_path):
-    """In a process that cannot import this repository, for validation clips as ``make evaluate`` encodes them."""
-    dataset = run.datamodule.held_out_set()
-    model = Exo2Ego.from_pretrained(exported)
-    items = [dataset[0], dataset[len(dataset) - 1]]
-    clips = []
-    for item, _ in items:
-        question = next(q.question for q in item.questions if not q.options)
-        clips.append((str(item.span.paths["ego"]), item.span.start_s, item.span.end_s, question))
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN_TRANSFORMERS, str(exported), json.dumps(clips)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "MISSING" not in done.stderr and "UNEXPECTED" not in done.stderr
-    *answers, piped = [json.loads(line) for line in done.stdout.splitlines()]
-    for given, (item, frames), clip in zip(answers, items, clips, strict=True):
-        path, start, end, question = clip
-        assert given["frames"] == frames["ego"].flatten().tolist()
-        batch = dataset.collate([(item, frames)])
-        assert given["ids"] in [row[mask].tolist() for row, mask in zip(*_prompts(batch), strict=True)]
-        expected = next_logits(model, path, question, start, end)
-        torch.testing.assert_close(torch.tensor(given["logits"]), expected, atol=1e-5, rtol=1e-5)
-        assert given["text"] == model.answer(path, question, start, end, 24) != ""
-    assert piped == answers[-1]["text"]
-
-
-def _prompts(batch):
-    return batch.prompts.input_ids, batch.prompts.attention_mask
 
 
 def test_the_model_card_and_the_provenance(exported, noisy_runs):
