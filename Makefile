@@ -84,9 +84,13 @@ CHECK_KEYS = @for stage in $(filter stage%,$(MAKECMDGOALS)); do \
 FILE_LIST = if test -e $(call path,$(FILES)); then set -- $(call path,$(FILES)); else eval set -- $(call path,$(FILES)); fi
 # Experiments on a generated world generate it first.
 FAIR := data/fair/ego_exo_clip/index.json
+FAINT := data/faint/ego_exo_clip/index.json
 TOY := data/toy/ego_exo_clip/index.json
 RICH := data/rich/ego_exo_clip/index.json
-WORLD := $(if $(filter toy_fair,$(NAME)),$(FAIR),$(if $(filter toy_real,$(NAME)),$(RICH),$(if $(filter toy%,$(NAME)),$(TOY))))
+OWN_WORLD_toy_fair := $(FAIR)
+OWN_WORLD_toy_faint := $(FAINT)
+OWN_WORLD_toy_real := $(RICH)
+WORLD := $(or $(OWN_WORLD_$(NAME)),$(if $(filter toy%,$(NAME)),$(TOY)))
 # A file of tests stays in one process, since its tests share the stages that they train.
 PARALLEL = --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 ABLATE = $(PYTHON) -m experiments.ablations experiments/ablations/sweep.yaml
@@ -138,6 +142,10 @@ $(TOY): | $(READY)
 $(FAIR): | $(READY)
 	$(CHECK_KEYS)
 	$(PYTHON) -m datamodules.toy_world --root data/fair --preset fair --train-takes 330 --val-takes 100
+
+$(FAINT): | $(READY)
+	$(CHECK_KEYS)
+	$(PYTHON) -m datamodules.toy_world --root data/faint --preset faint --train-takes 330 --val-takes 100
 
 $(RICH): | $(READY)
 	$(PYTHON) -m datamodules.toy_world --root data/rich --preset rich --size 224 --train-takes 80 --val-takes 20 --initialisation-takes 160 --practice-takes 80 --benchmark-takes 10

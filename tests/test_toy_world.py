@@ -17,6 +17,8 @@ from itertools import pairwise
 import av
 import numpy as np
 import pytest
+import toy_views
+from toy_views import image_position
 
 from datamodules.ego_exo_clip.build import build_index, select_clips
 from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
@@ -143,7 +145,7 @@ def test_the_same_world_is_kept_and_another_one_refused(toy_world, toy_settings,
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"preset": "none"}, "preset: got 'none', allowed: easy, hard, fair, rich"),
+        ({"preset": "none"}, "preset: got 'none', allowed: easy, hard, fair, rich, faint"),
         ({"val_takes": 0}, "val_takes: got 0, allowed: 1 or more"),
         ({"size": 33}, "size: got 33, allowed: multiples of 16 from 32"),
         ({"size": 16}, "size: got 16, allowed: multiples of 16 from 32"),
@@ -623,16 +625,6 @@ def test_a_held_object_stays_in_the_hand_that_took_it(preset):
 # the views of the cameras
 
 
-def image_position(camera, point):
-    """Project points to right and down from the centre in half image sides, NaN behind the camera; float [T, 2]."""
-    right = np.cross(camera.forward, camera.up)
-    right /= np.linalg.norm(right, axis=1, keepdims=True)
-    up = np.cross(right, camera.forward)
-    x, y, depth = (((point - camera.position) * axis).sum(axis=1) for axis in (right, up, camera.forward))
-    reach = np.tan(np.radians(camera.fov_deg) / 2) * np.where(depth > 0, depth, np.nan)
-    return np.stack([x / reach, -y / reach * camera.width / camera.height], axis=1)
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_object_and_hand_are_in_the_ego_frame_when_flagged_visible(preset):
     inside = {True: [], False: []}
@@ -647,6 +639,9 @@ def test_object_and_hand_are_in_the_ego_frame_when_flagged_visible(preset):
                 inside[action.ego_visible].append((np.abs(at) < 1).all(axis=1).mean())
     assert min(inside[True]) > 0.6
     assert np.mean(inside[True]) > 0.98
+    if PRESETS[preset].glance == 0:
+        assert not inside[False]
+        return
     assert len(inside[False]) > 20
     assert np.mean(inside[False]) < 0.5  # looking away does hide the action
 
@@ -724,6 +719,48 @@ def test_in_the_fair_world_exo_cameras_see_more_and_the_glasses_less_than_in_the
         for preset in ("easy", "fair")
     ]
     assert away[0] < 0.08 and 0.25 < away[1] < 0.35
+
+
+def test_in_the_faint_world_the_glasses_see_every_action_but_small_off_the_middle_and_blurred():
+    sizes, offsets = {"ego": [], "cam01": []}, {"easy": [], "faint": []}
+    for seed in range(40):
+        take = simulate(seed, PRESETS["faint"])
+        cameras = {view: toy_views.camera_of(take, view) for view in sizes}
+        for action in take.actions:
+            assert action.ego_visible
+            frames, at = toy_views.clip_frames(take, action), take.positions[:, action.thing]
+            for point in (at, take.hands[action.hand]):  # in each frame that the model sees
+                assert (np.abs(image_position(cameras["ego"], point)[frames]) < 0.97).all()
+            for view, camera in cameras.items():
+                ends = (image_position(camera, at + np.array([x, 0.0, 0.0]))[frames, 0] for x in (0.0, 0.15))
+                sizes[view].append(np.abs(np.subtract(*ends)) * camera.width / 2)
+        for preset, of_preset in offsets.items():
+            same = simulate(seed, PRESETS[preset])
+            at = same.positions[:, same.actions[0].thing]
+            here, shifted = (image_position(ego_camera(same, 64), at + np.array([x, 0.0, 0.0])) for x in (0.0, 0.15))
+            in_widths = np.linalg.norm(here, axis=1) / np.abs(here - shifted)[:, 0]
+            of_preset.append(in_widths[toy_views.clip_frames(same, same.actions[0])].mean())
+    pixels = {view: np.concatenate(of_view) for view, of_view in sizes.items()}
+    assert pixels["ego"].min() > 3 and 1.8 * pixels["ego"].mean() < pixels["cam01"].mean()
+    assert np.mean(offsets["faint"]) > 1.3 * np.mean(offsets["easy"])
+
+    take = simulate(0, PRESETS["faint"])
+    camera = ego_camera(take, 64)
+    sharp = [frame.astype(int) for frame in render(take, replace(camera, exposure=1), wearer=False)]
+    blurred = list(render(take, camera, wearer=False))
+    assert np.array_equal(blurred[0], sharp[0])
+    assert np.abs(blurred[9] - (sharp[8] + sharp[9]) / 2).max() <= 1
+
+
+@pytest.mark.slow
+def test_what_exo_cameras_show_clearly_in_the_faint_world_is_in_the_frames_of_the_glasses():
+    found = toy_views.measure(PRESETS["faint"], takes=100, tested=40)
+    exo, ego = found["cam01"], found["ego"]
+    hard = [place for place, factor in enumerate(toy_views.FACTORS) if factor != "hand"]  # that is easy from both
+    assert np.mean([exo["whole"][place] - ego["whole"][place] for place in hard]) > 0.05
+    for place in range(len(toy_views.FACTORS)):
+        # An oracle that knows where to look reads as much from the glasses as the reader from the better camera.
+        assert ego["crops"][place] > max(ego["frequent"][place] + 0.2, exo["whole"][place] - 0.1)
 
 
 def test_hands_of_the_fair_world_cover_more_of_the_ego_frame():

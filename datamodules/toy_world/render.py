@@ -6,6 +6,7 @@ the whole take at once with NumPy.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -30,7 +31,10 @@ EXO_CAMERAS = {  # position, looked-at point
 
 @dataclass(frozen=True)
 class Camera:
-    """A pinhole camera: position and axes float [T, 3] each, field of view in degrees, image size in pixels."""
+    """A pinhole camera: position and axes float [T, 3] each, field of view in degrees, image size in pixels.
+
+    Each frame is the mean of the latest ``exposure`` ones.
+    """
 
     position: Array
     forward: Array
@@ -38,6 +42,7 @@ class Camera:
     fov_deg: float
     width: int
     height: int
+    exposure: int = 1
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ def ego_camera(take: Take, size: int) -> Camera:
     target = take.gaze * np.array([0.8, 1.0, 0.6]) + 0.02 * amplitude * _wander(rng, frames, 3)
     roll = 0.035 * amplitude * _wander(rng, frames, 1)
     up = np.concatenate([np.sin(roll), np.zeros_like(roll), np.cos(roll)], axis=1)
-    return Camera(position, _unit(target - position), up, take.world.ego_fov_deg, size, size)
+    world = take.world
+    return Camera(position, _unit(target - position), up, world.ego_fov_deg, size, size, world.exposure)
 
 
 def exo_camera(take: Take, name: str, width: int, height: int) -> Camera:
@@ -90,6 +96,7 @@ def render(take: Take, camera: Camera, wearer: bool, counter: bool = False) -> I
     # Painter's order: the farthest shape first.
     order = np.argsort([-distance for _, _, distance in drawn], axis=0, kind="stable").T.tolist()  # [T, shapes]
     background = _rgb(take.look["wall"], take.look["light"][0])
+    exposed: deque[Image.Image] = deque(maxlen=camera.exposure)
     for t in range(take.num_frames):
         image = Image.new("RGB", (2 * camera.width, 2 * camera.height), background)
         draw = ImageDraw.Draw(image)
@@ -98,6 +105,11 @@ def render(take: Take, camera: Camera, wearer: bool, counter: bool = False) -> I
             for outline, colour, visible in zip(outlines, shapes[index].colours, facing[t], strict=True):
                 if visible:
                     draw.polygon(outline[t], fill=colour)
+        exposed.append(image)
+        if len(exposed) > 1:
+            mean = np.mean([np.asarray(each) for each in exposed], axis=0)
+            image = Image.fromarray(mean.round().astype(np.uint8))
+            draw = ImageDraw.Draw(image)
         if counter:
             block = camera.width // 4
             for bit in range(8):

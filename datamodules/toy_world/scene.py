@@ -56,7 +56,10 @@ class World:
         fps: frames per second of every camera.
         ego_fov_deg: field of view of the egocentric camera.
         shake: amplitude of the egocentric camera's shake relative to the default.
+        exposure: frames that each egocentric frame is the mean of, the latest ones, which blurs what moves.
         glance: probability that C looks away during an action.
+        gaze_follow: how far C's gaze follows the used object: 1 keeps it in the middle of the frame, 0 keeps the middle
+            of the table there.
         object_scale: size of the objects.
         hand_scale: size of hands and arms.
         exo_fov_deg: field of view of the exocentric cameras.
@@ -73,7 +76,9 @@ class World:
     fps: int = 8
     ego_fov_deg: float = 62.0
     shake: float = 1.0
+    exposure: int = 1
     glance: float = 0.05
+    gaze_follow: float = 1.0
     object_scale: float = 1.0
     hand_scale: float = 1.0
     exo_fov_deg: float = 54.0
@@ -107,6 +112,18 @@ PRESETS = {
     ),
     # For pretrained language models: more to name, in more words. Render it with --size 224 for pretrained encoders.
     "rich": World(kinds=9, colours=9, objects=(2, 3), phrasings=True),
+    # The glasses see all that the exocentric cameras see, but small, off the middle and blurred: what these teach can
+    # be read from egocentric video alone.
+    "faint": World(
+        ego_fov_deg=95.0,
+        shake=2.0,
+        exposure=2,
+        glance=0.0,
+        gaze_follow=0.3,
+        exo_fov_deg=42.0,
+        exo_cameras=(0.0, 0.0, 1.0),
+        best_exo="cam01",
+    ),
 }
 
 
@@ -235,7 +252,9 @@ def simulate(seed: int, world: World, actions: int | None = None) -> Take:
             hands[hand][end:] = REST[hand]
         # C looks at the object, or glances away and misses the action.
         glance = rng.random() < world.glance
-        gaze_target[start:end] = (rng.choice([-0.9, 0.9]), 1.0, 0.35) if glance else path
+        middle, follow = at.mean(axis=0), world.gaze_follow
+        followed = path if follow == 1 else middle + follow * (path - middle)
+        gaze_target[start:end] = (rng.choice([-0.9, 0.9]), 1.0, 0.35) if glance else followed
         gaze_target[end:] = at.mean(axis=0)
         done.append(Action(verb, thing, hand, time_s, time_s + duration_s, ego_visible=not glance))
         time_s += duration_s
