@@ -249,6 +249,27 @@ def log_distributions(features: Tensor, tau: float = 1.0, axis: Axis = "channel"
     return F.log_softmax(x / tau, dim=-1)
 
 
+@torch.no_grad()
+def cross_view_attention(target: Tensor, mapped: Tensor, tau: float) -> Tensor:
+    """Return y as it is seen from the positions of F(x): for each of them a mean over y's positions in the same frame.
+
+    Its weights are a softmax of cosines, so that positions that show alike things meet wherever two cameras have them.
+    There is nothing to train, and nothing of it is left at inference.
+
+    Args:
+        target: float [B, T, h, w, C], standardised y.
+        mapped: the same shape, F(x) standardised with the same statistics.
+        tau: temperature; with a large one every position meets the mean of the frame.
+
+    Returns:
+        float32, the same shape.
+    """
+    keys = target.float().flatten(2, 3)  # [B, T, P, C]
+    queries = F.normalize(mapped.float().flatten(2, 3), dim=-1)
+    weights = (queries @ F.normalize(keys, dim=-1).transpose(-1, -2) / tau).softmax(-1)
+    return (weights @ keys).view(target.shape)
+
+
 class KLBars:
     """KL of y to what knows nothing of the clip: bars that KL(y || F(x)) must be below to mean something.
 

@@ -13,6 +13,7 @@ from lightning_modules.losses import (
     NextTokens,
     answer_kl_loss,
     contrastive_loss,
+    cross_view_attention,
     cycle_consistency_loss,
     guidance_kl_loss,
     log_distributions,
@@ -442,6 +443,19 @@ def test_answer_kl_of_all_tokens_in_another_order_is_the_same():
         torch.testing.assert_close(gradient, gradients[0])
     sure = NextTokens.of(torch.tensor([[0.0, -1e9, -1e9]]), 1.0).top(1)
     assert answer_kl_loss(sure, torch.zeros(1, 3), torch.tensor([0]), 1).item() == pytest.approx(math.log(3))
+
+
+def test_attention_finds_what_the_other_view_shows_elsewhere():
+    y = torch.randn(2, 3, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    elsewhere = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    moved = y.flatten(2, 3)[:, :, elsewhere].view(y.shape)
+    torch.testing.assert_close(cross_view_attention(moved, 3 * y, tau=1e-3), y)  # scale does not matter to cosines
+    frame = moved.mean((2, 3), keepdim=True).expand(y.shape)
+    torch.testing.assert_close(cross_view_attention(moved, y, tau=1e6), frame)
+    some = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 1, 2, 2)
+    weight = 1 / (1 + math.exp(-1 / 0.5))
+    expected = torch.tensor([[weight, 1 - weight], [1 - weight, weight]]).view(some.shape)
+    torch.testing.assert_close(cross_view_attention(some, some, tau=0.5), expected)
 
 
 # ----------------------------------------------------------------------------------------------------------- selection

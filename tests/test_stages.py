@@ -30,7 +30,7 @@ from lightning_modules.callbacks.finite_check import FiniteCheck
 from lightning_modules.callbacks.handoff import StageHandoff
 from lightning_modules.callbacks.run_report import RunReport
 from lightning_modules.callbacks.throughput import TrainingMonitor
-from lightning_modules.losses import Knowledge, NextTokens, contrastive_loss
+from lightning_modules.losses import Knowledge, NextTokens, contrastive_loss, cross_view_attention
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.model.language_model import LanguageModelConfig
 from lightning_modules.stages.checks import check_stage
@@ -680,6 +680,29 @@ def test_impossible_selections_are_refused(toy_tokenizer, of_stage1):
     source = {"exo_projector": f"{of_stage1}:projector"}
     stage = tiny.make_stage("stage2", toy_tokenizer, selection=SelectionConfig("right"), init=source)
     assert "exo_projector" in stage.uses
+
+
+@pytest.mark.parametrize("where", ["patches", "tokens"])
+def test_positions_of_the_learner_attend_to_those_of_y_in_the_kl_alone(toy_tokenizer, where):
+    batch, kl = tiny.clip_batch(), KLConfig(where=where, standardize="token", align="attention", align_tau=0.2)
+    stage = guided(toy_tokenizer, kl=kl)
+    losses, equal = stage.losses(batch), guided(toy_tokenizer, kl=replace(kl, align="none")).losses(batch)
+    y, mapped = features_of(stage, batch)
+    if where == "tokens":
+        y, mapped = (stage.model.projector(f)[:, None, None] for f in (y, mapped))
+    y, mapped = (F.layer_norm(f, (32,)) for f in (y, mapped))
+    log_p, log_q = cross_view_attention(y, mapped, 0.2).log_softmax(-1), mapped.log_softmax(-1)
+    torch.testing.assert_close(losses["kl"], (log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert (losses["kl"] != equal["kl"]) == (where == "patches")  # the projector leaves a single token
+    assert torch.equal(losses["vtg"], equal["vtg"]) and torch.equal(losses["cycle"], equal["cycle"])
+    losses["kl"].backward()
+    assert all(p.grad is not None for p in stage.model.part("ego_to_exo").values())
+    for wrong, message in (
+        (KLConfig(align="attention", pool="all"), "model.kl.align: got attention, but model.kl.pool is all"),
+        (KLConfig(align_tau=0.0), "model.kl.align_tau: got 0.0, allowed: above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.make_stage("stage2", toy_tokenizer, kl=wrong)
 
 
 def seen_by_others(batch):

@@ -21,6 +21,7 @@ from lightning_modules.losses import (
     Standardize,
     Statistics,
     contrastive_loss,
+    cross_view_attention,
     cycle_consistency_loss,
     guidance_kl_loss,
     log_distributions,
@@ -71,6 +72,9 @@ class KLConfig:
         where: ``patches`` compares features of the encoder, y and F(x); ``tokens`` compares the visual tokens that the
             projector makes of both. The projector trains on x and F(x), so that y means less and less to it:
             ``init.exo_projector`` names the projector of stage 1, and y then passes through that one.
+        align: ``attention`` compares each position of F(x) with the mean of y that it attends to in the same frame, as
+            two cameras show a thing at different positions; ``none`` compares equal positions.
+        align_tau: temperature of that attention.
         warmup_fraction: fraction of all steps over which the weight rises from 0.
         detach_input: train F, and with ``tokens`` the projector, but not the ego encoder.
     """
@@ -81,6 +85,8 @@ class KLConfig:
     pool: Pool = "none"
     standardize: Standardize = "ema"
     where: Literal["patches", "tokens"] = "patches"
+    align: Literal["none", "attention"] = "none"
+    align_tau: float = 0.1
     warmup_fraction: float = 0.0
     detach_input: bool = False
 
@@ -190,6 +196,12 @@ class DemonstratorLearnerGuidance(Stage):
             raise ValueError("model.cycle: got forward and backward false, allowed: one of them true, or weight 0")
         if not 0 <= kl.warmup_fraction <= 1:
             raise ValueError(f"model.kl.warmup_fraction: got {kl.warmup_fraction}, allowed: from 0 to 1")
+        if kl.align_tau <= 0:
+            raise ValueError(f"model.kl.align_tau: got {kl.align_tau}, allowed: above 0")
+        if kl.align != "none" and kl.pool == "all":
+            raise ValueError(
+                f"model.kl.align: got {kl.align}, but model.kl.pool is all, which leaves no positions: set one to none"
+            )
         if cycle.delta <= 0:
             raise ValueError(f"model.cycle.delta: got {cycle.delta}, allowed: above 0")
         if not 0 <= selection.least <= 1:
@@ -377,6 +389,8 @@ class DemonstratorLearnerGuidance(Stage):
         exo, mapped, ego = self.compared_features(features)
         self.standardizer.observe(exo, valid)
         target, standardized, unmapped = (self.standardizer(feature) for feature in (exo, mapped, ego))
+        if self.kl.align == "attention":
+            target = cross_view_attention(target, standardized, self.kl.align_tau)
         kl = guidance_kl_loss(target, standardized, valid, *form)
         with torch.no_grad():
             without_mapping = guidance_kl_loss(target, unmapped, valid, *form)
