@@ -1,8 +1,8 @@
 """One contract: for a clip and a question, every way to the model has the same frames, tokens and numbers.
 
 The ways: the training batch, ``make evaluate`` with validation questions and with benchmarks, ``Exo2Ego.answer``, the
-server, an exported folder under plain transformers, and its language model alone. Each is entered as a user does it,
-and ``observe.py`` watches the model.
+server, an exported folder under plain transformers, its language model alone, and the plug-in for lmms-eval. Each is
+entered as a user does it, and ``observe.py`` watches the model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from lightning_modules.inference.export import export_model
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 32  # longest answer of validation questions
-WEIGHTS = "EXO2EGO_WEIGHTS"
+WEIGHTS, LMMS_EVAL = "EXO2EGO_WEIGHTS", "EXO2EGO_LMMS_EVAL_PYTHON"
 
 
 @dataclass
@@ -165,6 +166,49 @@ class Walk:
         assert others["piped"] == self.answers["transformers"]
         return others["stock_logits"], others["stock_text"]
 
+    def lmms_eval(self, python, exported):
+        """Run lmms-eval with a folder of two tasks: this question in words, and as a choice.
+
+        Args:
+            python: of an environment with lmms-eval.
+            exported: the whole model.
+
+        Returns:
+            The losses of the options, and the share of right choices.
+        """
+        tasks = self.tmp / "tasks"
+        tasks.mkdir()
+        doc = {"path": str(self.video), "start": self.start, "end": self.stated_end(), "question": self.question}
+        doc |= {"answer": "red", "options": OPTIONS, "right": 1}
+        (tasks / "docs.jsonl").write_text(json.dumps(doc) + "\n")
+        (tasks / "utils.py").write_text(TASK_FUNCTIONS)
+        for name, content in TASKS.items():
+            (tasks / f"{name}.yaml").write_text(content.format(name=name, docs=tasks / "docs.jsonl"))
+        self.write_entry_point(self.tmp / "site")
+        words = ["--model", "exo2ego", "--model_args", f"pretrained={exported}", "--tasks", ",".join(TASKS), "--device"]
+        words += ["cpu", "--include_path", tasks, "--output_path", self.tmp / "out", "--log_samples"]
+        self.run_script(python, RUN_LMMS_EVAL, *words, PYTHONPATH=os.pathsep.join([str(self.tmp / "site"), str(ROOT)]))
+        (self.seen["lmms_eval"], _), _ = self.read_seen()
+        samples = {name: self.read_samples(name) for name in TASKS}
+        self.answers["lmms_eval"] = samples["exo2ego_open"]["filtered_resps"]
+        (results,) = (self.tmp / "out").rglob("*results.json")
+        accuracy = json.loads(results.read_text())["results"]["exo2ego_choice"]["acc,none"]
+        return [float(loss) for loss, _ in samples["exo2ego_choice"]["filtered_resps"]], accuracy
+
+    def read_samples(self, name):
+        (file,) = (self.tmp / "out").rglob(f"*samples_{name}.jsonl")
+        return json.loads(file.read_text())
+
+    @staticmethod
+    def write_entry_point(folder):
+        """Write what `pip install --no-deps` of this repository would tell other packages."""
+        entries = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lmms_eval.models"]
+        info = folder / "exo2ego-0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: exo2ego\nVersion: 0\n")
+        lines = ["[lmms_eval.models]", *(f"{name} = {value}" for name, value in entries.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
     def run_script(self, python, script, *arguments, **environment):
         """Run a script of this file that writes ``seen.pt``, away from this repository."""
         shutil.copy(Path(__file__).with_name("observe.py"), self.tmp)
@@ -257,6 +301,51 @@ others = {"forward": forward, "piped": piped, "stock_logits": logits, "stock_tex
 torch.save([list(observer.seen()), text, others], "seen.pt")
 """
 
+OPTIONS = ["the red ball", "the blue cup", "the ball"]
+TASK_FUNCTIONS = """
+def video(doc):
+    return [{key: doc[key] for key in ("path", "start", "end")}]
+"""
+_TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {docs}}}}}
+test_split: test
+doc_to_visual: !function utils.video
+doc_to_text: question
+"""
+TASKS = {
+    "exo2ego_open": _TASK
+    + """
+output_type: generate_until
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 32, temperature: 0, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""",
+    "exo2ego_choice": _TASK
+    + """
+output_type: multiple_choice
+doc_to_target: right
+doc_to_choice: options
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+""",
+}
+RUN_LMMS_EVAL = """
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path.cwd()))
+vocab_size = int(sys.argv.pop(1))
+
+import torch
+from lmms_eval.__main__ import cli_evaluate
+from observe import Observer
+
+with Observer(vocab_size) as observer:
+    cli_evaluate()
+torch.save([list(observer.seen()), "", {}], "seen.pt")
+"""
+
 
 def walk_all(walk):
     """Go every way that needs no other environment."""
@@ -284,6 +373,26 @@ def walk_all(walk):
     assert answer == stock_text == walk.answers["api"]
 
 
+def walk_lmms_eval(walk):
+    """Go the way through lmms-eval, in an environment that has it."""
+    python = os.environ.get(LMMS_EVAL)
+    if python is None:
+        pytest.skip(f"{LMMS_EVAL} does not name the python of an environment with lmms-eval")
+    if "training" not in walk.seen:
+        walk.training()
+    exported = walk.tmp / "exported"
+    if not exported.exists():
+        export_model(walk.run, exported, merge=False)
+    losses, accuracy = walk.lmms_eval(python, exported)
+    model = walk.api()
+    walk.check(exact=("training", "api"))
+    chances = model.choose(walk.video, walk.question, OPTIONS, walk.start, walk.end)
+    torch.testing.assert_close(
+        (-torch.tensor(losses)).softmax(0), torch.tensor(list(chances.values())), atol=1e-4, rtol=0
+    )
+    assert accuracy == (losses.index(min(losses)) == 1)
+
+
 @pytest.fixture(scope="module")
 def walk(noisy_runs, toy_runs, tmp_path_factory):
     """Return a walk over the tiny network."""
@@ -294,6 +403,11 @@ def walk(noisy_runs, toy_runs, tmp_path_factory):
 
 def test_every_way_to_the_tiny_model_is_the_same(walk):
     walk_all(walk)
+
+
+@pytest.mark.slow
+def test_lmms_eval_has_the_same_tiny_model(walk):
+    walk_lmms_eval(walk)
 
 
 EXPERIMENT = """
@@ -338,3 +452,8 @@ def real_walk(toy_world, tmp_path_factory):
 @pytest.mark.slow
 def test_every_way_to_a_model_of_pretrained_parts_is_the_same(real_walk):
     walk_all(real_walk)
+
+
+@pytest.mark.slow
+def test_lmms_eval_has_the_same_model_of_pretrained_parts(real_walk):
+    walk_lmms_eval(real_walk)

@@ -124,6 +124,7 @@ def test_weights_build_on_the_model_alone():
 
 
 BUILDS_ON = {
+    "lmms_eval": set(),
     "compat": set(),
     "distributed": set(),
     "lock": set(),
