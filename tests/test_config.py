@@ -410,7 +410,7 @@ def test_every_experiment_binds_to_its_classes(toy_world, tmp_path, experiment, 
         config = compose(tiny.EXPERIMENTS / experiment, stage, given)
     assert config["experiment"] == str(experiment)  # runs of different experiments never share a folder
     run = build(config)
-    answers = stage == "stage2" and str(experiment) in ("exo2ego_7b_answer_kl", "toy_fair")
+    answers = stage == "stage2" and str(experiment) in ("exo2ego_7b_answer_kl", "toy_fair", "toy_faint")
     assert type(run.stage) is (AnswerGuidance if answers else tiny.STAGES[stage])
     assert run.folder == tmp_path / experiment / stage
     assert not list(tmp_path.rglob("*.safetensors"))
