@@ -263,7 +263,7 @@ def serve(options: argparse.Namespace) -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'exo2ego[serve]'") from None
+        raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from None
     from lightning_modules.serving import server
 
     server.serve(options.model, options.root, options.host, options.port, _limits(options))
@@ -276,7 +276,7 @@ def demo(options: argparse.Namespace) -> None:
     try:
         from lightning_modules.serving.demo import serve
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'exo2ego[demo]'") from None
+        raise ValueError(f"{error.name} is not installed: pip install -e '.[demo]'") from None
     serve(options.model, options.host, options.port, _limits(options))
 
 

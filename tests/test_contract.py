@@ -135,7 +135,7 @@ class Walk:
 
     def server(self):
         """Send a request over HTTP."""
-        pytest.importorskip("starlette", reason="needs pip install 'exo2ego[serve]'")
+        pytest.importorskip("starlette", reason="needs pip install -e '.[serve]'")
         from test_serving import Limits, build_app, messages, running, send
 
         model = Exo2Ego.from_pretrained(self.run)

@@ -18,8 +18,8 @@ from test_clip_stream import make_video
 
 from lightning_modules.cli import main
 
-pytest.importorskip("starlette", reason="needs pip install 'exo2ego[serve]'")
-pytest.importorskip("uvicorn", reason="needs pip install 'exo2ego[serve]'")
+pytest.importorskip("starlette", reason="needs pip install -e '.[serve]'")
+pytest.importorskip("uvicorn", reason="needs pip install -e '.[serve]'")
 from lightning_modules.serving.page import Page
 from lightning_modules.serving.server import Limits
 
@@ -113,7 +113,7 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "lightning_modules.serving.demo", raising=False)
     assert main(["demo", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == "error: gradio is not installed: pip install 'exo2ego[demo]'\n"
+    assert capsys.readouterr().err == "error: gradio is not installed: pip install -e '.[demo]'\n"
 
 
 # --------------------------------------------------------------------------------------------------- the page itself
@@ -123,7 +123,7 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys, tmp_path):
 def address(page, monkeypatch):
     """Serve the page and return its address."""
     if not find_spec("gradio"):
-        pytest.skip("needs pip install 'exo2ego[demo]'")
+        pytest.skip("needs pip install -e '.[demo]'")
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(page.uploads))
     from lightning_modules.serving.demo import build_demo, launch
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lightning_modules.weights.gguf import main
 
-gguf = pytest.importorskip("gguf", reason="needs pip install 'exo2ego[gguf]'")
+gguf = pytest.importorskip("gguf", reason="needs pip install -e '.[gguf]'")
 
 BYTES = sorted(ByteLevel.alphabet())
 TOKENS = [*BYTES, "12", "ab", "<|im_end|>"]

@@ -18,8 +18,8 @@ from test_clip_stream import make_video
 from lightning_modules import Exo2Ego
 from lightning_modules.cli import main
 
-pytest.importorskip("starlette", reason="needs pip install 'exo2ego[serve]'")
-pytest.importorskip("uvicorn", reason="needs pip install 'exo2ego[serve]'")
+pytest.importorskip("starlette", reason="needs pip install -e '.[serve]'")
+pytest.importorskip("uvicorn", reason="needs pip install -e '.[serve]'")
 from lightning_modules.serving.server import Limits, build_app, build_server, serve
 
 QUESTION = "Describe the video."

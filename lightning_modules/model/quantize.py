@@ -23,7 +23,7 @@ Quantization = Literal["int8", "nf4"]
 BITS: dict[Quantization, float] = {"int8": 8.0, "nf4": 4.5}
 """Bits of a weight; `nf4` with its scales. The one scale for each row of `int8` is not counted."""
 
-INSTALL_SMALL = "pip install 'exo2ego[small]', or pip install -e '.[small]' in a clone"
+INSTALL_SMALL = "pip install -e '.[small]'"
 
 _NF4_BLOCK = 64
 _LAYERS = (nn.Linear, LoRALinear)

@@ -5,7 +5,7 @@
     python -m lightning_modules.weights.gguf SmolLM2-135M-Instruct-Q8_0.gguf weights/smollm2
 
 Weights are dequantised to bfloat16. The tokenizer splits text as the file says; transformers' own reader knows fewer
-ways to split and silently takes GPT-2's for the others. Needs ``pip install 'exo2ego[gguf]'``.
+ways to split and silently takes GPT-2's for the others. Needs ``pip install -e '.[gguf]'``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def convert(file: Path, folder: Path) -> None:
             model or a tokenizer that would be read wrongly.
     """
     if find_spec("gguf") is None:
-        raise WeightsError(f"{file}: the package gguf is missing. Run `pip install 'exo2ego[gguf]'`.")
+        raise WeightsError(f"{file}: the package gguf is missing. Run `pip install -e '.[gguf]'`.")
     if not file.is_file():
         raise WeightsError(f"{file}: no such file. Give a GGUF file.")
     if folder.exists():
