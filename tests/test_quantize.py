@@ -212,5 +212,5 @@ def test_a_missing_package_is_named_with_its_command_before_anything_is_read(toy
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     stage = tiny.make_stage("stage1", toy_tokenizer, **changes)
     clips = ClipConfig(num_frames=tiny.FRAMES, image_size=tiny.SIZE)
-    with pytest.raises(ValueError, match=f"{key} needs the package bitsandbytes: pip install 'exo2ego\\[small\\]'"):
+    with pytest.raises(ValueError, match=f"{key} needs the package bitsandbytes: pip install -e '.\\[small\\]'"):
         check_stage(stage, clips, 16)
