@@ -148,6 +148,7 @@ $(FAINT): | $(READY)
 	$(PYTHON) -m datamodules.toy_world --root data/faint --preset faint --train-takes 330 --val-takes 100
 
 $(RICH): | $(READY)
+	$(CHECK_KEYS)
 	$(PYTHON) -m datamodules.toy_world --root data/rich --preset rich --size 224 --train-takes 80 --val-takes 20 --initialisation-takes 160 --practice-takes 80 --benchmark-takes 10
 
 data/fair_quick/ego_exo_clip/index.json: | $(READY)
@@ -232,11 +233,11 @@ export: $(READY) ## write the trained STAGE=stage3 to OUT=folder, TO=hf|peft|vid
 	@test -n "$(STAGE)" && test -n $(call path,$(OUT)) || { echo "error: name both: make export STAGE=stage3 OUT=exports/toy"; exit 2; }
 	$(PYTHON) -m lightning_modules export $(RUN)/$(STAGE) $(call path,$(OUT)) $(if $(TO),--to '$(TO)') $(ARGS)
 
-serve: $(READY) ## answer OpenAI's chat completions on PORT=8000 with MODEL=folder, about videos below ROOT=folder, needs exo2ego[serve] [MODEL ROOT PORT EXPERIMENT RUNS ARGS]
+serve: $(READY) ## answer OpenAI's chat completions on PORT=8000 with MODEL=folder, about videos below ROOT=folder, needs the extra serve [MODEL ROOT PORT EXPERIMENT RUNS ARGS]
 	$(CHECK_PORT)
 	$(PYTHON) -m lightning_modules serve $(TRAINED) $(if $(ROOT),--root $(call path,$(ROOT))) --port $(PORT) $(ARGS)
 
-demo: $(READY) ## serve a web page on PORT=7860 to ask MODEL=folder about uploaded videos, needs exo2ego[demo] [MODEL PORT EXPERIMENT RUNS ARGS]
+demo: $(READY) ## serve a web page on PORT=7860 to ask MODEL=folder about uploaded videos, needs the extra demo [MODEL PORT EXPERIMENT RUNS ARGS]
 	$(CHECK_PORT)
 	@$(PYTHON) -m lightning_modules demo $(TRAINED) --port $(PORT) $(ARGS)
 
@@ -247,7 +248,7 @@ tensorboard: $(READY) ## serve TensorBoard for all runs on PORT [RUNS PORT]
 	$(CHECK_PORT)
 	$(PYTHON) -m tensorboard.main --logdir $(call path,$(RUNS)) --port $(PORT)
 
-test: $(READY) ## run the fast tests in JOBS=2 processes, less than 10 minutes on 2 cores [JOBS]
+test: $(READY) ## run the fast tests in JOBS=2 processes, about 10 minutes on 2 cores [JOBS]
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not slow" $(PARALLEL)
 
 test-all: $(READY) ## all tests, with the long end-to-end runs [JOBS]
@@ -297,7 +298,7 @@ bench-mix: $(READY) ## measure loading a mix of 600,000 instruction records [ARG
 	$(PYTHON) tests/bench/bench_mix.py $(ARGS)
 
 clean: ## remove the generated data and caches; runs and .venv stay
-	rm -rf data/toy data/fair data/rich data/fair_quick .pytest_cache .mypy_cache .ruff_cache
+	rm -rf data/toy data/fair data/faint data/rich data/fair_quick .pytest_cache .mypy_cache .ruff_cache
 	find datamodules experiments lightning_modules tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-runs: ## remove the runs of all experiments in RUNS, after listing them and asking; YES=1 does not ask [RUNS YES]

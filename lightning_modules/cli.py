@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,7 +213,6 @@ def score(options: argparse.Namespace) -> None:
 
 def chat(options: argparse.Namespace) -> None:
     """Ask a trained model about a video, interactively without --question."""
-    _require_files(options)
     _silence_warnings()
     from lightning_modules.inference.api import Exo2Ego
     from lightning_modules.inference.terminal import ask
@@ -223,7 +223,6 @@ def chat(options: argparse.Namespace) -> None:
 
 def describe(options: argparse.Namespace) -> None:
     """Narrate a video of any length with time stamps, optionally as subtitles."""
-    _require_files(options)
     _silence_warnings()
     from lightning_modules.inference.api import CAPTION, Exo2Ego
     from lightning_modules.inference.terminal import check_subtitles, narrate
@@ -237,7 +236,6 @@ def describe(options: argparse.Namespace) -> None:
 
 def watch(options: argparse.Namespace) -> None:
     """Answer about the last seconds of a camera, a stream, or a file as if live, until it ends."""
-    _require_files(options)
     _silence_warnings()
     from lightning_modules.inference.api import CAPTION, Exo2Ego
     from lightning_modules.inference.terminal import watch as print_observations
@@ -248,7 +246,6 @@ def watch(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a trained model as a folder for transformers, PEFT, VideoLLaMA2 or vLLM."""
-    _require_files(options)
     from lightning_modules.inference.export import export_model
 
     _silence_warnings()
@@ -257,13 +254,8 @@ def export(options: argparse.Namespace) -> None:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve a trained model over HTTP, in the form of OpenAI's chat completions."""
-    _require_files(options)
+    _require_packages("serve", "starlette", "uvicorn")
     _silence_warnings()
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install -e '.[serve]'") from None
     from lightning_modules.serving import server
 
     server.serve(options.model, options.root, options.host, options.port, _limits(options))
@@ -271,12 +263,10 @@ def serve(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     """Serve a web page to ask a trained model about uploaded videos."""
-    _require_files(options)
+    _require_packages("demo", "gradio", "starlette", "uvicorn")
     _silence_warnings()
-    try:
-        from lightning_modules.serving.demo import serve
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install -e '.[demo]'") from None
+    from lightning_modules.serving.demo import serve
+
     serve(options.model, options.host, options.port, _limits(options))
 
 
@@ -305,6 +295,8 @@ _VERBS = (
     demo,
 )
 VERBS = {verb.__name__: verb for verb in _VERBS}
+_OF_A_MODEL = ("chat", "describe", "watch", "export", "serve", "demo")
+"""Verbs that take a trained model and no experiment, and so no overrides."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -320,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     try:
+        if options.verb in _OF_A_MODEL:
+            _require_files(options)
         VERBS[options.verb](options)
     except Exception as error:
         if options.traceback and isinstance(error, ValueError | OSError):
@@ -356,7 +350,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
         _add_options(name, command)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] not in (["chat"], ["describe"], ["watch"], ["export"], ["serve"], ["demo"]):
+    if not given or given[0] not in _OF_A_MODEL:
         given = [_KEY_OPTION.sub(r"\1", word) for word in given]
     options, after = parser.parse_known_args(given)
     # argparse accepts no more positional arguments after an option, but key=value may follow in any order.
@@ -507,6 +501,17 @@ def _require_files(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.model}: no such folder: name a run, an exported folder, or owner/name on the hub")
     if "video" in options and not Path(options.video).exists():
         raise ValueError(f"{options.video}: no such file: name a video, or a folder of images")
+
+
+def _require_packages(extra: str, *names: str) -> None:
+    """Refuse a command whose packages are missing.
+
+    Raises:
+        ValueError: it names the first one and the command that installs them.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise ValueError(f"{name} is not installed: pip install -e '.[{extra}]'")
 
 
 def _silence_warnings() -> None:

@@ -260,6 +260,8 @@ def test_clean_keeps_runs(checkout):
     for folder in ("datamodules", "lightning_modules", "tests/__pycache__", ".mypy_cache"):
         (checkout / folder).mkdir(parents=True)
     (checkout / "data" / "mine").mkdir()
+    for world in re.findall(r"--root data/(\w+)", (ROOT / "Makefile").read_text()):
+        (checkout / "data" / world).mkdir(exist_ok=True)
     assert make(checkout, "clean")[0] == 0
     assert not cache.exists() and not (checkout / ".mypy_cache").exists()
     assert [folder.name for folder in (checkout / "data").iterdir()] == ["mine"]

@@ -119,9 +119,9 @@ class LiveReader:
         self._stopped = False
         # Written by the thread.
         self._kept: deque[_Kept] = deque()
-        self._newest_s = self._end_s = 0.0
+        self._first_s = self._newest_s = self._end_s = 0.0
         self._received = self._skipped = 0
-        self._offset_s = float("inf")
+        self._offset_s = math.inf
         self._over = False
         self._error: ClipDecodeError | None = None
         # Of the window before.

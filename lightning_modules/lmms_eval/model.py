@@ -92,9 +92,9 @@ class Exo2EgoModel(lmms):
         """Refuse tasks of several rounds.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: always.
         """
-        raise NotImplementedError("exo2ego: tasks of several rounds are not supported: choose tasks of one round")
+        raise ValueError("exo2ego: tasks of several rounds are not supported: choose tasks of one round")
 
     def _score(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
         """Score answers to one question about one clip."""
