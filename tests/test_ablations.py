@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -19,6 +20,7 @@ import pytest
 import tiny
 import yaml
 
+from experiments.ablations import __main__ as ablations
 from experiments.ablations import figures, results, runner
 from experiments.ablations.__main__ import main
 from experiments.ablations.plan import Regime, Sweep, all_jobs, read_plan
@@ -43,6 +45,17 @@ def test_the_sweep_amounts_to_runs_of_its_own(plan):
     folders = [job.folder for wave in waves for job in wave]
     assert len(set(folders)) == len(folders)
     assert {job.variant for wave in waves[2:] for job in wave} <= plan.variants.keys()
+
+
+def test_fewer_seeds_of_a_variant_or_a_regime(tmp_path):
+    jobs = [job for wave in all_jobs(SWEEP, PLANS["full"], range(5), tmp_path) for job in wave]
+    seeds = defaultdict(set)
+    for job in jobs:
+        seeds[f"{job.group}/{job.variant}/{job.stage}"].add(job.seed)
+    assert len(jobs) == 139
+    assert seeds["few/e_full/stage2"] == seeds["few/e_full/stage3"] == {0, 1, 2, 3, 4}
+    assert seeds["few/e_blocks/stage2"] == seeds["all/e_full/stage2"] == seeds["few/e_without_lora/stage3"] == {0, 1, 2}
+    assert seeds["views/ego_preparation/stage2"] == {0, 1, 2}
 
 
 def test_every_variant_is_in_a_regime():
@@ -203,6 +216,10 @@ def test_quick_replaces_keys(tmp_path):
             {"variants": {"a": {"title": "", "extends": "b"}, "b": {"title": ""}, "e": {"title": ""}}},
             "variants.a.extends: b must come before it",
         ),
+        (
+            {"variants": {"b": {"title": "", "seeds": 1}, "e": {"title": ""}}},
+            "variants.b.seeds: the control runs with all seeds",
+        ),
         ({"unknown": 1}, "unexpected keyword argument 'unknown'"),
         ({"regimes": {"few": {"stage2": ["b"]}}}, "missing 1 required positional argument: 'title'"),
     ],
@@ -283,6 +300,18 @@ def test_runs_wait_for_what_they_need_and_finished_ones_are_skipped(waves, tmp_p
     assert {line["run"] for line in lines} == set(recorded.called) and {line["status"] for line in lines} == {0}
     carry_out(waves, tmp_path / "out", parallel=3, threads=1)
     assert len(recorded.called) == len(jobs) - 1
+
+
+def test_only_some_rows_are_run(waves, tmp_path, monkeypatch):
+    recorded = Recorded([job for wave in waves for job in wave])
+    monkeypatch.setattr(runner.subprocess, "Popen", recorded)
+    monkeypatch.setattr(ablations, "all_jobs", lambda *_: waves)
+    monkeypatch.setattr(ablations, "write_results", lambda plan, jobs, folder, missing: f"{len(missing)} missing")
+    words = [str(SWEEP), "--quick", "--out", str(tmp_path / "out"), "--jobs", "1"]
+    assert main([*words, "--only", "few/e_full", "x0/b_*"]) == 0
+    run = {name.rsplit("/", 1)[0] for name in recorded.called}
+    rows = {"few/e_full/stage2", "few/e_full/stage3", "x0/b_mapping_alone/stage2"}
+    assert run == {"prepared/toy_fair/stage0", "prepared/toy_fair/stage1", *rows}
 
 
 def test_what_is_not_whole_or_of_another_configuration_is_not_finished(waves):

@@ -11,9 +11,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
-from experiments.ablations.plan import all_jobs, read_plan
+from experiments.ablations.plan import Job, all_jobs, read_plan
 from experiments.ablations.results import write_results
 from experiments.ablations.runner import RunsFailed, carry_out, is_finished
 from lightning_modules.config import ConfigError
@@ -55,7 +56,7 @@ def _run(options: argparse.Namespace) -> int:
     failure = None
     try:
         if not options.report:
-            carry_out(waves, options.out, options.jobs, options.threads)
+            carry_out([_selected(wave, options.only) for wave in waves], options.out, options.jobs, options.threads)
     except RunsFailed as error:
         failure = error
     except KeyboardInterrupt:
@@ -66,6 +67,17 @@ def _run(options: argparse.Namespace) -> int:
     if failure:
         print(f"error: {failure}; run it again to resume", file=sys.stderr)
     return int(failure is not None)
+
+
+def _selected(jobs: Sequence[Job], patterns: Sequence[str] | None) -> list[Job]:
+    """Return the jobs whose regime and variant match a pattern, and the stages 0 and 1 that all others need."""
+    if patterns is None:
+        return list(jobs)
+    return [
+        job
+        for job in jobs
+        if job.group == "prepared" or any(fnmatch(f"{job.group}/{job.variant}", pattern) for pattern in patterns)
+    ]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +92,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="use the keys below `quick`: a few steps of each run")
     parser.add_argument("--seeds", type=int, help="number of seeds instead of that in the file")
     parser.add_argument("--first-seed", type=int, default=0, help="the first seed; the others follow it")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="REGIME/VARIANT",
+        help="run these alone, e.g. few/e_full or 'few/*'; tables are of all",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("runs/ablations/results"), help="for tables and figures")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run")

@@ -24,9 +24,11 @@ class Regime:
         stage2_overrides: further ones of stage 2 alone, such as its data.
         stage2, stage3: variants that run these stages. One that is in ``stage3`` alone names its start in its
             overrides.
+        seeds: number of seeds, if fewer than the plan has.
     """
 
     title: str
+    seeds: int | None = None
     overrides: tuple[str, ...] = ()
     stage2_overrides: tuple[str, ...] = ()
     stage2: tuple[str, ...] = ()
@@ -57,9 +59,11 @@ class Variant:
         extends: variant whose overrides come first.
         overrides: ``key=value`` of stages 2 and 3.
         stage2, stage3: further ones of one stage.
+        seeds: number of seeds, if fewer than the plan has.
     """
 
     title: str
+    seeds: int | None = None
     extends: str | None = None
     overrides: tuple[str, ...] = ()
     stage2: tuple[str, ...] = ()
@@ -97,6 +101,11 @@ class Plan:
     def name(self, variant: str) -> str:
         """Return the title of a variant, or the name of an experiment."""
         return self.variants[variant].title if variant in self.variants else variant
+
+    def seeds_of(self, regime: str, variant: str, seeds: Sequence[int]) -> Sequence[int]:
+        """Return those of some seeds that a variant runs with under a regime: the first ones."""
+        limits = [self.regimes[regime].seeds, self.variants[variant].seeds]
+        return seeds[: min((limit for limit in limits if limit is not None), default=len(seeds))]
 
     def overrides_of(self, variant: str, stage: str) -> list[str]:
         """Return the overrides of a variant in a stage; those of the variants that it extends come first."""
@@ -141,6 +150,8 @@ def _problems(plan: Plan, file: Path) -> list[str]:
     for regime in plan.regimes.values():
         used |= {*regime.stage2, *regime.stage3}
     problems += [f"no variant {name}" for name in sorted(used - plan.variants.keys())]
+    if plan.control in plan.variants and plan.variants[plan.control].seeds is not None:
+        problems.append(f"variants.{plan.control}.seeds: the control runs with all seeds, remove the key")
     known = list(plan.variants)
     for name, variant in plan.variants.items():
         if variant.extends in known and known.index(variant.extends) >= known.index(name):
@@ -233,10 +244,11 @@ def all_jobs(file: Path, plan: Plan, seeds: Sequence[int], out: Path, overrides:
             made = next((j for j in waves[stage] if j.seed == seed), waves[stage][0])
             prepared[seed][stage] = made.folder
     for seed in seeds:
-        if plan.view_probe:
+        if plan.view_probe and seed in seeds[: plan.variants[plan.view_probe].seeds]:
             waves["stage2"].append(job("views", plan.view_probe, "stage2", seed))
         for group, regime in plan.regimes.items():
             more, of_stage2 = regime.overrides, (*regime.overrides, *regime.stage2_overrides)
-            waves["stage2"] += [job(group, v, "stage2", seed, of_stage2) for v in regime.stage2]
-            waves["stage3"] += [job(group, v, "stage3", seed, more) for v in regime.stage3]
+            for variants, stage, words in ((regime.stage2, "stage2", of_stage2), (regime.stage3, "stage3", more)):
+                run = [v for v in variants if seed in plan.seeds_of(group, v, seeds)]
+                waves[stage] += [job(group, v, stage, seed, words) for v in run]
     return list(waves.values())
