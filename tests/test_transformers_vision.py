@@ -4,9 +4,11 @@ import json
 
 import open_clip
 import pytest
+import timm
 import torch
 from open_clip.model import resize_pos_embed
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -209,6 +211,42 @@ def test_another_form_is_refused(tmp_path, changes, message):
     net = NetworkConfig(encoder=encoder, language_model=LanguageModelConfig("llama"))
     with pytest.raises(WeightsError, match=message):
         find_weights([str(tmp_path)], "exo_encoder", net)
+
+
+def timm_folder(folder, name="vit_small_patch14_dinov2"):
+    """Write a random tower as timm does for the hub and return it."""
+    torch.manual_seed(0)
+    shape = {"img_size": SIZE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS}
+    model = timm.create_model(name, num_classes=0, **shape).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_for_hf(model, folder, model_config={"pretrained_cfg": {"mean": MEAN, "std": STD}}, safe_serialization=True)
+    return model
+
+
+@pytest.mark.parametrize("size", [SIZE, 6 * PATCH])
+def test_features_equal_those_of_timms_own_folder(tmp_path, size):
+    model = timm_folder(tmp_path)
+    changes = {"timm": "vit_small_patch14_dinov2", "resample_positions": size != SIZE}
+    encoder = filled(tmp_path, network(size, **changes))
+    if size != SIZE:
+        model.set_input_size((size, size))
+    video = torch.randint(0, 256, (2, 2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = encoder(video)
+        (theirs,) = model.forward_intermediates(
+            encoder.normalise(video.flatten(0, 1)), indices=[LAYERS - 2], intermediates_only=True, output_fmt="NLC"
+        )
+    assert theirs.std() > 0.3
+    torch.testing.assert_close(ours, theirs.reshape(ours.shape), atol=1e-5 * float(theirs.abs().max()), rtol=1e-5)
+
+
+def test_timms_folder_of_another_form_is_refused(tmp_path):
+    timm_folder(tmp_path)
+    with pytest.raises(WeightsError, match=r"network.encoder.timm: got null, but .* has \"vit_small_patch14_dinov2\""):
+        find_weights([str(tmp_path)], "exo_encoder", network())
+    with pytest.raises(WeightsError, match=r"holds a vision tower, no language_model"):
+        find_weights([str(tmp_path)], "language_model", network())
 
 
 def test_what_timm_does_not_have_is_refused(tmp_path):

@@ -1,8 +1,9 @@
-"""Released vision towers of open_clip, and CLIP's as transformers stores it.
+"""Released vision towers of open_clip and timm, and CLIP's as transformers stores it.
 
 ====================================  ===========================================================================
 ``open_clip_config.json``             CLIP or SigLIP as open_clip stores it
 ``open_clip:<model>/<tag>``           the same, by open_clip's names, downloaded once into its cache
+``config.json``, ``architecture``     any vision transformer of timm as timm stores it
 ``config.json``, ``clip*``            CLIP as transformers stores it; for others see ``transformers_vision.py``
 ====================================  ===========================================================================
 """
@@ -91,11 +92,30 @@ def find_open_clip(release: Release, part: str, network: NetworkConfig) -> Found
     if expected["timm"] is None:
         expected["quick_gelu"] = bool(model.get("quick_gelu") or preprocess.get("quick_gelu"))
         expected["heads"] = int(vision["width"]) // int(vision.get("head_width", 64))
-    for name in ("mean", "std"):
-        if name in preprocess:
-            expected[f"image_{name}"] = preprocess[name]
-    require_form(network.encoder, release.where, expected)
-    tower = release.below("visual.")
+    require_form(network.encoder, release.where, expected | _pixel_statistics(preprocess))
+    return _found_tower(release, part, release.below("visual."), network)
+
+
+def find_timm(release: Release, part: str, network: NetworkConfig) -> FoundWeights | None:
+    """Find the tower in a release of timm; None for other formats.
+
+    Raises:
+        WeightsError: the tower is of another form than ``network.encoder``.
+    """
+    if release.kind != "timm":
+        return None
+    if part not in ENCODERS:
+        return release.found(part, {}, f"holds a vision tower, no {part}")
+    statistics = _pixel_statistics(release.settings.get("pretrained_cfg", {}))
+    require_form(network.encoder, release.where, {"timm": release.settings["architecture"], **statistics})
+    return _found_tower(release, part, release.tensors, network)
+
+
+def _pixel_statistics(preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"image_{name}": preprocess[name] for name in ("mean", "std") if name in preprocess}
+
+
+def _found_tower(release: Release, part: str, tower: Tensors, network: NetworkConfig) -> FoundWeights:
     kept = {ours: tower[theirs] for ours, theirs in tower_sources(tower, network.encoder).items()}
     return release.found(part, kept, count=len(tower))
 

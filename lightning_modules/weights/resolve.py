@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 
 from datamodules.io.hub import download_command, is_hub_name, use_cache_without_network
 from lightning_modules.model.exo2ego import PARTS, NetworkConfig
-from lightning_modules.weights.clip import ENCODERS, OPEN_CLIP, download_open_clip, find_clip, find_open_clip
+from lightning_modules.weights.clip import ENCODERS, OPEN_CLIP, download_open_clip, find_clip, find_open_clip, find_timm
 from lightning_modules.weights.exported import find_exported
 from lightning_modules.weights.handoff import open_stage_weights
 from lightning_modules.weights.language_model import find_language_model
@@ -19,7 +19,7 @@ from lightning_modules.weights.tensors import FoundWeights, WeightsError, open_r
 from lightning_modules.weights.transformers_vision import find_transformers_tower
 from lightning_modules.weights.videollama2 import find_videollama2
 
-FORMATS = (find_exported, find_open_clip, find_videollama2, find_clip, find_transformers_tower)
+FORMATS = (find_exported, find_open_clip, find_timm, find_videollama2, find_clip, find_transformers_tower)
 """Readers of release formats, each of which returns None for other formats. All others are language models."""
 
 
@@ -72,7 +72,8 @@ def _open_source(source: str, part: str, network: NetworkConfig) -> FoundWeights
         if found is None:
             continue
         if named in ENCODERS and network.encoder.resample_positions:
-            antialias = release.kind in ("open_clip", "dinov2_with_registers")  # each as its own library does it
+            # Each as its own library does it.
+            antialias = release.kind in ("open_clip", "timm", "dinov2_with_registers")
             found = replace(found, tensors=resample_positions(found.tensors, network.encoder, antialias))
         return replace(found, part=part)
     return replace(find_language_model(release, named), part=part)

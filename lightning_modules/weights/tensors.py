@@ -102,7 +102,7 @@ class Release:
 
     Attributes:
         where: the folder or name, for messages.
-        kind: ``open_clip``, or the model type of transformers, such as ``mistral``.
+        kind: ``open_clip``, ``timm``, or the model type of transformers, such as ``mistral``.
         settings: content of the configuration file.
         tensors: by the names of the release.
         digest: of configuration and file sizes, 16 hexadecimal digits.
@@ -129,7 +129,7 @@ def open_release(folder: Path, fix: str) -> Release:
     """Open a folder of released weights; nothing is read but configuration, names and shapes.
 
     Args:
-        folder: with a ``config.json`` of transformers or an ``open_clip_config.json``.
+        folder: with a ``config.json`` of transformers or timm, or an ``open_clip_config.json``.
         fix: how to fix missing or damaged files, for messages.
 
     Raises:
@@ -147,7 +147,9 @@ def open_release(folder: Path, fix: str) -> Release:
     settings = _read_json(file, fix)
     pixels = folder / "preprocessor_config.json"
     preprocessing = _read_json(pixels, fix) if pixels.is_file() else {}
-    kind = "open_clip" if file.name == "open_clip_config.json" else str(settings.get("model_type", "model"))
+    kind = str(settings.get("model_type", "timm" if "architecture" in settings else "model"))
+    if file.name == "open_clip_config.json":
+        kind = "open_clip"
 
     # One file of tensors, or several with an index.
     present = [name for name in (*_INDEX_FILES, *_WEIGHT_FILES) if (folder / name).is_file()]
