@@ -149,7 +149,7 @@ $(FAINT): | $(READY)
 
 $(RICH): | $(READY)
 	$(CHECK_KEYS)
-	$(PYTHON) -m datamodules.toy_world --root data/rich --preset rich --size 224 --train-takes 80 --val-takes 20 --initialisation-takes 160 --practice-takes 80 --benchmark-takes 10
+	$(PYTHON) -m datamodules.toy_world --root data/rich --preset rich --size 224 --train-takes 80 --val-takes 20 --initialisation-takes 160 --practice-takes 80 --benchmark-takes 40
 
 data/fair_quick/ego_exo_clip/index.json: | $(READY)
 	$(PYTHON) -m datamodules.toy_world --root data/fair_quick --preset fair --train-takes 9 --val-takes 2 --initialisation-takes 6 --practice-takes 4

@@ -553,6 +553,15 @@ def test_the_rich_world_says_the_same_in_several_ways():
     assert kinds == set(PRESETS["rich"].named_kinds) and len(kinds) == 9
 
 
+def test_the_rich_world_asks_some_questions_with_options(tmp_path):
+    generate(tmp_path / "rich", replace(SMALL, preset="rich"), workers=1)
+    file = ConversationFile(tmp_path / "rich" / "instructions" / "egotimeqa.jsonl")
+    tasks = Counter(record.prompt.task for record in file)
+    assert not file.problems and tasks["mcq"] >= 5 and tasks["qa"] >= 5
+    for record in file:
+        assert len(record.prompt.options) == (4 if record.prompt.task == "mcq" else 0)
+
+
 def test_the_vocabulary_of_the_default_world_is_fixed(toy_tokenizer):
     """Its size is that of the default experiment's language model."""
     assert len(load_tokenizer(str(toy_tokenizer))) == 74

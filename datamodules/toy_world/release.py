@@ -359,9 +359,11 @@ def _write_practice(root: Path, settings: Settings, workers: int) -> None:
     _write_egotimeqa(official / "egotimeqa", takes)
     _write_egoexolearn(official / "egoexolearn", takes)
     questions.write_templates(root / "templates")
+    # The word-level language model of the other worlds never learnt to answer with letters.
+    form = "mixed" if settings.world.phrasings else "open"
     sources: list[InstructionSource] = [
         Egtea(official / "egtea", videos="practice", untrimmed=True),
-        EgoTimeQA(official / "egotimeqa", videos="practice"),
+        EgoTimeQA(official / "egotimeqa", form=form, videos="practice"),
         EgoExoLearn(official / "egoexolearn", text="hand", videos="practice"),
     ]
     for source in sources:
