@@ -99,7 +99,7 @@ def test_one_command_scores_all_benchmarks(evaluated, toy_world):
     assert "paper" not in (out(evaluated) / "results.md").read_text()  # of an invented world
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 3))])
 def test_any_number_of_processes_gives_the_same_files(world, evaluated, runs, toy_world, tmp_path):
     strategy = ["trainer.strategy=fsdp2" if world == 2 else "trainer.strategy=ddp"] if world > 1 else []
     asked = command("evaluate", toy_world, runs, "stage3", f"trainer.devices={world}", *strategy)

@@ -935,7 +935,9 @@ def test_frozen_parts_stay_in_evaluation_mode_after_validation(uninterrupted):
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "workers"), [(2, 0), (3, 0), (4, 1)], ids=["in_epoch", "between", "second_epoch"]
+    ("stop_after", "workers"),
+    [(2, 0), (3, 0), pytest.param(4, 1, marks=pytest.mark.slow)],
+    ids=["in_epoch", "between", "second_epoch"],
 )
 def test_resumed_run_equals_an_uninterrupted_one(uninterrupted, toy_world, tmp_path, stop_after, workers):
     straight, seen = uninterrupted
