@@ -105,7 +105,7 @@ demo: PORT ?= 7860
 tensorboard: PORT ?= 6006
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe watch export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip pairs egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe watch export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -157,6 +157,10 @@ data/fair_quick/ego_exo_clip/index.json: | $(READY)
 ego-exoclip: $(READY) ## build the index of the Ego-Exo4D release in EGOEXO4D=folder, ARGS="--probe --drop-unsure ..." [EGOEXO4D ARGS]
 	@test -n $(call path,$(EGOEXO4D)) || { echo "error: name the release folder: make ego-exoclip EGOEXO4D=/data/egoexo4d"; exit 2; }
 	$(PYTHON) -m datamodules.ego_exo_clip.build ego-exo4d $(call path,$(EGOEXO4D)) $(ARGS)
+
+pairs: $(READY) ## build the index of pairs of SOURCE=file.csv|file.jsonl|module:Class or a named source from the videos in ROOT=folder [SOURCE ROOT OUT ARGS]
+	@test -n $(call path,$(SOURCE)) && test -n $(call path,$(ROOT)) || { echo "error: name source and folder: make pairs SOURCE=pairs.csv ROOT=/data/mine"; exit 2; }
+	$(PYTHON) -m datamodules.ego_exo_clip.build $(call path,$(SOURCE)) $(call path,$(ROOT)) --probe $(if $(OUT),--out $(call path,$(OUT))) $(ARGS)
 
 egoit: $(READY) ## build the instruction file of SOURCE=egtea|ssv2|egotimeqa|openeqa|egoexolearn|module:Class from its files in ROOT=folder [SOURCE ROOT OUT ARGS]
 	@test -n "$(SOURCE)" && test -n $(call path,$(ROOT)) || { echo "error: name source and folder: make egoit SOURCE=egtea ROOT=/data/EGTEA"; exit 2; }

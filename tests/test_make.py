@@ -156,6 +156,10 @@ def path_commands(path):
         ),
         (["ego-exoclip", f"EGOEXO4D={path}"], ["datamodules.ego_exo_clip.build", "ego-exo4d", path]),
         (
+            ["pairs", f"SOURCE={path}/pairs.csv", f"ROOT={path}", f"OUT={path}/out"],
+            ["datamodules.ego_exo_clip.build", f"{path}/pairs.csv", path, "--probe", "--out", f"{path}/out"],
+        ),
+        (
             ["egoit", "SOURCE=egtea", f"ROOT={path}", f"OUT={path}/out"],
             ["datamodules.egoit", "convert", "egtea", "--root", path, "--out", f"{path}/out"],
         ),

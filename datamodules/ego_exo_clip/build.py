@@ -4,6 +4,7 @@
 
     python -m datamodules.ego_exo_clip.build ego-exo4d /data/egoexo4d --probe
     python -m datamodules.ego_exo_clip.build assembly101 /data/assembly101 --out /data/pairs
+    python -m datamodules.ego_exo_clip.build pairs.csv /data/mine
     python -m datamodules.ego_exo_clip.build my_dataset:MyDataset /data/mine
 
 A dataset of your own is a dataclass in a file of yours that follows ``PairSource``; its fields become options of the
@@ -42,6 +43,7 @@ from datamodules.ego_exo_clip.index import (
     read_header,
     write_index,
 )
+from datamodules.ego_exo_clip.pair_file import is_pair_file
 from datamodules.io.annotations import SourceError
 from datamodules.io.plugins import add_field_options, first_argument, import_dataclass
 
@@ -51,6 +53,8 @@ SOURCES = {
     "ego-exo4d": "datamodules.ego_exo_clip.ego_exo4d:EgoExo4D",
     "assembly101": "datamodules.ego_exo_clip.assembly101:Assembly101",
 }
+PAIR_FILE = "datamodules.ego_exo_clip.pair_file:PairFile"
+"""The source that reads a table."""
 
 
 @runtime_checkable
@@ -253,7 +257,10 @@ def filter_table(header: Mapping[str, Any]) -> str:
         lines.append(f"{shown:<{widths[0]}}  {criterion:<{widths[1]}}  {before:>{widths[2]}}  {after:>{widths[3]}}")
         previous = of
     alpha = "" if header["alpha"] is None else f"; alpha {header['alpha']:.4f} s"
-    lines.append(f"{header['groups']:,} takes, {header['clips']:,} clips, {header['pairs']:,} ego-exo pairs{alpha}")
+    silent = f" ({header['without_text']:,} without narration)" if "without_text" in header else ""
+    lines.append(
+        f"{header['groups']:,} takes, {header['clips']:,} clips{silent}, {header['pairs']:,} ego-exo pairs{alpha}"
+    )
     return "\n".join(lines)
 
 
@@ -301,9 +308,9 @@ _Tracks = dict[str, list[Narration]]
 def _tracks(narrations: Iterable[Narration], duration_s: float, counts: FilterCounts) -> _Tracks:
     """Group narrations by annotator, without repeats and times outside the take, which therefore change no gap."""
     tracks: _Tracks = {}
-    seen: set[tuple[str, float, str]] = set()
+    seen: set[tuple[Any, ...]] = set()
     for narration in narrations:
-        key = (narration.annotator, narration.time_s, narration.raw_text)
+        key = (narration.annotator, narration.time_s, narration.span_s, narration.raw_text)
         if not counts.keep("narrations", "not repeated", key not in seen):
             continue
         seen.add(key)
@@ -344,8 +351,9 @@ def _cut(
 
 
 def _is_wanted(narration: Narration, group: Group, options: BuildOptions, counts: FilterCounts) -> bool:
+    is_inside = group.begin_s <= narration.time_s <= group.duration_s
     criteria = [
-        ("within the shortest stream", narration.time_s <= group.duration_s),
+        ("within the shortest stream" if group.lag_s is None else "within all videos", is_inside),
         ("of three words or more, without #unsure", narration.text is not None),
     ]
     if options.subjects is not None:
@@ -380,7 +388,7 @@ def _parser(kind: Any | None) -> argparse.ArgumentParser:
         "unless given; the takes and narrations that each leaves are printed and kept in index.json. Options of a "
         "source: `SOURCE --help`.",
     )
-    parser.add_argument("source", help=f"{', '.join(SOURCES)}, or module:Class of your own")
+    parser.add_argument("source", help=f"pairs.csv or pairs.jsonl, {', '.join(SOURCES)}, or module:Class of your own")
     if kind is not None:
         add_field_options(parser, kind, "folder of the dataset", root_is_option=False)
     parser.add_argument(
@@ -452,9 +460,14 @@ def main(words: Sequence[str] | None = None) -> int:
     """Build an index and print its filters; return exit status 2 after one line on stderr if it cannot be done."""
     try:
         name = first_argument(words)
-        kind = None if name is None else import_dataclass(name, SOURCES, ("split", "description", "read"), "source")
+        is_file = name is not None and is_pair_file(name)
+        kind_name = PAIR_FILE if is_file else name
+        members = ("split", "description", "read")
+        kind = None if kind_name is None else import_dataclass(kind_name, SOURCES, members, "source")
         given = _parser(kind).parse_args(words)
         assert kind is not None, "the parser requires a source"
+        if is_file:
+            given.file = Path(given.source)
         source: PairSource = kind(**{item.name: getattr(given, item.name) for item in fields(kind) if item.init})
         options = {item.name: getattr(given, item.name) for item in fields(BuildOptions)}
         options["subjects"] = given.subjects and tuple(given.subjects)
@@ -466,7 +479,7 @@ def main(words: Sequence[str] | None = None) -> int:
             BuildOptions(**options),
             alpha=_alpha(given.alpha, source),
             frame_offsets=_frame_offsets(given.frame_offsets),
-            probe_workers=max(1, given.workers) if given.probe else 0,
+            probe_workers=max(1, given.workers) if given.probe or getattr(kind, "opens_videos", False) else 0,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

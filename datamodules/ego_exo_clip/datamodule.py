@@ -49,10 +49,17 @@ class NarrationConfig:
         if self.share is not None and not 0 < self.share < 1:
             raise ValueError(f"data.narration.share: got {self.share}, allowed: between 0 and 1, or null")
 
-    def draw(self, takes: int, seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Return the narrated takes and the used takes, bool [takes] each."""
+    def draw(self, has_text: NDArray[np.bool_], seed: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Return the narrated takes and the used takes, bool [takes] each.
+
+        Args:
+            has_text: takes with a clip that has a text, bool [takes]; the others are never drawn as narrated.
+            seed: of the data.
+        """
+        takes = len(has_text)
         order = np.random.default_rng([seed, 7]).permutation(takes)
-        narrated = max(1, round(self.ego_text_fraction * takes))
+        order = np.concatenate([order[has_text[order]], order[~has_text[order]]])
+        narrated = min(int(has_text.sum()), max(1, round(self.ego_text_fraction * int(has_text.sum()))))
         others = takes if self.unnarrated_ratio is None else round(self.unnarrated_ratio * narrated)
         place = np.argsort(order)
         return place < narrated, place < narrated + others
@@ -118,11 +125,18 @@ class EgoExoClipDataset(ClipTextDataset):
         counts = pairs.num_exos() if exo_policy == "all" else np.ones(len(pairs), dtype=np.int64)
         self.first_pair = np.concatenate([[0], np.cumsum(counts)])  # of each narration
         self.narration = narration
-        self.narrated, used = narration.draw(len(pairs.first_view) - 1, seed)
-        of_take = self.groups()
-        narrated = self.narrated[of_take]
+        self.has_text = pairs.texts.sizes() > 0
+        takes_with_text = np.zeros(len(pairs.first_view) - 1, dtype=bool)
+        takes_with_text[pairs.clip_groups[self.has_text]] = True
+        self.narrated, used = narration.draw(takes_with_text, seed)
+        of_take, has_text = self.groups(), np.repeat(self.has_text, counts)
+        narrated = self.narrated[of_take] & has_text
+        # A clip without text has something to teach only through the other view.
+        is_useful = has_text | (set(views) == set(VIEWS))
         self.with_text = np.flatnonzero(narrated)
-        self.without_text = np.flatnonzero(used[of_take] & ~narrated)
+        self.without_text = np.flatnonzero(used[of_take] & ~narrated & is_useful)
+        if not len(self.with_text) and not len(self.without_text):
+            raise ValueError("data.index: no clip has a text, and data.views is one view: add texts, or the other view")
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -143,7 +157,7 @@ class EgoExoClipDataset(ClipTextDataset):
 
     def _narrated_length(self) -> int:
         share = self.narration.share
-        if share is None or not len(self.without_text):
+        if share is None or not len(self.without_text) or not len(self.with_text):
             return len(self.with_text)
         return max(1, round(len(self.without_text) * share / (1 - share)))
 
@@ -258,7 +272,7 @@ class EgoExoClipDataset(ClipTextDataset):
     def text(self, index: int, epoch: int) -> EncodedText:
         """Return the narration, or nothing to learn if it is not used."""
         clip = self._clip(index)
-        if not self.narrated[self.pairs.clip_groups[clip]]:
+        if not self._is_narrated(clip):
             return NOTHING_TO_LEARN
         return self._encoded_caption(self.pairs.texts[clip])
 
@@ -266,12 +280,12 @@ class EgoExoClipDataset(ClipTextDataset):
         """Return for some pairs if their narration is used; None if that of every pair is."""
         if not len(self.without_text):
             return None
-        return [bool(self.narrated[self.pairs.clip_groups[self._clip(index)]]) for index in indices]
+        return [self._is_narrated(self._clip(index)) for index in indices]
 
     def words(self, index: int, epoch: int) -> list[str]:
         """Return the instruction and the narration, or nothing if it is not used."""
         clip = self._clip(index)
-        if not self.narrated[self.pairs.clip_groups[clip]]:
+        if not self._is_narrated(clip):
             return []
         return [self.instruction or "", self.pairs.texts[clip]]
 
@@ -287,6 +301,9 @@ class EgoExoClipDataset(ClipTextDataset):
         if self.instruction is None:
             return self.encoder.plain(caption)
         return self.encoder.conversation([(self.instruction, caption)])
+
+    def _is_narrated(self, clip: int) -> bool:
+        return bool(self.has_text[clip] and self.narrated[self.pairs.clip_groups[clip]])
 
     def _clip(self, index: int) -> int:
         if not 0 <= index < len(self):

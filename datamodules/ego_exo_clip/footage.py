@@ -27,6 +27,11 @@ class Footage:
     width: int | None = None
     height: int | None = None
 
+    @property
+    def duration_s(self) -> float | None:
+        """Length in seconds."""
+        return None if self.num_frames is None or self.fps is None else self.num_frames / self.fps
+
 
 def find_footage(paths: list[Path], probe_workers: int) -> dict[Path, Footage]:
     """Return the files that exist and are not empty; those that do not open are reported on stderr and left out.
@@ -91,7 +96,8 @@ def with_footage(
         counts: gets the numbers before and after each filter.
 
     Raises:
-        SourceError: an offset is given for a camera that the take does not have.
+        SourceError: an offset is given for a camera that the take does not have, or the videos of a take with files on
+            clocks of their own were not opened.
     """
     listed = {view.cam for view in (*group.egos, *group.exos)}
     if not offsets.keys() <= listed:
@@ -100,14 +106,14 @@ def with_footage(
             f"frame offset of {group.group_id}: no camera {unknown}, allowed: {', '.join(sorted(listed))}"
         )
 
-    def with_sizes(views: Iterable[View]) -> list[View]:
+    def usable_views(views: Iterable[View]) -> list[View]:
         found = [(view, footage.get(root / view.path)) for view in views]
-        return [replace(view, width=shot.width, height=shot.height) for view, shot in found if shot is not None]
+        return [_with_facts(view, shot, group.lag_s is not None) for view, shot in found if shot is not None]
 
-    egos = with_sizes(group.egos)[:1]
+    egos = usable_views(group.egos)[:1]
     if not counts.keep("takes", f"ego video {usable}", bool(egos)):
         return None
-    exos = with_sizes(group.exos)
+    exos = usable_views(group.exos)
     for view in group.exos:
         counts.keep("exo views", usable, root / view.path in footage)
     if not counts.keep("takes", f"{min_exo_views} or more exo videos {usable}", len(exos) >= min_exo_views):
@@ -120,7 +126,43 @@ def with_footage(
         frame_offset={camera: frames for camera, frames in offsets.items() if camera in cameras},
     )
     shots = [footage[root / view.path] for view in (*egos, *exos)]
-    lengths_s = [shot.num_frames / shot.fps for shot in shots if shot.num_frames is not None and shot.fps is not None]
+    lengths_s = [shot.duration_s for shot in shots if shot.duration_s is not None]
+    if not lengths_s and group.lag_s is not None:
+        raise SourceError(f"{root}: rates and lengths of its videos differ: open the videos with --probe")
     if not lengths_s:
         return kept
-    return replace(kept, duration_s=min(lengths_s), fps=shots[0].fps or group.fps)
+    fps = shots[0].fps or group.fps
+    if group.lag_s is None:
+        return replace(kept, duration_s=min(lengths_s), fps=fps)
+    return _on_own_clocks(kept, group.lag_s, fps, counts)
+
+
+def _with_facts(view: View, shot: Footage, on_own_clock: bool) -> View:
+    """Return a view with the facts of its file; rate and length only if they may differ from the take's."""
+    view = replace(view, width=shot.width, height=shot.height)
+    return replace(view, fps=shot.fps, duration_s=shot.duration_s) if on_own_clock else view
+
+
+def _on_own_clocks(group: Group, lag_s: Mapping[str, float], fps: float, counts: FilterCounts) -> Group | None:
+    """Return a take of files that differ in rate, length or start, with the seconds that all of them cover.
+
+    Args:
+        group: the take with its usable views; frame offsets that it has go before ``lag_s``.
+        lag_s: seconds by which cameras' files lag, put into frame offsets here.
+        fps: frames per second that the take is counted in, those of the egocentric file.
+        counts: gets the number of takes whose files cover a second together.
+
+    Returns:
+        The take; None if its files have no frame in common.
+    """
+    views = (*group.egos, *group.exos)
+    frames = {view.cam: round(lag_s[view.cam] * fps) for view in views if lag_s.get(view.cam)} | dict(
+        group.frame_offset
+    )
+    begins_s = [-frames.get(view.cam, 0) / fps for view in views]
+    ends_s = [begin + view.duration_s for begin, view in zip(begins_s, views, strict=True) if view.duration_s]
+    begin_s, end_s = max(0.0, *begins_s), min(ends_s)
+    if not counts.keep("takes", "of videos that overlap", end_s - begin_s >= 1 / fps):
+        return None
+    frames = {camera: offset for camera, offset in frames.items() if offset}
+    return replace(group, frame_offset=frames, begin_s=begin_s, duration_s=end_s, fps=fps)

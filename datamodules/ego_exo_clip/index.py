@@ -5,11 +5,14 @@ An index is a folder of three files; ``python -m datamodules.ego_exo_clip.build`
     groups.jsonl   a line per recording, a "take": group_id, split, fps, num_frames and duration (seconds) of the
                    shortest stream, scenario, task, best_exo (a camera), frame_offset, and views:
                    {"ego": view, "exo": [view, ...]} with view = {path, cam, width, height};
-                   paths are relative to the data root, sizes in pixels
+                   paths are relative to the data root, sizes in pixels. Views of files that differ in rate or length
+                   also have fps and duration (seconds) of their own
     clips.jsonl    a line per narration: clip_id, group_id, annotator, t (the narrated instant), start, end, text,
-                   raw_text, subject, ego_visible, unsure, best_exo (a camera); seconds from the start of the take
-    index.json     schema_version, groups and clips (lines of the two files), and how they were made: source,
-                   options, alpha, funnel (the filters with counts), pairs, sha256
+                   raw_text, subject, ego_visible, unsure, best_exo (a camera); seconds from the start of the take. An
+                   empty text stands for video without narration
+    index.json     schema_version, groups and clips (lines of the two files), without_text (clips without narration,
+                   if there are any), and how they were made: source, options, alpha, funnel (the filters with
+                   counts), pairs, sha256
 
 Unknown values are null. ``frame_offset`` maps a camera to the frames by which its file lags: frame n of the take is
 frame n + offset of the file; cameras it does not name lag by 0. It may be edited by hand.
@@ -21,9 +24,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -43,12 +47,18 @@ FILTERS_KEY = "funnel"
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One camera of a take: its name and its video, relative to the data root; size in pixels where it is known."""
+    """One camera of a take: its name and its video, relative to the data root.
+
+    Size in pixels, frames per second and length in seconds are None where they are not known; the last two are known
+    only for takes whose files differ in them.
+    """
 
     cam: str
     path: str
     width: int | None = None
     height: int | None = None
+    fps: float | None = None
+    duration_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,10 @@ class Group:
         best_exo: name of the camera with the best view.
         frame_offset: by how many frames a camera's file lags; see the index format.
         validated: the synchronisation of the cameras was checked.
+        lag_s: for files that differ in rate, length or start: by how many seconds a camera's file lags, second t of
+            the take is second t + lag of the file; 0 for cameras that are not named. None for files that show the same
+            instant in their equal frames.
+        begin_s: seconds at which the last of the files begins.
     """
 
     group_id: str
@@ -77,6 +91,8 @@ class Group:
     best_exo: str | None = None
     frame_offset: Mapping[str, int] = field(default_factory=dict)
     validated: bool = True
+    lag_s: Mapping[str, float] | None = None
+    begin_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +103,7 @@ class Narration:
         clip_id: unique in its dataset, and independent of any filter.
         annotator: narrations of one annotator and take together decide how long their clips are.
         time_s: the instant in seconds from the start of the take; the middle of a span.
-        text: training text; None leaves the narration out.
+        text: training text; empty for video without narration, None leaves the narration out.
         raw_text: annotated text.
         span_s: start and end where they were annotated; None cuts the clip by the EgoVLP rule.
         subject: the acting person, such as ``C`` for the wearer.
@@ -200,6 +216,7 @@ def write_index(folder: Path, takes: Iterable[Take], split: str, header: Mapping
     (folder / "index.json").unlink(missing_ok=True)
     counts = {"groups": 0, "clips": 0, "pairs": 0}
     seen: set[str] = set()
+    without_text = 0
     with _Output(folder / "groups.jsonl") as groups, _Output(folder / "clips.jsonl") as clips:
         for take in takes:
             if take.group.group_id in seen:
@@ -211,6 +228,9 @@ def write_index(folder: Path, takes: Iterable[Take], split: str, header: Mapping
             counts["groups"] += 1
             counts["clips"] += len(take.clips)
             counts["pairs"] += len(take.clips) * len(take.group.exos)
+            without_text += sum(not clip.narration.text for clip in take.clips)
+    if without_text:
+        counts["without_text"] = without_text
     whole = {"schema_version": SCHEMA_VERSION, **header, **counts}
     whole["sha256"] = {output.path.name: output.digest.hexdigest() for output in (groups, clips)}
     with _Output(folder / "index.json") as index:
@@ -264,6 +284,10 @@ class Strings:
             raise IndexError(index)
         return bytes(memoryview(self._bytes)[self._starts[index] : self._starts[index + 1]]).decode()
 
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the length of every string in bytes, int64 [len]."""
+        return np.diff(np.asarray(self._starts))
+
     def __getstate__(self) -> dict[str, Any]:
         """Pickle as numpy arrays, which worker processes find in shared memory; nothing can be appended there."""
         return {
@@ -314,6 +338,11 @@ class PairIndex:
         start_s, end_s = array("d"), array("d")
         for where, record in read_jsonl(folder / "clips.jsonl"):
             clip = validate(_CLIP_RECORD, record, where)
+            if not clip.text and not header.get("without_text"):
+                raise ValueError(
+                    f"{where}: field 'text' is '', expected a text that is not empty: correct it, or count the clips "
+                    "without narration in index.json as without_text"
+                )
             if clip.group_id not in groups.numbers:
                 raise ValueError(
                     f"{where}: field 'group_id' is {clip.group_id!r}, which groups.jsonl lacks: correct either file"
@@ -345,7 +374,7 @@ class PairIndex:
             end_s=np.array(end_s),
             best_views=np.array(best_views, dtype=np.int32),
         )
-        index._move_inside(np.array(groups.durations_s), 1 / np.array(groups.fps))
+        index._move_inside(np.array(groups.durations_s), np.array(groups.ends_s), 1 / np.array(groups.fps))
         return index
 
     def __len__(self) -> int:
@@ -356,15 +385,24 @@ class PairIndex:
         """Return the number of exocentric views of each clip's take, int64 [C]."""
         return (np.diff(self.first_view) - 1)[self.clip_groups]
 
-    def _move_inside(self, durations_s: NDArray[np.float64], frames_s: NDArray[np.float64]) -> None:
-        """Keep clips of takes with offsets inside all files, one frame at least."""
+    def _move_inside(
+        self, durations_s: NDArray[np.float64], ends_s: NDArray[np.float64], frames_s: NDArray[np.float64]
+    ) -> None:
+        """Keep clips of takes with offsets inside all files, one frame at least.
+
+        Args:
+            durations_s: of takes.
+            ends_s: seconds of takes at which the first of their files ends; NaN where files are as long as the take.
+            frames_s: seconds of a frame of takes.
+        """
         if not len(self) or not self.view_offsets_s.any():
             return
         # The seconds that all files of a take cover begin with the last file and end with the first.
         latest_s = np.maximum.reduceat(self.view_offsets_s, self.first_view[:-1])
         earliest_s = np.minimum.reduceat(self.view_offsets_s, self.first_view[:-1])
         of = self.clip_groups
-        low, high, frame_s = np.maximum(latest_s, 0)[of], (durations_s + np.minimum(earliest_s, 0))[of], frames_s[of]
+        all_end_s = np.where(np.isnan(ends_s), durations_s + np.minimum(earliest_s, 0), ends_s)
+        low, high, frame_s = np.maximum(latest_s, 0)[of], all_end_s[of], frames_s[of]
         moved = (latest_s != 0)[of] | (earliest_s != 0)[of]
         start_s = np.clip(self.start_s, low, high - frame_s)
         np.copyto(self.start_s, start_s, where=moved)
@@ -378,6 +416,8 @@ _Positive = Annotated[float, Field(gt=0)]
 class _ViewRecord(Record):
     cam: _Text
     path: _Text
+    fps: _Positive | None = None
+    duration: _Positive | None = None
 
 
 class _ViewsRecord(Record):
@@ -404,7 +444,7 @@ class _ClipRecord(Record):
     group_id: str
     start: Annotated[float, Field(ge=0)]
     end: float
-    text: _Text
+    text: str
     best_exo: str | None = None
 
 
@@ -420,6 +460,7 @@ class _Groups:
     paths: Strings = field(default_factory=Strings)
     offsets_s: array[float] = field(default_factory=lambda: array("d"))
     durations_s: array[float] = field(default_factory=lambda: array("d"))
+    ends_s: array[float] = field(default_factory=lambda: array("d"))
     fps: array[float] = field(default_factory=lambda: array("d"))
     exo_views: list[dict[str, int]] = field(default_factory=list)  # camera to number of the view
     best: list[str | None] = field(default_factory=list)
@@ -451,10 +492,13 @@ def _read_groups(file: Path) -> _Groups:
         unknown = sorted(set(offsets) - set(numbers))
         if unknown:
             raise ValueError(f"{where}: field 'frame_offset' names {', '.join(unknown)}, allowed: {', '.join(numbers)}")
-        frames = [0, *offsets.values()]
-        if group.duration * group.fps - (max(frames) - min(frames)) < 1:
+        begins_s = [-offsets.get(camera, 0) / group.fps for camera in numbers]
+        end_s = _first_end_s(group, begins_s)
+        all_end_s = group.duration + min(0, *begins_s) if math.isnan(end_s) else end_s
+        if (all_end_s - max(0, *begins_s)) * group.fps < 1 - 1e-6:
             raise ValueError(f"{where}: field 'frame_offset' leaves no frame of the take: correct it")
-        groups.offsets_s.extend(-offsets.get(camera, 0) / group.fps for camera in numbers)
+        groups.offsets_s.extend(begins_s)
+        groups.ends_s.append(end_s)
         groups.first_view.append(len(groups.paths))
         groups.durations_s.append(group.duration)
         groups.fps.append(group.fps)
@@ -464,8 +508,20 @@ def _read_groups(file: Path) -> _Groups:
     return groups
 
 
+def _first_end_s(group: GroupRecord, begins_s: list[float]) -> float:
+    """Return the second of a take at which the first of its files ends, NaN if the files have no lengths of their own.
+
+    Args:
+        group: the take.
+        begins_s: seconds of the take at which its files begin, the egocentric one first.
+    """
+    lengths_s = [view.duration for view in (group.views.ego, *group.views.exo)]
+    ends_s = [begin_s + length_s for begin_s, length_s in zip(begins_s, lengths_s, strict=True) if length_s is not None]
+    return min(ends_s) if len(ends_s) == len(lengths_s) else math.nan
+
+
 def _group_record(group: Group, split: str) -> dict[str, Any]:
-    ego, exos = asdict(group.egos[0]), [asdict(view) for view in group.exos]
+    ego, exos = _view_record(group.egos[0]), [_view_record(view) for view in group.exos]
     return {
         "group_id": group.group_id,
         "split": split,
@@ -478,6 +534,13 @@ def _group_record(group: Group, split: str) -> dict[str, Any]:
         "frame_offset": dict(group.frame_offset),
         "views": {"ego": ego, "exo": exos},
     }
+
+
+def _view_record(view: View) -> dict[str, Any]:
+    record: dict[str, Any] = {"cam": view.cam, "path": view.path, "width": view.width, "height": view.height}
+    if view.duration_s is not None:
+        record |= {"fps": view.fps, "duration": view.duration_s}
+    return record
 
 
 def _clip_record(clip: NarratedClip, group_id: str) -> dict[str, Any]:

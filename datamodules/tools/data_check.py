@@ -155,8 +155,12 @@ def _read_index(folder: Path) -> Annotations:
         take = validate(GROUP_RECORD, record, where)
         numbers = range(index.first_view[group], index.first_view[group + 1])
         views.append(tuple((index.view_paths[view], float(index.view_offsets_s[view])) for view in numbers))
-        for path, _ in views[-1]:
-            files.setdefault(path, VideoFile(path, take.fps, take.num_frames, take.duration))
+        for view in (take.views.ego, *take.views.exo):
+            if view.duration is None:
+                file = VideoFile(view.path, take.fps, take.num_frames, take.duration)
+            else:
+                file = VideoFile(view.path, view.fps, None, view.duration)
+            files.setdefault(view.path, file)
     paths_of_group = [tuple(path for path, _ in group) for group in views]
     for group, *span in zip(index.clip_groups.tolist(), index.start_s.tolist(), index.end_s.tolist(), strict=True):
         shared = (span[0], span[1])
@@ -169,7 +173,7 @@ def read_texts(source: Path) -> Iterator[str]:
     """Yield all narrations of an index of pairs, or all questions and answers of an instruction file."""
     if source.is_dir():
         texts = PairIndex.read(source).texts
-        yield from (texts[number] for number in range(len(texts)))
+        yield from (text for number in range(len(texts)) if (text := texts[number]))
         return
     for _, row in ConversationFile(source, texts=False).rows():
         for entry in row.get("conversations", []):
