@@ -241,7 +241,7 @@ class Instance:
 
     Attributes:
         sample_id: the sample; "" for requests that all samples share.
-        clip: index of the clip among those of the sample.
+        clip: index of the video input among those of the sample.
         requests: by the name of the field that the result is written to.
     """
 
@@ -252,19 +252,21 @@ class Instance:
 
 @dataclass
 class BenchmarkBatch(_Movable):
-    """One clip and all instances of a benchmark that look at it.
+    """One clip, or V clips that are read one after the other, and all instances of a benchmark that look at them.
 
     Attributes:
-        prefix: token ids before the clip.
+        prefix: token ids before the last clip; ``VIDEO_TOKEN_ID`` stands for each of the others.
         instances: evaluated one by one.
-        video: uint8 [1, T, S, S, 3]; None for requests without a clip, or if the clip cannot be decoded.
-        error: why the clip cannot be decoded; "" if it can.
+        video: uint8 [V, T, S, S, 3]; None for requests without a clip, or if a clip cannot be decoded.
+        error: why a clip cannot be decoded; "" if all can.
+        views: ``ego`` or ``exo`` for each clip, the camera that filmed it.
     """
 
     prefix: TokenIds
     instances: list[Instance]
     video: Tensor | None = None
     error: str = ""
+    views: tuple[str, ...] = ("ego",)
 
     @property
     def ids(self) -> list[str]:

@@ -226,17 +226,18 @@ class TextEncoder:
         """
         return self._row([("", caption)], _PLAIN, None)
 
-    def prompt(self, question: str, earlier: Sequence[Turn] = ()) -> EncodedText:
+    def prompt(self, question: str, earlier: Sequence[Turn] = (), clips: str = VIDEO_TAG) -> EncodedText:
         """Return the prefix that generation continues: a conversation up to its last answer, without labels.
 
         Args:
             question: the last question.
             earlier: questions and answers before it.
+            clips: text at the front of the first question, with a tag for each clip.
 
         Raises:
             UnusableText: a text holds the clip's tag or a special token.
         """
-        frames = self._frames([*(asked for asked, _ in earlier), question], self._template, self._system)
+        frames = self._frames([*(asked for asked, _ in earlier), question], self._template, self._system, clips)
         ids: list[int] = []
         for (before, space, end), (_, answer) in zip(frames, earlier, strict=False):
             ids += self._tokenise(before) + self._tokenise(space + self._accept(answer) + end)
@@ -281,16 +282,18 @@ class TextEncoder:
         assert VIDEO_TOKEN_ID in ids[:first], "the clip stands in front of the first answer"
         return EncodedText(ids[:length], labels[:length])
 
-    def _frames(self, questions: Sequence[str], template: str | None, system: str | None) -> list[tuple[str, str, str]]:
+    def _frames(
+        self, questions: Sequence[str], template: str | None, system: str | None, clips: str = VIDEO_TAG
+    ) -> list[tuple[str, str, str]]:
         """Return for each answer the text before it, the spaces right before it, and the end token after it.
 
-        The first text before an answer holds the clip's tag.
+        The first text before an answer holds the tags of the clips.
         """
         # Render the conversation with a mark in the place of each answer.
         messages = [] if system is None else [{"role": "system", "content": system}]
         for index, question in enumerate(questions):
             text = self._accept(question)
-            messages.append({"role": "user", "content": text if index else f"{VIDEO_TAG}\n{text}"})
+            messages.append({"role": "user", "content": text if index else f"{clips}\n{text}"})
             messages.append({"role": "assistant", "content": _ANSWER.format(index)})
         try:
             rendered = self.tokenizer.apply_chat_template(
@@ -306,7 +309,7 @@ class TextEncoder:
         before, *rest = re.split(_ANSWER.format(r"(\d+)"), str(rendered))
         if rest[::2] != [str(index) for index in range(len(questions))]:
             raise self._unfit("leaves out, repeats or reorders answers")
-        if before.count(VIDEO_TAG) != 1 or any(VIDEO_TAG in text for text in rest):
+        if before.count(VIDEO_TAG) != clips.count(VIDEO_TAG) or any(VIDEO_TAG in text for text in rest):
             raise self._unfit(f"does not show the first question once, in front of its answer, with its {VIDEO_TAG}")
         if system is not None and system not in before:
             raise self._unfit("leaves out the system text", " or remove data.init_args.prompt.system")
@@ -342,9 +345,11 @@ class TextEncoder:
         return text.strip()
 
     def _tokenise(self, text: str) -> list[int]:
-        before, tag, after = text.partition(VIDEO_TAG)
+        before, *rest = text.split(VIDEO_TAG)
         ids = self._ids(before)
-        return [*ids, VIDEO_TOKEN_ID, *self._ids(after)] if tag else ids
+        for after in rest:
+            ids += [VIDEO_TOKEN_ID, *self._ids(after)]
+        return ids
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

@@ -14,7 +14,7 @@ from ranks import run_together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datamodules.clips.dataset import ClipConfig
-from datamodules.egobench import load
+from datamodules.egobench import VideoInput, load
 from datamodules.egobench.config import EgoBenchConfig
 from datamodules.egobench.dataset import BenchmarkDataset
 from datamodules.text import TextEncoder
@@ -31,6 +31,7 @@ TOY = str(tiny.EXPERIMENTS / "toy")
 NAMES = [
     *("egoschema", "qaego4d_closed", "qaego4d_open", "egotaskqa_direct", "egotaskqa_indirect"),
     *("charades_ego", "epic100_mir", "egoplan", "vlnqa", "egomcq"),
+    *("egoexomem_egoexo4d", "egoexomem_lemma"),
 ]
 
 
@@ -331,14 +332,16 @@ def test_nothing_after_the_observation_is_read(toy_world, monkeypatch):
         batch = dataset[number]
         assert batch.video is not None, batch.error
         first, last, count = spans[-1]
-        assert entry.clip.start_s <= first and last == entry.clip.end_s and count == tiny.FRAMES
+        (clip,) = entry.shown.clips
+        assert clip.start_s <= first and last == clip.end_s and count == tiny.FRAMES
 
 
 def test_a_video_that_ends_before_the_observation_is_not_asked_about(toy_world):
     dataset = dataset_of(toy_world, "egoplan")
-    clip = dataset.entries[0].clip
+    (clip,) = dataset.entries[0].shown.clips
     assert dataset[0].error == ""
-    dataset.entries[0] = replace(dataset.entries[0], clip=replace(clip, end_s=clip.end_s + 60.0, start_s=0.0))
+    longer = VideoInput((replace(clip, end_s=clip.end_s + 60.0, start_s=0.0),))
+    dataset.entries[0] = replace(dataset.entries[0], shown=longer)
     assert "the video ends at" in dataset[0].error
 
 
@@ -365,6 +368,6 @@ def test_results_do_not_depend_on_earlier_clips(toy_world):
     batch = dataset[0]
     batch.error = "cannot be read"
     language_model, tokenizer = stage.model.language_model, stage.tokenizer
-    assert Evaluator(language_model, tokenizer).evaluate(batch, None) == [
+    assert Evaluator(language_model, tokenizer).evaluate(batch, []) == [
         {"id": request.sample_id, "clip": 0, "problem": "cannot be read"} for request in batch.instances
     ]

@@ -116,11 +116,11 @@ def test_generated_answers_of_a_benchmark_are_those_of_each_request_alone(toy_to
     requests = [GenerateUntilRequest(context, limit) for context, limit in limits.items()]
     choices = LoglikelihoodRequest((5,), ((6, EOS), (7, EOS)))
     instances = [Instance(str(n), 0, {"scores": choices, "text": each}) for n, each in enumerate(requests)]
-    together = evaluator.evaluate(BenchmarkBatch((1,), instances), visual)
-    assert together == [evaluator.evaluate(BenchmarkBatch((1,), [each]), visual)[0] for each in instances]
+    together = evaluator.evaluate(BenchmarkBatch((1,), instances), [visual])
+    assert together == [evaluator.evaluate(BenchmarkBatch((1,), [each]), [visual])[0] for each in instances]
     assert len({row["text"] for row in together}) > 2
     with pytest.raises(ValueError, match="the batch has no clip"):
-        evaluator.evaluate(BenchmarkBatch((1,), [Instance("0", 0, {"text": requests[0]})]), None)
+        evaluator.evaluate(BenchmarkBatch((1,), [Instance("0", 0, {"text": requests[0]})]), [])
 
 
 @pytest.mark.parametrize("window", [3, 9])

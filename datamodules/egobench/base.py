@@ -36,6 +36,8 @@ class Benchmark(ABC):
     """Name in configurations, files and tables."""
     task: ClassVar[TaskName]
     """Type of the questions, which decides requests and scores."""
+    egocentric: ClassVar[bool] = True
+    """Whether all clips are egocentric, which the prompts of ``egobench.style: ego`` state."""
     renamed: ClassVar[Mapping[str, tuple[str, Mapping[Any, Any]]]] = {}
     """Keys of earlier versions: their new name, and new names of values."""
 

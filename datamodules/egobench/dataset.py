@@ -1,4 +1,4 @@
-"""Samples of a benchmark by clip: each clip is decoded once, with all requests about it."""
+"""Samples of a benchmark by the clips they show, which are decoded once, with all requests about them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from datamodules.clips.dataset import ClipConfig
 from datamodules.egobench import LoadedBenchmark
 from datamodules.egobench.config import EgoBenchConfig
 from datamodules.egobench.requests import RequestBuilder, RequestEncoder
-from datamodules.egobench.samples import Clip, Sample
+from datamodules.egobench.samples import Clip, Sample, VideoInput
 from datamodules.text import TextEncoder, UnusableText
 from datamodules.video.convert import PAD_RGB
 from datamodules.video.errors import ClipDecodeError
@@ -29,20 +29,20 @@ about the last frame, the file must cover all of it."""
 
 
 @dataclass(frozen=True)
-class ClipUses:
-    """A clip and the samples that look at it.
+class InputUses:
+    """One clip, or several that are read at once, and the samples that show them.
 
     Attributes:
-        clip: None for the entry of requests without a clip.
-        uses: pairs of a sample's index and the clip's index within the sample.
+        shown: None for the entry of requests without a clip.
+        uses: pairs of a sample's index and the input's index within the sample.
     """
 
-    clip: Clip | None
+    shown: VideoInput | None
     uses: tuple[tuple[int, int], ...]
 
 
 class BenchmarkDataset(Dataset[BenchmarkBatch]):
-    """One entry for each distinct clip, and one without a clip for the priors of shared candidates.
+    """One entry for each distinct video input, and one without a clip for the priors of shared candidates.
 
     Args:
         loaded: the benchmark.
@@ -69,17 +69,17 @@ class BenchmarkDataset(Dataset[BenchmarkBatch]):
         self.timeout_s, self.reader = timeout_s, ClipReader(timeout_s=timeout_s)
         self.requests = RequestEncoder(loaded, config, encoder, task.asks_for_captions)
         # Samples may share clips, which are then decoded once.
-        uses: dict[Clip, list[tuple[int, int]]] = {}
+        uses: dict[VideoInput, list[tuple[int, int]]] = {}
         for number, sample in enumerate(loaded.samples):
-            for place, clip in enumerate(sample.clips):
-                uses.setdefault(clip, []).append((number, place))
-        self.entries = [ClipUses(clip, tuple(samples)) for clip, samples in uses.items()]
+            for place, shown in enumerate(sample.inputs):
+                uses.setdefault(shown, []).append((number, place))
+        self.entries = [InputUses(shown, tuple(samples)) for shown, samples in uses.items()]
         try:
             self.prior_requests = task.prior_requests(self.requests)
         except UnusableText as error:
             raise ValueError(f"{loaded.name}: candidates: {error}") from None
         if self.prior_requests:
-            self.entries.append(ClipUses(None, ()))
+            self.entries.append(InputUses(None, ()))
         checked = np.random.default_rng(0).permutation(len(loaded.samples))[: config.cross_check]
         self.cross_checked = frozenset(checked.tolist()) if task.cross_checks else frozenset()
 
@@ -91,7 +91,7 @@ class BenchmarkDataset(Dataset[BenchmarkBatch]):
         """Return the entries with an instance that is not done.
 
         Args:
-            done: pairs of a sample's id and the clip's index within the sample; ("", 0) for the priors.
+            done: pairs of a sample's id and the input's index within the sample; ("", 0) for the priors.
         """
         remaining = []
         for number, entry in enumerate(self.entries):
@@ -129,16 +129,17 @@ class BenchmarkDataset(Dataset[BenchmarkBatch]):
             self._instance(sample, 0, cross_check=False)
 
     def __getitem__(self, index: int) -> BenchmarkBatch:
-        """Decode a clip and encode the requests about it; ``error`` tells why a clip cannot be decoded."""
+        """Decode clips and encode the requests about them; ``error`` tells why one cannot be decoded."""
         entry = self.entries[index]
-        if entry.clip is None:
+        if entry.shown is None:
             return BenchmarkBatch(self.requests.prefix, [Instance("", 0, self.prior_requests)])
         instances = []
         for number, place in entry.uses:
             instances.append(self._instance(self.loaded.samples[number], place, number in self.cross_checked))
-        batch = BenchmarkBatch(self.requests.prefix, instances)
+        clips = entry.shown.clips
+        batch = BenchmarkBatch(self.requests.prefix_of(entry.shown), instances, views=tuple(c.view for c in clips))
         try:
-            batch.video = self._decode(entry.clip)
+            batch.video = torch.cat([self._decode(clip) for clip in clips])
         except ClipDecodeError as error:
             batch.error = " ".join(str(error).split())
         return batch

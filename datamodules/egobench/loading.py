@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from datamodules.egobench.base import Benchmark, fixed_subset
 from datamodules.egobench.charades_ego import CharadesEgo
+from datamodules.egobench.egoexomem import EgoExoMemEgoExo4D, EgoExoMemLemma
 from datamodules.egobench.egomcq import EgoMCQ
 from datamodules.egobench.egoplan import EgoPlan, EgoPlan2, EgoPlanTest
 from datamodules.egobench.egoschema import EgoSchema
@@ -38,6 +39,8 @@ _CLASSES: tuple[type[Benchmark], ...] = (
     EgoPlanTest,
     EgoPlan2,
     EgoTaskQAMcq,
+    EgoExoMemEgoExo4D,
+    EgoExoMemLemma,
 )
 BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _CLASSES}
 """Class of each benchmark by its name."""

@@ -19,7 +19,8 @@ from datamodules.egobench import LoadedBenchmark
 from datamodules.egobench.base import LETTERS
 from datamodules.egobench.config import EgoBenchConfig
 from datamodules.egobench.prompts import Prompts
-from datamodules.egobench.samples import Sample
+from datamodules.egobench.samples import Sample, VideoInput
+from datamodules.io.conversation import VIDEO_TAG
 from datamodules.text import EncodedText, TextEncoder, UnusableText
 
 
@@ -52,7 +53,9 @@ class RequestEncoder:
 
     def __init__(self, loaded: LoadedBenchmark, config: EgoBenchConfig, encoder: TextEncoder, captions: bool) -> None:
         self.loaded, self.config, self.encoder = loaded, config, encoder
-        self.prompts = Prompts(config.prompts, loaded.name, config.style)
+        # The style of egocentric video would be wrong about other views.
+        style = config.style if loaded.benchmark.egocentric or config.style != "ego" else "task"
+        self.prompts = Prompts(config.prompts, loaded.name, style)
         self.question_of_candidates = config.caption if captions else "?"
 
     @cached_property
@@ -60,6 +63,13 @@ class RequestEncoder:
         """Token ids before the clip."""
         ids, _ = self._encode(self.question_of_candidates, ["?"])[0]
         return ids[: ids.index(VIDEO_TOKEN_ID)]
+
+    def prefix_of(self, shown: VideoInput) -> TokenIds:
+        """Return the token ids before the last clip, with ``VIDEO_TOKEN_ID`` for each of the others."""
+        if shown.text == VIDEO_TAG:
+            return self.prefix
+        ids = self.encoder.prompt("?", clips=shown.text).input_ids
+        return tuple(ids[: len(ids) - 1 - ids[::-1].index(VIDEO_TOKEN_ID)])
 
     def letters(self, sample: Sample) -> MultipleChoiceRequest:
         """Ask for the letter of the right option, in every rotation of the options if ``egobench.cyclic`` is set.

@@ -9,7 +9,8 @@
       practice/<session>.mp4                     stage 3: egocentric takes
       official/{egtea,egotimeqa,egoexolearn}/    annotations of these takes in the datasets' official formats
       instructions/{initialisation,held_out,egtea,egotimeqa,egoexolearn}.jsonl    the last three converted from these
-      egobench/<benchmark>/                      eight benchmarks about takes of their own, see ``benchmarks.py``
+      egobench/<benchmark>/                      eight benchmarks about takes of their own, see ``benchmarks.py``, and
+                                                 those that compare views, see ``cross_view.py``
       templates/                                 prompt templates in the world's vocabulary, and those of benchmarks
       ego_exo_clip/                              index of the release's training pairs, as for a real release
       tokenizer/
@@ -44,6 +45,7 @@ from datamodules.egoit.sources.egtea import Egtea
 from datamodules.io.parallel import parallel_map
 from datamodules.toy_world import questions
 from datamodules.toy_world.benchmarks import write_benchmarks
+from datamodules.toy_world.cross_view import write_cross_view
 from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, VERBS, Action, Take, World, simulate
 from datamodules.toy_world.video import encode
@@ -101,6 +103,8 @@ class WorldExists(ValueError):
 def generate(root: Path, settings: Settings, workers: int) -> bool:
     """Write the world to ``root``, which appears when the world is complete.
 
+    Benchmarks that a world of an earlier version lacks are added to it; nothing else in it changes.
+
     Args:
         root: folder of the dataset.
         settings: preset, seed and size; the result depends on nothing else.
@@ -113,8 +117,11 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
         WorldExists: ``root`` holds something else; nothing is deleted.
     """
     described = {"format": FORMAT, **asdict(settings)}
+    counter = settings.frame_counter
+    seeds = [SEEDS["benchmark"] + settings.seed * 1_000_000 + index for index in range(settings.benchmark_takes)]
     if root.exists():
         _check_same(root, described)
+        write_cross_view(root / "egobench", settings.world, seeds, settings.size, counter, workers)
         return False
     partial_root = root.with_name(f".{root.name}.partial")
     shutil.rmtree(partial_root, ignore_errors=True)
@@ -122,9 +129,8 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
     _write_release(partial_root, settings, workers)
     _write_conversations(partial_root, settings, workers)
     _write_practice(partial_root, settings, workers)
-    seeds = [SEEDS["benchmark"] + settings.seed * 1_000_000 + index for index in range(settings.benchmark_takes)]
-    counter = settings.frame_counter
     write_benchmarks(partial_root / "egobench", settings.world, seeds, settings.size, counter, workers)
+    write_cross_view(partial_root / "egobench", settings.world, seeds, settings.size, counter, workers)
     index = build_index(EgoExo4D(partial_root), partial_root / "ego_exo_clip", probe_workers=workers)
     _write_held_out(partial_root, settings, index["alpha"])
     questions.write_tokenizer(partial_root / "tokenizer", settings.world)

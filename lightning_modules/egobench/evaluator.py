@@ -5,6 +5,7 @@ Clips are evaluated one at a time, so that no result depends on which clips shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from datamodules.batch import (
+    VIDEO_TOKEN_ID,
     BenchmarkBatch,
     GenerateUntilRequest,
     LoglikelihoodRequest,
@@ -31,8 +33,15 @@ DIGITS = 6
 def evaluate_clip(
     model: Exo2EgoModel, tokenizer: PreTrainedTokenizerBase, batch: BenchmarkBatch
 ) -> list[dict[str, Any]]:
-    """Encode the egocentric clip of a batch, if it has one, and run all requests about it, see ``Evaluator``."""
-    visual = None if batch.video is None else model.encode(batch.video)[0]
+    """Encode the clips of a batch, if it has any, and run all requests about them, see ``Evaluator``.
+
+    An exocentric clip goes through the exocentric encoder where the model has one, else through the egocentric one.
+    """
+    visual = []
+    if batch.video is not None:
+        for clip, view in zip(batch.video, batch.views, strict=True):
+            encoder = view if f"{view}_encoder" in model.parts else "ego"
+            visual.append(model.encode(clip[None], encoder)[0])
     return Evaluator(model.language_model, tokenizer).evaluate(batch, visual)
 
 
@@ -40,7 +49,7 @@ class Evaluator:
     """Compute the results of benchmark requests with a language model.
 
     Args:
-        language_model: reads the clip's visual tokens and the requests.
+        language_model: reads the clips' visual tokens and the requests.
         tokenizer: decodes generated answers.
     """
 
@@ -48,12 +57,12 @@ class Evaluator:
         self.language_model, self.tokenizer = language_model, tokenizer
 
     @torch.no_grad()
-    def evaluate(self, batch: BenchmarkBatch, visual: Tensor | None) -> list[dict[str, Any]]:
-        """Run all requests about one clip.
+    def evaluate(self, batch: BenchmarkBatch, visual: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """Run all requests about one clip, or about several that are read one after the other.
 
         Args:
             batch: the instances.
-            visual: float [N, D], the clip's visual tokens; None without a clip.
+            visual: float [N, D], the visual tokens of each clip; empty without a clip.
 
         Returns:
             For each instance a JSON object with ``id``, ``clip`` and a field for each request: log-probabilities, float
@@ -63,11 +72,8 @@ class Evaluator:
         """
         if batch.error:
             return [{"id": each.sample_id, "clip": each.clip, "problem": batch.error} for each in batch.instances]
-        # The clip is read once, and its key-value cache is shared by all requests.
-        clip = None
-        if visual is not None:
-            before = self._embed(batch.prefix)
-            clip = SharedPrefix(self.language_model, torch.cat([before, visual.to(before.dtype)]))
+        # The clips are read once, and their key-value cache is shared by all requests.
+        clip = SharedPrefix(self.language_model, self._embed_clips(batch.prefix, visual)) if visual else None
         answers = iter(self._generate(batch, clip))
         results = []
         for instance in batch.instances:
@@ -111,6 +117,16 @@ class Evaluator:
     def _mean_log_likelihoods(context: SharedPrefix, continuations: tuple[TokenIds, ...]) -> list[float]:
         lengths = torch.tensor([len(tokens) for tokens in continuations], device=context.last.device)
         return _rounded(context.log_likelihoods(continuations) / lengths)
+
+    def _embed_clips(self, prefix: TokenIds, visual: Sequence[Tensor]) -> Tensor:
+        """Return the text before each clip and the visual tokens of the clip, one after the other: float [P, D]."""
+        parts, rest = [], list(prefix)
+        for tokens in visual:
+            end = rest.index(VIDEO_TOKEN_ID) if VIDEO_TOKEN_ID in rest else len(rest)
+            before = self._embed(tuple(rest[:end]))
+            parts += [before, tokens.to(before.dtype)]
+            rest = rest[end + 1 :]
+        return torch.cat(parts)
 
     def _embed(self, ids: TokenIds) -> Tensor:
         device = self.language_model.causal_lm.get_input_embeddings().weight.device

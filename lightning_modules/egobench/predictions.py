@@ -60,6 +60,10 @@ class Predictions:
         self.texts = folder / f"{self.loaded.name}.texts.jsonl"
         self.header = folder / f"{self.loaded.name}.header.json"
         content = repr((self.loaded.samples, self.loaded.candidates))
+        if not self.loaded.benchmark.egocentric:
+            content += repr(
+                [(each.text, [clip.view for clip in each.clips]) for s in self.loaded.samples for each in s.inputs]
+            )
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.settings = json.loads(json.dumps({**model, **dataset.settings(), "items": digest}))
         self.missing = self.loaded.missing()
@@ -155,7 +159,7 @@ class Predictions:
         done: set[tuple[str, int]] = set()
         for sample in self.loaded.samples:
             if sample.id in complete:
-                done.update((sample.id, clip) for clip in range(len(sample.clips)))
+                done.update((sample.id, clip) for clip in range(len(sample.inputs)))
         for name, clips in places.items():
             done.update((name, clip) for clip in clips)
         if self.texts.is_file():
@@ -169,7 +173,7 @@ class Predictions:
             if sample.id in offsets:
                 yield _line_at(self.rows, offsets[sample.id])
             elif sample.id not in self.missing:
-                yield task.row(sample, [_line_at(*found[clip]) for clip in range(len(sample.clips))])
+                yield task.row(sample, [_line_at(*found[clip]) for clip in range(len(sample.inputs))])
 
     def _not_missing(self, evaluated: Iterable[str]) -> None:
         """Count samples that were evaluated although their videos are gone now."""

@@ -20,7 +20,10 @@ from lightning_modules.egobench.tasks.open_ended import OpenEnded
 from lightning_modules.validation.report import markdown_table
 
 AVERAGE = ("average", "mean of the ten")
-SUMMARY = re.compile(r"(accuracy|map|ndcg)(_likelihood)?|accuracy/int(er|ra)|asked|em|rougeL|judge_.*")
+SUMMARY = re.compile(
+    r"(accuracy|map|ndcg|accuracy_e[gx]o|same_answer|right_in_both)(_likelihood)?|accuracy/int(er|ra)|asked|em|rougeL"
+    r"|judge_.*"
+)
 """Metrics in the table over stages, complete or partial; each stage's own table has all."""
 NO_JUDGE = JudgeConfig()
 

@@ -17,8 +17,8 @@ Names of scores: ``<metric><variant><_partial>/<group>``, for example ``accuracy
 of fewer samples than the official file holds is always ``_partial``.** Variants: ``_likelihood`` is the plain mean
 log-likelihood L; ``_calibrated`` is S - logsumexp of S over the candidates of a clip, with S = L - B and the prior B of
 a candidate, its log-likelihood without video. A name without variant is S (``vocabulary``, ``rank_texts``), the
-log-probabilities of letters (``choice``), or L (``rank_clips``). Samples whose answer is hidden are not scored.
-``asked`` is the fraction of the official samples that have a row, reported if that is not all.
+log-probabilities of letters (``choice``, ``cross_view``), or L (``rank_clips``). Samples whose answer is hidden are not
+scored. ``asked`` is the fraction of the official samples that have a row, reported if that is not all.
 
 Chance is that of random scores. For ``em``, ``plain_acc`` and vocabularies it is the fraction of the most frequent
 answer instead, the best that a constant answer can reach, which is far above 1/V.

@@ -57,7 +57,7 @@ def score_results(loaded: LoadedBenchmark, results: Iterable[Result]) -> list[Sc
     rows, missing = [], {}
     for sample in loaded.samples:
         clips = found[sample.id]
-        if len(clips) == len(sample.clips):
+        if len(clips) == len(sample.inputs):
             rows.append(TASKS[loaded.task].row(sample, [clips[index] for index in range(len(clips))]))
         else:
             missing[sample.id] = "not asked"
