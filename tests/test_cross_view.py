@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 from datamodules.batch import VIDEO_TOKEN_ID
 from datamodules.clips.dataset import ClipConfig
@@ -22,6 +26,10 @@ from datamodules.toy_world.cross_view import write_cross_view
 from datamodules.toy_world.questions import phrase
 from datamodules.toy_world.release import SEEDS, generate
 from datamodules.toy_world.scene import PRESETS, simulate
+from datamodules.video.errors import ClipDecodeError, FileMissing
+from datamodules.video.probe import probe
+from datamodules.video.reader import ClipReader
+from datamodules.video.sampling import segment_midpoints
 from lightning_modules.config import compose
 from lightning_modules.egobench.scoring import score
 from lightning_modules.egobench.tasks import TASKS
@@ -141,6 +149,95 @@ def test_a_question_about_lemma_names_take_and_type_by_its_id(tmp_path):
     with pytest.raises(InvalidRecords) as refused:
         load({"name": "egoexomem_lemma", "annotations": tmp_path, "videos": tmp_path})
     assert "entry '26k': expected an object under a key <take>_Q1_001" in refused.value.problems[0]
+
+
+CUT = {"type": "video", "video_path": "EgoExo4D/takes/t/frame_aligned_videos/cam03.mp4", "nframes": 8}
+TABLE = {
+    "index": "7",
+    "question": "Which of these shows what <video> shows?",
+    "options": "A. <video>\nB. <image>\nC. neither,\nnor the first",
+    "response_format": "Answer with the letter.",
+    "answer": "B",
+    "subtask_type": "Action Relation",
+    "medias": repr(
+        [
+            CUT | {"video_start": 2, "video_end": 4.5},
+            {"type": "frames", "image_paths": ["CVMHAT/data/a/1.jpg", "CVMHAT/data/a/2.jpg"]},
+            {"type": "image", "image_paths": ["TF2023/data/1.jpg"]},
+        ]
+    ),
+}
+
+
+def table(folder, *rows):
+    with (folder / "EgoExoBench_MCQ.tsv").open("w", newline="") as out:
+        writer = csv.DictWriter(out, list(TABLE), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return {"name": "egoexobench", "annotations": folder, "videos": folder}
+
+
+def test_media_of_question_and_options_are_numbered_in_order(tmp_path):
+    loaded = load(table(tmp_path, TABLE))
+    (sample,) = loaded.samples
+    assert sample.text == "Which of these shows what video 1 shows?"
+    assert sample.options == ("video 2", "video 3", "neither, nor the first") and sample.answer == 1
+    assert sample.groups == ("Action Relation",)
+    cut, frames, image = sample.clips
+    assert (cut.video, cut.start_s, cut.end_s, cut.view) == (CUT["video_path"], 2, 4.5, "exo")
+    # Files of other datasets are those that the authors publish.
+    assert (frames.video, image.video) == (
+        "processed_videos/question7_video1.mp4",
+        "processed_videos/question7_video2.jpg",
+    )
+    assert [(shown.clips, shown.labels) for shown in sample.inputs] == [
+        (sample.clips, ("Video 1:", "Video 2:", "Video 3:"))
+    ]
+    assert loaded.notes == [
+        "egoexobench: 7,299 of 7,300 samples are missing: fetch the file again",
+        "egoexobench: 10 of 11 tasks are missing: fetch the file again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"medias": "[1"}, "field 'medias' is '[1', expected a list of media"),
+        ({"medias": "[]"}, "field 'medias' is '[]', expected a list of media"),
+        ({"medias": repr([CUT])}, "3 marks <video> or <image>, but 1 in 'medias'"),
+        ({"medias": repr([{"type": "sound"}] * 3)}, "medium 1: 'type' is 'sound'"),
+        ({"medias": repr([{"type": "image", "image_paths": []}] * 3)}, "medium 1: field 'image_paths' is []"),
+        (
+            {"medias": repr([CUT | {"video_start": 4, "video_end": 2}] * 3)},
+            "'video_start' and 'video_end' give 4 to 2 s",
+        ),
+        ({"answer": "D"}, "field 'answer' is 'D', expected a letter of ABC"),
+        ({"options": "A. <video>\nC. <image>"}, "expected lines 'A. ...'"),
+        ({"options": "A. same\nB. same"}, "expected lines 'A. ...' of own texts"),
+        ({"subtask_type": ""}, "field 'subtask_type' is ''"),
+    ],
+)
+def test_wrong_rows_of_the_table_are_named(tmp_path, changes, message):
+    with pytest.raises(InvalidRecords) as refused:
+        load(table(tmp_path, TABLE, TABLE | {"index": "8"} | changes))
+    (problem,) = refused.value.problems
+    assert "EgoExoBench_MCQ.tsv line " in problem and message in problem
+
+
+def test_a_single_image_is_a_clip(tmp_path):
+    pixels = np.zeros((20, 20, 3), dtype=np.uint8)
+    pixels[:, :10] = 200
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    reader, info = ClipReader(), probe(tmp_path / "one.png")
+    end_s = reader.usable_end_s(tmp_path / "one.png", 0.0, math.inf)
+    assert (info.num_frames, info.codec, info.duration_s) == (1, "images", end_s)
+    frames = reader.read(tmp_path / "one.png", segment_midpoints(0.0, end_s, 3), 20).frames.numpy()
+    assert frames.shape == (3, 20, 20, 3) and abs(frames.astype(int) - pixels).max() <= 1
+    with pytest.raises(FileMissing):
+        reader.usable_end_s(tmp_path / "two.png", 0.0, math.inf)
+    (tmp_path / "three.jpg").write_bytes(b"no image")
+    with pytest.raises(ClipDecodeError, match="image three.jpg"):
+        reader.read(tmp_path / "three.jpg", [0.0], 20)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -269,6 +366,15 @@ def test_answers_about_the_generated_world_are_true(tmp_path):
     write_cross_view(root, PRESETS["easy"], [take.seed for take in takes], 32, False, workers=1)
     rows = json.loads((root / "egoexomem/EgoExo4D/qa_merged_v6.json").read_text())
     asked = [(int(row["take_name"][-4:]), row["qa_type"], row) for row in rows]
+    with (root / "egoexobench/EgoExoBench_MCQ.tsv").open(newline="") as file:
+        *relations, persons = csv.DictReader(file, delimiter="\t")
+    for number, row in enumerate(relations):
+        (chosen,) = (line[3:] for line in row["options"].split("\n") if line[0] == row["answer"])
+        (start_s,) = {medium["video_start"] for medium in ast.literal_eval(row["medias"])}
+        (action,) = (each for each in takes[number].actions if round(each.start_s, 4) == start_s)
+        assert chosen == phrase(action.verb, takes[number].things[action.thing], action.hand)
+    shown, *options = (medium["video_path"].split("/") for medium in ast.literal_eval(persons["medias"]))
+    assert shown[1] == options["ABCD".index(persons["answer"])][1] and len({option[1] for option in options}) == 4
     for key, row in json.loads((root / "egoexomem/LEMMA/qa_verified.json").read_text()).items():
         asked.append((int(key.split("_")[1]), key.split("_")[2], row))
     assert sorted(number for number, _, _ in asked) == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -282,7 +388,8 @@ def test_answers_about_the_generated_world_are_true(tmp_path):
 
 def test_a_world_of_an_earlier_version_gets_them_and_nothing_else_changes(toy_world, toy_settings, tmp_path):
     world = shutil.copytree(toy_world, tmp_path / "toy")
-    shutil.rmtree(world / "egobench" / "egoexomem")
+    for name in ("egoexomem", "egoexobench"):
+        shutil.rmtree(world / "egobench" / name)
     before = contents(world)
     assert generate(world, toy_settings, workers=1) is False
     after = contents(world)

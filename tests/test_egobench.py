@@ -31,7 +31,7 @@ TOY = str(tiny.EXPERIMENTS / "toy")
 NAMES = [
     *("egoschema", "qaego4d_closed", "qaego4d_open", "egotaskqa_direct", "egotaskqa_indirect"),
     *("charades_ego", "epic100_mir", "egoplan", "vlnqa", "egomcq"),
-    *("egoexomem_egoexo4d", "egoexomem_lemma"),
+    *("egoexomem_egoexo4d", "egoexomem_lemma", "egoexobench"),
 ]
 
 

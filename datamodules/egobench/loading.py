@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from datamodules.egobench.base import Benchmark, fixed_subset
 from datamodules.egobench.charades_ego import CharadesEgo
+from datamodules.egobench.egoexobench import EgoExoBench
 from datamodules.egobench.egoexomem import EgoExoMemEgoExo4D, EgoExoMemLemma
 from datamodules.egobench.egomcq import EgoMCQ
 from datamodules.egobench.egoplan import EgoPlan, EgoPlan2, EgoPlanTest
@@ -41,6 +42,7 @@ _CLASSES: tuple[type[Benchmark], ...] = (
     EgoTaskQAMcq,
     EgoExoMemEgoExo4D,
     EgoExoMemLemma,
+    EgoExoBench,
 )
 BENCHMARKS: dict[str, type[Benchmark]] = {kind.name: kind for kind in _CLASSES}
 """Class of each benchmark by its name."""

@@ -5,6 +5,8 @@
     <root>/egobench/
       egoexomem/    EgoExo4D/qa_merged_v6.json  EgoExo4D/takes/<take>/frame_aligned_videos/{aria01_214-1,cam01}.mp4
                     LEMMA/qa_verified.json  LEMMA/<take>/{fpv1,master}.mp4
+      egoexobench/  EgoExoBench_MCQ.tsv  EgoExo4D/takes/<take>/frame_aligned_videos/{aria01_214-1,cam01}.mp4
+                    processed_videos/question<index>_video<n>.mp4
 
 The takes are those of the other benchmarks, here with the video of an exocentric camera. A folder that exists is left
 alone, and one that does not is added to a world of an earlier version.
@@ -12,6 +14,7 @@ alone, and one that does not is added to a world of an earlier version.
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -48,7 +51,10 @@ def write_cross_view(root: Path, world: World, seeds: Sequence[int], size: int, 
         counter: paint frame numbers, see ``render``.
         workers: number of rendering processes.
     """
-    writers: dict[str, Callable[[Path, Sequence[Take], np.random.Generator], Files]] = {"egoexomem": _egoexomem}
+    writers: dict[str, Callable[[Path, Sequence[Take], np.random.Generator], Files]] = {
+        "egoexomem": _egoexomem,
+        "egoexobench": _egoexobench,
+    }
     for number, (name, writer) in enumerate(writers.items()):
         folder, partial_folder = root / name, root / f".{name}.partial"
         if folder.exists():
@@ -84,10 +90,9 @@ def _egoexomem(folder: Path, takes: Sequence[Take], rng: np.random.Generator) ->
     for number, take in enumerate(takes):
         asked = [("Q5", *_colour(take, rng)), ("Q8", *_order(take, rng))]
         if number % 2 == 0 or len(takes) == 1:
-            name = f"toy_benchmark_{number:04d}"
+            name = _name(number)
             rows += [_ego_exo4d_row(name, take, n, *question) for n, question in enumerate(asked, 1)]
-            videos = f"EgoExo4D/takes/{name}/frame_aligned_videos"
-            files += [(number, True, f"{videos}/{_GLASSES}.mp4"), (number, False, f"{videos}/{EXO}.mp4")]
+            files += _take_files(number)
         if number % 2 == 1 or len(takes) == 1:
             for n, (kind, question, options, answer) in enumerate(asked, 1):
                 row = {"correct_answer": answer, "status": "ok", "note": "", "question": question, "options": options}
@@ -124,6 +129,67 @@ def _ego_exo4d_row(
         },
         "idx": number - 1,
     }
+
+
+def _egoexobench(folder: Path, takes: Sequence[Take], rng: np.random.Generator) -> Files:
+    """Write EgoExoBench: for each take an action from both views, and for every fourth one a choice among four videos.
+
+    The first are cut out of takes; clips of the others are files of their own, and so are their options.
+    """
+    rows: list[dict[str, Any]] = []
+    files: Files = []
+    for number, take in enumerate(takes):
+        action = take.actions[int(rng.integers(len(take.actions)))]
+        span = {"video_start": round(action.start_s, 4), "video_end": round(action.end_s, 4)}
+        views = [path for _, _, path in _take_files(number)]
+        medias = [{"type": "video", "video_path": path, **span, "nframes": 16} for path in views]
+        texts, place = questions.options(take, action, rng, phrase)
+        question = "In <video> and <video> the camera-wearer uses the object. What does the camera-wearer do?"
+        rows.append(_table_row(len(rows), "Action Relation", question, texts, place, medias))
+        files += _take_files(number)
+    for first in range(0, len(takes) - _OPTIONS + 1, _OPTIONS):
+        place, index = int(rng.integers(_OPTIONS)), len(rows)
+        shown = [(first + place, True), *((first + n, False) for n in range(_OPTIONS))]
+        medias = [
+            {"type": "video", "video_path": f"LEMMA/toy-{number}/{'fpv1' if is_ego else 'master'}.mp4"}
+            for number, is_ego in shown
+        ]
+        rows.append(
+            _table_row(index, "Person Relation", "Which video is with <video>?", ["<video>"] * _OPTIONS, place, medias)
+        )
+        for n, (number, is_ego) in enumerate(shown):
+            files.append((number, is_ego, f"processed_videos/question{index}_video{n}.mp4"))
+    folder.mkdir(parents=True)
+    with (folder / "EgoExoBench_MCQ.tsv").open("w", newline="", encoding="utf-8") as out:
+        table = csv.DictWriter(out, list(rows[0]), delimiter="\t", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return files
+
+
+def _table_row(
+    index: int, task: str, question: str, options: Sequence[str], place: int, medias: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return a row of EgoExoBench's table."""
+    return {
+        "index": index,
+        "question": question,
+        "options": "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", options, strict=True)),
+        "response_format": "Answer with the letter.",
+        "answer": "ABCD"[place],
+        "subtask_type": task,
+        "medias": repr(medias),
+    }
+
+
+def _name(number: int) -> str:
+    return f"toy_benchmark_{number:04d}"
+
+
+def _take_files(number: int) -> Files:
+    """Return the two videos of a take in Ego-Exo4D's layout, the egocentric one first."""
+    folder = f"EgoExo4D/takes/{_name(number)}/frame_aligned_videos"
+    return [(number, True, f"{folder}/{_GLASSES}.mp4"), (number, False, f"{folder}/{EXO}.mp4")]
 
 
 def _colour(take: Take, rng: np.random.Generator) -> tuple[str, list[str], int]:

@@ -1,4 +1,4 @@
-"""Folders of images read as videos: ``IMAGES_FPS`` images a second in the natural order of their names."""
+"""Folders of images, and single images, read as videos: ``IMAGES_FPS`` images a second in the order of their names."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ _IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg"})
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images of a folder at the time it was listed.
+    """The images of a folder at the time it was listed, or a single image.
 
     Attributes:
-        path: the folder.
+        path: the folder, or the image.
         stamp: its modification time in nanoseconds.
-        names: file names in natural order (2 before 10).
+        names: file names in natural order (2 before 10); empty for a single image.
     """
 
     path: str
     stamp: int
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return max(1, len(self.names))
 
     @property
     def end_s(self) -> float:
         """End of the last image in seconds."""
-        return len(self.names) / IMAGES_FPS
+        return len(self) / IMAGES_FPS
 
     def number_shown_by(self, time_s: float) -> int:
         """Return the number of the last image displayed at or before a time up to one frame past the end."""
         number = math.floor((time_s + 1e-3) * IMAGES_FPS)
-        if not 0 <= number <= len(self.names):
-            raise SpanOutsideFile(f"{time_s:.3f} s is outside its {len(self.names)} images, {self.end_s:.3f} s")
-        return min(number, len(self.names) - 1)
+        if not 0 <= number <= len(self):
+            raise SpanOutsideFile(f"{time_s:.3f} s is outside its {len(self)} images, {self.end_s:.3f} s")
+        return min(number, len(self) - 1)
 
     def frame(self, number: int) -> VideoFrame:
         """Decode one image.
@@ -50,18 +54,24 @@ class ImageFolder:
         Raises:
             Damaged: it cannot be decoded.
         """
-        name = self.names[number]
+        file = os.path.join(self.path, self.names[number]) if self.names else self.path
+        name = os.path.basename(file)
         try:
-            with open_input(os.path.join(self.path, name)) as container:
+            with open_input(file) as container:
                 set_up_decoder(container.streams.video[0].codec_context)
                 frame = next(container.decode(video=0))
         except (av.error.FFmpegError, StopIteration, IndexError) as error:
             raise Damaged(f"image {name}: {error_text(error)}", self.path) from error
-        with open(os.path.join(self.path, name), "rb") as file:
-            refuse_mirrored_image(file.read(1 << 16), name, self.path)
+        with open(file, "rb") as opened:
+            refuse_mirrored_image(opened.read(1 << 16), name, self.path)
         if frame.is_corrupt:
             raise Damaged(f"image {name} is corrupt", self.path)
         return frame
+
+
+def is_image(path: str) -> bool:
+    """Return whether a path names a single image, by its ending."""
+    return os.path.splitext(path)[1].lower() in _IMAGE_SUFFIXES and not os.path.isdir(path)
 
 
 def list_images(folder: str) -> tuple[str, ...]:

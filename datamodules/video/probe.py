@@ -17,7 +17,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
 
 from datamodules.video.errors import Damaged, FileMissing, Mirrored, NotAVideo, NoTimes, NoVideoStream, error_text
-from datamodules.video.images import IMAGES_FPS, ImageFolder, list_images
+from datamodules.video.images import IMAGES_FPS, ImageFolder, is_image, list_images
 from datamodules.video.media import open_input, quarter_turns, set_up_decoder
 
 _HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # keeps FFmpeg from decoding frames while it opens a file
@@ -104,7 +104,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Describe a video file from its header and its first frame, the only one decoded (for the rotation).
 
     Args:
-        path: video file, or folder of images.
+        path: video file, image, or folder of images.
 
     Returns:
         The description; duration and frame count are the header's claims.
@@ -113,10 +113,12 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         ClipDecodeError: the file is missing, is not a video, or its first frame is damaged.
     """
     name = os.fspath(path)
-    if os.path.isdir(name):
-        images = ImageFolder(name, 0, list_images(name))
-        first, count = images.frame(0), len(images.names)
-        return VideoInfo(first.width, first.height, IMAGES_FPS, images.end_s, count, "images", 0.0, 0)
+    if os.path.isdir(name) or is_image(name):
+        images = (
+            ImageFolder(name, 0, list_images(name)) if os.path.isdir(name) else ImageFolder(name, file_stamp(name)[0])
+        )
+        first = images.frame(0)
+        return VideoInfo(first.width, first.height, IMAGES_FPS, images.end_s, len(images), "images", 0.0, 0)
     video = open_video(name, file_stamp(name))
     try:
         return VideoInfo(

@@ -1,7 +1,7 @@
 """Random access to video files: the exact frames at given times, small and uint8, without decoding more than needed.
 
 A folder of images is a video too: ``IMAGES_FPS`` images a second in the natural order of their names (2 before 10),
-only those that end in ``-rgb`` if there are any (OpenEQA stores depth next to them).
+only those that end in ``-rgb`` if there are any (OpenEQA stores depth next to them). So is a single image.
 
 Shapes: ``N`` frames of one clip, ``size`` the side of the square output frame in pixels.
 
@@ -50,7 +50,7 @@ from datamodules.video.errors import (
     TimedOut,
     error_text,
 )
-from datamodules.video.images import IMAGES_FPS, ImageFolder, list_images
+from datamodules.video.images import IMAGES_FPS, ImageFolder, is_image, list_images
 from datamodules.video.probe import OpenVideo, file_stamp, last_frame_end_s, open_video
 
 Result = TypeVar("Result")
@@ -125,7 +125,7 @@ class ClipReader:
         A time up to one frame past the end of the file gives its last frame.
 
         Args:
-            path: video file, or folder of images.
+            path: video file, image, or folder of images.
             times_s: N times in seconds on the file's clock, in any order; several may fall on one frame.
             size: side of the square output in pixels.
             fit: ``pad`` scales the whole frame to fit and centres it on ``pad_rgb`` (its short side rounded to
@@ -155,7 +155,7 @@ class ClipReader:
         """Check a span against the file and clamp an end that lies less than one frame past it.
 
         Args:
-            path: video file, or folder of images.
+            path: video file, image, or folder of images.
             start_s: start of the span in seconds on the file's clock.
             end_s: its end; infinity stands for the end of the file.
 
@@ -265,7 +265,7 @@ class _OpenFiles:
             video.container.close()
 
     def read(self, name: str, times: list[float], square: _Square) -> Clip:
-        if os.path.isdir(name):
+        if os.path.isdir(name) or is_image(name):
             return self._read_images(self._list(name), times, square)
         video = self._open(name)
         limits = [video.last_tick_shown_by(time_s) for time_s in times]
@@ -274,7 +274,7 @@ class _OpenFiles:
         return self._read_limits(video, limits, square)
 
     def usable_end_s(self, name: str, start_s: float, end_s: float) -> float:
-        if os.path.isdir(name):
+        if os.path.isdir(name) or is_image(name):
             file_end_s, frame_s = self._list(name).end_s, 1 / IMAGES_FPS
         else:
             video = self._open(name)
@@ -309,9 +309,9 @@ class _OpenFiles:
         return video
 
     def _list(self, name: str) -> ImageFolder:
-        stamp = os.stat(name).st_mtime_ns
+        stamp = file_stamp(name)[0] if is_image(name) else os.stat(name).st_mtime_ns
         if self._images is None or (self._images.path, self._images.stamp) != (name, stamp):
-            self._images = ImageFolder(name, stamp, list_images(name))
+            self._images = ImageFolder(name, stamp, () if is_image(name) else list_images(name))
         return self._images
 
     def _read_images(self, images: ImageFolder, times: list[float], square: _Square) -> Clip:
