@@ -236,7 +236,7 @@ def test_a_single_image_is_a_clip(tmp_path):
     with pytest.raises(FileMissing):
         reader.usable_end_s(tmp_path / "two.png", 0.0, math.inf)
     (tmp_path / "three.jpg").write_bytes(b"no image")
-    with pytest.raises(ClipDecodeError, match="image three.jpg"):
+    with pytest.raises(ClipDecodeError, match=r"image three\.jpg"):
         reader.read(tmp_path / "three.jpg", [0.0], 20)
 
 
