@@ -39,7 +39,7 @@ class TextBatch(_Movable):
     """Right-padded rows of text.
 
     Attributes:
-        input_ids: int64 [R, L] with one ``VIDEO_TOKEN_ID`` per row; 0 where padded.
+        input_ids: int64 [R, L] with one ``VIDEO_TOKEN_ID`` per row, none for text without video; 0 where padded.
         attention_mask: bool [R, L].
         labels: int64 [R, L]: the token itself where it is supervised, else ``IGNORE_INDEX``.
         supervised: int64 [M], places of the supervised tokens in the flattened rows. Found from ``labels`` when the

@@ -208,15 +208,19 @@ class TextEncoder:
         self._system = None if prompt.system is None else self._accept(prompt.system)
         self._frames(["?"], self._template, self._system)  # so that an unfit template stops a run at its start
 
-    def conversation(self, turns: Sequence[Turn]) -> EncodedText:
+    def conversation(self, turns: Sequence[Turn], clips: str = VIDEO_TAG) -> EncodedText:
         """Return a row for instruction tuning: several questions and answers about one clip.
+
+        Args:
+            turns: questions and answers.
+            clips: text at the front of the first question, with a tag for each clip; "" for text without video.
 
         Raises:
             UnusableText: no answer token is left within ``max_text_tokens``, or an answer is empty, or a text holds
                 the clip's tag or a special token.
             ValueError: the chat template does not fit.
         """
-        return self._row(turns, self._template, self._system)
+        return self._row(turns, self._template, self._system, clips)
 
     def plain(self, caption: str) -> EncodedText:
         """Return a row with a clip and its caption without an instruction, always in style ``plain``.
@@ -224,7 +228,7 @@ class TextEncoder:
         Raises:
             UnusableText: the caption is empty, or holds the clip's tag or a special token.
         """
-        return self._row([("", caption)], _PLAIN, None)
+        return self._row([("", caption)], _PLAIN, None, VIDEO_TAG)
 
     def prompt(self, question: str, earlier: Sequence[Turn] = (), clips: str = VIDEO_TAG) -> EncodedText:
         """Return the prefix that generation continues: a conversation up to its last answer, without labels.
@@ -259,10 +263,10 @@ class TextEncoder:
             labels[index, :count] = torch.tensor(row.labels)
         return TextBatch(ids, mask, labels)
 
-    def _row(self, turns: Sequence[Turn], template: str | None, system: str | None) -> EncodedText:
+    def _row(self, turns: Sequence[Turn], template: str | None, system: str | None, clips: str) -> EncodedText:
         ids: list[int] = []
         labels: list[int] = []
-        frames = self._frames([question for question, _ in turns], template, system)
+        frames = self._frames([question for question, _ in turns], template, system, clips)
         for number, ((before, space, end), (_, given)) in enumerate(zip(frames, turns, strict=True), start=1):
             answer = self._accept(given)
             if not answer:
@@ -273,13 +277,14 @@ class TextEncoder:
             labels += [IGNORE_INDEX] * len(unsupervised) + supervised
         # A row without a supervised token would only dilute the batch.
         first = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
-        if first > self.max_text_tokens:  # of the tokens before it, one is the clip's
+        of_clips = clips.count(VIDEO_TAG)
+        if first - of_clips >= self.max_text_tokens:
             raise UnusableText(
-                f"the first answer begins after {first - 1} of {len(ids) - 1} text tokens, beyond max_text_tokens="
-                f"{self.max_text_tokens}: raise data.init_args.max_text_tokens, or shorten the question"
+                f"the first answer begins after {first - of_clips} of {len(ids) - of_clips} text tokens, beyond "
+                f"max_text_tokens={self.max_text_tokens}: raise data.init_args.max_text_tokens, or shorten the question"
             )
-        length = self.max_text_tokens + 1
-        assert VIDEO_TOKEN_ID in ids[:first], "the clip stands in front of the first answer"
+        length = self.max_text_tokens + of_clips
+        assert ids[:first].count(VIDEO_TOKEN_ID) == of_clips, "clips stand in front of the first answer"
         return EncodedText(ids[:length], labels[:length])
 
     def _frames(
@@ -293,7 +298,7 @@ class TextEncoder:
         messages = [] if system is None else [{"role": "system", "content": system}]
         for index, question in enumerate(questions):
             text = self._accept(question)
-            messages.append({"role": "user", "content": text if index else f"{clips}\n{text}"})
+            messages.append({"role": "user", "content": text if index or not clips else f"{clips}\n{text}"})
             messages.append({"role": "assistant", "content": _ANSWER.format(index)})
         try:
             rendered = self.tokenizer.apply_chat_template(

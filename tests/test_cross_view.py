@@ -82,7 +82,7 @@ def test_counts_of_the_official_files(name):
 
 
 def test_options_are_shown_in_the_order_of_the_official_evaluation():
-    """As in the authors' results, where the third option of the file's first question is the last one."""
+    """In the authors' results the third option of the file's first question is the last one."""
     loaded = official("egoexomem_egoexo4d")
     assert loaded.samples[0].id == "cmu_bike02_2_Q1_001"
     assert loaded.samples[0].answer == 3

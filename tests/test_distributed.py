@@ -198,6 +198,22 @@ def test_clips_that_only_one_rank_lacks_change_nothing_for_the_others(toy_world,
     assert largest_difference(weights(tmp_path / "one", "stage2"), weights(tmp_path / "two", "stage2")) < ROUNDING
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_rank_with_text_alone_waits_for_no_module(toy_world, alone, tmp_path, strategy):
+    """Ranks of one sample a step: often one has a clip and the other has none, and they learn what one process does."""
+    turns = [{"from": "human", "value": "What colour is the box?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": str(number), "conversations": turns} for number in range(24)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = f"[{toy_world}/instructions/egtea.jsonl, {tmp_path}/texts.jsonl]"
+    options = [f"data.init_args.sources={sources}", "data.init_args.text_only=true"]
+    options += ["data.init_args.global_batch_size=2", "trainer.max_steps=6"]
+    assert main(arguments("stage3", toy_world, tmp_path / "one", alone, *options)) == 0
+    two = ["trainer.devices=2", f"trainer.strategy={strategy}"]
+    run_together(2, [arguments("stage3", toy_world, tmp_path / "two", alone, *options, *two)], tmp_path)
+    assert largest_difference(weights(tmp_path / "one", "stage3"), weights(tmp_path / "two", "stage3")) < ROUNDING
+
+
 def test_another_number_of_micro_batches_learns_the_same(alone, toy_world, tmp_path):
     for stage in STAGES:
         assert main(arguments(stage, toy_world, tmp_path, alone, "data.init_args.micro_batch_size=1")) == 0

@@ -66,6 +66,9 @@ def test_the_names_are_those_of_the_paper_and_their_kin():
         "egoplan_test": "choice",
         "egoplan2": "choice",
         "egotaskqa_mcq": "choice",
+        "egoexomem_egoexo4d": "cross_view",
+        "egoexomem_lemma": "cross_view",
+        "egoexobench": "choice",
     }
 
 

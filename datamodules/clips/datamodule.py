@@ -183,7 +183,8 @@ class ClipDataModule(L.LightningDataModule, ABC):
         failure: ClipDecodeError | None = None
         for index in torch.linspace(0, len(self.train_set) - 1, clips).long().tolist():
             try:
-                frames += self.train_set.videos(self.train_set.span(index, 0)).values()
+                span = self.train_set.span(index, 0)
+                frames += self.train_set.videos(span).values() if span.paths else ()
             except ClipDecodeError as error:
                 failure = error
         if failure is not None and not frames:

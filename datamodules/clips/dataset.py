@@ -62,7 +62,7 @@ class Span:
     """Files and seconds of a sample's frames: one file for each view, and a span on the clock that they share.
 
     Attributes:
-        paths: video file of each view.
+        paths: video file of each view; empty for text without video.
         start_s, end_s: the span in seconds; an end of infinity stands for the end of the shortest file.
         offsets_s: time on the shared clock at which a view's file begins, 0 where a view is not named.
     """
@@ -78,11 +78,13 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
 
     Attributes:
         source_names: names of the sources that the samples are mixed from, for the curves; empty without a mix.
+        view_names: names of the views; by default those of the first sample. Needed where a span may have no video.
         other_views: names of further exocentric views that a sample's span may have.
         pad_to_multiple_of: lengths of the texts of a micro-batch are multiples of this.
     """
 
     source_names: tuple[str, ...] = ()
+    view_names: tuple[str, ...] = ()
     other_views: tuple[str, ...] = ()
     pad_to_multiple_of = 1
 
@@ -162,11 +164,12 @@ class ClipTextDataset(Dataset[ClipBatch], ABC):
         spans = [self.span(index, request.epoch) for index in request.indices]
         shape = (len(spans), self.clips.num_frames, self.clips.image_size, self.clips.image_size, 3)
         # Corrupt samples keep their place in the batch, with zeros as frames and nothing to learn.
-        views = [view for view in spans[0].paths if view not in self.other_views]
+        # Text without video has zeros as frames, so that every process runs every module; no loss depends on them.
+        views = [view for view in self.view_names or spans[0].paths if view not in self.other_views]
         frames = {view: _zeros(shape) for view in views}
         others = _zeros((shape[0], len(self.other_views), *shape[1:])) if self.other_views else None
         for row, (index, span) in enumerate(zip(request.indices, spans, strict=True)):
-            if index in failed:
+            if index in failed or not span.paths:
                 continue
             try:
                 for view, video in self.videos(span).items():

@@ -170,6 +170,11 @@ def camera_wearer_text(raw: str) -> str | None:
     text = " ".join(_TAG.sub(" ", raw).split()).rstrip(" .!?,;:")
     if len(_WORD.findall(text)) < 3:
         return None
+    return spell_out_wearer(text) + "."
+
+
+def spell_out_wearer(text: str) -> str:
+    """Return a text with the letter C spelled out as the camera-wearer, except where it names a thing."""
 
     def spelled_out(match: re.Match[str]) -> str:
         before, after = text[: match.start()], text[match.end() :]
@@ -177,7 +182,7 @@ def camera_wearer_text(raw: str) -> str | None:
             return "C"
         return "Camera-wearer" if _SENTENCE_START.search(before) else "the camera-wearer"
 
-    return _LETTER_C.sub(spelled_out, text) + "."
+    return _LETTER_C.sub(spelled_out, text)
 
 
 def _names_thing(before: str, after: str) -> bool:

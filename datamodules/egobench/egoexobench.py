@@ -98,7 +98,7 @@ def _numbered(text: str, before: int) -> tuple[str, int]:
 
 
 def _lettered(text: str) -> tuple[str, list[str]]:
-    """Return the letters and the texts of lines ``A. text``; an option may go on in the next line."""
+    """Return the letters and the texts of lines ``A. text``; an option may take several lines."""
     _, *parts = _OPTION.split(text)
     return "".join(parts[::2]), parts[1::2]
 

@@ -33,7 +33,7 @@ _LEMMA_ID = re.compile(r"(?P<take>.+)_(?P<type>Q[1-8])_\d+")
 
 @dataclass(frozen=True)
 class _EgoExoMem(Benchmark):
-    """What both parts have in common."""
+    """The part that both files have in common."""
 
     ego_label: str = option("Egocentric video:", "text in front of the egocentric video where both are shown")
     exo_label: str = option("Exocentric video:", "text in front of the exocentric video where both are shown")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from datamodules.io.conversation import VIDEO_TAG
 
-TaskName = Literal["choice", "cross_view", "open", "vocabulary", "rank_texts", "rank_clips"]
+TaskName = Literal["choice", "open", "vocabulary", "rank_texts", "rank_clips", "cross_view"]
 """``choice``: choose one of the sample's options. ``cross_view``: the same, from each view alone and from both.
 ``open``: answer in a few words. ``vocabulary``: choose one of the benchmark's candidates as the answer. ``rank_texts``:
 rank the benchmark's candidates as descriptions of the clip. ``rank_clips``: choose the clip that the sample's text

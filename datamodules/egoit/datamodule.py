@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 
 from datamodules.clips.datamodule import ClipDataModule
 from datamodules.clips.dataset import ClipConfig, ClipTextDataset, Span
+from datamodules.egoit.first_person import first_person
 from datamodules.egoit.mix import NATURAL, Mix, MixConfig, MixSource, epoch_counts, mix_source
 from datamodules.egoit.reader import ConversationFile
 from datamodules.egoit.records import InstructionRecord, RecordStore
 from datamodules.egoit.templates import FOLDER, STYLES, Templates, draw
-from datamodules.io.conversation import Turn
+from datamodules.io.conversation import VIDEO_TAG, Turn
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.text import EncodedText, TextEncoder
 
 Style = Literal["base", "task", "task_ego"]
+AnswerPerson = Literal["raw", "first"]
 
 
 class InstructionDataset(ClipTextDataset):
@@ -41,6 +43,7 @@ class InstructionDataset(ClipTextDataset):
         templates: render records with prompt fields, with another template in each epoch; needed if there are any.
         style: style of rendered prompts, see ``templates.STYLES``.
         seed: seed of the template draw, of the order of joined questions, and of the order in which samples take turns.
+        answer_person: ``first`` for answers in the words of the one who wears the camera, see ``first_person``.
     """
 
     def __init__(
@@ -56,9 +59,11 @@ class InstructionDataset(ClipTextDataset):
         templates: Templates | None = None,
         style: Style = "task_ego",
         seed: int = 0,
+        answer_person: AnswerPerson = "raw",
     ) -> None:
         super().__init__(clips, encoder)
-        self.store, self.root, self.view = store, root, view
+        self.store, self.root, self.view, self.view_names = store, root, view, (view,)
+        self.answer_person = answer_person
         self.source_names = tuple(source_names)
         self.templates, self.style, self.seed = templates, style, seed
         ends = np.cumsum(sizes)
@@ -96,8 +101,13 @@ class InstructionDataset(ClipTextDataset):
         return numbers
 
     def span(self, index: int, epoch: int) -> Span:
-        """Return the seconds of the sample's clip, the whole file if its record has no window."""
+        """Return the seconds of the sample's clip, the whole file if its record has no window.
+
+        Text without video has no paths.
+        """
         record = self.store[self._records_of(index)[0]]
+        if not record.video:
+            return Span({}, 0.0, math.inf)
         return Span({self.view: self.root / record.video}, *(record.window_s or (0.0, math.inf)))
 
     def turns(self, index: int, epoch: int) -> list[Turn]:
@@ -118,11 +128,14 @@ class InstructionDataset(ClipTextDataset):
             else:
                 assert self.templates is not None, "records with prompt fields need templates"
                 turns.append(self.templates.render(record, self.style, draw(self.seed, epoch, record.id)))
+        if self.answer_person == "first":
+            turns = [(question, first_person(answer)) for question, answer in turns]
         return turns
 
     def text(self, index: int, epoch: int) -> EncodedText:
         """Return the tokens of the sample's conversation in an epoch."""
-        return self.encoder.conversation(self.turns(index, epoch))
+        has_video = bool(self.store[self._records_of(index)[0]].video)
+        return self.encoder.conversation(self.turns(index, epoch), VIDEO_TAG if has_video else "")
 
     def words(self, index: int, epoch: int) -> list[str]:
         """Return the questions and answers of the sample in an epoch."""
@@ -159,6 +172,7 @@ class InstructionDataModule(ClipDataModule):
     A file is JSON Lines, or a JSON array, of records with at least ``video`` (a path below ``root``, of a file or a
     folder of frames) and ``conversations``, an even list of ``{"from": "human" | "gpt", "value": text}`` whose first
     value holds ``<video>``. ``start`` and ``end`` in seconds select a window; without them the whole file is used.
+    ``image`` in place of ``video`` names an image, which fills all frames of a clip.
     Forms of other stacks are read too, and the conversions are printed, see ``ConversationFile``. Files of
     ``python -m datamodules.egoit`` have ``prompt`` fields instead of a conversation, which are rendered with another
     template in each epoch, see ``records.PromptFields``.
@@ -173,6 +187,10 @@ class InstructionDataModule(ClipDataModule):
         templates: folder of template banks, see ``egoit.templates``; null for those of this repository.
         turns_per_clip: number of questions of one source about the same seconds of a video that are joined to one
             conversation, so that the clip is read once for them; 1 keeps them apart.
+        text_only: accept conversations without any video, too. Their frames are zeros that the encoder sees and the
+            language model does not, so that every process runs every module.
+        answer_person: ``first`` turns answers about C, or the camera-wearer, into the first person, "I pick up the
+            cup.", see ``first_person``; ``raw`` leaves them.
         **shared: see ``ClipDataModule``.
 
     Raises:
@@ -187,6 +205,8 @@ class InstructionDataModule(ClipDataModule):
         instruction_style: Literal["base", "task", "task_ego", "raw"] = "task_ego",
         templates: str | None = None,
         turns_per_clip: int = 1,
+        text_only: bool = False,
+        answer_person: AnswerPerson = "raw",
         **shared: Any,
     ) -> None:
         super().__init__(**shared)
@@ -204,6 +224,10 @@ class InstructionDataModule(ClipDataModule):
             raise ValueError(f"data.instruction_style: got {instruction_style!r}, allowed: {', '.join(STYLES)}, raw")
         if turns_per_clip < 1:
             raise ValueError(f"data.turns_per_clip: got {turns_per_clip}, allowed: 1 or more")
+        if answer_person not in get_args(AnswerPerson):
+            allowed = ", ".join(get_args(AnswerPerson))
+            raise ValueError(f"data.answer_person: got {answer_person!r}, allowed: {allowed}")
+        self.text_only, self.answer_person = text_only, answer_person
         self.source_names, self.view, self.mix, self.turns_per_clip = names, view, mix, turns_per_clip
         self.style: Style | None = None if instruction_style == "raw" else instruction_style
         self._with_bank: set[tuple[str, str]] = set()  # tasks and sources for which there is a template bank
@@ -225,7 +249,7 @@ class InstructionDataModule(ClipDataModule):
         sizes = []
         # Collect the problems of all files, so that one run names every invalid record.
         for source in self.sources:
-            before, file = len(store), ConversationFile(Path(source.file))
+            before, file = len(store), ConversationFile(Path(source.file), text_only=self.text_only)
             found: Counter[str] = Counter()
             for record in file:
                 found[str(record.split)] += 1
@@ -259,6 +283,7 @@ class InstructionDataModule(ClipDataModule):
             self.templates,
             self.style or "base",
             self.seed,
+            self.answer_person,
         )
         dataset.mix = Mix(dataset.sizes, epoch_counts(dataset.sizes, self.sources, self.mix), self.seed)
         rank_zero_only(print)(_summary(dataset))

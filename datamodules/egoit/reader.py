@@ -3,8 +3,8 @@
 Rows of our own files are read as they are. Files of other training stacks are converted, and
 ``ConversationFile.changes`` counts the conversions: JSON arrays; ``messages`` of roles and contents; contents in
 pieces; lists of one video; ``{"image": {"video": path}}``; system texts; ``<image>`` for the video; a tag that is
-missing or not at the front; repeated ids. A row that is invalid becomes a problem that names file and line; no row is
-dropped without one.
+missing or not at the front; repeated ids; where asked for, text without video. A row that is invalid becomes a problem
+that names file and line; no row is dropped without one.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from datamodules.io.jsonl import is_array, is_text, read_records, require, secon
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 _CONVERSATION_KEYS = ("conversations", "conversation", "messages")
 _VIDEO_KEYS = ("video", "videos", "image")
+_MISSING_TAG = f"a missing {VIDEO_TAG} put in front"
 
 
 class ConversationFile:
@@ -33,14 +34,15 @@ class ConversationFile:
         path: JSON Lines or a JSON array, which may be packed by gzip.
         texts: every row must hold a conversation or prompt fields. If False, this holds only from the first such row
             on, so that a list of videos without texts is accepted too.
+        text_only: accept conversations without any video, too: rows that name none and hold no tag.
 
     Attributes:
         changes: conversions to our form, each with the number of rows; complete once all rows were read.
         problems: a line for each invalid row; complete once all rows were read.
     """
 
-    def __init__(self, path: Path, texts: bool = True) -> None:
-        self.path, self.texts = path, texts
+    def __init__(self, path: Path, texts: bool = True, text_only: bool = False) -> None:
+        self.path, self.texts, self.text_only = path, texts, text_only
         self.changes: Counter[str] = Counter()
         self.problems: list[str] = []
 
@@ -87,18 +89,21 @@ class ConversationFile:
         """Return a row in our form, and count its conversions."""
         has_conversation = any(row.get(key) is not None for key in _CONVERSATION_KEYS)
         self.texts = self.texts or has_conversation or isinstance(row.get("prompt"), dict)
-        ours, changed = normalise(row, where, self.texts)
+        ours, changed = normalise(row, where, self.texts, self.text_only)
         self.changes.update(changed)
         return ours
 
 
-def normalise(row: dict[str, Any], where: str, texts: bool = True) -> tuple[dict[str, Any], list[str]]:
+def normalise(
+    row: dict[str, Any], where: str, texts: bool = True, text_only: bool = False
+) -> tuple[dict[str, Any], list[str]]:
     """Bring a row of any common form to our form.
 
     Args:
         row: a JSON object.
         where: its place, for messages.
         texts: whether it must hold a conversation or prompt fields.
+        text_only: whether it may name no video if it holds no tag.
 
     Returns:
         The row in our form, with its unknown fields, and a line for each conversion.
@@ -117,7 +122,11 @@ def normalise(row: dict[str, Any], where: str, texts: bool = True) -> tuple[dict
     # Fields keep their order, so that a file of our own is exported byte for byte.
     names = dict.fromkeys(_CONVERSATION_KEYS, "conversations") | dict.fromkeys(_VIDEO_KEYS, "video")
     ours = {names.get(key, key): value for key, value in given.items()}
-    ours["video"] = _video(given, paths, where, changed.append)
+    names_video = bool(paths) or any(key in given for key in _VIDEO_KEYS)
+    if text_only and not names_video and _MISSING_TAG in changed:
+        changed[changed.index(_MISSING_TAG)] = "text without video"
+    else:
+        ours["video"] = _video(given, paths, where, changed.append)
     if turns:
         ours["conversations"] = entries_of(turns)
     _check_window(ours, where)
@@ -206,7 +215,7 @@ def _with_tag(question: str, where: str, note: Callable[[str], None]) -> str:
     if IMAGE_TAG in question:
         note(f"{IMAGE_TAG} read as {VIDEO_TAG}")
         return question.replace(IMAGE_TAG, VIDEO_TAG)
-    note(f"a missing {VIDEO_TAG} put in front")
+    note(_MISSING_TAG)
     return f"{VIDEO_TAG}\n{question}"
 
 

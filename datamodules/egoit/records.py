@@ -11,7 +11,7 @@ In a file, a record is one JSON object a line::
      "video_uid": "77ff", "duration": 480.0, "split": "train"}
 
     id          str    <source>/<unique key>
-    video       str    path below the data root, of a file or a folder of frames
+    video       str    path below the data root, of a file or a folder of frames; not there for text without video
     start, end  float  seconds in that file; a file of trimmed clips has them on no row
     source      str    source whose templates are used
     prompt      dict   prompt fields, see ``PromptFields``
@@ -76,7 +76,7 @@ class InstructionRecord:
 
     Attributes:
         id: unique and the same in every run, ``<source>/<key>`` in files that a source writes.
-        video: path below the data root, of a file or a folder of frames.
+        video: path below the data root, of a file, an image or a folder of frames; "" for text without video.
         prompt: fields that a template renders; None if the text is not to be rendered.
         turns: questions and answers as the file has them, without the clip's tag; empty if it has only prompt fields.
         source: source whose templates are preferred; "" for the default ones.
@@ -160,7 +160,7 @@ def from_json(row: Mapping[str, Any], where: str) -> InstructionRecord:
     known = isinstance(duration_s, int | float) and not isinstance(duration_s, bool) and duration_s > 0
     return InstructionRecord(
         id=str(row.get("id", where)),
-        video=row["video"],
+        video=row.get("video", ""),
         prompt=prompt_of(row, where),
         turns=tuple(zip(values[::2], values[1::2], strict=True)),
         source=row["source"] if isinstance(row.get("source"), str) else "",
@@ -312,7 +312,7 @@ class RecordStore:
 
     def append(self, record: InstructionRecord) -> None:
         """Add a record at the end."""
-        if record.video not in self._video_numbers:
+        if record.video not in self._video_numbers or not record.video:  # texts without video have nothing in common
             self._video_numbers[record.video] = len(self._videos)
             self._videos.append(record.video)
         prompt = None if self.raw else record.prompt

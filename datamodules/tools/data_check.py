@@ -133,12 +133,15 @@ def read_annotations(source: Path) -> Annotations:
         raise ValueError(f"{source}: no such file or folder: give an index folder or an instruction file (JSON Lines)")
     files: dict[str, VideoFile] = {}
     paths_by_line: list[tuple[str, ...] | None] = []
-    conversations = ConversationFile(source, texts=False)
+    conversations = ConversationFile(source, texts=False, text_only=True)
     for where, record in conversations.entries():
         if isinstance(record, ValueError):
             if where == str(source):  # a file of another form, without lines
                 raise record
             paths_by_line.append(None)
+            continue
+        if "video" not in record:  # text alone
+            paths_by_line.append(())
             continue
         path = record["video"]
         window = (float(record.get("start", 0.0)), float(record.get("end", math.inf)))
@@ -175,7 +178,7 @@ def read_texts(source: Path) -> Iterator[str]:
         texts = PairIndex.read(source).texts
         yield from (text for number in range(len(texts)) if (text := texts[number]))
         return
-    for _, row in ConversationFile(source, texts=False).rows():
+    for _, row in ConversationFile(source, texts=False, text_only=True).rows():
         for entry in row.get("conversations", []):
             yield entry["value"].replace(VIDEO_TAG, " ")
         fields = row.get("prompt")

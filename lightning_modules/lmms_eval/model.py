@@ -15,13 +15,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 VIDEO_TAG = "<video>"
 _SAMPLING = ("do_sample", "temperature", "top_p", "num_beams")
+_SPAN = {"video_start": "start", "video_end": "end"}
+"""Names that tasks of lmms-eval give to the bounds of a clip, and ours."""
 
 
 class Exo2EgoModel(lmms):
     """Answers and scores requests about one video each, as the exported folder does by itself.
 
     A task's ``doc_to_visual`` returns one video: a path, or a mapping with ``path`` and optionally ``start`` and
-    ``end`` in seconds. Frames are chosen as in training, whatever a task or another model's arguments ask for.
+    ``end`` (or ``video_start`` and ``video_end``) in seconds. Frames are chosen as in training, whatever a task or
+    another model's arguments ask for.
 
     Args:
         pretrained: folder that ``make export`` wrote, or its name on the Hugging Face hub.
@@ -122,7 +125,8 @@ class Exo2EgoModel(lmms):
             raise ValueError(
                 f"{task}: doc_to_visual returned {kinds}, expected the path of one video: choose video tasks"
             )
-        content = [{"type": "video", **video}, {"type": "text", "text": _plain(context)}]
+        video = {_SPAN.get(name, name): value for name, value in video.items()}
+        content = [{**video, "type": "video"}, {"type": "text", "text": _plain(context)}]
         inputs = self.processor.apply_chat_template([{"role": "user", "content": content}])
         return {name: value.to(self.model.device) for name, value in inputs.items()}
 

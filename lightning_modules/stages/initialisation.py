@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datamodules.batch import ClipBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch
 from lightning_modules.losses import vtg_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
 from lightning_modules.stages.base import Stage
@@ -74,7 +74,9 @@ class Initialisation(Stage):
         visual = self.model.demonstrator_tokens(self.video_of(batch, "exo"))
         losses = {"vtg": vtg_loss(*self.read_text(visual, batch), batch.label_tokens)}
         if self.bow_weight:
-            losses["bow"] = self.bow_weight * self._bag_of_words_loss(visual, batch.text.labels)
+            has_video = (batch.text.input_ids == VIDEO_TOKEN_ID).any(1, keepdim=True)
+            labels = batch.text.labels.masked_fill(~has_video, IGNORE_INDEX)
+            losses["bow"] = self.bow_weight * self._bag_of_words_loss(visual, labels)
         return losses
 
     def _bag_of_words_loss(self, visual: Tensor, labels: Tensor) -> Tensor:

@@ -14,5 +14,5 @@ __all__ = ["TASKS", "Task"]
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (MultipleChoice(), CrossView(), OpenEnded(), Vocabulary(), TextRetrieval(), ClipChoice())
+    for task in (MultipleChoice(), OpenEnded(), Vocabulary(), TextRetrieval(), ClipChoice(), CrossView())
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from datamodules.batch import Request
@@ -70,7 +71,7 @@ class CrossView(Task):
                 "evaluate the sample again"
             )
         known = {"id": parsed.id, "groups": parsed.groups, "answer": parsed.answer, "options": parsed.options}
-        scores = {}
+        scores: dict[str, NDArray[Any]] = {}
         for view in VIEWS:
             of_view = self.choice.parse(known | parsed.views[view], f"{where}, view {view}", candidates)
             scores |= {f"{name}_{view}": values for name, values in of_view.scores.items()}
