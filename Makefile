@@ -133,7 +133,10 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 existing-environment:
 	@$(PYTHON) .ci/environment.py
 
-data: $(TOY) ## generate the default dataset
+data: $(TOY) data/toy/egobench/egoexobench/EgoExoBench_MCQ.tsv ## generate the default dataset, or add what one of an earlier version lacks
+
+data/toy/egobench/egoexobench/EgoExoBench_MCQ.tsv: | $(TOY)
+	@test -f $@ || $(PYTHON) -m datamodules.toy_world --root data/toy
 
 $(TOY): | $(READY)
 	$(CHECK_KEYS)
