@@ -14,6 +14,7 @@ from test_clip_stream import make_video
 import datamodules
 from datamodules.clips.dataset import ClipConfig
 from datamodules.clips.sampler import BatchRequest
+from datamodules.ego_exo_clip.build import SOURCES
 from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule
 
 ROOT = Path(datamodules.__file__).parents[1]
@@ -88,7 +89,10 @@ def test_its_errors_are_one_line(lessons, tmp_path, content, words, message):
 def test_a_class_that_is_no_source_is_refused():
     command = [sys.executable, "-m", "datamodules.ego_exo_clip.build"]
     for name, message in (
-        ("nothing", "source: got 'nothing', allowed: ego-exo4d, assembly101, or module:Class of your own"),
+        (
+            "nothing",
+            f"source: got 'nothing', allowed: {', '.join(SOURCES)}, or module:Class of your own",
+        ),
         ("no_such:Thing", "source: got 'no_such:Thing', which cannot be imported"),
         ("os:path", "source: 'os:path' lacks the dataclass field root, description, read: add it"),
     ):

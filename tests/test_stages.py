@@ -587,6 +587,25 @@ def test_kl_on_tokens_needs_both_visual_inputs(toy_tokenizer):
         fit(stage)
 
 
+class Unsynchronised(L.LightningDataModule):
+    """One batch of views that show the same action at different times."""
+
+    synchronised = False
+
+    def train_dataloader(self):
+        return DataLoader([tiny.clip_batch()], batch_size=None)
+
+
+def test_losses_that_compare_instants_refuse_views_that_are_not_synchronised(toy_tokenizer):
+    stage = tiny.make_stage("stage2", toy_tokenizer)
+    with pytest.raises(
+        ValueError, match=r"model\.kl\.pool: got none, .* views of data\.index are not synchronised: set"
+    ):
+        trainer(1, ()).fit(stage, datamodule=Unsynchronised())
+    for kl in (KLConfig(pool="all"), KLConfig(weight=0.0)):
+        trainer(1, ()).fit(tiny.make_stage("stage2", toy_tokenizer, kl=kl), datamodule=Unsynchronised())
+
+
 def test_the_weight_of_the_kl_rises_over_its_warmup(toy_tokenizer):
     stage = tiny.make_stage("stage2", toy_tokenizer, kl=KLConfig(weight=6.0, warmup_fraction=0.5), learning_rate=1e-4)
     weights = []

@@ -52,6 +52,8 @@ FrameOffsets = Mapping[str, Mapping[str, int]]
 SOURCES = {
     "ego-exo4d": "datamodules.ego_exo_clip.ego_exo4d:EgoExo4D",
     "assembly101": "datamodules.ego_exo_clip.assembly101:Assembly101",
+    "egoexolearn": "datamodules.ego_exo_clip.egoexolearn:EgoExoLearn",
+    "charades-ego": "datamodules.ego_exo_clip.charades_ego:CharadesEgo",
 }
 PAIR_FILE = "datamodules.ego_exo_clip.pair_file:PairFile"
 """The source that reads a table."""
@@ -160,6 +162,8 @@ def build_index(
         "alpha": selection.alpha,
         FILTERS_KEY: selection.counts.rows(),
     }
+    if not getattr(source, "synchronised", True):
+        header["synchronised"] = False
     return write_index(Path(out), selection.takes, source.split, header)
 
 
@@ -214,7 +218,7 @@ def select_clips(
         narrated = [item for item in narrated if counts.keep("takes", "synchronisation validated", item[0].validated)]
     # All files of all takes are looked at together, because a network file system answers slowly.
     views = [view for group, _ in narrated for view in (*group.egos, *group.exos)]
-    footage = find_footage([source.root / view.path for view in views], probe_workers)
+    footage = find_footage(list(dict.fromkeys(source.root / view.path for view in views)), probe_workers)
     usable = "that can be opened" if probe_workers else "on disk"
     # Keep the takes with enough videos, and cut a clip around each of their wanted narrations.
     takes = []

@@ -324,6 +324,7 @@ class EgoExoClipDataModule(ClipDataModule):
         **shared: see ``ClipDataModule``; ``root`` is the folder that the index's paths are relative to.
 
     Attributes:
+        synchronised: the views of a sample show the same instants, and not only the same action.
         demonstrations: the demonstrator's answers that batches hold, if they were computed before.
 
     Raises:
@@ -345,7 +346,7 @@ class EgoExoClipDataModule(ClipDataModule):
             raise ValueError(f"data.views: got none, allowed: {', '.join(VIEWS)}")
         self.index = Path(index)
         try:
-            read_header(self.index)
+            self.synchronised: bool = read_header(self.index).get("synchronised", True)
         except ValueError as error:
             raise ValueError(f"data.index: {error}") from None
         self.views, self.exo_policy, self.instruction, self.narration = views, exo_policy, instruction, narration

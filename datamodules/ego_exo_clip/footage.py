@@ -56,7 +56,7 @@ def find_footage(paths: list[Path], probe_workers: int) -> dict[Path, Footage]:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size if path.is_file() else 0
+        return path.stat().st_size if path.is_file() else int(path.is_dir() and any(path.iterdir()))
     except OSError:
         return 0
 

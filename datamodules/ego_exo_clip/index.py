@@ -11,8 +11,9 @@ An index is a folder of three files; ``python -m datamodules.ego_exo_clip.build`
                    raw_text, subject, ego_visible, unsure, best_exo (a camera); seconds from the start of the take. An
                    empty text stands for video without narration
     index.json     schema_version, groups and clips (lines of the two files), without_text (clips without narration,
-                   if there are any), and how they were made: source, options, alpha, funnel (the filters with
-                   counts), pairs, sha256
+                   if there are any), synchronised (false if the views of a clip show the same action at different
+                   times), and how they were made: source, options, alpha, funnel (the filters with counts), pairs,
+                   sha256
 
 Unknown values are null. ``frame_offset`` maps a camera to the frames by which its file lags: frame n of the take is
 frame n + offset of the file; cameras it does not name lag by 0. It may be edited by hand.
@@ -170,6 +171,10 @@ class PairSource(Protocol):
 
     To add one, write a dataclass like this in a file of your own, and name it ``module:Class`` for the command
     ``python -m datamodules.ego_exo_clip.build``. Its fields become options of the command; one of them is ``root``.
+
+    A source whose views show the same action, but not at the same time, has an attribute ``synchronised = False``:
+    stages then refuse losses that compare the views instant by instant. One whose takes have a ``lag_s`` has an
+    attribute ``opens_videos = True``, since lags are counted in frames of the files.
 
     A source whose takes have other names than their group_id may have a method ``take_ids() -> Mapping[str, str]``: the
     group_id by each name, for the takes of all splits. Frame offsets may then go by any of these names.

@@ -247,12 +247,18 @@ class DemonstratorLearnerGuidance(Stage):
         )
 
     def on_fit_start(self) -> None:
-        """Refuse to compare tokens of F(x) where the language model reads none."""
+        """Refuse to compare tokens of F(x) where there are none, and instants of views that are not synchronised."""
         super().on_fit_start()
         if self.kl.where == "tokens" and len(self.network.visual_inputs) < 2:
             raise ValueError(
                 f"model.kl.where: got tokens, but network.visual_inputs is [{self.network.visual_inputs[0]}]: set "
                 "network.visual_inputs to [ego, mapped], or model.kl.where to patches"
+            )
+        compares_instants = self.guides_by_features and self.kl.pool != "all"
+        if compares_instants and not getattr(getattr(self.trainer, "datamodule", None), "synchronised", True):
+            raise ValueError(
+                f"model.kl.pool: got {self.kl.pool}, which compares y and F(x) at the same instants, but the views of "
+                "data.index are not synchronised: set model.kl.pool to all, model.kl.weight to 0, or use AnswerGuidance"
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
