@@ -26,6 +26,7 @@ from datamodules.clips.workers import WorkerLoader
 from datamodules.text import CHAT, PromptConfig, TextEncoder, unknown_words
 from datamodules.video.errors import ClipDecodeError
 from datamodules.video.reader import ClipReader
+from datamodules.video.remote import data_path
 
 VALIDATION_BATCH = 32
 _TEXTS_SAMPLED = 256
@@ -35,7 +36,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
     """Training samples of a stage, and the validation questions that every stage is scored on.
 
     Args:
-        root: folder that all video paths are relative to.
+        root: folder that all video paths are relative to, or an address such as ``s3://bucket/takes``.
         tokenizer: folder or hub name of a Hugging Face tokenizer.
         clips: frames of a clip.
         global_batch_size: samples of one optimiser step, over all ranks and accumulated micro-batches.
@@ -90,7 +91,7 @@ class ClipDataModule(L.LightningDataModule, ABC):
         if not decode_timeout_s > 0:
             raise ValueError(f"data.decode_timeout_s: got {decode_timeout_s}, allowed: above 0")
         require_data(root, held_out)
-        self.root, self.held_out = Path(root), None if held_out is None else Path(held_out)
+        self.root, self.held_out = data_path(root), None if held_out is None else Path(held_out)
         self.clips, self.global_batch_size, self.seed, self.num_workers = clips, global_batch_size, seed, num_workers
         self.micro_batch_size, self.shuffle_block_groups = micro_batch_size, shuffle_block_groups
         self.max_corrupt_fraction, self.decode_timeout_s = max_corrupt_fraction, decode_timeout_s

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from datamodules.video.remote import is_remote, require_reachable
+
 
 def require_data(root: str, held_out: str | None) -> None:
     """Require the folder of the data and the file of validation questions.
 
+    Args:
+        root: folder, or an address such as ``s3://bucket/takes``, of which no request is sent.
+        held_out: file of validation questions.
+
     Raises:
-        ValueError: one of them is missing; the message names the command that makes it and the key to set.
+        ValueError: one of them is missing, or a package or cache that an address needs; the message names the command
+            that makes it, or the key to set.
     """
-    if not Path(root).is_dir():
+    if is_remote(root):
+        require_reachable(root, "data.root")
+    elif not Path(root).is_dir():
         raise ValueError(
             f"data.root: no folder {root}: run `make data` for the generated world, put your videos "
             "there, or set data.init_args.root"

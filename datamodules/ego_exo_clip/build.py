@@ -46,6 +46,7 @@ from datamodules.ego_exo_clip.index import (
 from datamodules.ego_exo_clip.pair_file import is_pair_file
 from datamodules.io.annotations import SourceError
 from datamodules.io.plugins import add_field_options, first_argument, import_dataclass
+from datamodules.video.remote import data_path, require_reachable
 
 FrameOffsets = Mapping[str, Mapping[str, int]]
 """Frames by which a camera's file lags, by group_id and camera."""
@@ -132,6 +133,7 @@ def build_index(
     alpha: float | Callable[[], float] | None = None,
     frame_offsets: FrameOffsets | None = None,
     probe_workers: int = 0,
+    videos: Path | str | None = None,
 ) -> dict[str, Any]:
     """Select clips and write the index; see ``select_clips`` and ``write_index``.
 
@@ -142,6 +144,7 @@ def build_index(
         alpha: see ``select_clips``.
         frame_offsets: see ``select_clips``.
         probe_workers: see ``select_clips``.
+        videos: see ``select_clips``.
 
     Returns:
         The content of ``index.json``: counts, alpha, filters and so on.
@@ -150,7 +153,9 @@ def build_index(
         ValueError: the dataset cannot be read, an option does not fit, or no clip is left.
     """
     options = options or BuildOptions()
-    selection = select_clips(source, options, alpha=alpha, frame_offsets=frame_offsets, probe_workers=probe_workers)
+    selection = select_clips(
+        source, options, alpha=alpha, frame_offsets=frame_offsets, probe_workers=probe_workers, videos=videos
+    )
     header = {
         "source": dict(source.description),
         "options": {
@@ -174,6 +179,7 @@ def select_clips(
     alpha: float | Callable[[], float] | None = None,
     frame_offsets: FrameOffsets | None = None,
     probe_workers: int = 0,
+    videos: Path | str | None = None,
 ) -> Selection:
     """Choose takes and narrations, and cut a clip around each narration.
 
@@ -190,6 +196,8 @@ def select_clips(
             a take may go by any of its names, and takes of other splits are passed over.
         probe_workers: processes that open every video; a take then lasts as long as its shortest stream, and a video
             that does not open counts as missing. With 0 a video only has to exist and not to be empty.
+        videos: folder, or address such as ``s3://bucket/takes``, that the paths of the videos are below; None for the
+            root of the source.
 
     Raises:
         ValueError: the dataset cannot be read, an option does not fit, an offset names no take or camera of the
@@ -218,13 +226,15 @@ def select_clips(
         narrated = [item for item in narrated if counts.keep("takes", "synchronisation validated", item[0].validated)]
     # All files of all takes are looked at together, because a network file system answers slowly.
     views = [view for group, _ in narrated for view in (*group.egos, *group.exos)]
-    footage = find_footage(list(dict.fromkeys(source.root / view.path for view in views)), probe_workers)
+    root = source.root if videos is None else data_path(videos)
+    require_reachable(root, "--videos")
+    footage = find_footage(list(dict.fromkeys(root / view.path for view in views)), probe_workers)
     usable = "that can be opened" if probe_workers else "on disk"
     # Keep the takes with enough videos, and cut a clip around each of their wanted narrations.
     takes = []
     for group, tracks in narrated:
         offsets = {**group.frame_offset, **corrections.get(group.group_id, {})}
-        kept = with_footage(group, source.root, footage, offsets, options.min_exo_views, usable, counts)
+        kept = with_footage(group, root, footage, offsets, options.min_exo_views, usable, counts)
         for _ in _all(tracks):
             counts.keep("narrations", "of takes that are left", kept is not None)
         if kept is None:
@@ -399,6 +409,12 @@ def _parser(kind: Any | None) -> argparse.ArgumentParser:
         "--out", type=Path, help="folder of the index (default: <root>/ego_exo_clip, with _<split> unless train)"
     )
     parser.add_argument(
+        "--videos",
+        type=data_path,
+        metavar="FOLDER",
+        help="folder or address (s3://...) of the videos (default: <root>)",
+    )
+    parser.add_argument(
         "--alpha",
         help="mean gap of the training split in seconds, or folder of a training index to take it from (default: "
         "fitted on the training annotations)",
@@ -484,6 +500,7 @@ def main(words: Sequence[str] | None = None) -> int:
             alpha=_alpha(given.alpha, source),
             frame_offsets=_frame_offsets(given.frame_offsets),
             probe_workers=max(1, given.workers) if given.probe or getattr(kind, "opens_videos", False) else 0,
+            videos=given.videos,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

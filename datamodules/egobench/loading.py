@@ -25,6 +25,7 @@ from datamodules.egobench.vlnqa import VlnQA
 from datamodules.io.annotations import Counts, SourceError, differences
 from datamodules.io.jsonl import InvalidRecords
 from datamodules.io.plugins import import_class
+from datamodules.video.remote import data_path
 
 _CLASSES: tuple[type[Benchmark], ...] = (
     EgoSchema,
@@ -242,5 +243,5 @@ def _converted(value: Any, hint: Any) -> Any:
     if value is None:
         return None if type(None) in kinds else MISSING
     if Path in kinds and isinstance(value, (str, Path)) and str(value):
-        return Path(value)
+        return data_path(value)
     return value if type(value) in kinds else MISSING

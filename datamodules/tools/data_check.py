@@ -33,6 +33,7 @@ from datamodules.io.validate import validate
 from datamodules.video.decode import decode_in_order, is_torn
 from datamodules.video.errors import ClipDecodeError, Damaged, FrameMissing, NoTimes, SpanOutsideFile
 from datamodules.video.probe import file_stamp, open_video, probe
+from datamodules.video.remote import data_path, is_remote, require_reachable
 from datamodules.video.sampling import segment_midpoints
 
 RATE_TOLERANCE = 0.01  # passes 29.97 for 30 frames per second, not 25 for 24
@@ -127,6 +128,8 @@ def read_annotations(source: Path) -> Annotations:
         ValueError: there is no such file, it is of another form, or a line of an index is wrong; names file, line and
             field.
     """
+    if is_remote(str(source)):
+        raise ValueError(f"{source}: annotations are read from local disks: name a local copy (INDEX=folder)")
     if source.is_dir():
         return _read_index(source)
     if not source.is_file():
@@ -191,7 +194,7 @@ def check_file(file: VideoFile, root: Path, decode_all: bool, beat: Beat = lambd
 
     Args:
         file: the annotations; ``samples`` of its clips are decoded at ``FRAMES_PER_CLIP`` moments each.
-        root: folder that the path is relative to.
+        root: folder that the path is relative to, which may be remote.
         decode_all: decode every frame of the file as well.
         beat: called whenever the decoder makes progress.
 
@@ -357,9 +360,14 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "annotations", type=Path, help="folder of an index of pairs, or an instruction file (JSON Lines)"
+        "annotations", type=data_path, help="folder of an index of pairs, or an instruction file (JSON Lines)"
     )
-    parser.add_argument("--root", type=Path, required=True, help="folder that paths of videos are relative to")
+    parser.add_argument(
+        "--root",
+        type=data_path,
+        required=True,
+        help="folder or address (s3://...) that paths are relative to",
+    )
     parser.add_argument("--all", action="store_true", help="decode every frame of every file")
     parser.add_argument("--samples", type=int, default=4, help="clips to decode of each file")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
@@ -380,6 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.samples < 1 or options.workers < 1 or not options.timeout >= 1:
             raise ValueError("--samples, --workers and --timeout must be at least 1")
+        require_reachable(options.root, "--root")
         annotations = read_annotations(options.annotations)
         unknown = _unknown_words(options.annotations, options.tokenizer)
     except ValueError as error:

@@ -46,6 +46,7 @@ from datamodules.tools.data_check import decode_whole, read_annotations
 from datamodules.video.errors import ClipDecodeError, FileMissing
 from datamodules.video.media import media_url, open_input, quarter_turns
 from datamodules.video.probe import probe
+from datamodules.video.remote import data_path, is_remote, require_reachable
 from datamodules.video.sampling import segment_midpoints
 
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
@@ -487,6 +488,9 @@ def clip_cost(root: Path, out: Path, paths: Sequence[str], size: int) -> tuple[f
 
 def _paths(options: argparse.Namespace) -> list[str]:
     """Return the files of this shard, relative to the root."""
+    require_reachable(options.root, "--root")
+    if is_remote(str(options.out)):
+        raise ValueError(f"--out is {options.out}: files are written to local disks: name a folder")
     if options.root.resolve() == options.out.resolve():
         raise ValueError(f"--out is {options.out}, which is --root: sources are kept, choose another folder")
     number, count = options.shard
@@ -520,11 +524,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = Encoding()
-    parser.add_argument("--root", type=Path, required=True, help="folder that paths of videos are relative to")
+    parser.add_argument(
+        "--root",
+        type=data_path,
+        required=True,
+        help="folder or address (s3://...) that paths are relative to",
+    )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--files", type=Path, nargs="+", help="videos below the root")
-    which.add_argument("--index", type=Path, help="index of pairs or instruction file: all videos it names")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the new dataset, with the same paths")
+    which.add_argument("--files", type=data_path, nargs="+", help="videos below the root")
+    which.add_argument("--index", type=data_path, help="index of pairs or instruction file: all videos it names")
+    parser.add_argument("--out", type=data_path, required=True, help="folder of the new dataset, with the same paths")
     parser.add_argument("--short-side", type=int, default=default.short_side, help="pixels, even")
     parser.add_argument("--gop", type=int, default=default.gop, help="frames from one key frame to the next")
     parser.add_argument("--crf", type=float, default=default.crf, help="x264's quality, 0 (best) to 40")

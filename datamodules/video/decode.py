@@ -19,6 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from datamodules.video.errors import Damaged, FrameMissing, NoTimes, SpanOutsideFile
+from datamodules.video.media import prefetch
 from datamodules.video.probe import OpenVideo, packet_end_s
 
 _SKIPS_UNREFERENCED = frozenset({"h264", "hevc"})  # decoders that honour skip_frame packet by packet
@@ -80,6 +81,7 @@ def demux_span(video: OpenVideo, first_tick: int, last_tick: int) -> tuple[list[
         Damaged: see ``take_until``.
     """
     # Seeking uses decode times, so the key frame reached may be displayed after the target: then step back.
+    prefetch(video.container, video.stream, first_tick, last_tick)
     seek_tick, previous_dts = first_tick, None
     while True:
         try:

@@ -25,7 +25,7 @@ class ClipDecodeError(ValueError):
         end_s: float | None = None,
     ) -> None:
         """Build the message from its parts; without a path, ``reason`` is the whole message."""
-        self.path = None if path is None else Path(path)
+        self.path = path if path is None or isinstance(path, Path) else Path(path)
         self.start_s = start_s
         self.end_s = end_s
         self.reason = reason
@@ -88,6 +88,18 @@ class Damaged(ClipDecodeError):
     """A packet or frame that the clip depends on is corrupt, or the file is shorter than its header claims."""
 
     fix = "re-download it or remove the take"
+
+
+class Changed(ClipDecodeError):
+    """A remote file was replaced while it was read."""
+
+    fix = "keep the files of a run as they are, and write new ones under new names"
+
+
+class Unreachable(ClipDecodeError):
+    """The storage of a remote file does not answer, or refuses to."""
+
+    fix = "check the address, the network and the credentials"
 
 
 class TimedOut(ClipDecodeError):

@@ -11,7 +11,7 @@ import av
 from av.video.frame import VideoFrame
 
 from datamodules.video.errors import Damaged, NotAVideo, SpanOutsideFile, error_text
-from datamodules.video.media import open_input, refuse_mirrored_image, set_up_decoder
+from datamodules.video.media import open_bytes, open_input, refuse_mirrored_image, set_up_decoder
 
 IMAGES_FPS = 30.0
 """Frame rate of a folder of images, the one at which OpenEQA's own script encodes its episodes."""
@@ -62,7 +62,7 @@ class ImageFolder:
                 frame = next(container.decode(video=0))
         except (av.error.FFmpegError, StopIteration, IndexError) as error:
             raise Damaged(f"image {name}: {error_text(error)}", self.path) from error
-        with open(file, "rb") as opened:
+        with open_bytes(file) as opened:
             refuse_mirrored_image(opened.read(1 << 16), name, self.path)
         if frame.is_corrupt:
             raise Damaged(f"image {name} is corrupt", self.path)

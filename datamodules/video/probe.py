@@ -18,7 +18,8 @@ from av.video.stream import VideoStream
 
 from datamodules.video.errors import Damaged, FileMissing, Mirrored, NotAVideo, NoTimes, NoVideoStream, error_text
 from datamodules.video.images import IMAGES_FPS, ImageFolder, is_image, list_images
-from datamodules.video.media import open_input, quarter_turns, set_up_decoder
+from datamodules.video.media import open_bytes, open_input, quarter_turns, set_up_decoder
+from datamodules.video.remote import is_remote, remote_stamp
 
 _HEADER_ONLY = {"skip_frame": "all", "analyzeduration": "1"}  # keeps FFmpeg from decoding frames while it opens a file
 _NO_TIMES = 0x80  # FFmpeg's AVFMT_NOTIMESTAMPS
@@ -147,7 +148,10 @@ def file_stamp(name: str) -> tuple[int, int]:
     Raises:
         FileMissing: there is no such file.
         NotAVideo: it is empty or no regular file.
+        Unreachable: the storage of a remote file does not answer.
     """
+    if is_remote(name):
+        return remote_stamp(name)
     try:
         status = os.stat(name)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -246,7 +250,7 @@ def _in_order_only(container: InputContainer, codec: VideoCodecContext) -> bool:
 
 def _listed_bytes(name: str, format_name: str) -> int | None:
     """Return the size of a Matroska, WebM or FLV file as its own bytes list it; None for others and for recordings."""
-    with open(name, "rb") as file:
+    with open_bytes(name) as file:
         if "matroska" in format_name:
             # Two elements follow each other, the header and the segment; each has an identity of four bytes and a size.
             end = 0
