@@ -123,11 +123,11 @@ class _RemoteInput:
         with self._checked():
             self._container.seek(*arguments, **options)
 
-    def demux(self, *streams: Any) -> Iterator[Any]:
-        return self._each(self._container.demux(*streams))
+    def demux(self, *streams: Any, **chosen: Any) -> Iterator[Any]:
+        return self._each(self._container.demux(*streams, **chosen))
 
-    def decode(self, *streams: Any) -> Iterator[Any]:
-        return self._each(self._container.decode(*streams))
+    def decode(self, *streams: Any, **chosen: Any) -> Iterator[Any]:
+        return self._each(self._container.decode(*streams, **chosen))
 
     def _each(self, items: Iterator[Any]) -> Iterator[Any]:
         while True:
