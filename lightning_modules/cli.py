@@ -50,11 +50,8 @@ def fit(options: argparse.Namespace) -> None:
         _start_reading_server(config)
         _silence_warnings()
         from lightning_modules import training
-        from lightning_modules.evaluation import evaluate_single_inputs
 
         training.fit(config, options.force, composition)
-        if options.single_inputs:
-            evaluate_single_inputs(config, again=False)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -74,8 +71,6 @@ def evaluate(options: argparse.Namespace) -> None:
             evaluation.evaluate_benchmarks(config, None if names == ["all"] else names, options.force)
         else:
             evaluation.evaluate(config)
-        if options.single_inputs:
-            evaluation.evaluate_single_inputs(config, again=True)
 
 
 def _benchmark_names(options: argparse.Namespace) -> list[str]:
@@ -90,8 +85,6 @@ def _evaluate_model(options: argparse.Namespace) -> None:
     if options.experiment.is_dir():
         raise ConfigError(f"{options.experiment}: is a folder: name a file with the key egobench, and no stage")
     _require_files(options)
-    if options.single_inputs:
-        raise ConfigError("--single-inputs: belongs to validation questions, which need an experiment: leave it out")
     config = read_layers(options.experiment, None, options.rest).resolve()
     if not (config.get("egobench") or {}).get("benchmarks"):
         raise ConfigError(
@@ -366,10 +359,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_options(verb: str, command: argparse.ArgumentParser) -> None:
     """Declare the options of a single verb."""
-    if verb in ("fit", "check", "evaluate"):
-        command.add_argument(
-            "--single-inputs", action="store_true", help="also answer from x alone and from F(x) alone"
-        )
     if verb in ("fit", "check"):
         command.add_argument("--force", action="store_true", help="train from scratch, discarding an earlier run")
     if verb == "demonstrate":

@@ -39,7 +39,6 @@ __all__ = [
     "compose",
     "config_hash",
     "read_layers",
-    "single_visual_inputs",
     "stage_names",
 ]
 
@@ -335,20 +334,6 @@ def _update_references(value: Any, old: str, new: str) -> Any:
     if isinstance(value, str):
         return re.sub(rf"\$\{{{re.escape(old)}(?=[.}}\[])", "${" + new, value)
     return value
-
-
-def single_visual_inputs(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return, for a stage that reads x and F(x), configurations that read one of them, each with its own folder."""
-    network = config["network"]
-    if config["stage"] in ("stage0", "stage1") or len(network.get("visual_inputs", VISUAL_INPUTS)) < 2:
-        return {}
-    folder, found = Path(config["run_dir"]), {}
-    for reads in VISUAL_INPUTS:
-        changed = copy.deepcopy(config) | {"run_dir": str(folder.parent / f"reads_{reads}" / folder.name)}
-        changed["model"]["init_args"]["network"] = changed["network"] = {**network, "visual_inputs": [reads]}
-        changed["trainer"]["logger"] = False
-        found[reads] = changed
-    return found
 
 
 def config_hash(config: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ from datamodules.egobench.config import EgoBenchConfig
 from datamodules.egobench.dataset import BenchmarkDataset
 from datamodules.text import PromptConfig, vocabulary_digest
 from lightning_modules.callbacks.tensorboard import write_final_scores
-from lightning_modules.config import single_visual_inputs
 from lightning_modules.config_check import check_config
 from lightning_modules.egobench.evaluator import evaluate_clip
 from lightning_modules.egobench.judge import JudgeConfig
@@ -203,22 +202,6 @@ def _score(
     scores = score_folder(out, judge)
     write_submissions(predictions, out / "submissions")
     return scores
-
-
-def evaluate_single_inputs(config: dict[str, Any], again: bool) -> None:
-    """Answer the validation questions from x alone and from F(x) alone, for a finished stage that reads both.
-
-    The other input is left out rather than set to zero: in stage 1 the language model has learned to read one input,
-    but never zeros.
-
-    Args:
-        config: resolved configuration of the stage.
-        again: also where answers of these stage weights exist. Answers of earlier weights are always replaced.
-    """
-    handoff = Path(config["run_dir"]) / "handoff"
-    for changed in single_visual_inputs(config).values():
-        if again or not is_answered(Path(changed["run_dir"]), handoff):
-            evaluate(changed, handoff)
 
 
 def is_answered(folder: Path, handoff: Path) -> bool:

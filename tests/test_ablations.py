@@ -239,15 +239,15 @@ def test_a_missing_plan_is_one_error(tmp_path, capsys):
 
 
 class Recorded:
-    """Replace the processes: write the files that `fit --single-inputs` leaves, except for runs that are to fail."""
+    """Replace the processes: write the files that `fit` leaves, except for runs that are to fail."""
 
     def __init__(self, jobs, failing=()):
         self.by_words = {job.words: job for job in jobs}
         self.failing, self.called = set(failing), []
 
     def __call__(self, command, **_):
-        job = self.by_words[tuple(command[4:-1])]
-        assert command[1:4] == ["-m", "lightning_modules", "fit"] and command[-1] == "--single-inputs"
+        job = self.by_words[tuple(command[4:])]
+        assert command[1:4] == ["-m", "lightning_modules", "fit"]
         self.called.append(job.name)
         if job.name not in self.failing:
             finish(job)
@@ -262,9 +262,7 @@ def finish(job):
     manifest = {"format": 1, "stage": job.stage, "parts": {}, "digest": str(job.folder), "started_from": started_from}
     (job.folder / "handoff").mkdir(parents=True, exist_ok=True)
     (job.folder / "handoff" / "manifest.json").write_text(json.dumps(manifest))
-    for folder in job.reads.values():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text("{}")
+    (job.folder / "metrics.json").write_text("{}")
     (job.folder / "config.yaml").write_text(yaml.safe_dump(job.config))
 
 
@@ -315,11 +313,11 @@ def test_only_some_rows_are_run(waves, tmp_path, monkeypatch):
 
 
 def test_what_is_not_whole_or_of_another_configuration_is_not_finished(waves):
-    job = next(job for job in waves[2] if len(job.reads) == 3)
+    job = waves[2][0]
     assert not is_finished(job)
     finish(job)
     assert is_finished(job)
-    (job.reads["mapped"] / "metrics.json").unlink()
+    (job.folder / "metrics.json").unlink()
     assert not is_finished(job)
     finish(job)
     (job.folder / "config.yaml").write_text(yaml.safe_dump(job.config | {"threads": 7}))
@@ -338,15 +336,13 @@ def test_a_run_that_started_from_other_stage_weights_is_not_finished(waves):
     assert [is_finished(job) for job in runs] == [False, True]
 
 
-def test_answers_by_one_stream_of_an_earlier_training_do_not_finish_a_run(waves):
-    job = next(job for job in waves[2] if len(job.reads) == 3)
+def test_answers_of_an_earlier_training_do_not_finish_a_run(waves):
+    job = waves[2][0]
     finish(job)
     later = time.time_ns() + 1_000_000_000
-    for file in (job.folder / "handoff" / "manifest.json", job.folder / "metrics.json"):
-        os.utime(file, ns=(later, later))
+    os.utime(job.folder / "handoff" / "manifest.json", ns=(later, later))
     assert not is_finished(job)
-    for reads in ("ego", "mapped"):
-        os.utime(job.reads[reads] / "metrics.json", ns=(later, later))
+    os.utime(job.folder / "metrics.json", ns=(later, later))
     assert is_finished(job)
 
 
@@ -391,18 +387,6 @@ def test_tables_of_what_is_finished_say_what_is_not(waves, content, tmp_path):
         results.write_results(PLANS["quick"], [], tmp_path, ["a"] * 7)
 
 
-def test_which_streams_are_answered(waves, tmp_path):
-    by_variant = {(job.variant, job.stage): job for wave in waves for job in wave}
-    assert set(by_variant["a_ego_only", "stage2"].reads) == {"whole"}
-    assert set(by_variant["toy_fair", "stage1"].reads) == {"whole"}
-    full = by_variant["e_full", "stage3"]
-    assert full.reads == {
-        "whole": full.folder,
-        "ego": full.folder.parent / "reads_ego" / "stage3",
-        "mapped": full.folder.parent / "reads_mapped" / "stage3",
-    }
-
-
 # ------------------------------------------------------------------------------------------------------------- numbers
 
 
@@ -437,10 +421,39 @@ def answers(folder, visible, hidden, view="ego"):
         file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def compared(folder, visible, hidden):
+    """Write answers that are right from x where those from all inputs are, and wrong from F(x)."""
+    rows = [(True, score) for score in visible] + [(False, score) for score in hidden]
+    lines = [
+        {"ego_visible": v, "task": "choice", "right": {"x": bool(s), "mapped": False, "both": bool(s)}} for v, s in rows
+    ]
+    (folder / "consistency.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_answers_from_one_input_alone(tmp_path):
+    answers(tmp_path, [1, 0], [1])
+    right = [
+        ("choice", {"x": True, "mapped": False, "both": True}),
+        ("qa_verb", {"x": True, "mapped": True, "both": True}),
+        ("qa_hand", {"y": True, "x": False, "mapped": True, "both": True}),
+    ]
+    lines = [json.dumps({"ego_visible": True, "task": task, "right": of}) for task, of in right]
+    (tmp_path / "consistency.jsonl").write_text("\n".join(lines))
+    found = read_scores(tmp_path)
+    assert found["x"]["all"] == {"ego_choice": 1, "ego_qa_verb": 1, "ego_qa_hand": 0, "ego_qa": 0.5}
+    assert found["mapped"]["seen"] == {"ego_choice": 0, "ego_qa_verb": 1, "ego_qa_hand": 1, "ego_qa": 1}
+    assert found["x"]["hidden"] == {} and set(found) == {"whole", "x", "mapped"}
+    # A stage that reads x alone has no other inputs to compare with.
+    (tmp_path / "consistency.jsonl").write_text(
+        json.dumps({"ego_visible": True, "task": "choice", "right": {"y": True, "x": True}})
+    )
+    assert set(read_scores(tmp_path)) == {"whole"}
+
+
 def test_clips_that_the_glasses_do_not_see_are_apart(tmp_path):
     answers(tmp_path, [1, 1, 0], [0])
     answers(tmp_path, [1], [0], view="exo")
-    scores = read_scores(tmp_path)
+    scores = read_scores(tmp_path)["whole"]
     assert scores["all"]["ego_choice"] == 0.5 and scores["all"]["exo_choice"] == 0.5
     assert scores["seen"]["ego_choice"] == pytest.approx(2 / 3) and scores["hidden"]["ego_choice"] == 0.0
     assert scores["hidden"]["ego_loss"] == 2.0
@@ -473,11 +486,12 @@ def content(waves, monkeypatch):
         },
     )
     for job in (job for wave in waves for job in wave):
-        for reads, folder in job.reads.items():
-            right = RIGHT[job.variant][job.seed] if reads != "mapped" else 0
-            answers(folder, [1] * right + [0] * (4 - right), [0, 1])
-            if job.group == "prepared":
-                answers(folder, [1, 1, 1, 0], [1, 0], view="exo")
+        right = RIGHT[job.variant][job.seed]
+        answers(job.folder, [1] * right + [0] * (4 - right), [0, 1])
+        if job.group == "prepared":
+            answers(job.folder, [1, 1, 1, 0], [1, 0], view="exo")
+        elif job.variant != "a_ego_only":
+            compared(job.folder, [1] * right + [0] * (4 - right), [0, 1])
     return collect(PLANS["quick"], [job for wave in waves for job in wave])
 
 
@@ -517,7 +531,7 @@ def test_numbers_survive_json(content):
     read = json.loads(json.dumps(content))
     assert read["effects"] == content["effects"] and markdown(read) == markdown(content)
     (run,) = [
-        r for r in content["runs"] if (r["variant"], r["regime"], r["seed"], r["reads"]) == ("e_full", "x0", 1, "ego")
+        r for r in content["runs"] if (r["variant"], r["regime"], r["seed"], r["reads"]) == ("e_full", "x0", 1, "x")
     ]
     assert run["trained"] == 3 * 5 + 7 and run["clips"]["seen"]["ego_choice"] == 1.0
 

@@ -314,7 +314,7 @@ def test_keys_may_follow_options(toy_world, tmp_path, capsys):
     words = [*tiny.OVERRIDES, f"data_root={toy_world}", f"runs={tmp_path}"]
     assert main(["show", TOY, "stage0", *words[:-2], "--traceback", *words[-2:]]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["runs"] == str(tmp_path)
-    for wrong in ("--single-inputs=1", "stage2"):
+    for wrong in ("--forced", "stage2"):
         with pytest.raises(SystemExit, match="2"):
             main(["show", TOY, "stage0", "--traceback", wrong])
         assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err

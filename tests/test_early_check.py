@@ -31,7 +31,7 @@ MISTAKES = {
     "fit experiments/toy stage2 data_root=. data.init_args.held_out=null runs=none": "No stage1 weights in none/toy/st",
     "evaluate experiments/toy stage3 data_root=. data.init_args.held_out=null runs=none --benchmarks=all": "No stage3 ",
     "plan experiments/toy plan.mfus=0.5": "plan.mfus: no such key in plan, allowed: ",
-    "check experiments/toy stage2 trainer.max_step=3 --single-inputs --force": "trainer.max_step: no such key",
+    "check experiments/toy stage2 trainer.max_step=3 --force": "trainer.max_step: no such key",
     "chat nowhere.mp4 --model experiments": "nowhere.mp4: no such file: name a video, or a folder of images",
     "describe pyproject.toml --model no/such/run": "no/such/run: no such folder: name a run, an exported folder, or",
     "export no/such/run out": "no/such/run: no such folder: name a run",

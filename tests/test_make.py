@@ -356,7 +356,7 @@ def test_only_features_of_make_3_81_are_used():
 def test_arguments_are_checked_before_a_world_is_generated(checkout):
     (checkout / "data" / "toy" / "ego_exo_clip" / "index.json").unlink()
     (checkout / "python").write_text('#!/bin/sh\n{ printf "%s\\t" "$@"; echo; } >> calls\ntest "$3" != check\n')
-    status, _, calls = make(checkout, "stage1", "FORCE=1", "ARGS=trainer.max_step=3 --single-inputs")
+    status, _, calls = make(checkout, "stage1", "FORCE=1", "ARGS=trainer.max_step=3 --traceback")
     assert status == 2
     (call,) = calls
     assert call[2:] == [
@@ -365,6 +365,6 @@ def test_arguments_are_checked_before_a_world_is_generated(checkout):
         "stage1",
         "runs=runs",
         "trainer.max_step=3",
-        "--single-inputs",
+        "--traceback",
         "--force",
     ]

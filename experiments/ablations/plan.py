@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lightning_modules.config import ConfigError, compose, single_visual_inputs
+from lightning_modules.config import ConfigError, compose
 
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 
@@ -202,12 +202,6 @@ class Job:
     def name(self) -> str:
         """Return the run's name for messages."""
         return f"{self.group}/{self.variant}/{self.stage}/seed{self.seed}"
-
-    @property
-    def reads(self) -> dict[str, Path]:
-        """Return the folders of answers: from all visual inputs (``whole``), and from x or F(x) alone."""
-        alone = {reads: Path(config["run_dir"]) for reads, config in single_visual_inputs(self.config).items()}
-        return {"whole": self.folder, **alone}
 
 
 def all_jobs(file: Path, plan: Plan, seeds: Sequence[int], out: Path, overrides: Sequence[str] = ()) -> list[list[Job]]:

@@ -7,6 +7,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ CLIPS = {
     "seen": "clips whose action the glasses see",
     "hidden": "clips whose action they do not see",
 }
-READS = {"whole": "all it learned to read", "ego": "x alone", "mapped": "F(x) alone"}
+READS = {"whole": "all it learned to read", "x": "x alone", "mapped": "F(x) alone"}
 MAPPING = {
     "mapping_change": "change of x by F, %",
     "kl": "KL(y, F(x))",
@@ -84,18 +85,38 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, T_975[min(count - 1, len(T_975)) - 1] * deviation / math.sqrt(count))
 
 
-def read_scores(folder: Path) -> Scores:
-    """Compute the means of every score of a run's answers, ``<view>_<score>``, over each of ``CLIPS``."""
-    values: dict[tuple[str, str], list[float]] = defaultdict(list)
-    with (folder / "predictions.jsonl").open(encoding="utf-8") as file:
-        for answer in map(json.loads, file):
-            for name, score in answer["scores"].items():
-                for clips in ("all", "seen" if answer["ego_visible"] else "hidden"):
-                    values[clips, f"{answer['view']}_{name}"].append(score)
-    means: Scores = {clips: {} for clips in CLIPS}
-    for (clips, name), scores in values.items():
-        means[clips][name] = math.fsum(scores) / len(scores)
+def read_scores(folder: Path) -> dict[str, Scores]:
+    """Compute the means of every score of a run's answers, ``<view>_<score>``, over each of ``CLIPS``.
+
+    Returns:
+        Scores from all visual inputs (``whole``); and where the stage reads both, of choices and questions, from each
+        of them alone.
+    """
+    values: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+
+    def add(reads: str, visible: bool, name: str, score: float) -> None:
+        for clips in ("all", "seen" if visible else "hidden"):
+            values[reads][clips, name].append(score)
+
+    for answer in _lines(folder / "predictions.jsonl"):
+        for name, score in answer["scores"].items():
+            add("whole", answer["ego_visible"], f"{answer['view']}_{name}", score)
+    consistency = folder / "consistency.jsonl"
+    for answer in _lines(consistency) if consistency.is_file() else ():
+        if not READS.keys() - {"whole"} <= answer["right"].keys():
+            continue
+        names = [answer["task"], *(["qa"] if answer["task"].startswith("qa_") else [])]
+        for reads, name in product(READS.keys() - {"whole"}, names):
+            add(reads, answer["ego_visible"], f"ego_{name}", answer["right"][reads])
+    means: dict[str, Scores] = {reads: {clips: {} for clips in CLIPS} for reads in values}
+    for reads, of in values.items():
+        for (clips, name), scores in of.items():
+            means[reads][clips][name] = math.fsum(scores) / len(scores)
     return means
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def write_results(plan: Plan, jobs: Sequence[Job], folder: Path, missing: Sequence[str] = ()) -> str:
@@ -153,9 +174,9 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
     """
     runs: list[dict[str, Any]] = [
         {"regime": job.group, "variant": job.variant, "stage": job.stage, "seed": job.seed, "reads": reads}
-        | {"trained": _trained(job), "mapping": _mapping(job), "clips": read_scores(folder)}
+        | {"trained": _trained(job), "mapping": _mapping(job), "clips": scores}
         for job in jobs
-        for reads, folder in job.reads.items()
+        for reads, scores in read_scores(job.folder).items()
     ]
     by_place: dict[tuple[str, ...], dict[int, Scores]] = defaultdict(dict)
     for run in runs:
@@ -282,7 +303,7 @@ def markdown(content: dict[str, Any]) -> str:
 SELECTIONS = {
     ("whole", "all"): "all clips",
     ("whole", "hidden"): CLIPS["hidden"],
-    ("ego", "all"): f"{READS['ego']}, all clips",
+    ("x", "all"): f"{READS['x']}, all clips",
     ("mapped", "all"): f"{READS['mapped']}, all clips",
 }
 

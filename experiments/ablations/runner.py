@@ -58,9 +58,9 @@ def carry_out(waves: Iterable[Sequence[Job]], out: Path, parallel: int, threads:
 
 
 def is_finished(job: Job) -> bool:
-    """Return True if all answers exist, of this very configuration and the present weights of earlier stages."""
+    """Return True if the answers exist, of this very configuration and the present weights of earlier stages."""
     file, handoff = job.folder / "config.yaml", job.folder / "handoff"
-    if not file.is_file() or not all(is_answered(folder, handoff) for folder in job.reads.values()):
+    if not file.is_file() or not is_answered(job.folder, handoff):
         return False
     if compose(file, None) != job.config:
         return False
@@ -91,7 +91,7 @@ def _run_all(jobs: Sequence[Job], out: Path, parallel: int, threads: int) -> lis
 
 
 def _run(job: Job, out: Path, threads: int, running: set[subprocess.Popen[bytes]]) -> int:
-    command = [sys.executable, "-m", "lightning_modules", "fit", *job.words, "--single-inputs"]
+    command = [sys.executable, "-m", "lightning_modules", "fit", *job.words]
     job.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with (job.folder / "log.txt").open("a", encoding="utf-8") as log:
