@@ -33,7 +33,7 @@ from lightning_modules.inference.export import export_model
 
 ROOT = Path(__file__).parents[1]
 TOKENS = 32  # longest answer of validation questions
-WEIGHTS, LMMS_EVAL = "EXO2EGO_WEIGHTS", "EXO2EGO_LMMS_EVAL_PYTHON"
+LMMS_EVAL = "EXO2EGO_LMMS_EVAL_PYTHON"
 
 
 @dataclass
@@ -417,11 +417,11 @@ extends:
   - {experiments}/model/dinov2_s_smollm2_135m.yaml
   - {experiments}/hardware/cpu.yaml
 experiment: real
-tokenizer: {weights}/smollm2_135m_instruct
-start: {{language_model: "{weights}/smollm2_135m_instruct"}}
+tokenizer: {language_model}
+start: {{language_model: "{language_model}"}}
 model:
   init_args:
-    init: {{ego_encoder: "{weights}/dinov2_vits14", ego_to_exo: null, projector: null}}
+    init: {{ego_encoder: "{tower}", ego_to_exo: null, projector: null}}
     optim: {{learning_rate: 1.0e-3}}
 data:
   init_args:
@@ -437,13 +437,16 @@ trainer: {{max_steps: 1, enable_progress_bar: false}}
 @pytest.fixture(scope="module")
 def real_walk(toy_world, tmp_path_factory):
     """Return a walk over pretrained parts after one step of training: DINOv2 ViT-S/14 and SmolLM2-135M-Instruct."""
-    weights = os.environ.get(WEIGHTS)
+    weights = tiny.real_weights()
     if weights is None:
-        pytest.skip(f"{WEIGHTS} does not name a folder with dinov2_vits14 and smollm2_135m_instruct")
+        pytest.skip(f"no DINOv2-S and SmolLM2-135M in {tiny.REAL_WEIGHTS}: make test-real WEIGHTS=folder")
+    tower, language_model = weights
     tmp = tmp_path_factory.mktemp("real")
     folder = tmp / "real"
     folder.mkdir()
-    (folder / "experiment.yaml").write_text(EXPERIMENT.format(experiments=tiny.EXPERIMENTS, weights=weights))
+    (folder / "experiment.yaml").write_text(
+        EXPERIMENT.format(experiments=tiny.EXPERIMENTS, tower=tower, language_model=language_model)
+    )
     assert main(["fit", str(folder), "stage3", f"data_root={toy_world}", f"runs={tmp}/runs"]) == 0
     run = tmp / "runs" / "real" / "stage3"
     return Walk(run / "config.yaml", run, tmp)

@@ -6,7 +6,6 @@ WEIGHTS holds a DINOv2-S/14 tower, ``facebook/dinov2-small`` as on the hub or ``
 
 import json
 import os
-from pathlib import Path
 
 import av
 import pytest
@@ -27,29 +26,24 @@ from lightning_modules.run import build_stage
 from lightning_modules.weights.resolve import find_weights
 from lightning_modules.weights.tensors import open_tensors
 
-WEIGHTS = Path(os.environ.get("EXO2EGO_WEIGHTS") or "no folder")
 VIDEO = os.environ.get("EXO2EGO_VIDEO") or ""
-TOWERS, LANGUAGE_MODELS = (
-    [WEIGHTS / name for name in names if (WEIGHTS / name).is_dir()]
-    for names in (
-        ("facebook/dinov2-small", "dinov2_vits14"),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2_135m_instruct"),
-    )
-)
+TOWER, LANGUAGE_MODEL = tiny.real_weights() or (None, None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (TOWERS and LANGUAGE_MODELS),
-        reason=f"no DINOv2-S and SmolLM2-135M in {WEIGHTS}: make test-real WEIGHTS=folder",
+        TOWER is None, reason=f"no DINOv2-S and SmolLM2-135M in {tiny.REAL_WEIGHTS}: make test-real WEIGHTS=folder"
     ),
 ]
 
 
 @pytest.fixture(scope="module")
-def overrides():
+def overrides(tmp_path_factory):
     """Start toy_real from the real weights."""
-    folder = LANGUAGE_MODELS[0]
-    return [f"start.encoder={TOWERS[0]}", f"start.language_model={folder}", f"tokenizer={folder}"]
+    folder = tmp_path_factory.mktemp("weights")
+    for names, found in zip(tiny.REAL_PARTS, (TOWER, LANGUAGE_MODEL), strict=True):
+        (folder / names[0]).parent.mkdir()
+        (folder / names[0]).symlink_to(found.resolve())
+    return [f"weights={folder}"]
 
 
 def real_frame(size):
@@ -76,20 +70,20 @@ def features_of_its_own_library(folder, pixels):
 def test_the_tower_is_that_of_its_library(overrides):
     network = build_stage(compose(tiny.EXPERIMENTS / "toy_real", "stage0", overrides)).network
     encoder = build_encoder(network.encoder).eval()
-    found = find_weights([str(TOWERS[0])], "exo_encoder", network)
+    found = find_weights([str(TOWER)], "exo_encoder", network)
     encoder.load_state_dict({name: tensor.read() for name, tensor in found.tensors.items()})
     frame = real_frame(network.encoder.image_size)
     with torch.no_grad():
         ours = encoder(frame).flatten(1, 3)
-        theirs = features_of_its_own_library(TOWERS[0], encoder.normalise(frame.flatten(0, 1)))
+        theirs = features_of_its_own_library(TOWER, encoder.normalise(frame.flatten(0, 1)))
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_the_language_model_knows_the_capital_of_france():
-    folder = str(LANGUAGE_MODELS[0])
+    folder = str(LANGUAGE_MODEL)
     model = LanguageModel(LanguageModelConfig(pretrained=folder), 0).eval()
-    tensors = open_tensors(LANGUAGE_MODELS[0] / "model.safetensors", "Download it again")
+    tensors = open_tensors(LANGUAGE_MODEL / "model.safetensors", "Download it again")
     model.causal_lm.load_state_dict({name: tensor.read() for name, tensor in tensors.items()}, strict=False)
     tokenizer = load_tokenizer(folder)
     messages = [{"role": "user", "content": "What is the capital of France?"}]

@@ -1,5 +1,6 @@
 """Build a network of a few thousand parameters, batches and stages for several test files."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -56,6 +57,19 @@ OVERRIDES = [
     "monitor.every_n_steps=1",
     "checkpoint_every_n_steps=1",
 ]
+
+
+REAL_WEIGHTS = Path(os.environ.get("EXO2EGO_WEIGHTS") or "no folder")
+REAL_PARTS = (
+    ("facebook/dinov2-small", "dinov2_vits14"),
+    ("HuggingFaceTB/SmolLM2-135M-Instruct", "smollm2_135m_instruct"),
+)
+
+
+def real_weights():
+    """Return the folders of a DINOv2-S/14 tower and of SmolLM2-135M-Instruct in EXO2EGO_WEIGHTS, or None."""
+    found = [next((REAL_WEIGHTS / n for n in names if (REAL_WEIGHTS / n).is_dir()), None) for names in REAL_PARTS]
+    return found if all(found) else None
 
 
 def network(width=WIDTH, dropout=0.1, tied=True, visual_inputs=("ego", "mapped")):

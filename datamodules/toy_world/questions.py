@@ -178,10 +178,15 @@ def options(
 
 
 def conversation(take: Take, action: Action, rng: np.random.Generator, with_caption: float) -> list[dict[str, str]]:
-    """Return four turns about one clip in random order; with probability ``with_caption``, one asks for the caption."""
+    """Return four turns about one clip in random order; with probability ``with_caption``, one asks for the caption.
+
+    In a world with phrasings there are two, since a pretrained language model needs less practice in answering, and
+    later answers of a conversation can be read off earlier ones.
+    """
     asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
     captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
-    turns = captions + [asked[i] for i in rng.permutation(len(asked))[: 4 - len(captions)]]
+    count = 2 if take.world.phrasings else 4
+    turns = captions + [asked[i] for i in rng.permutation(len(asked))[: count - len(captions)]]
     messages: list[dict[str, str]] = []
     for index in rng.permutation(len(turns)):
         question, answer = turns[index]
