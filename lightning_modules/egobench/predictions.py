@@ -60,10 +60,9 @@ class Predictions:
         self.texts = folder / f"{self.loaded.name}.texts.jsonl"
         self.header = folder / f"{self.loaded.name}.header.json"
         content = repr((self.loaded.samples, self.loaded.candidates))
-        if not self.loaded.benchmark.egocentric:
-            content += repr(
-                [(each.text, [clip.view for clip in each.clips]) for s in self.loaded.samples for each in s.inputs]
-            )
+        inputs = [each for sample in self.loaded.samples for each in sample.shown]
+        if inputs:
+            content += repr([(each.text, [clip.view for clip in each.clips]) for each in inputs])
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         self.settings = json.loads(json.dumps({**model, **dataset.settings(), "items": digest}))
         self.missing = self.loaded.missing()
