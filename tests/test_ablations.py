@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -48,14 +47,15 @@ def test_the_sweep_amounts_to_runs_of_its_own(plan):
 
 
 def test_fewer_seeds_of_a_variant_or_a_regime(tmp_path):
-    jobs = [job for wave in all_jobs(SWEEP, PLANS["full"], range(5), tmp_path) for job in wave]
-    seeds = defaultdict(set)
-    for job in jobs:
-        seeds[f"{job.group}/{job.variant}/{job.stage}"].add(job.seed)
-    assert len(jobs) == 139
-    assert seeds["few/e_full/stage2"] == seeds["few/e_full/stage3"] == {0, 1, 2, 3, 4}
-    assert seeds["few/e_blocks/stage2"] == seeds["all/e_full/stage2"] == seeds["few/e_without_lora/stage3"] == {0, 1, 2}
-    assert seeds["views/ego_preparation/stage2"] == {0, 1, 2}
+    plan = PLANS["full"]
+    assert plan.seeds_of("few", "e_full", range(3, 8)) == range(3, 8)
+    assert plan.seeds_of("few", "e_blocks", range(3, 8)) == plan.seeds_of("all", "e_full", range(3, 8)) == range(3, 6)
+    assert plan.seeds_of("few", "e_blocks", range(2)) == range(2)
+    few = {"few": Regime("Few", stage2=(plan.control, "e_full", "e_blocks"), seeds=2)}
+    variants = plan.variants | {"e_blocks": replace(plan.variants["e_blocks"], seeds=1)}
+    stage2 = all_jobs(SWEEP, replace(plan, regimes=few, variants=variants, view_probe=None), range(3), tmp_path)[2]
+    seeds = {variant: [job.seed for job in stage2 if job.variant == variant] for variant in few["few"].stage2}
+    assert seeds == {plan.control: [0, 1], "e_full": [0, 1], "e_blocks": [0]}
 
 
 def test_every_variant_is_in_a_regime():

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_smoke_run_measures_every_stage(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, "tests/bench/bench_gpu.py", "--smoke", "--out", str(out)]

@@ -530,6 +530,7 @@ REMOVED = {
     **{name: {"exo_to_ego"} for name in ABLATIONS if name[0] in "bd"},
     "e_without_lora": {"lora"},
     "paper_recipe": {"projector"},
+    "paper_control": {"projector", "exo_to_ego"},
 }
 FAIR = str(tiny.EXPERIMENTS / "toy_fair")  # which the variants change
 
@@ -547,7 +548,7 @@ def test_ablations_train_from_the_stages_before(finished, toy_world, tmp_path, n
         assert main(arguments(stage, toy_world, tmp_path, *given, experiment=FAIR)) == 0
         manifest = read_manifest(tmp_path / "ablations" / name / stage / "handoff")
         assert set(manifest["parts"]) == set(tiny.STAGES[stage].trains) - REMOVED.get(name, set())
-    before = finished / "toy" / "stage1" if name == "paper_recipe" else second
+    before = finished / "toy" / "stage1" if name.startswith("paper_") else second
     assert manifest["started_from"]["projector"] == digest(before)
     assert manifest["started_from"]["language_model"] == digest(finished / "toy" / "stage0")
 
