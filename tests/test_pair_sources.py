@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_clip_stream import make_video, number_on
+from PIL import Image
+from test_clip_stream import make_video, number_on, painted
 
 from datamodules.clips.dataset import ClipConfig
 from datamodules.clips.sampler import BatchRequest
 from datamodules.ego_exo_clip.build import build_index
 from datamodules.ego_exo_clip.charades_ego import CharadesEgo, action_text
 from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule
+from datamodules.ego_exo_clip.egoexo_fitness import EgoExoFitness
 from datamodules.ego_exo_clip.egoexolearn import EgoExoLearn
 from datamodules.ego_exo_clip.index import FilterCounts, read_header
 from datamodules.io.annotations import SourceError
@@ -165,3 +167,71 @@ def test_wrong_egoexolearn_rows_are_named(tmp_path, row, message):
     egoexolearn(tmp_path, [row], ["exo1,b1,10.0,11.0,[1],[7],lab"])
     with pytest.raises(SourceError, match=rf"ego_train_valid\.csv line 2: {message}"):
         read(EgoExoLearn(tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# EgoExo-Fitness
+
+
+def fitness(root, judged, views=("ego_l", "ego_m", "exo_l", "exo_m"), frames=12):
+    records = [
+        {
+            "record_id": name,
+            "views": list(views),
+            "frames": {view: {"path": f"frames_open/{name}/{view}", "num_frames": frames} for view in views},
+        }
+        for name in ("AAAAAA", "BBBBBB")
+    ]
+    subsets = {"AAAAAA_4-3-1_ego_m": {"subset": "train"}, "BBBBBB_4-3-1_ego_m": {"subset": "test"}}
+    files = {
+        "meta_records.json": {"records": records},
+        "substep_level_annotations.json": {"classes": [], "database": subsets},
+        "interpretable_action_judgement.json": judged,
+    }
+    return write(root, {name: json.dumps(content) for name, content in files.items()})
+
+
+def judgement(start, end, *comments):
+    named = [{"action_name": "Push-ups", "comment": text, "annotator": f"F{n}"} for n, text in enumerate(comments)]
+    return {"annotations": named, "st_ed_frame": [start, end], "frame_root": "frames_open/AAAAAA"}
+
+
+def test_egoexo_fitness_pairs_frames_of_all_views(tmp_path, toy_tokenizer):
+    judged = {
+        "AAAAAA_action_1": judgement(4, 8, "Back straight.", "Too fast."),
+        "BBBBBB_action_1": judgement(0, 9, "A"),
+    }
+    fitness(tmp_path, judged)
+    takes, counts = read(EgoExoFitness(tmp_path))
+    assert counts["records", "in subset train"] == (2, 1)
+    ((group, (narration,)),) = takes
+    assert ([view.cam for view in group.egos], [view.cam for view in group.exos]) == (
+        ["ego_m", "ego_l"],
+        ["exo_l", "exo_m"],
+    )
+    assert (narration.text, narration.span_s) == ("Camera-wearer does push-ups.", (4 / 30, 8 / 30))
+    ((_, comments),) = read(EgoExoFitness(tmp_path, text="comment"))[0]
+    assert [each.text for each in comments] == ["Back straight.", "Too fast."]
+
+    for view in ("ego_m", "exo_l"):
+        (tmp_path / "frames_open/AAAAAA" / view).mkdir(parents=True)
+        for number in range(12):
+            image = Image.fromarray(painted(number, 96, 96))
+            image.save(tmp_path / "frames_open/AAAAAA" / view / f"frame_{number + 1:010d}.jpg")
+    header = build_index(EgoExoFitness(tmp_path), tmp_path / "index", probe_workers=1)
+    assert (header["clips"], header["pairs"], "synchronised" in header) == (1, 1, False)
+    _, batch = batch_of(tmp_path / "index", tmp_path, toy_tokenizer)
+    assert shown(batch.ego_video[0]) == shown(batch.exo_video[0]) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("judged", "message"),
+    [
+        ({"AAAAAA_action_1": judgement(8, 8, "A")}, r"'st_ed_frame' is \[8, 8\], expected start < end: correct it"),
+        ({"AAAAAA_action_1": judgement("8", 9, "A")}, r"'st_ed_frame' is \['8', 9\], expected two frames: correct it"),
+        ({"AAAAAA_action_1": judgement(8, 9)}, r"'annotations' is \[\], expected a list: correct it"),
+    ],
+)
+def test_wrong_fitness_judgements_are_named(tmp_path, judged, message):
+    with pytest.raises(SourceError, match=rf"_judgement\.json AAAAAA_action_1: field {message}"):
+        read(EgoExoFitness(fitness(tmp_path, judged)))

@@ -53,6 +53,7 @@ FrameOffsets = Mapping[str, Mapping[str, int]]
 SOURCES = {
     "ego-exo4d": "datamodules.ego_exo_clip.ego_exo4d:EgoExo4D",
     "assembly101": "datamodules.ego_exo_clip.assembly101:Assembly101",
+    "egoexo-fitness": "datamodules.ego_exo_clip.egoexo_fitness:EgoExoFitness",
     "egoexolearn": "datamodules.ego_exo_clip.egoexolearn:EgoExoLearn",
     "charades-ego": "datamodules.ego_exo_clip.charades_ego:CharadesEgo",
 }
