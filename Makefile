@@ -105,7 +105,7 @@ demo: PORT ?= 7860
 tensorboard: PORT ?= 6006
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip pairs egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe watch export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip pairs egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe watch export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix bench-remote clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -304,6 +304,9 @@ bench-mistakes: $(READY) ## measure how soon --help and common mistakes are answ
 
 bench-mix: $(READY) ## measure loading a mix of 600,000 instruction records [ARGS]
 	$(PYTHON) tests/bench/bench_mix.py $(ARGS)
+
+bench-remote: $(READY) ## measure clips of videos on a web server against local disk, also while requests fail [ARGS]
+	PYTHONPATH=. $(PYTHON) tests/bench/bench_remote.py $(ARGS)
 
 clean: ## remove the generated data and caches; runs and .venv stay
 	rm -rf data/toy data/fair data/faint data/rich data/fair_quick .pytest_cache .mypy_cache .ruff_cache

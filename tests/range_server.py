@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import time
@@ -75,22 +74,25 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        whole = file.read_bytes()
-        begin, end, status = 0, len(whole), 200
+        found = file.stat()
+        size = found.st_size
+        begin, end, status = 0, size, 200
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if wanted and not server.ignores_ranges:
-            begin, end, status = int(wanted[1]), min(len(whole), int(wanted[2]) + 1), 206
-            if begin >= len(whole):
+            begin, end, status = int(wanted[1]), min(size, int(wanted[2]) + 1), 206
+            if begin >= size:
                 self.send_response(416)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
         self.send_response(status)
-        self.send_header("ETag", f'"{hashlib.md5(whole).hexdigest()}"')
+        self.send_header("ETag", f'"{found.st_mtime_ns:x}-{size:x}"')
         self.send_header("Content-Length", str(end - begin))
         self.end_headers()
         if content is None:
-            part = whole[begin:end]
+            with file.open("rb") as opened:
+                opened.seek(begin)
+                part = opened.read(end - begin)
             if trouble == "cut":
                 part = part[: len(part) // 2]
                 self.close_connection = True

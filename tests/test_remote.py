@@ -259,11 +259,11 @@ def test_a_file_that_changes_under_way_is_named_and_never_mixed(videos, small, t
         server.trouble = lambda method, *_: file.write_bytes((videos / "other.mp4").read_bytes()) and None
         message = error_of(lambda: read(reader, path, 30), Changed)
         assert message.startswith(f"{path} [3.010, 3.310) s: the file changed while it was read; keep the files")
+        server.trouble = lambda *_: None
         # Afterwards, all frames are of the new file, those whose blocks of the old one are in the cache too.
         for number in (100, 30):
             assert read(reader, path, number) == [FRAMES - 1 - number - step for step in range(4)]
         # A shorter file answers that the range is not in it.
-        server.trouble = lambda *_: None
         make_video(tmp_path / "short.mp4", 20)
         (tmp_path / "short.mp4").replace(file)
         error_of(lambda: read(reader, path, 170), Changed)
