@@ -42,7 +42,6 @@ __all__ = [
     "stage_names",
 ]
 
-VISUAL_INPUTS = ("ego", "mapped")
 LAYERS_FILE = "layers.yaml"
 """Name of the file with the layers of a run's ``config.yaml``, in the same folder."""
 

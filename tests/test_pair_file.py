@@ -26,6 +26,21 @@ def shown(video):
     return [number_on(frame) for frame in video.numpy()]
 
 
+def pair_batch(index, root, tokenizer, clips=1):
+    """Return the module of an index, and a batch of its first clips in both views."""
+    module = EgoExoClipDataModule(
+        index=str(index),
+        views=["ego", "exo"],
+        root=str(root),
+        tokenizer=str(tokenizer),
+        clips=ClipConfig(num_frames=4, image_size=64, frame_fit="squash"),
+        global_batch_size=clips,
+    )
+    module.setup("fit")
+    first = list(range(clips))
+    return module, module.train_set.__getitems__(BatchRequest(0, first, first, 1))
+
+
 def table(folder, *rows, columns=HEADER, name="pairs.csv"):
     (folder / name).write_text("\n".join((columns, *rows)) + "\n")
     return folder / name
@@ -258,16 +273,7 @@ def test_a_late_video_shows_the_same_instants(videos, tmp_path, toy_tokenizer):
     checked = data_check.read_annotations(out).files.values()
     assert [data_check.check_file(each, videos, decode_all=False) for each in checked] == [None] * 3
 
-    module = EgoExoClipDataModule(
-        index=str(out),
-        views=["ego", "exo"],
-        root=str(videos),
-        tokenizer=str(toy_tokenizer),
-        clips=ClipConfig(num_frames=4, image_size=64, frame_fit="squash"),
-        global_batch_size=4,
-    )
-    module.setup("fit")
-    batch = module.train_set.__getitems__(BatchRequest(0, [0, 1, 2, 3], [0, 1, 2, 3], 1))
+    _, batch = pair_batch(out, videos, toy_tokenizer, clips=4)
     assert batch.valid.all() and batch.narrated.tolist() == [True, True, False, False]
     assert shown(batch.ego_video[0]) == shown(batch.exo_video[0]) == [20, 21, 22, 23]
     assert shown(batch.exo_video[1]) == [10, 11, 12, 13]

@@ -6,13 +6,11 @@ import json
 
 import pytest
 from PIL import Image
-from test_clip_stream import make_video, number_on, painted
+from test_clip_stream import make_video, painted
+from test_pair_file import pair_batch, shown
 
-from datamodules.clips.dataset import ClipConfig
-from datamodules.clips.sampler import BatchRequest
 from datamodules.ego_exo_clip.build import build_index
 from datamodules.ego_exo_clip.charades_ego import CharadesEgo, action_text
-from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule
 from datamodules.ego_exo_clip.egoexo_fitness import EgoExoFitness
 from datamodules.ego_exo_clip.egoexolearn import EgoExoLearn
 from datamodules.ego_exo_clip.index import FilterCounts, read_header
@@ -30,24 +28,6 @@ def read(source):
     counts = FilterCounts()
     takes = list(source.read(counts))
     return takes, {(row["of"], row["filter"]): (row["in"], row["out"]) for row in counts.rows()}
-
-
-def batch_of(index, root, tokenizer):
-    """Return the module of an index, and a batch of its first clip in both views."""
-    module = EgoExoClipDataModule(
-        index=str(index),
-        views=["ego", "exo"],
-        root=str(root),
-        tokenizer=str(tokenizer),
-        clips=ClipConfig(num_frames=4, image_size=64, frame_fit="squash"),
-        global_batch_size=1,
-    )
-    module.setup("fit")
-    return module, module.train_set.__getitems__(BatchRequest(0, [0], [0], 1))
-
-
-def shown(video):
-    return [number_on(frame) for frame in video.numpy()]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -87,7 +67,7 @@ def test_charades_ego_pairs_the_same_action_of_both_videos(tmp_path, toy_tokeniz
     make_video(tmp_path / "CharadesEgo_v1_480" / "AAAAA.mp4", 20)
     build_index(CharadesEgo(tmp_path), tmp_path / "index", probe_workers=1)
     assert read_header(tmp_path / "index")["synchronised"] is False
-    module, batch = batch_of(tmp_path / "index", tmp_path, toy_tokenizer)
+    module, batch = pair_batch(tmp_path / "index", tmp_path, toy_tokenizer)
     assert module.synchronised is False
     assert module.train_set.pairs.texts[0] == "Camera-wearer is holding some clothes."
     # 0.4 s around the middle of each: 2.3 to 2.7 s of one, 0.5 to 0.9 s of the other.
@@ -220,7 +200,7 @@ def test_egoexo_fitness_pairs_frames_of_all_views(tmp_path, toy_tokenizer):
             image.save(tmp_path / "frames_open/AAAAAA" / view / f"frame_{number + 1:010d}.jpg")
     header = build_index(EgoExoFitness(tmp_path), tmp_path / "index", probe_workers=1)
     assert (header["clips"], header["pairs"], "synchronised" in header) == (1, 1, False)
-    _, batch = batch_of(tmp_path / "index", tmp_path, toy_tokenizer)
+    _, batch = pair_batch(tmp_path / "index", tmp_path, toy_tokenizer)
     assert shown(batch.ego_video[0]) == shown(batch.exo_video[0]) == [4, 5, 6, 7]
 
 

@@ -37,7 +37,7 @@ class Benchmark(ABC):
     task: ClassVar[TaskName]
     """Type of the questions, which decides requests and scores."""
     egocentric: ClassVar[bool] = True
-    """Whether all clips are egocentric, which the prompts of ``egobench.style: ego`` state."""
+    """True if all clips are egocentric, which the prompts of ``egobench.style: ego`` state."""
     renamed: ClassVar[Mapping[str, tuple[str, Mapping[Any, Any]]]] = {}
     """Keys of earlier versions: their new name, and new names of values."""
 

@@ -32,7 +32,7 @@ CLIPS = {
     "seen": "clips whose action the glasses see",
     "hidden": "clips whose action they do not see",
 }
-READS = {"whole": "all it learned to read", "x": "x alone", "mapped": "F(x) alone"}
+ALONE = {"x": "x alone", "mapped": "F(x) alone"}
 MAPPING = {
     "mapping_change": "change of x by F, %",
     "kl": "KL(y, F(x))",
@@ -103,10 +103,10 @@ def read_scores(folder: Path) -> dict[str, Scores]:
             add("whole", answer["ego_visible"], f"{answer['view']}_{name}", score)
     consistency = folder / "consistency.jsonl"
     for answer in _lines(consistency) if consistency.is_file() else ():
-        if not READS.keys() - {"whole"} <= answer["right"].keys():
+        if not ALONE.keys() <= answer["right"].keys():
             continue
         names = [answer["task"], *(["qa"] if answer["task"].startswith("qa_") else [])]
-        for reads, name in product(READS.keys() - {"whole"}, names):
+        for reads, name in product(ALONE, names):
             add(reads, answer["ego_visible"], f"ego_{name}", answer["right"][reads])
     means: dict[str, Scores] = {reads: {clips: {} for clips in CLIPS} for reads in values}
     for reads, of in values.items():
@@ -303,8 +303,8 @@ def markdown(content: dict[str, Any]) -> str:
 SELECTIONS = {
     ("whole", "all"): "all clips",
     ("whole", "hidden"): CLIPS["hidden"],
-    ("x", "all"): f"{READS['x']}, all clips",
-    ("mapped", "all"): f"{READS['mapped']}, all clips",
+    ("x", "all"): f"{ALONE['x']}, all clips",
+    ("mapped", "all"): f"{ALONE['mapped']}, all clips",
 }
 
 

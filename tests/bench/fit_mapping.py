@@ -4,8 +4,8 @@
 made of ROOT, EXPERIMENT names network and encoder weights, such as ``experiments/few_takes``. Every camera is encoded
 once, every half second. The moments of the first two thirds of each take train F, those of the last third test it.
 
-Each column is a form of the distributions (averaged over nothing, over the frame, or over one of 4 x 4 regions). The
-first rows are bars, the others F(x) of several forms, trained with the KL of that column.
+Each column is a form of the distributions: of each position, or of features averaged over 4 x 4 regions or the frame.
+The first rows are bars, the others F(x) of several forms, trained with the KL of that column.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lightning_modules.weights.resolve import find_weights
 
 EVERY_S, GAP_S = 0.5, 1.0
 STEPS, BATCH = 300, 16
+ENCODED_AT_ONCE = 32
 REGIONS = 4
 FORMS = ("each position", "each of 4 x 4 regions", "the whole frame")
 
@@ -68,14 +69,14 @@ class Moments:
         take: int64 [N].
     """
 
-    def __init__(self, index: PairIndex, root: Path, config: dict, size_of_batch: int = 32) -> None:
+    def __init__(self, index: PairIndex, root: Path, config: dict) -> None:
         network = build_stage(config).network
         encoder = build_encoder(network.encoder).eval()
         source = config["start"]["encoder"]
         found = find_weights([source] if isinstance(source, str) else source, "exo_encoder", network)
         encoder.load_state_dict({name: tensor.read() for name, tensor in found.tensors.items()})
         self.network = network
-        reader, fit = ClipReader(), config["clips"]["frame_fit"]
+        reader, frame_fit = ClipReader(), config["clips"]["frame_fit"]
         x, y, test, takes = [], [], [], []
         for take, (first, end) in enumerate(itertools.pairwise(index.first_view.tolist())):
             paths = [root / index.view_paths[view] for view in range(first, end)]
@@ -85,9 +86,9 @@ class Moments:
             times = [t for t in torch.arange(EVERY_S, last, EVERY_S).tolist() if abs(t - split) > GAP_S / 2]
             views = []
             for path, offset in zip(paths, offsets_s, strict=True):
-                frames = reader.read(path, [t - offset for t in times], network.encoder.image_size, fit).frames
+                frames = reader.read(path, [t - offset for t in times], network.encoder.image_size, frame_fit).frames
                 with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                    parts = [encoder(part[:, None])[:, 0].float() for part in frames.split(size_of_batch)]
+                    parts = [encoder(part[:, None])[:, 0].float() for part in frames.split(ENCODED_AT_ONCE)]
                 views.append(torch.cat(parts))
             x.append(views[0])
             y.append(torch.stack(views[1:], 1))
@@ -119,7 +120,7 @@ def fit(moments: Moments, mapper: dict, form: str, rate: float, seed: int) -> tu
         schedule.step()
     x, y = moments.x[moments.test], moments.y[moments.test]
     with torch.no_grad():
-        mapped = torch.cat([mapping(part[:, None])[:, 0] for part in x.split(32)])
+        mapped = torch.cat([mapping(part[:, None])[:, 0] for part in x.split(ENCODED_AT_ONCE)])
     found = statistics.mean(float(kl(y[:, camera], mapped, form)) for camera in range(cameras))
     return found, float((mapped - x).norm() / x.norm())
 
