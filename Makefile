@@ -30,7 +30,7 @@ endif
 
 # $(call flag,FORCE): not empty for FORCE=1, empty for FORCE=0 and FORCE=; anything else is refused at once.
 flag = $(if $(filter-out 0 1,$($1))$(word 2,$($1)),$(error $1: got $($1), allowed: $1=1 for yes, $1=0 for no),$(filter 1,$($1)))
-FLAGS := $(call flag,FORCE)$(call flag,YES)
+FLAGS := $(call flag,FORCE)$(call flag,YES)$(call flag,SYNC)
 # $(call path,NAME): the path as one word of the shell, whatever characters it has; a leading ~ is the home folder.
 path = '$(subst ','\'',$(subst <path>,,$(subst <path>~/,$(HOME)/,<path>$1)))'
 # The experiment is also taken as its folder, as tab completion gives it.
@@ -105,7 +105,7 @@ demo: PORT ?= 7860
 tensorboard: PORT ?= 6006
 
 .NOTPARALLEL:
-.PHONY: help setup data ego-exoclip pairs egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe watch export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix bench-remote clean clean-runs existing-environment
+.PHONY: help setup data ego-exoclip pairs egoit egoit-export egoit-leaks data-check reencode stage0 stage1 demonstrate stage2 stage3 ablations ablations-quick plan probe consolidate evaluate chat describe watch export serve demo score tensorboard test test-all test-real chaos lint format bench bench-answer bench-gpu bench-clips bench-step bench-egobench bench-index bench-mistakes bench-mix bench-remote bench-sync clean clean-runs existing-environment
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9% -]+:.*## / { variables = ""; \
@@ -177,9 +177,9 @@ egoit-leaks: $(READY) ## count recordings that instruction FILES=... share with 
 	@test -n $(call path,$(FILES)) && test -n $(call path,$(BENCHMARKS)) || { echo "error: name both: make egoit-leaks FILES=data/egoit/egtea.jsonl BENCHMARKS=/data/benchmarks"; exit 2; }
 	$(FILE_LIST); $(PYTHON) -m datamodules.tools.leaks "$$@" --benchmarks $(call path,$(BENCHMARKS)) $(ARGS)
 
-data-check: $(READY) ## check the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..." [ROOT INDEX ARGS]
+data-check: $(READY) ## check the videos below ROOT=folder that INDEX=folder or file.jsonl names, ARGS="--all ..."; SYNC=1 looks for views that are shifted in time [ROOT INDEX SYNC ARGS]
 	@test -n $(call path,$(ROOT)) || { echo "error: name the data folder: make data-check ROOT=/data/egoexo4d"; exit 2; }
-	$(PYTHON) -m datamodules.tools.data_check $(call path,$(INDEX)) --root $(call path,$(ROOT)) $(ARGS)
+	$(PYTHON) -m datamodules.tools.$(if $(call flag,SYNC),sync,data_check) $(call path,$(INDEX)) --root $(call path,$(ROOT)) $(ARGS)
 
 reencode: $(READY) ## re-encode the videos of INDEX below ROOT=folder to OUT=folder, so that clips are cheap to read [ROOT INDEX OUT ARGS]
 	@test -n $(call path,$(ROOT)) && test -n $(call path,$(OUT)) || { echo "error: name both folders: make reencode ROOT=/data/egoexo4d OUT=/data/egoexo4d_336"; exit 2; }
@@ -304,6 +304,9 @@ bench-mistakes: $(READY) ## measure how soon --help and common mistakes are answ
 
 bench-mix: $(READY) ## measure loading a mix of 600,000 instruction records [ARGS]
 	$(PYTHON) tests/bench/bench_mix.py $(ARGS)
+
+bench-sync: $(READY) ## measure how many planted shifts SYNC=1 finds, ARGS="--release folder" for takes of your own [ARGS]
+	PYTHONPATH=. $(PYTHON) tests/bench/bench_sync.py $(ARGS)
 
 bench-remote: $(READY) ## measure clips of videos on a web server against local disk, also while requests fail [ARGS]
 	PYTHONPATH=. $(PYTHON) tests/bench/bench_remote.py $(ARGS)

@@ -51,7 +51,7 @@ def test_video_files_are_opened_in_few_places():
         "datamodules/tools/data_check.py",
         *(
             f"datamodules/video/{name}.py"
-            for name in ("convert", "decode", "images", "live", "media", "probe", "reader")
+            for name in ("convert", "decode", "images", "live", "media", "motion", "probe", "reader")
         ),
     }
     writing = {"datamodules/toy_world/video.py", "datamodules/tools/reencode.py", "datamodules/tools/trim.py"}

@@ -165,6 +165,10 @@ def path_commands(path):
         ),
         (["data-check", f"ROOT={path}"], ["datamodules.tools.data_check", f"{path}/ego_exo_clip", "--root", path]),
         (
+            ["data-check", f"ROOT={path}", "SYNC=1"],
+            ["datamodules.tools.sync", f"{path}/ego_exo_clip", "--root", path],
+        ),
+        (
             ["reencode", f"ROOT={path}", f"INDEX={path}/index", f"OUT={path}/out"],
             ["datamodules.tools.reencode", "--root", path, "--index", f"{path}/index", "--out", f"{path}/out"],
         ),
