@@ -242,7 +242,7 @@ class Detector:
         fps: float,
         window: int = 60,
         tolerance: int = 3,
-        false_alarms: float = 1e-3,
+        false_alarms: float = 0.01,
     ) -> None:
         self._method, self._fps, self._window = method, fps, window
         self._tolerance, self._false_alarms = tolerance, false_alarms
@@ -472,7 +472,7 @@ def check_sync(
     methods: Sequence[str] = ("packets",),
     window: int = 60,
     tolerance: int = 3,
-    false_alarms: float = 1e-3,
+    false_alarms: float = 0.01,
     workers: int = 1,
     patience_s: float = 60.0,
 ) -> tuple[list[Finding], list[str]]:
@@ -583,7 +583,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, default=60, help="largest shift to look for, in frames")
     parser.add_argument("--tolerance", type=int, default=3, help="largest shift that is in sync, in frames")
     parser.add_argument(
-        "--false-alarms", type=float, default=1e-3, help="probability of a false alarm for each camera and method"
+        "--false-alarms", type=float, default=0.01, help="probability of a false alarm for each camera and method"
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
     parser.add_argument(

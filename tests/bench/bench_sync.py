@@ -141,10 +141,12 @@ def is_right(found: Finding, sample: Sample, kind: str, number: int, frames: int
     return cam in (found.cam, found.rival) and found.verdict == "shifted" and abs(offset - frames) <= 3
 
 
-def measure(samples: Sequence[Sample], method: str) -> dict[str, Score]:
+def measure(samples: Sequence[Sample], method: str, false_alarms: float) -> dict[str, Score]:
     """Compare all planted defects, the takes as they are, and the controls."""
     fps = samples[0].take.fps
-    detector = Detector({sample.take.group_id: sample.signals for sample in samples}, method, fps)
+    detector = Detector(
+        {sample.take.group_id: sample.signals for sample in samples}, method, fps, false_alarms=false_alarms
+    )
     scores: dict[str, Score] = {}
 
     def count(row: str, sample: Sample, signals: list[np.ndarray], planted: tuple[str, int, int] | None) -> None:
@@ -185,11 +187,12 @@ def measure(samples: Sequence[Sample], method: str) -> dict[str, Score]:
 def main() -> None:
     """Print a table for each method."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--takes", type=int, default=8, help="generated takes")
-    parser.add_argument("--actions", type=int, default=24, help="actions of each, about 1.15 s long")
-    parser.add_argument("--short", type=int, default=60, help="takes as short as those of the default dataset")
+    parser.add_argument("--takes", type=int, default=4, help="generated takes")
+    parser.add_argument("--actions", type=int, default=72, help="actions of each, about 1.15 s long")
+    parser.add_argument("--short", type=int, default=20, help="takes as short as those of the default dataset")
     parser.add_argument("--release", type=Path, help="folder of an Ego-Exo4D release that is in sync")
     parser.add_argument("--encode", type=int, default=1, help="cameras of each take of the release to encode again")
+    parser.add_argument("--false-alarms", type=float, default=0.01, help="see the command that is measured")
     parser.add_argument("--methods", nargs="+", default=["packets", "motion"])
     options = parser.parse_args()
     for method in options.methods:
@@ -211,7 +214,7 @@ def main() -> None:
             print(f"{method}: {spent_s / hours:.1f} s of CPU time to read an hour of video of the release")
         for name, samples in worlds.items():
             print(f"\n| {method}, {name} | takes | found | reports that are right |\n|---|---:|---:|---:|", flush=True)
-            for row, score in measure(samples, method).items():
+            for row, score in measure(samples, method, options.false_alarms).items():
                 print(score.row(row), flush=True)
 
 
