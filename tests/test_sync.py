@@ -99,7 +99,10 @@ def write_takes(root, late):
     write_index(root / "index", takes, "train", {})
 
 
-@pytest.mark.parametrize("method", ["packets", "motion"])
+METHODS = ["packets", pytest.param("motion", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_the_command_writes_offsets_that_the_index_builder_reads(tmp_path, method, capsys):
     write_takes(tmp_path, late=12)
     before = (tmp_path / "index" / "groups.jsonl").read_bytes()
@@ -125,10 +128,22 @@ def test_files_without_the_signal_are_named(tmp_path, toy_world, capsys):
     assert "--tolerance: got -1, allowed" in capsys.readouterr().err
 
 
-def test_no_false_alarm_in_the_generated_world(toy_world):
-    for method in ("packets", "motion"):
-        words = [str(toy_world / "ego_exo_clip"), "--root", str(toy_world), "--workers", "1", "--methods", method]
-        assert main(words) == 0, method
+@pytest.mark.parametrize("method", METHODS)
+def test_no_false_alarm_in_the_generated_world(toy_world, method):
+    words = [str(toy_world / "ego_exo_clip"), "--root", str(toy_world), "--workers", "1", "--methods", method]
+    assert main(words) == 0
+
+
+def test_frames_that_differ_from_the_one_before_are_motion(tmp_path):
+    rng = np.random.default_rng(0)
+    frames = np.full((120, 64, 64, 3), 100, np.uint8)
+    for at in (20, 47, 80):
+        frames[at:] = rng.integers(0, 255, (64, 64, 1), dtype=np.uint8)
+    encode(tmp_path / "video.mp4", frames, Camera(*[np.zeros((1, 3))] * 3, 50.0, 64, 64), FPS)
+    signal = read_signal(tmp_path / "video.mp4", "motion", FPS)
+    assert len(signal) == 120
+    for at in (20, 47, 80):
+        assert abs(int(signal[at - 8 : at + 8].argmax()) - 8) <= 2, at
 
 
 def test_the_loudness_of_sound_is_a_signal(tmp_path):

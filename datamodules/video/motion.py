@@ -124,7 +124,7 @@ def _sound(path: Path, fps: float, beat: Beat) -> Array:
             samples = frame.to_ndarray()
             values = samples.astype(np.float64)
             if samples.dtype.kind == "i":
-                values /= np.iinfo(samples.dtype).max
+                values /= 2.0 ** (8 * samples.itemsize - 1)
             if not frame.format.is_planar:
                 values = values.reshape(-1, len(frame.layout.channels)).T
             # The loudness of a video frame is the mean of several short blocks.
