@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from datamodules.batch import ClipBatch, Question, QuestionBatch, TextBatch
     from datamodules.clips.datamodule import ClipDataModule
     from datamodules.clips.dataset import ClipConfig
-    from datamodules.ego_exo_clip.assembly101 import Assembly101
     from datamodules.ego_exo_clip.build import BuildOptions, build_index
     from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule
-    from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
     from datamodules.ego_exo_clip.index import PairIndex, PairSource
+    from datamodules.ego_exo_clip.sources.assembly101 import Assembly101
+    from datamodules.ego_exo_clip.sources.ego_exo4d import EgoExo4D
     from datamodules.egoit.datamodule import InstructionDataModule
     from datamodules.egoit.mix import MixConfig, MixSource
     from datamodules.egoit.reader import ConversationFile
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "ego_exo_clip.assembly101": ("Assembly101",),
+    "ego_exo_clip.sources.assembly101": ("Assembly101",),
     "batch": ("ClipBatch", "Question", "QuestionBatch", "TextBatch"),
     "ego_exo_clip.build": ("BuildOptions", "build_index"),
     "video.errors": ("ClipDecodeError",),
@@ -61,7 +61,7 @@ _MODULES = {
     "clips.dataset": ("ClipConfig",),
     "clips.datamodule": ("ClipDataModule",),
     "egoit.reader": ("ConversationFile",),
-    "ego_exo_clip.ego_exo4d": ("EgoExo4D",),
+    "ego_exo_clip.sources.ego_exo4d": ("EgoExo4D",),
     "ego_exo_clip.datamodule": ("EgoExoClipDataModule",),
     "egoit.datamodule": ("InstructionDataModule",),
     "egoit.mix": ("MixConfig", "MixSource"),

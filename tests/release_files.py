@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.ego_exo_clip.build import BuildOptions, Selection, select_clips
-from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
 from datamodules.ego_exo_clip.index import NarratedClip
+from datamodules.ego_exo_clip.sources.ego_exo4d import EgoExo4D
 
 ARIA_STREAMS = {"slam-left": "1201-1", "slam-right": "1201-2", "rgb": "214-1", "et": "211-1"}
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from datamodules.clips.dataset import ClipConfig
-from datamodules.ego_exo_clip.assembly101 import Assembly101, action_text
 from datamodules.ego_exo_clip.build import build_index, main, select_clips
 from datamodules.ego_exo_clip.datamodule import EgoExoClipDataset
 from datamodules.ego_exo_clip.index import FilterCounts, PairIndex
+from datamodules.ego_exo_clip.sources.assembly101 import Assembly101, action_text
 from datamodules.io.annotations import SourceError
 
 SEGMENT = "id video start_frame end_frame action_id verb_id noun_id action_cls verb_cls noun_cls"

@@ -8,8 +8,8 @@ import pytest
 from release_files import by, clips_of, counts, description, lengths, select, stream, take_record, write_release
 
 from datamodules.ego_exo_clip.build import training_alpha
-from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D, camera_wearer_text, is_ego_camera
 from datamodules.ego_exo_clip.index import Group, View
+from datamodules.ego_exo_clip.sources.ego_exo4d import EgoExo4D, camera_wearer_text, is_ego_camera
 from datamodules.io.annotations import SourceError
 
 SAMPLES = Path(__file__).resolve().parents[2] / "shared/samples/ego_exo"

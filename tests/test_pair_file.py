@@ -14,7 +14,7 @@ from datamodules.clips.sampler import BatchRequest
 from datamodules.ego_exo_clip.build import build_index, main
 from datamodules.ego_exo_clip.datamodule import EgoExoClipDataModule, NarrationConfig
 from datamodules.ego_exo_clip.index import FILTERS_KEY, FilterCounts, PairIndex, read_header
-from datamodules.ego_exo_clip.pair_file import PairFile
+from datamodules.ego_exo_clip.sources.pair_file import PairFile
 from datamodules.io.annotations import SourceError
 from datamodules.tools import data_check
 

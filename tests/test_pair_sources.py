@@ -10,10 +10,10 @@ from test_clip_stream import make_video, painted
 from test_pair_file import pair_batch, shown
 
 from datamodules.ego_exo_clip.build import build_index
-from datamodules.ego_exo_clip.charades_ego import CharadesEgo, action_text
-from datamodules.ego_exo_clip.egoexo_fitness import EgoExoFitness
-from datamodules.ego_exo_clip.egoexolearn import EgoExoLearn
 from datamodules.ego_exo_clip.index import FilterCounts, read_header
+from datamodules.ego_exo_clip.sources.charades_ego import CharadesEgo, action_text
+from datamodules.ego_exo_clip.sources.egoexo_fitness import EgoExoFitness
+from datamodules.ego_exo_clip.sources.egoexolearn import EgoExoLearn
 from datamodules.io.annotations import SourceError
 
 

@@ -66,7 +66,7 @@ def test_cameras_in_sync_and_unrelated_ones_are_not_reported(detector):
         assert off(detector.compare(take(f"take {seed}"), other)) == {}, seed
 
 
-def test_drifts_and_lost_frames_are_told_from_shifts(detector):
+def test_drifts_and_lost_frames_are_not_reported_as_shifts(detector):
     cameras = signals(2)
     cameras[1] = np.delete(cameras[1], np.linspace(0, 1799, 22).astype(int)[1:-1])
     found = off(detector.compare(take("take 2"), cameras))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
+from datamodules.ego_exo_clip.sources.ego_exo4d import camera_wearer_text
 from datamodules.egobench.egoplan import EgoPlan
 from datamodules.io.annotations import Counts
 from datamodules.text import load_tokenizer

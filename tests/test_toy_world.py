@@ -21,8 +21,8 @@ import toy_views
 from toy_views import image_position
 
 from datamodules.ego_exo_clip.build import build_index, select_clips
-from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
 from datamodules.ego_exo_clip.index import PairIndex
+from datamodules.ego_exo_clip.sources.ego_exo4d import EgoExo4D
 from datamodules.egoit.reader import ConversationFile
 from datamodules.egoit.records import InstructionRecord, PromptFields
 from datamodules.egoit.sources.egotimeqa import EgoTimeQA

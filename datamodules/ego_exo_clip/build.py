@@ -43,7 +43,7 @@ from datamodules.ego_exo_clip.index import (
     read_header,
     write_index,
 )
-from datamodules.ego_exo_clip.pair_file import is_pair_file
+from datamodules.ego_exo_clip.sources.pair_file import is_pair_file
 from datamodules.io.annotations import SourceError
 from datamodules.io.plugins import add_field_options, first_argument, import_dataclass
 from datamodules.video.remote import data_path, require_reachable
@@ -51,13 +51,13 @@ from datamodules.video.remote import data_path, require_reachable
 FrameOffsets = Mapping[str, Mapping[str, int]]
 """Frames by which a camera's file lags, by group_id and camera."""
 SOURCES = {
-    "ego-exo4d": "datamodules.ego_exo_clip.ego_exo4d:EgoExo4D",
-    "assembly101": "datamodules.ego_exo_clip.assembly101:Assembly101",
-    "egoexo-fitness": "datamodules.ego_exo_clip.egoexo_fitness:EgoExoFitness",
-    "egoexolearn": "datamodules.ego_exo_clip.egoexolearn:EgoExoLearn",
-    "charades-ego": "datamodules.ego_exo_clip.charades_ego:CharadesEgo",
+    "ego-exo4d": "datamodules.ego_exo_clip.sources.ego_exo4d:EgoExo4D",
+    "assembly101": "datamodules.ego_exo_clip.sources.assembly101:Assembly101",
+    "egoexo-fitness": "datamodules.ego_exo_clip.sources.egoexo_fitness:EgoExoFitness",
+    "egoexolearn": "datamodules.ego_exo_clip.sources.egoexolearn:EgoExoLearn",
+    "charades-ego": "datamodules.ego_exo_clip.sources.charades_ego:CharadesEgo",
 }
-PAIR_FILE = "datamodules.ego_exo_clip.pair_file:PairFile"
+PAIR_FILE = "datamodules.ego_exo_clip.sources.pair_file:PairFile"
 """The source that reads a table."""
 
 

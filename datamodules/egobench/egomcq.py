@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
+from datamodules.ego_exo_clip.sources.ego_exo4d import camera_wearer_text
 from datamodules.egobench.base import Benchmark, fixed_subset, mapping_of, one_line, whole_number
 from datamodules.egobench.samples import Clip, Sample, TaskName
 from datamodules.io.annotations import Counts, Official, SourceError, number_of, option, read_json, text_of, try_parse

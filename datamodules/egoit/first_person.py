@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from datamodules.ego_exo_clip.ego_exo4d import spell_out_wearer
+from datamodules.ego_exo_clip.sources.ego_exo4d import spell_out_wearer
 
 _TAG = re.compile(r"#[CO]\s+")
 _SENTENCE = re.compile(r"[^.!?]+[.!?]*\s*")

@@ -13,7 +13,7 @@ import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
+from datamodules.ego_exo_clip.sources.ego_exo4d import camera_wearer_text
 from datamodules.toy_world.scene import (
     COLOURS,
     HANDS,

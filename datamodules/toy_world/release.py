@@ -35,8 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.ego_exo_clip.build import build_index, select_clips
-from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
 from datamodules.ego_exo_clip.index import Take as NarratedTake
+from datamodules.ego_exo_clip.sources.ego_exo4d import EgoExo4D
 from datamodules.egoit.sources.base import InstructionSource, convert
 from datamodules.egoit.sources.egoexolearn import EgoExoLearn
 from datamodules.egoit.sources.egotimeqa import FPS as QUESTION_FPS

@@ -23,8 +23,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from datamodules.ego_exo_clip.ego_exo4d import EgoExo4D
 from datamodules.ego_exo_clip.index import FilterCounts
+from datamodules.ego_exo_clip.sources.ego_exo4d import EgoExo4D
 from datamodules.tools.sync import Detector, Finding, TakeFiles
 from datamodules.toy_world.render import ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, simulate

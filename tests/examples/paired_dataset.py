@@ -22,8 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.ego_exo_clip.ego_exo4d import camera_wearer_text
 from datamodules.ego_exo_clip.index import FilterCounts, Group, Narration, View
+from datamodules.ego_exo_clip.sources.ego_exo4d import camera_wearer_text
 from datamodules.io.annotations import SourceError, option
 
 

@@ -1,0 +1,1 @@
+"""Sources of synchronized pairs, one file each."""
