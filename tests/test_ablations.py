@@ -83,7 +83,10 @@ def test_variants_differ_in_their_overrides_alone(stage):
         assert config["handoffs"]["stage2"] == f"runs/ablations/{second}/stage2/handoff"
         for key in SAME:
             assert config[key] == reference[key], (name, key)
-        assert config["model"]["init_args"]["optim"] == reference["model"]["init_args"]["optim"]
+        optim, expected = (c["model"]["init_args"]["optim"] for c in (config, reference))
+        if name.endswith("slow_encoder") and stage == "stage2":
+            expected = expected | {"lr_mult": expected["lr_mult"] | {"ego_encoder": 0.1}}
+        assert optim == expected
         if name not in ("a_more_steps", "b_more_steps", "ego_preparation"):
             assert config["trainer"]["max_steps"] == reference["trainer"]["max_steps"]
 
@@ -320,6 +323,8 @@ def test_what_is_not_whole_or_of_another_configuration_is_not_finished(waves):
     (job.folder / "metrics.json").unlink()
     assert not is_finished(job)
     finish(job)
+    (job.folder / "config.yaml").write_text(yaml.safe_dump(job.config | {"egobench": {"benchmarks": []}}))
+    assert is_finished(job)  # a run is not scored on benchmarks
     (job.folder / "config.yaml").write_text(yaml.safe_dump(job.config | {"threads": 7}))
     assert not is_finished(job)
 
@@ -385,6 +390,12 @@ def test_tables_of_what_is_finished_say_what_is_not(waves, content, tmp_path):
     assert "(of 1)" in text and kept["views"] == []
     with pytest.raises(ValueError, match="none of 7 runs is finished: run `make ablations` first"):
         results.write_results(PLANS["quick"], [], tmp_path, ["a"] * 7)
+
+
+def test_tables_without_the_control_have_no_differences(waves, content, tmp_path):
+    jobs = [job for wave in waves for job in wave if (job.variant, job.stage) == ("e_full", "stage2")]
+    text = results.write_results(PLANS["quick"], jobs, tmp_path, [])
+    assert "E = recommended" in text and "Minus" not in text
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers

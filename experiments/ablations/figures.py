@@ -84,7 +84,8 @@ def _stages(content: dict[str, Any]) -> Figure:
                 panel.errorbar(places, values, yerr=halves, marker="o", capsize=3, label=label)
             panel.set_ylabel(f"{score}, per cent")
         row[0].set_title(content["regimes"][regime], loc="left")
-        row[-1].legend(fontsize=7)
+        if row[-1].has_data():
+            row[-1].legend(fontsize=7)
     return figure
 
 
@@ -109,7 +110,7 @@ def _sweep(content: dict[str, Any]) -> Figure:
                 ]
                 means, halves = [100 * e["mean"] for _, e in line], [_half(e) for _, e in line]
                 color = "0.4" if variant == content["control"] else f"C{sweep['variants'].index(variant)}"
-                label, reached = names.get(variant, variant), [place for place, _ in line]
+                label, reached = names[variant], [place for place, _ in line]
                 panel.errorbar(reached, means, yerr=halves, marker="o", capsize=3, color=color, label=label)
         panels[0, column].axhline(0, color="black", linewidth=0.8)
         panels[0, column].set_ylabel(f"{score}, points above {names[content['control']]}")

@@ -199,7 +199,7 @@ def collect(plan: Plan, jobs: Iterable[Job]) -> dict[str, Any]:
         "code_versions": Counter(str(read_manifest(job.folder / "handoff")["code_version"]) for job in jobs),
         "interval": INTERVAL,
         "control": plan.control,
-        "names": {v: plan.name(v) for v in dict.fromkeys(run["variant"] for run in runs)},
+        "names": {v: plan.name(v) for v in (*plan.variants, *(run["variant"] for run in runs))},
         "headline": plan.headline,
         "regimes": {name: regime.title for name, regime in plan.regimes.items()},
         "sweep": asdict(plan.sweep) if plan.sweep else None,
@@ -290,7 +290,7 @@ def markdown(content: dict[str, Any]) -> str:
             lines += [f"### {stage}", "", _of_stage(content, means, regime, stage, variants), ""]
             if stage == "stage2":
                 lines += _mappings(content, regime, variants)
-            if others:
+            if others and content["control"] in variants:
                 lines += [f"Minus {content['names'][content['control']]}:", ""]
                 lines += [_of_stage(content, effects, regime, stage, others, signed=True), ""]
         if (regime, content["control"], "stage3") in places:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from experiments.ablations.plan import Job
 from lightning_modules.config import compose
@@ -62,7 +62,7 @@ def is_finished(job: Job) -> bool:
     file, handoff = job.folder / "config.yaml", job.folder / "handoff"
     if not file.is_file() or not is_answered(job.folder, handoff):
         return False
-    if compose(file, None) != job.config:
+    if _without_benchmarks(compose(file, None)) != _without_benchmarks(job.config):
         return False
     started_from = read_manifest(handoff).get("started_from", {})
     for part, source in (job.config["model"]["init_args"].get("init") or {}).items():
@@ -70,6 +70,11 @@ def is_finished(job: Job) -> bool:
         if (before / "manifest.json").is_file() and read_manifest(before)["digest"] != started_from.get(part):
             return False
     return True
+
+
+def _without_benchmarks(config: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the benchmarks, which no run of a sweep is scored on: a new one makes no finished run stale."""
+    return {key: value for key, value in config.items() if key != "egobench"}
 
 
 def _interrupt(*_: object) -> NoReturn:
