@@ -231,6 +231,7 @@ def build(config: dict[str, Any]) -> Run:
     if datamodule.clips.pad_rgb is None:
         datamodule.clips = replace(datamodule.clips, pad_rgb=stage.network.encoder_shape.mean_rgb)
     check_stage(stage, datamodule.clips, datamodule.encoder.max_text_tokens)
+    stage.check_data(datamodule)
     if datamodule.micro_batch_size is not None:
         if trainer.accumulate_grad_batches != 1:
             raise ConfigError(

@@ -1,6 +1,8 @@
 """Experiments as YAML: layers, interpolation, and that every one of them binds to the code."""
 
+import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -455,6 +457,15 @@ def test_padding_has_the_mean_colour_of_the_encoder(toy_world):
     siglip = ["network.encoder.image_mean=[0.5, 0.5, 0.5]"]
     for changes, colour in ((siglip, (127, 127, 127)), ([], PAD_RGB), (["clips.pad_rgb=[1, 2, 3]"], (1, 2, 3))):
         assert build(compose(TOY, "stage1", [*overrides(toy_world), *changes])).datamodule.clips.pad_rgb == colour
+
+
+def test_pairs_that_are_not_synchronised_are_refused_before_weights_are_read(toy_world, tmp_path):
+    shutil.copytree(toy_world / "ego_exo_clip", tmp_path / "index")
+    header = tmp_path / "index" / "index.json"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"synchronised": False}))
+    config = compose(TOY, "stage2", [*overrides(toy_world), f"data.init_args.index={tmp_path}/index"])
+    with pytest.raises(ValueError, match=r"views of data\.index are not synchronised: set"):
+        build(config)
 
 
 def test_runs_reaches_the_handoffs_of_earlier_stages(tmp_path):

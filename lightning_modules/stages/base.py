@@ -197,6 +197,20 @@ class Stage(L.LightningModule, ABC):
             for part, source in self.sources.items():
                 require_fit(source, model.part(part))
 
+    def check_data(self, datamodule: object) -> None:
+        """Check that the losses suit the data, before any weights are read.
+
+        Args:
+            datamodule: of the run.
+
+        Raises:
+            ValueError: they do not; the message names the key to change.
+        """
+
+    def on_fit_start(self) -> None:
+        """Check the data once more, for a Trainer that was not built by ``run``."""
+        self.check_data(getattr(self.trainer, "datamodule", None))
+
     def start_from(self, sources: dict[str, str]) -> None:
         """Replace the initial weights of some parts."""
         self.init |= {part: [source] for part, source in sources.items()}

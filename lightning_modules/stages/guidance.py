@@ -202,6 +202,11 @@ class DemonstratorLearnerGuidance(Stage):
             raise ValueError(
                 f"model.kl.align: got {kl.align}, but model.kl.pool is all, which leaves no positions: set one to none"
             )
+        if kl.where == "tokens" and len(self.network.visual_inputs) < 2:
+            raise ValueError(
+                f"model.kl.where: got tokens, but network.visual_inputs is [{self.network.visual_inputs[0]}], without "
+                "F(x): set network.visual_inputs to [ego, mapped], or model.kl.where to patches"
+            )
         if cycle.delta <= 0:
             raise ValueError(f"model.cycle.delta: got {cycle.delta}, allowed: above 0")
         if not 0 <= selection.least <= 1:
@@ -246,16 +251,10 @@ class DemonstratorLearnerGuidance(Stage):
             {view: FeatureStandardizer(width, "ema", statistics=self.statistics) for view in views}
         )
 
-    def on_fit_start(self) -> None:
-        """Refuse to compare tokens of F(x) where there are none, and instants of views that are not synchronised."""
-        super().on_fit_start()
-        if self.kl.where == "tokens" and len(self.network.visual_inputs) < 2:
-            raise ValueError(
-                f"model.kl.where: got tokens, but network.visual_inputs is [{self.network.visual_inputs[0]}]: set "
-                "network.visual_inputs to [ego, mapped], or model.kl.where to patches"
-            )
+    def check_data(self, datamodule: object) -> None:
+        """Refuse losses that compare instants of views that are not synchronised."""
         compares_instants = self.guides_by_features and self.kl.pool != "all"
-        if compares_instants and not getattr(getattr(self.trainer, "datamodule", None), "synchronised", True):
+        if compares_instants and not getattr(datamodule, "synchronised", True):
             raise ValueError(
                 f"model.kl.pool: got {self.kl.pool}, which compares y and F(x) at the same instants, but the views of "
                 "data.index are not synchronised: set model.kl.pool to all, model.kl.weight to 0, or use AnswerGuidance"
