@@ -68,6 +68,13 @@ VARIANTS = list(PLANS["full"].variants)
 SAME = ("seed_everything", "clips", "data_root", "tokenizer", "start")
 
 
+BEGUN_BY = {  # stage 3 alone, from another variant's stage 2
+    "e_without_lora": "e_full",
+    "e_few_instructions": "e_full",
+    "b_few_instructions": "b_mapping_alone",
+}
+
+
 def variant_config(name, stage):
     shared = [f"handoffs.{earlier}=runs/toy_fair/{earlier}/handoff" for earlier in ("stage0", "stage1")]
     given = [f"experiment=ablations/{name}", *shared, *PLANS["full"].overrides_of(name, stage)]
@@ -79,7 +86,7 @@ def test_variants_differ_in_their_overrides_alone(stage):
     reference = compose(tiny.EXPERIMENTS / "toy_fair", stage)
     for name in VARIANTS:
         config = variant_config(name, stage)
-        second = "e_full" if name == "e_without_lora" else name
+        second = BEGUN_BY.get(name, name)
         assert config["handoffs"]["stage2"] == f"runs/ablations/{second}/stage2/handoff"
         for key in SAME:
             assert config[key] == reference[key], (name, key)
@@ -127,7 +134,7 @@ def test_a_seed_reaches_order_dropout_and_narrated_takes_but_not_stage_0(tmp_pat
                 made = tmp_path / "prepared" / f"seed{job.seed}" / "toy_fair" / "stage1"
                 assert config["handoffs"]["stage1"] == f"{made}/handoff"
             if job.stage == "stage3":
-                second = "e_full" if job.variant == "e_without_lora" else job.variant
+                second = BEGUN_BY.get(job.variant, job.variant)
                 made = tmp_path / job.group / f"seed{job.seed}" / "ablations" / second / "stage2"
                 assert config["handoffs"]["stage2"] == f"{made}/handoff"
 

@@ -43,3 +43,26 @@ def test_a_run_for_each_seed(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compare_runs.main()
     assert "--minus: got 2 folders for 1: name as many" in capsys.readouterr().err
+
+
+def test_answers_from_one_input_are_paired_with_those_from_all(tmp_path, monkeypatch, capsys):
+    folder = write(tmp_path / "run", 3)
+    rows = [
+        {
+            "clip": f"{take}/{clip}",
+            "ego_visible": clip > 0,
+            "task": "choice",
+            "question": "Which?",
+            "right": {"x": clip < 1, "mapped": clip < 3, "both": clip < 3},
+        }
+        for take in ("a", "b")
+        for clip in range(4)
+    ]
+    (folder / "consistency.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", ["compare_runs", str(folder), "--minus", str(folder), "--alone", "x"])
+    compare_runs.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:] == [
+        "| choice | 75.0 | 25.0 | +50.0 [+50.0, +50.0] |",
+        "| choice, hidden | 100.0 | 100.0 | +0.0 [+0.0, +0.0] |",
+    ]

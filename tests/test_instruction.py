@@ -220,6 +220,26 @@ def test_a_mixed_epoch_is_the_same_on_any_number_of_ranks(toy_tokenizer, tmp_pat
         assert drawn(samples, epoch, world) == drawn(samples, epoch)
 
 
+def test_a_share_of_the_videos_is_the_same_in_all_sources(toy_tokenizer, tmp_path, capsys):
+    files = [write(tmp_path, name, 60, video=lambda n: f"{n // 3}.mp4") for name in ("one", "two")]
+
+    def videos(share, seed=0):
+        samples = mixed(toy_tokenizer, tmp_path, [MixSource(file, videos=share) for file in files], seed=seed).read()
+        assert samples.sizes[0] == samples.sizes[1]
+        used = [str(samples.span(index, 0).paths["ego"].name) for index in range(len(samples))]
+        assert set(Counter(used).values()) == {6}  # all records of a video, or none
+        return set(used)
+
+    tenth, half = videos(0.2), videos(0.5)
+    assert 1 <= len(tenth) < len(half) < 20 and tenth < half and videos(1.0) == {f"{n}.mp4" for n in range(20)}
+    assert videos(0.5, seed=1) != half
+    assert f"{files[0]}: {60 - 3 * len(tenth)} records left out (videos: 0.2)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"one\.jsonl: videos is 1e-09, which leaves no record"):
+        mixed(toy_tokenizer, tmp_path, [MixSource(files[0], videos=1e-9)]).read()
+    with pytest.raises(ValueError, match=r"videos is 1\.5, allowed: above 0, up to 1"):
+        MixSource("a.jsonl", videos=1.5)
+
+
 def test_splits_choose_records_and_files_name_sources(toy_tokenizer, tmp_path, capsys):
     both = write(tmp_path, "both", 10, split=lambda n: ("train", "val")[n % 2])
     samples = mixed(toy_tokenizer, tmp_path, [MixSource(both, splits=["val"]), write(tmp_path, "other", 3)]).read()

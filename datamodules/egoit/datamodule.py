@@ -242,7 +242,7 @@ class InstructionDataModule(ClipDataModule):
 
         Raises:
             InvalidRecords: records are invalid or no template fits them; names those of all files.
-            ValueError: a file has no record of its splits.
+            ValueError: a file has no record of its splits or videos.
         """
         store = RecordStore(raw=self.style is None)
         problems: list[str] = []
@@ -251,12 +251,17 @@ class InstructionDataModule(ClipDataModule):
         for source in self.sources:
             before, file = len(store), ConversationFile(Path(source.file), text_only=self.text_only)
             found: Counter[str] = Counter()
+            unused = 0
             for record in file:
                 found[str(record.split)] += 1
-                if source.splits is None or record.split in source.splits:
-                    if problem := self._problem(record):
-                        file.problems.append(f"{source.file}: record {record.id}: {problem}")
-                    store.append(record)
+                if source.splits is not None and record.split not in source.splits:
+                    continue
+                if not source.uses(record.video, self.seed):
+                    unused += 1
+                    continue
+                if problem := self._problem(record):
+                    file.problems.append(f"{source.file}: record {record.id}: {problem}")
+                store.append(record)
             problems += file.problems
             sizes.append(len(store) - before)
             if report := file.report():
@@ -264,6 +269,10 @@ class InstructionDataModule(ClipDataModule):
             # A misspelt split would silently leave its records out.
             wanted = found.keys() if source.splits is None else set(source.splits)
             there = ", ".join(sorted(found)) or "no record at all"
+            if unused:
+                rank_zero_only(print)(f"{source.file}: {unused:,} records left out (videos: {source.videos:g})")
+            if unused and not sizes[-1]:
+                raise ValueError(f"data.sources: {source.file}: videos is {source.videos:g}, which leaves no record")
             if not file.problems and (wanted - found.keys() or not sizes[-1]):
                 splits = ", ".join(sorted(wanted - found.keys())) or "any split"
                 raise ValueError(f"data.sources: {source.file}: no record of {splits} in it, but {there}")

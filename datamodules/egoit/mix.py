@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,15 @@ class MixSource:
         weight: share of the epoch relative to the other sources' weights; for all sources or none.
         samples: number of samples in an epoch. If the source has fewer, some are repeated; if it has more, they take
             turns from epoch to epoch.
+        videos: share of its videos that are used, for training with less text. Chosen by the seed of the data and the
+            path of the video, so that sources about the same videos, and smaller shares, keep the same ones.
     """
 
     file: str
     splits: list[str] | None = None
     weight: float | None = None
     samples: int | None = None
+    videos: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges of the values."""
@@ -36,6 +40,13 @@ class MixSource:
             raise ValueError(f"data.sources: {self.file}: weight is {self.weight}, allowed: above 0")
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"data.sources: {self.file}: samples is {self.samples}, allowed: 1 or more")
+        if not 0 < self.videos <= 1:
+            raise ValueError(f"data.sources: {self.file}: videos is {self.videos}, allowed: above 0, up to 1")
+
+    def uses(self, video: str, seed: int) -> bool:
+        """Return True if a video is one of those that are used."""
+        digest = hashlib.sha256(f"{seed}/{video}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < self.videos * 2**64
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class _SourceRecord(Record):
     splits: list[str] | None = None
     weight: float | None = None
     samples: int | None = None
+    videos: float = 1.0
 
 
 _SOURCE = TypeAdapter(_SourceRecord)
@@ -88,7 +100,7 @@ def mix_source(given: str | Mapping[str, Any] | MixSource, key: str) -> MixSourc
     if not isinstance(given, Mapping):
         raise ValueError(f"{key}: got {given!r}, allowed: a path, or a mapping with a file")
     record = validate(_SOURCE, dict(given), key)
-    return MixSource(record.file, record.splits, record.weight, record.samples)
+    return MixSource(record.file, record.splits, record.weight, record.samples, record.videos)
 
 
 NATURAL = MixConfig()

@@ -2,7 +2,8 @@
 
 Folders are those of stages, such as ``runs/toy_fair/stage2``, several for several seeds. The first one of A is compared
 with the first one of B, and so on. Differences are taken question by question, averaged over the seeds, and get a 95 %
-interval by bootstrap over takes, since clips of one take are alike.
+interval by bootstrap over takes, since clips of one take are alike. With ``--alone x`` or ``--alone mapped``, B answers
+from that visual input alone, so that A and B may be the same stage.
 """
 
 from __future__ import annotations
@@ -39,6 +40,21 @@ def read(folder: Path) -> dict[str, dict[Key, float]]:
     return found
 
 
+def read_alone(folder: Path, given: str) -> dict[str, dict[Key, float]]:
+    """Return the scores of answers from one visual input, ``x`` or ``mapped``, in the form of ``read``."""
+    found: dict[str, dict[Key, float]] = defaultdict(dict)
+    before: Counter[tuple[str, str, str]] = Counter()
+    for line in (folder / "consistency.jsonl").read_text(encoding="utf-8").splitlines():
+        answer = json.loads(line)
+        name, clip, question = answer["task"].partition("_")[0], answer["clip"], answer["question"]
+        key = (clip, question, before[name, clip, question])
+        before[name, clip, question] += 1
+        found[name][key] = float(answer["right"][given])
+        if not answer["ego_visible"]:
+            found[f"{name}, hidden"][key] = float(answer["right"][given])
+    return found
+
+
 def interval(differences: dict[Key, list[float]]) -> tuple[float, float, float]:
     """Return the mean of differences and the ends of its interval."""
     by_take: dict[str, list[float]] = defaultdict(list)
@@ -57,12 +73,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", type=Path, metavar="A", help="folders of finished stages")
     parser.add_argument("--minus", nargs="+", type=Path, metavar="B", required=True, help="as many to compare with")
+    parser.add_argument("--alone", choices=("x", "mapped"), help="visual input that B answers from")
     options = parser.parse_args()
     if len(options.stages) != len(options.minus):
         parser.error(f"--minus: got {len(options.minus)} folders for {len(options.stages)}: name as many")
-    pairs = [(read(ours), read(theirs)) for ours, theirs in zip(options.stages, options.minus, strict=True)]
+    pairs = [
+        (read(ours), read_alone(theirs, options.alone) if options.alone else read(theirs))
+        for ours, theirs in zip(options.stages, options.minus, strict=True)
+    ]
     print("| per cent | A | B | A - B |\n|---|---:|---:|---:|")
     for name in [*SCORES, *(f"{name}, hidden" for name in SCORES[:2])]:
+        if not all(of[name] for pair in pairs for of in pair):
+            continue  # captions are not asked from one input alone
         differences: dict[Key, list[float]] = defaultdict(list)
         for ours, theirs in pairs:
             for key in sorted(ours[name].keys() & theirs[name].keys()):
