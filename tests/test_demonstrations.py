@@ -64,6 +64,7 @@ def overrides(toy_world, weights, tmp_path_factory):
         "model.init_args.answer_tokens=5",
         "model.init_args.top_k=1000",
         "model.init_args.cycle.weight=0",
+        "model.init_args.kl.detach_input=false",
         "model.init_args.demonstrations=${runs}/demonstrations",
         "data.init_args.narration={ego_text_fraction: 0.5}",
         "data.init_args.held_out=null",

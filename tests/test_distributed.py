@@ -30,7 +30,7 @@ STAGES = list(tiny.STAGES)
 STEPS = 4
 ROUNDING = 2e-5
 ANSWERS = ["model.class_path=lightning_modules.AnswerGuidance", "model.init_args.answer_tokens=4"]
-ANSWERS += ["model.init_args.init.exo_projector=${handoffs.stage1}:projector"]
+ANSWERS += ["model.init_args.init.exo_projector=${handoffs.stage1}:projector", "model.init_args.kl.detach_input=false"]
 ANSWERS += ["data.init_args.narration={ego_text_fraction: 0.5}"]  # some ranks have captions to generate, others none
 SMALL = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=int8"]
 BF16 = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=bfloat16"]

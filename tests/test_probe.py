@@ -59,15 +59,17 @@ def test_a_finished_stage_2_is_probed(arguments, runs, capsys):
         assert all(0 <= row[column] <= 1 for column in ("y", "x", "mapped", "most frequent"))
         assert 0 < row["training clips"] <= 32
     kl = found["kl"]["validation"]
-    # Two steps leave F at the identity, and the ego encoder a copy of the demonstrator.
-    assert kl["guidance/mapping_change"] < 0.05
+    # Two steps leave F near the identity, and the ego encoder a copy of the demonstrator.
+    assert kl["guidance/mapping_change"] < 0.1
     assert kl["guidance/kl"] == pytest.approx(kl["guidance/kl_without_mapping"], rel=0.05)
     assert 0 < kl["guidance/kl_mean"] < kl["guidance/kl_uniform"] * 1.5
     assert found["kl"]["training"]["other_camera"] > 0
     assert "mean of y at each position" in printed and "another camera" in printed
     assert found["gradients"].keys() == {"vtg", "kl", "cycle"}
     assert found["gradients"]["vtg"]["exo_to_ego"] == 0 < found["gradients"]["cycle"]["exo_to_ego"]
-    assert all(norms["ego_encoder"] > 0 for norms in found["gradients"].values())
+    # The losses of features reach F alone (`detach_input`).
+    reached = {name for name, norms in found["gradients"].items() if norms["ego_encoder"] > 0}
+    assert reached == {"vtg"} and all(norms["ego_to_exo"] > 0 for norms in found["gradients"].values())
 
 
 def test_a_stage_without_guidance_or_without_weights_is_refused(arguments, capsys, tmp_path):
