@@ -43,7 +43,7 @@ def test_a_loss_and_a_fourth_stage(toy_world, toy_runs, tmp_path, monkeypatch):
     tags = ("1_train/loss_kl", "5_guidance/kl", "5_guidance/cosine")
     for kl, feature_kl, cosine in zip(*(stage2[tag] for tag in tags), strict=True):
         assert 0 < cosine < 2
-        assert kl == pytest.approx(feature_kl + 0.2 * cosine, rel=1e-5)
+        assert kl == pytest.approx(10 * (feature_kl + 0.2 * cosine), rel=1e-5)  # `kl.weight` of the default experiment
     monkeypatch.syspath_prepend(EXAMPLES)
     for stage in ("stage3", "stage4"):
         assert main(["fit", str(EXAMPLES / "mine"), stage, *options]) == 0

@@ -59,9 +59,9 @@ def test_a_finished_stage_2_is_probed(arguments, runs, capsys):
         assert all(0 <= row[column] <= 1 for column in ("y", "x", "mapped", "most frequent"))
         assert 0 < row["training clips"] <= 32
     kl = found["kl"]["validation"]
-    # Two steps leave F near the identity, and the ego encoder a copy of the demonstrator.
+    # Two steps leave F near the identity, but on its way to y.
     assert kl["guidance/mapping_change"] < 0.1
-    assert kl["guidance/kl"] == pytest.approx(kl["guidance/kl_without_mapping"], rel=0.05)
+    assert 0.8 < kl["guidance/kl"] / kl["guidance/kl_without_mapping"] < 1
     assert 0 < kl["guidance/kl_mean"] < kl["guidance/kl_uniform"] * 1.5
     assert found["kl"]["training"]["other_camera"] > 0
     assert "mean of y at each position" in printed and "another camera" in printed

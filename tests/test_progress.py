@@ -118,7 +118,7 @@ def test_scores_on_one_line():
 def test_one_curve_for_each_schedule():
     def optimizer(*peaks):
         parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in peaks]
-        names = ("projector", "projector_vectors", "lora", "lora_vectors")
+        names = ("projector_vectors", "projector", "lora", "lora_vectors")
         groups = [
             {"params": [parameter], "lr": peak / 2, "initial_lr": peak, "name": name}
             for parameter, peak, name in zip(parameters, peaks, names, strict=True)

@@ -204,7 +204,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     rates: dict[float, tuple[str, float]] = {}
     for group in optimizer.param_groups:
         peak = group.get("initial_lr", group["lr"])
-        rates.setdefault(peak, (f"optim/lr_{group['name']}", group["lr"]))
+        rates.setdefault(peak, (f"optim/lr_{group['name'].removesuffix('_vectors')}", group["lr"]))
     if len(rates) == 1:
         return {"optim/lr": optimizer.param_groups[0]["lr"]}
     return dict(rates.values())
