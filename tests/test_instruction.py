@@ -234,10 +234,11 @@ def test_a_share_of_the_videos_is_the_same_in_all_sources(toy_tokenizer, tmp_pat
     assert 1 <= len(tenth) < len(half) < 20 and tenth < half and videos(1.0) == {f"{n}.mp4" for n in range(20)}
     assert videos(0.5, seed=1) != half
     assert f"{files[0]}: {60 - 3 * len(tenth)} records left out (videos: 0.2)" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"one\.jsonl: videos is 1e-09, which leaves no record"):
+    with pytest.raises(ValueError, match=r"one\.jsonl: videos is 1e-09, which leaves no record: raise it"):
         mixed(toy_tokenizer, tmp_path, [MixSource(files[0], videos=1e-9)]).read()
     with pytest.raises(ValueError, match=r"videos is 1\.5, allowed: above 0, up to 1"):
         MixSource("a.jsonl", videos=1.5)
+    assert MixSource("a.jsonl", videos=1e-9).uses("", seed=0)  # text without video
 
 
 def test_splits_choose_records_and_files_name_sources(toy_tokenizer, tmp_path, capsys):

@@ -272,7 +272,9 @@ class InstructionDataModule(ClipDataModule):
             if unused:
                 rank_zero_only(print)(f"{source.file}: {unused:,} records left out (videos: {source.videos:g})")
             if unused and not sizes[-1]:
-                raise ValueError(f"data.sources: {source.file}: videos is {source.videos:g}, which leaves no record")
+                raise ValueError(
+                    f"data.sources: {source.file}: videos is {source.videos:g}, which leaves no record: raise it"
+                )
             if not file.problems and (wanted - found.keys() or not sizes[-1]):
                 splits = ", ".join(sorted(wanted - found.keys())) or "any split"
                 raise ValueError(f"data.sources: {source.file}: no record of {splits} in it, but {there}")

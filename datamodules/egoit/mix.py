@@ -44,7 +44,9 @@ class MixSource:
             raise ValueError(f"data.sources: {self.file}: videos is {self.videos}, allowed: above 0, up to 1")
 
     def uses(self, video: str, seed: int) -> bool:
-        """Return True if a video is one of those that are used."""
+        """Return True if a video is one of those that are used; text without video ("") always is."""
+        if self.videos == 1 or not video:
+            return True
         digest = hashlib.sha256(f"{seed}/{video}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.videos * 2**64
 
