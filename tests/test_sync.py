@@ -9,10 +9,11 @@ import pytest
 
 from datamodules.ego_exo_clip.build import _frame_offsets
 from datamodules.ego_exo_clip.index import Group, NarratedClip, Narration, Take, View, write_index
-from datamodules.tools.sync import Detector, TakeFiles, correlate, main
+from datamodules.tools.sync import main
 from datamodules.toy_world.render import Camera
 from datamodules.toy_world.video import encode
 from datamodules.video.motion import _standardised, read_signal
+from datamodules.video.synchrony import Detector, TakeFiles, correlate
 
 FPS = 30
 CAMS = ("aria01", "cam01", "cam02", "cam03")

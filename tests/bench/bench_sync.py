@@ -25,11 +25,11 @@ import numpy as np
 
 from datamodules.ego_exo_clip.index import FilterCounts
 from datamodules.ego_exo_clip.sources.ego_exo4d import EgoExo4D
-from datamodules.tools.sync import Detector, Finding, TakeFiles
 from datamodules.toy_world.render import ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, simulate
 from datamodules.toy_world.video import encode
 from datamodules.video.motion import read_signal
+from datamodules.video.synchrony import Detector, Finding, TakeFiles
 
 SHIFTS = (0, 1, 2, 3, 5, 10, 20, 30)
 FPS = 15
