@@ -11,12 +11,12 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from datamodules.io.parallel import Beat
 from datamodules.video.errors import Damaged, NotAVideo, NoTimes, error_text
 from datamodules.video.media import open_input
 from datamodules.video.probe import file_stamp, open_video
 
 Array = NDArray[np.float64]
-Beat = Callable[[], None]
 
 HIGH_PASS_S = 1.0
 SMOOTH_S = 0.13  # the frames between two P-frames at 30 per second, whose sizes depend on each other
