@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.utils import _pytree
@@ -58,6 +58,11 @@ def ignore_signals(trainer: L.Trainer) -> None:
 def set_process_group_timeout(strategy: DDPStrategy | ModelParallelStrategy, timeout: timedelta) -> None:
     """Set how long the processes wait for each other; must come before they meet."""
     _replace(strategy, "_timeout", timeout)
+
+
+def needs_every_gradient(strategy: Strategy) -> bool:
+    """Return whether a step in which some trained parameters get no gradient would hang or fail."""
+    return isinstance(strategy, DDPStrategy) and not _get(strategy, "_ddp_kwargs").get("find_unused_parameters")
 
 
 def shard_over_all_processes(strategy: ModelParallelStrategy) -> None:

@@ -1,4 +1,4 @@
-"""The three losses of Exo2Ego (arXiv 2503.09143): video-text generation, cycle consistency, guidance.
+"""The losses of Exo2Ego (arXiv 2503.09143), video-text generation, cycle consistency and guidance, and word grounding.
 
 Clips that could not be read are masked (``ClipBatch.valid``): they add nothing to a loss and give no gradient, while
 the other clips keep their weight, so that it matters neither how a batch is split nor which ranks know of the failure.
@@ -36,6 +36,45 @@ def vtg_loss(logits: Tensor, targets: Tensor, label_tokens: float) -> Tensor:
         float scalar; averaged over ranks and accumulated micro-batches it is the mean over the global batch's tokens.
     """
     return F.cross_entropy(logits, targets, reduction="sum") / label_tokens
+
+
+def grounding_loss(
+    visual: Tensor, words: Tensor, ids: Tensor, clip: Tensor, shown: Tensor, scale: float = 20.0
+) -> Tensor:
+    """Word grounding: in which clips of the micro-batch does the answer have a word, told from the visual tokens?
+
+    A clip's score for a word is the log-mean-exp over its visual tokens of ``scale`` times the cosine between the token
+    and the word's embedding, so that visual tokens turn into words that the language model knows. Words are compared
+    between the clips of the micro-batch alone: embeddings are centred on their mean, scores on theirs, and a word that
+    all or none of the clips have adds nothing. FILIP (arXiv 2111.07783) compares images and captions by tokens, too.
+
+    Args:
+        visual: float [B, N, D].
+        words: float [M, D], embeddings of the answers' tokens; they are targets and get no gradient.
+        ids: int64 [M], the tokens.
+        clip: int64 [M], the row of each token's clip.
+        shown: bool [B], whether a row has a video, and it could be read.
+        scale: of the cosine.
+
+    Returns:
+        float scalar >= 0: binary cross-entropy, summed over different words and averaged over the clips with video.
+    """
+    some = shown.sum().clamp(min=1)
+    same = (ids[:, None] == ids).float()
+    in_clip = (torch.arange(len(visual), device=clip.device)[:, None] == clip).float()  # [B, M]
+    present = ((in_clip @ same) > 0).float() * shown[:, None]  # [B, M]
+    share = present.sum(0) / some
+    tells = (share > 0) & (share < 1)
+    weight = tells / same.sum(0)  # a word that occurs several times counts once
+    words = words.detach().float()
+    centre = (weight[:, None] * words).sum(0) / weight.sum().clamp(min=1)
+    words = F.normalize(words - centre, dim=-1)
+    scores = scale * F.normalize(visual.float(), dim=-1) @ words.T  # [B, N, M]
+    scores = scores.logsumexp(1) - math.log(visual.shape[1])
+    scores = scores - (scores * shown[:, None]).sum(0) / some
+    logits = scores + torch.logit(share.where(tells, 0.5))
+    each = F.binary_cross_entropy_with_logits(logits, present, reduction="none") * shown[:, None]
+    return (each.sum(0) * weight).sum() / some
 
 
 class NextTokens(NamedTuple):

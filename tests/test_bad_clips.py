@@ -394,7 +394,9 @@ def masked(batch, *rows):
 
 
 def stage_of(name, tokenizer):
-    stage = tiny.make_stage(name, tokenizer, **({"bow_weight": 1.0} if name == "stage0" else {}))
+    stage = tiny.make_stage(
+        name, tokenizer, **({"bow_weight": 1.0, "grounding_weight": 1.0} if name == "stage0" else {})
+    )
     if name == "stage0":
         stage.trainer = L.Trainer(logger=False, enable_checkpointing=False)
         stage.trainer.datamodule = type("Data", (), {"clips": ClipConfig(tiny.FRAMES, tiny.SIZE)})

@@ -10,10 +10,12 @@ import lightning as L
 import pytest
 import tiny
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_modules import compat
 
 ROOT = tiny.EXPERIMENTS.parent
+STRATEGIES = {"ddp": True, "ddp_find_unused_parameters_true": False, "fsdp2": False}
 FILES = sorted((ROOT / "lightning_modules").rglob("*.py"))
 # Names that begin with an underscore and are documented, or belong to other packages.
 PUBLIC = {"_replace", "_exit", "_current_frames", "_attn_implementation"}
@@ -42,7 +44,15 @@ def test_a_module_without_a_trainer_has_none():
     assert compat.attached_trainer(L.LightningModule()) is None
 
 
+def test_ddp_alone_needs_every_gradient():
+    needs = {
+        s: compat.needs_every_gradient(L.Trainer(accelerator="cpu", devices=2, strategy=s).strategy) for s in STRATEGIES
+    }
+    assert needs == STRATEGIES
+
+
 GONE = [
+    lambda: compat.needs_every_gradient(DDPStrategy.__new__(DDPStrategy)),
     lambda: compat.set_process_group_timeout(SimpleNamespace(), timedelta(seconds=1)),
     lambda: compat.ignore_signals(SimpleNamespace()),
     lambda: compat.micro_batches_done(SimpleNamespace(fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()))),

@@ -32,6 +32,8 @@ ROUNDING = 2e-5
 ANSWERS = ["model.class_path=lightning_modules.AnswerGuidance", "model.init_args.answer_tokens=4"]
 ANSWERS += ["model.init_args.init.exo_projector=${handoffs.stage1}:projector", "model.init_args.kl.detach_input=false"]
 ANSWERS += ["data.init_args.narration={ego_text_fraction: 0.5}"]  # some ranks have captions to generate, others none
+GROUNDING = ["model.init_args.grounding_weight=0.5", "model.init_args.grounding_steps=2"]
+UNUSED = ["fsdp2", "ddp_find_unused_parameters_true"]  # strategies that do not wait for gradients that never come
 SMALL = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=int8"]
 BF16 = ["trainer.precision=bf16-mixed", "model.init_args.frozen_dtype=bfloat16"]
 
@@ -84,8 +86,8 @@ def memory_for_some(runs, world):
 @pytest.fixture(scope="module")
 def by_two(alone, toy_world, tmp_path_factory):
     """The same stages by two processes, each from the stage weights that one process wrote, and one stage by four."""
-    names = ("ddp", "fsdp2", "chain", "four", "bf16", "small", "answers", "auto")
-    runs = {name: tmp_path_factory.mktemp(name) for name in names}
+    names = ["ddp", "fsdp2", "chain", "four", "bf16", "small", "answers", "auto", *(f"grounding {s}" for s in UNUSED)]
+    runs = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in names}
     two = "trainer.devices=2"
     commands = [
         arguments(stage, toy_world, runs[strategy], alone, two, f"trainer.strategy={strategy}")
@@ -102,6 +104,10 @@ def by_two(alone, toy_world, tmp_path_factory):
         arguments("stage3", toy_world, runs["small"], alone, two, *SMALL, "trainer.strategy=fsdp2_cpu_offload")
     ]
     commands += [arguments("stage2", toy_world, runs["answers"], alone, two, "trainer.strategy=fsdp2", *ANSWERS)]
+    commands += [
+        arguments("stage0", toy_world, runs[f"grounding {s}"], alone, two, f"trainer.strategy={s}", *GROUNDING)
+        for s in UNUSED
+    ]
     recorder = [{"class_path": "ranks.RecomputedParts", "init_args": {"folder": str(runs["auto"])}}]
     commands += [
         arguments(
@@ -129,6 +135,12 @@ def test_two_processes_learn_what_one_does(alone, by_two, strategy, stage):
     print(f"{stage} {strategy}: largest difference of a weight {difference:.1e}")
     assert difference < ROUNDING
     torch.testing.assert_close(losses(by_two[strategy], stage), losses(alone, stage), rtol=1e-5, atol=1e-5)
+
+
+def test_strategies_agree_on_steps_without_the_language_model(by_two, alone):
+    """They compare the clips of each rank, which one process would not."""
+    sharded, whole = (weights(by_two[f"grounding {strategy}"], "stage0") for strategy in UNUSED)
+    assert largest_difference(sharded, whole) < ROUNDING < largest_difference(whole, weights(alone, "stage0"))
 
 
 def test_every_process_recomputes_what_the_smallest_device_needs(alone, by_two):

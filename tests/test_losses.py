@@ -15,6 +15,7 @@ from lightning_modules.losses import (
     contrastive_loss,
     cross_view_attention,
     cycle_consistency_loss,
+    grounding_loss,
     guidance_kl_loss,
     log_distributions,
     vtg_loss,
@@ -35,6 +36,67 @@ def test_vtg_by_hand():
     logits = torch.tensor([[0.0, 0.0], [0.0, LN3]])  # p(target) 1/2 and 1/4
     loss = vtg_loss(logits, torch.tensor([0, 0]), label_tokens=2)
     torch.testing.assert_close(loss, torch.tensor(1.5 * math.log(2)))
+
+
+def grounding(visual, texts, shown=None, scale=3.0):
+    """Clips of visual tokens and the token ids of their answers; the word of id i has the unit vector of axis i."""
+    visual = torch.tensor(visual, dtype=torch.float)
+    ids = torch.tensor([token for text in texts for token in text])
+    clip = torch.tensor([row for row, text in enumerate(texts) for _ in text])
+    shown = torch.ones(len(texts), dtype=torch.bool) if shown is None else torch.tensor(shown)
+    words = torch.eye(visual.shape[-1])[ids]
+    return grounding_loss(visual, words, ids, clip, shown, scale)
+
+
+def test_grounding_by_hand():
+    # Words 0 and 1, centred, point opposite ways, and each clip has one visual token along its own word.
+    along = [[[1.0, 0.0]], [[0.0, 1.0]]]
+    score = 3 / math.sqrt(2)  # the cosine of 45 degrees
+    expected = 2 * math.log1p(math.exp(-score))  # two words, averaged over two clips that are equally wrong
+    torch.testing.assert_close(grounding(along, [[0], [1]]), torch.tensor(expected))
+    swapped = grounding(along, [[1], [0]])
+    torch.testing.assert_close(swapped, torch.tensor(2 * math.log1p(math.exp(score))))
+
+
+def test_grounding_takes_the_log_mean_exp_over_visual_tokens():
+    first = [[1.0, -1.0], [-1.0, 1.0]]  # one token for word 0, one against it
+    score = math.log((math.exp(3) + math.exp(-3)) / 2)
+    other = [[-1.0, 1.0], [-1.0, 1.0]]
+    centred = (score + 3) / 2  # of both clips' scores for word 0
+    both = math.log1p(math.exp(-centred)) + math.log1p(math.exp(-(3 - score) / 2))
+    torch.testing.assert_close(grounding([first, other], [[0], [1]]), torch.tensor(both))
+
+
+def test_grounding_starts_at_the_entropy_of_the_words():
+    """Equal visual tokens tell nothing, so that each word is as likely as it is frequent."""
+    same = [[[1.0, 2.0, 3.0, 4.0]]] * 4
+    loss = grounding(same, [[0, 1], [0, 1], [0, 2], [0]])
+    entropy = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (0.5, 0.25)]
+    torch.testing.assert_close(loss, torch.tensor(sum(entropy)))
+
+
+def test_grounding_counts_each_word_once_and_rows_with_video_alone():
+    visual = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0)).tolist()
+    expected = grounding(visual, [[0, 1], [0, 2], [3]])
+    torch.testing.assert_close(grounding(visual, [[0, 1, 1, 0], [2, 0], [3, 3]]), expected)
+    hidden = [*visual, [[9.0, 9.0, 9.0, 9.0]] * 2]
+    torch.testing.assert_close(grounding(hidden, [[0, 1], [0, 2], [3], []], [True, True, True, False]), expected)
+
+
+@pytest.mark.parametrize("texts", [[[0]], [[]]])
+def test_grounding_of_a_single_clip_is_zero_with_zero_gradients(texts):
+    visual = torch.ones(1, 2, 3, requires_grad=True)
+    ids = torch.tensor([token for text in texts for token in text], dtype=torch.long)
+    loss = grounding_loss(visual, torch.eye(3)[ids], ids, torch.zeros_like(ids), torch.tensor([True]))
+    loss.backward()
+    assert loss == 0 and not visual.grad.any()
+
+
+def test_grounding_leaves_the_embeddings_alone():
+    visual, words = torch.randn(2, 1, 3, requires_grad=True), torch.eye(3)[:2].requires_grad_()
+    one_each = torch.tensor([0, 1])
+    grounding_loss(visual, words, one_each, one_each, torch.tensor([True, True])).backward()
+    assert words.grad is None and visual.grad.any()
 
 
 def test_vtg_of_unequal_micro_batches_averages_to_the_mean_over_all_tokens():

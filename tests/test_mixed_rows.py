@@ -87,7 +87,9 @@ def test_texts_are_not_joined_as_if_they_were_about_one_clip(read):
 @pytest.mark.parametrize(("name", "view"), [("stage0", "exo"), ("stage3", "ego")])
 def test_no_loss_of_a_text_depends_on_visual_parameters_whose_gradients_are_zeros(read, toy_tokenizer, name, view):
     batch = batch_of(read(TEXT, text_only=True, view=view, size=tiny.SIZE))
-    options = {"bow_weight": 0.5, "num_frames": tiny.FRAMES} if name == "stage0" else {}
+    options = {}
+    if name == "stage0":
+        options = {"bow_weight": 0.5, "grounding_weight": 0.5, "num_frames": tiny.FRAMES}
     stage = tiny.make_stage(name, toy_tokenizer, network=tiny.network(dropout=0.0), **options)
     stage.configure_model()
     tiny.scatter(stage)

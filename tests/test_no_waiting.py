@@ -38,7 +38,9 @@ class NoWaiting(TorchDispatchMode):
 
 
 def stage_and_batch(name, tokenizer, **changes):
-    extra = {"bow_weight": 0.5, "num_frames": tiny.FRAMES} if name == "stage0" else {}
+    extra = {}
+    if name == "stage0":
+        extra = {"bow_weight": 0.5, "grounding_weight": 0.5, "num_frames": tiny.FRAMES}
     if name == "stage2":
         extra = {"contrastive": ContrastiveConfig(0.1), "cycle": CycleConfig(norm="channel_std")}
         extra["selection"] = SelectionConfig("likelihood", least=0.01)

@@ -786,6 +786,25 @@ def test_bag_of_words_loss_by_hand(toy_tokenizer):
     torch.testing.assert_close(loss, torch.tensor(-(first + second) / 2))
 
 
+def test_grounding_steps_leave_the_language_model_out(toy_tokenizer):
+    stage = tiny.make_stage("stage0", toy_tokenizer, grounding_weight=0.5, grounding_steps=2)
+    losses, steps = stage.losses, []
+
+    def recorded(batch):
+        values = losses(batch)
+        steps.append(set(values))
+        return values
+
+    stage.losses = recorded
+    trainer(4).fit(stage, DataLoader([tiny.clip_batch() for _ in range(4)], batch_size=None))
+    assert steps == [{"grounding"}] * 2 + [{"grounding", "vtg"}] * 2
+
+
+def test_grounding_steps_need_a_weight(toy_tokenizer):
+    with pytest.raises(ValueError, match=r"model\.grounding_steps: got 5 with model\.grounding_weight 0"):
+        tiny.make_stage("stage0", toy_tokenizer, grounding_steps=5)
+
+
 # ---------------------------------------------------------------------------------------------------------- optimiser
 
 

@@ -49,10 +49,10 @@ class RunReport(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Warn in the first step about trained parameters without a gradient."""
-        if trainer.global_step:
-            return
+        """Warn in the first step of all losses about trained parameters without a gradient."""
         stage: Stage = pl_module  # type: ignore[assignment]
+        if trainer.global_step != stage.partial_steps:
+            return
         idle = [f"{part}.{name}" for part, name, parameter in stage.trainable() if parameter.grad is None]
         if idle:
             rank_zero_warn(f"{len(idle)} trained parameters get no gradient, e.g. {', '.join(idle[:3])}")

@@ -84,6 +84,8 @@ class Stage(L.LightningModule, ABC):
     """Parts that train."""
     views: ClassVar[tuple[str, ...]] = ("ego",)
     """Views that the validation questions are asked about."""
+    partial_steps: int = 0
+    """First steps, in which some of the trained parts get no gradient."""
 
     def __init__(
         self,
