@@ -181,10 +181,13 @@ def conversation(take: Take, action: Action, rng: np.random.Generator, with_capt
     """Return four turns about one clip in random order; with probability ``with_caption``, one asks for the caption.
 
     In a world with phrasings there are two, since a pretrained language model needs less practice in answering, and
-    later answers of a conversation can be read off earlier ones.
+    later answers of a conversation can be read off earlier ones. Its captions are phrased as narrations are, which a
+    language model that is frozen in the later stages could not learn there.
     """
     asked = [(question, answer) for _, question, answer in answers(take, action, rng)]
-    captions = [(CAPTION_INSTRUCTION, caption(take, action))] if rng.random() < with_caption else []
+    narrated = camera_wearer_text(take.narration(action))
+    assert narrated is not None
+    captions = [(CAPTION_INSTRUCTION, narrated)] if rng.random() < with_caption else []
     count = 2 if take.world.phrasings else 4
     turns = captions + [asked[i] for i in rng.permutation(len(asked))[: count - len(captions)]]
     messages: list[dict[str, str]] = []
