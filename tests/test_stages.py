@@ -800,6 +800,16 @@ def test_grounding_steps_leave_the_language_model_out(toy_tokenizer):
     assert steps == [{"grounding"}] * 2 + [{"grounding", "vtg"}] * 2
 
 
+def test_ddp_cannot_leave_a_trained_language_model_out(toy_tokenizer):
+    options = {"grounding_weight": 0.5, "grounding_steps": 2}
+    stages = [tiny.make_stage("stage0", toy_tokenizer, train=train, **options) for train in (None, ["projector"])]
+    for stage in stages:
+        stage.trainer = trainer(4, devices=2, strategy="ddp")
+    with pytest.raises(ValueError, match=r"trainer\.strategy: ddp, .* in the first 2 steps"):
+        stages[0].configure_model()
+    stages[1].configure_model()
+
+
 def test_grounding_steps_need_a_weight(toy_tokenizer):
     with pytest.raises(ValueError, match=r"model\.grounding_steps: got 5 with model\.grounding_weight 0"):
         tiny.make_stage("stage0", toy_tokenizer, grounding_steps=5)

@@ -70,9 +70,10 @@ class Initialisation(Stage):
     def configure_model(self) -> None:
         """Refuse a strategy that waits for gradients of the language model in the grounding steps, then build."""
         trainer = attached_trainer(self)
-        if self.partial_steps and trainer is not None and needs_every_gradient(trainer.strategy):
+        idle = self.partial_steps if "language_model" in self.trained else 0
+        if idle and trainer is not None and needs_every_gradient(trainer.strategy):
             raise ValueError(
-                f"trainer.strategy: ddp, but the language model gets no gradient in the first {self.partial_steps} "
+                f"trainer.strategy: ddp, but the language model gets no gradient in the first {idle} "
                 "steps (model.grounding_steps): set it to ddp_find_unused_parameters_true or fsdp2"
             )
         super().configure_model()
