@@ -34,6 +34,20 @@ class _Movable:
         return self
 
 
+def supervised_places(labels: Tensor) -> Tensor:
+    """Return the places of the supervised tokens in flattened rows; a row's first is none, as nothing predicts it.
+
+    Args:
+        labels: int64 [R, L], ``IGNORE_INDEX`` where not supervised. On a GPU the host waits for their number.
+
+    Returns:
+        int64 [M].
+    """
+    marked = labels != IGNORE_INDEX
+    marked[:, :1] = False
+    return marked.flatten().nonzero().flatten()
+
+
 @dataclass
 class TextBatch(_Movable):
     """Right-padded rows of text.
@@ -62,11 +76,8 @@ class TextBatch(_Movable):
         return super().pin_memory()
 
     def _find_supervised(self) -> None:
-        """Find the supervised tokens; the first of a row is none, as nothing predicts it."""
         if self.labels.is_cpu and not self.labels.is_pinned():
-            marked = self.labels != IGNORE_INDEX
-            marked[:, :1] = False
-            self.supervised = marked.flatten().nonzero().flatten()
+            self.supervised = supervised_places(self.labels)
 
 
 @dataclass

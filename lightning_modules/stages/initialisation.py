@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch
+from datamodules.batch import IGNORE_INDEX, VIDEO_TOKEN_ID, ClipBatch, supervised_places
 from lightning_modules.compat import attached_trainer, needs_every_gradient
 from lightning_modules.losses import grounding_loss, vtg_loss
 from lightning_modules.model.exo2ego import Exo2EgoModel
@@ -115,10 +115,9 @@ class Initialisation(Stage):
         return losses
 
     def _grounding_loss(self, visual: Tensor, batch: ClipBatch) -> Tensor:
-        text, supervised = batch.text, batch.text.supervised
-        if supervised is None:
-            supervised = (text.labels != IGNORE_INDEX).flatten().nonzero().flatten()
-        ids = text.labels.flatten()[supervised]
+        text = batch.text
+        supervised = supervised_places(text.labels) if text.supervised is None else text.supervised
+        ids = text.labels.flatten().index_select(0, supervised)
         shown = (text.input_ids == VIDEO_TOKEN_ID).any(1) & batch.valid
         words = self.model.language_model.embed(ids)
         return grounding_loss(visual, words, ids, supervised // text.labels.shape[1], shown)
