@@ -417,6 +417,18 @@ def test_yes_and_no_are_about_as_frequent_and_right(preset):
     assert abs(replies.count("yes") / len(replies) - 0.5) < 0.06
 
 
+def test_yes_no_questions_about_attributes_are_as_often_true_as_not():
+    replies = []
+    for take, action, rng in actions("rich", 60):
+        truth, known = truth_of(take, action), questions.vocabulary(take.world)
+        rows = questions.yes_no_questions(take, action, rng)
+        for (question, answer), (kind, form) in zip(rows, questions.YES_NO_QUESTIONS.items(), strict=True):
+            (asked,) = [text for text in known[kind] if form.format(text) == question]
+            assert answer == ("yes" if asked == truth[kind] else "no")
+            replies.append(answer)
+    assert abs(replies.count("yes") / len(replies) - 0.5) < 0.06
+
+
 def truth_of(take, action):
     return {**questions.parts(take, action), "caption": questions.caption(take, action)}
 
@@ -530,7 +542,10 @@ def test_the_tokenizer_knows_every_word_of_its_world(toy_tokenizer, tmp_path):
         tokenizer = load_tokenizer(str(tmp_path / "rich" if preset == "rich" else toy_tokenizer))
         for take, action, rng in actions(preset, 20):
             rows = questions.answers(take, action, rng)
-            for text in [questions.caption(take, action), *(text for row in rows for text in row[1:])]:
+            texts = [questions.caption(take, action), *(text for row in rows for text in row[1:])]
+            if take.world.phrasings:
+                texts += [question for question, _ in questions.yes_no_questions(take, action, rng)]
+            for text in texts:
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"]
                 assert tokenizer.unk_token_id not in ids
                 assert tokenizer.decode(ids) == text
@@ -553,13 +568,17 @@ def test_the_rich_world_says_the_same_in_several_ways():
     assert kinds == set(PRESETS["rich"].named_kinds) and len(kinds) == 9
 
 
-def test_the_rich_world_asks_some_questions_with_options(tmp_path):
+def test_the_rich_world_asks_some_questions_with_options_and_many_for_yes_or_no(tmp_path):
     generate(tmp_path / "rich", replace(SMALL, preset="rich"), workers=1)
     file = ConversationFile(tmp_path / "rich" / "instructions" / "egotimeqa.jsonl")
-    tasks = Counter(record.prompt.task for record in file)
-    assert not file.problems and tasks["mcq"] >= 5 and tasks["qa"] >= 5
-    for record in file:
-        assert len(record.prompt.options) == (4 if record.prompt.task == "mcq" else 0)
+    prompts = [record.prompt for record in file]
+    assert not file.problems
+    assert all(len(prompt.options) == (4 if prompt.task == "mcq" else 0) for prompt in prompts)
+    assert sum(prompt.task == "mcq" for prompt in prompts) >= 5
+    # Of the nine questions about a clip, the last four are yes-no questions without options.
+    about_attributes = [prompt for number, prompt in enumerate(prompts) if number % 9 >= 5]
+    assert {(prompt.task, prompt.target) for prompt in about_attributes} == {("qa", "yes"), ("qa", "no")}
+    assert sum(prompt.task == "qa" for prompt in prompts) >= len(about_attributes) + 5
 
 
 def test_the_vocabulary_of_the_default_world_is_fixed(toy_tokenizer):

@@ -64,6 +64,13 @@ PHRASED_QUESTIONS = {
     ),
 }
 """Questions by kind in a world with phrasings; the first are those of the other worlds."""
+YES_NO_QUESTIONS = {
+    "verb": "Is it true that the camera-wearer {} an object?",
+    "object": "Is the object that the camera-wearer uses a {}?",
+    "colour": "Is the object that the camera-wearer uses {}?",
+    "hand": "Does the camera-wearer use the {} hand?",
+}
+"""Questions about one attribute each, in a world with phrasings."""
 ACTION_QUESTION = "What does the camera-wearer do with the object?"
 _FRAMES = (
     "{}",
@@ -136,6 +143,17 @@ def answers(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[
         texts = {kind: phrasings[int(rng.integers(len(phrasings)))] for kind, phrasings in PHRASED_QUESTIONS.items()}
     rows = [(kind, texts[kind], truth[kind]) for kind in ("verb", "object", "colour", "hand")]
     return [*rows, ("check", texts["check"].format(thing=asked.phrase), "yes" if yes else "no")]
+
+
+def yes_no_questions(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Return a question and an answer for each entry of ``YES_NO_QUESTIONS``; yes and no are equally likely."""
+    truth, known = parts(take, action), vocabulary(take.world)
+    rows = []
+    for kind, question in YES_NO_QUESTIONS.items():
+        yes = bool(rng.random() < 0.5)
+        asked = truth[kind] if yes else str(rng.choice([text for text in known[kind] if text != truth[kind]]))
+        rows.append((question.format(asked), "yes" if yes else "no"))
+    return rows
 
 
 def phrase(verb: str, thing: Thing, hand: str) -> str:
@@ -238,11 +256,11 @@ def write_tokenizer(folder: Path, world: World = PRESETS["easy"]) -> None:
     texts = [CAPTION_INSTRUCTION, *QUESTIONS.values(), "yes no", "{thing}", *_MORE_TEXTS]
     texts += [full_caption(verb, thing, hand) for verb, thing, hand in product(VERBS, things, HANDS)]
     if world.phrasings:
-        texts += chain(*PHRASED_QUESTIONS.values())
+        texts += [*chain(*PHRASED_QUESTIONS.values()), *YES_NO_QUESTIONS.values()]
         texts += [camera_wearer_text(phrasing.format(verb="", thing="", hand="")) or "" for phrasing in PHRASINGS]
     words: set[str] = set()
     for text in texts:
-        words.update(_MARKS.findall(text.replace("{thing}", "")))
+        words.update(_MARKS.findall(text.replace("{thing}", "").replace("{}", "")))
     specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
     vocabulary = {word: index for index, word in enumerate(specials + sorted(words))}
     # Encoding splits at spaces and around marks; decoding joins marks to their words again.

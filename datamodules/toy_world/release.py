@@ -50,7 +50,7 @@ from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, VERBS, Action, Take, World, simulate
 from datamodules.toy_world.video import encode
 
-FORMAT = 5
+FORMAT, FORMATS = 5, {"rich": 6}  # of a world, unless it is of a preset that changed since
 SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000, "benchmark": 400_000}
 CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initialisation and practice takes show
 
@@ -116,7 +116,7 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
     Raises:
         WorldExists: ``root`` holds something else; nothing is deleted.
     """
-    described = {"format": FORMAT, **asdict(settings)}
+    described = {"format": FORMATS.get(settings.preset, FORMAT), **asdict(settings)}
     counter = settings.frame_counter
     seeds = [SEEDS["benchmark"] + settings.seed * 1_000_000 + index for index in range(settings.benchmark_takes)]
     if root.exists():
@@ -406,12 +406,18 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
     more = {"hand": ["both", "neither"], "check": ["maybe", "partly"]}
     rows = []
     for number, (session, take) in enumerate(takes.items()):
-        rng = np.random.default_rng([number, 6])
+        rng, yes_no_rng = np.random.default_rng([number, 6]), np.random.default_rng([number, 7])
         for action, (start_s, end_s) in zip(take.actions, shown[session], strict=True):
             middle, half = QUESTION_FPS * (start_s + end_s) / 2, QUESTION_FPS * (end_s - start_s) / mean_s / 2
+            asked = []
             for kind, question, answer in questions.answers(take, action, rng):
                 texts = questions.vocabulary(take.world)[kind] + more.get(kind, [])
                 wrong = [text for text in texts if text != answer]
+                asked.append((question, answer, [wrong[i] for i in rng.permutation(len(wrong))[:3]]))
+            if take.world.phrasings:
+                # Yes or no is learnt from many questions, in a conversation without others that give the answer away.
+                asked += [(*row, []) for row in questions.yes_no_questions(take, action, yes_no_rng)]
+            for question, answer, wrong in asked:
                 rows.append(
                     {
                         "video_id": session,
@@ -422,7 +428,7 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
                         "moment_end_frame": middle + half,
                         "start_sec": start_s,
                         "end_sec": end_s,
-                        "wrong_answers": [wrong[i] for i in rng.permutation(len(wrong))[:3]],
+                        "wrong_answers": wrong,
                     }
                 )
     _write_json(folder / "annotations.EgoTimeQA.json", rows)

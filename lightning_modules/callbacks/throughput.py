@@ -165,7 +165,7 @@ class TrainingMonitor(L.Callback):
         return torch.as_tensor(reduced).cpu()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print medians over the run without the first window, in which caches and allocators fill, and remarks."""
+        """Print the peak memory, medians without the first window, in which caches and allocators fill, and remarks."""
         stage: Stage = pl_module  # type: ignore[assignment]
         stage.measures = False
         windows = self.windows[1:] or self.windows
@@ -180,7 +180,7 @@ class TrainingMonitor(L.Callback):
                 f"{trainer.global_step} steps: {median['perf/step_ms']:.0f} ms a step{spread}, "
                 f"{median['perf/samples_per_s']:.1f} samples/s{mfu}, "
                 f"{100 * median['perf/data_wait']:.0f} % of the time waiting for data{worst}, "
-                f"peak memory {median['perf/peak_memory_gib']:.1f} GiB"
+                f"peak memory {self.windows[-1]['perf/peak_memory_gib']:.1f} GiB"
             )
             for remark in stage.remarks(self.written):
                 print(f"note: {remark}")
