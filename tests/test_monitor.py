@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.batch import IGNORE_INDEX
+from lightning_modules.callbacks import throughput
 from lightning_modules.callbacks.throughput import TrainingMonitor
 from lightning_modules.losses import loss_by_source
 
@@ -108,6 +109,14 @@ def test_nothing_is_written_where_nothing_is_mixed(toy_tokenizer, tmp_path):
     (written,) = curves(tmp_path, tiny.make_stage("stage3", toy_tokenizer), [tiny.clip_batch()], **options)
     assert "train/loss" in written
     assert not [key for key in written if key.startswith("data/")]
+
+
+def test_the_last_line_gives_the_peak_memory_of_the_whole_run(toy_tokenizer, tmp_path, monkeypatch, capsys):
+    peaks = iter([1.0, 2.0, 3.0, 9.5])
+    monkeypatch.setattr(throughput, "_peak_gib", lambda device: next(peaks))
+    options = {"max_steps": 4, "callbacks": [TrainingMonitor(every_n_steps=1)]}
+    curves(tmp_path, tiny.make_stage("stage3", toy_tokenizer), [tiny.clip_batch()] * 4, **options)
+    assert "peak memory 9.5 GiB" in capsys.readouterr().out
 
 
 class ByRank(IterableDataset):

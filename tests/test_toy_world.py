@@ -580,6 +580,11 @@ def test_the_rich_world_asks_some_questions_with_options_and_many_for_yes_or_no(
     assert {(prompt.task, prompt.target) for prompt in about_attributes} == {("qa", "yes"), ("qa", "no")}
     assert sum(prompt.task == "qa" for prompt in prompts) >= len(about_attributes) + 5
 
+    header = tmp_path / "rich" / "world.json"
+    header.write_text(header.read_text().replace('"format": 6', '"format": 5'))
+    with pytest.raises(WorldExists, match=r"rich: holds a world with other settings \(format: 5, not 6\): remove it"):
+        generate(tmp_path / "rich", replace(SMALL, preset="rich"), workers=1)
+
 
 def test_the_vocabulary_of_the_default_world_is_fixed(toy_tokenizer):
     """Its size is that of the default experiment's language model."""

@@ -50,7 +50,8 @@ from datamodules.toy_world.render import Camera, ego_camera, exo_camera, render
 from datamodules.toy_world.scene import PRESETS, VERBS, Action, Take, World, simulate
 from datamodules.toy_world.video import encode
 
-FORMAT, FORMATS = 5, {"rich": 6}  # of a world, unless it is of a preset that changed since
+FORMAT = 5
+_FORMAT_OF_PRESET = {"rich": 6}  # of presets that changed since
 SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000, "benchmark": 400_000}
 CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initialisation and practice takes show
 
@@ -116,7 +117,7 @@ def generate(root: Path, settings: Settings, workers: int) -> bool:
     Raises:
         WorldExists: ``root`` holds something else; nothing is deleted.
     """
-    described = {"format": FORMATS.get(settings.preset, FORMAT), **asdict(settings)}
+    described = {"format": _FORMAT_OF_PRESET.get(settings.preset, FORMAT), **asdict(settings)}
     counter = settings.frame_counter
     seeds = [SEEDS["benchmark"] + settings.seed * 1_000_000 + index for index in range(settings.benchmark_takes)]
     if root.exists():
