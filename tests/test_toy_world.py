@@ -417,16 +417,24 @@ def test_yes_and_no_are_about_as_frequent_and_right(preset):
     assert abs(replies.count("yes") / len(replies) - 0.5) < 0.06
 
 
-def test_yes_no_questions_about_attributes_are_as_often_true_as_not():
-    replies = []
+def test_comparisons_are_right_and_yes_is_as_frequent_as_no():
+    replies, numbers = [], set()
     for take, action, rng in actions("rich", 60):
-        truth, known = truth_of(take, action), questions.vocabulary(take.world)
-        rows = questions.yes_no_questions(take, action, rng)
-        for (question, answer), (kind, form) in zip(rows, questions.YES_NO_QUESTIONS.items(), strict=True):
-            (asked,) = [text for text in known[kind] if form.format(text) == question]
-            assert answer == ("yes" if asked == truth[kind] else "no")
+        truth = {**truth_of(take, action), "check": take.things[action.thing].phrase}
+        rows = questions.comparisons(take, action, rng)
+        for (question, answer, options), (kind, form) in zip(
+            rows[:10], 2 * list(questions.YES_NO_QUESTIONS.items()), strict=True
+        ):
+            assert not options
+            assert re.fullmatch(re.escape(form).replace(r"\{\}", ".+"), question)
+            assert answer == ("yes" if question == form.format(truth[kind]) else "no")
             replies.append(answer)
+        for (question, answer, options), kind in zip(rows[10:], questions.parts(take, action), strict=True):
+            assert question in questions.PHRASED_QUESTIONS[kind] and answer == truth[kind]
+            assert options.count(answer) == 1 and len(set(options)) == len(options)
+            numbers.add(len(options))
     assert abs(replies.count("yes") / len(replies) - 0.5) < 0.06
+    assert numbers == {2, 3, 4}
 
 
 def truth_of(take, action):
@@ -544,7 +552,7 @@ def test_the_tokenizer_knows_every_word_of_its_world(toy_tokenizer, tmp_path):
             rows = questions.answers(take, action, rng)
             texts = [questions.caption(take, action), *(text for row in rows for text in row[1:])]
             if take.world.phrasings:
-                texts += [question for question, _ in questions.yes_no_questions(take, action, rng)]
+                texts += [question for question, _, _ in questions.comparisons(take, action, rng)]
             for text in texts:
                 ids = tokenizer(text, add_special_tokens=False)["input_ids"]
                 assert tokenizer.unk_token_id not in ids
@@ -568,21 +576,23 @@ def test_the_rich_world_says_the_same_in_several_ways():
     assert kinds == set(PRESETS["rich"].named_kinds) and len(kinds) == 9
 
 
-def test_the_rich_world_asks_some_questions_with_options_and_many_for_yes_or_no(tmp_path):
+def test_the_rich_world_asks_some_questions_with_options_and_many_that_compare(tmp_path):
     generate(tmp_path / "rich", replace(SMALL, preset="rich"), workers=1)
     file = ConversationFile(tmp_path / "rich" / "instructions" / "egotimeqa.jsonl")
     prompts = [record.prompt for record in file]
     assert not file.problems
     assert all(len(prompt.options) == (4 if prompt.task == "mcq" else 0) for prompt in prompts)
-    assert sum(prompt.task == "mcq" for prompt in prompts) >= 5
-    # Of the nine questions about a clip, the last four are yes-no questions without options.
-    about_attributes = [prompt for number, prompt in enumerate(prompts) if number % 9 >= 5]
-    assert {(prompt.task, prompt.target) for prompt in about_attributes} == {("qa", "yes"), ("qa", "no")}
-    assert sum(prompt.task == "qa" for prompt in prompts) >= len(about_attributes) + 5
+    assert 5 <= sum(prompt.task == "mcq" for prompt in prompts) <= len(prompts) - 5
+
+    comparisons = ConversationFile(tmp_path / "rich" / "instructions" / "comparisons.jsonl")
+    forms = Counter(record.prompt.task for record in comparisons)
+    assert not comparisons.problems
+    assert forms == {"qa": 2 * len(prompts), "mcq": 4 * len(prompts) // 5}
+    assert len({record.id for record in comparisons}) == forms.total()
 
     header = tmp_path / "rich" / "world.json"
-    header.write_text(header.read_text().replace('"format": 6', '"format": 5'))
-    with pytest.raises(WorldExists, match=r"rich: holds a world with other settings \(format: 5, not 6\): remove it"):
+    header.write_text(header.read_text().replace('"format": 7', '"format": 6'))
+    with pytest.raises(WorldExists, match=r"rich: holds a world with other settings \(format: 6, not 7\): remove it"):
         generate(tmp_path / "rich", replace(SMALL, preset="rich"), workers=1)
 
 

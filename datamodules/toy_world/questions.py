@@ -69,8 +69,9 @@ YES_NO_QUESTIONS = {
     "object": "Is the object that the camera-wearer uses a {}?",
     "colour": "Is the object that the camera-wearer uses {}?",
     "hand": "Does the camera-wearer use the {} hand?",
+    "check": QUESTIONS["check"].format(thing="{}"),
 }
-"""Questions about one attribute each, in a world with phrasings."""
+"""Questions about one attribute each and one about colour and kind, in a world with phrasings."""
 ACTION_QUESTION = "What does the camera-wearer do with the object?"
 _FRAMES = (
     "{}",
@@ -145,14 +146,27 @@ def answers(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[
     return [*rows, ("check", texts["check"].format(thing=asked.phrase), "yes" if yes else "no")]
 
 
-def yes_no_questions(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Return a question and an answer for each entry of ``YES_NO_QUESTIONS``; yes and no are equally likely."""
-    truth, known = parts(take, action), vocabulary(take.world)
-    rows = []
-    for kind, question in YES_NO_QUESTIONS.items():
-        yes = bool(rng.random() < 0.5)
-        asked = truth[kind] if yes else str(rng.choice([text for text in known[kind] if text != truth[kind]]))
-        rows.append((question.format(asked), "yes" if yes else "no"))
+def comparisons(take: Take, action: Action, rng: np.random.Generator) -> list[tuple[str, str, list[str]]]:
+    """Return a (question, answer, options) for everything that is asked by comparing texts with a clip.
+
+    Two yes-no questions for each entry of ``YES_NO_QUESTIONS``, without options and with yes and no equally likely;
+    then a question about each attribute with two to four options.
+    """
+    truth, known, used = parts(take, action), vocabulary(take.world), take.things[action.thing]
+    rows: list[tuple[str, str, list[str]]] = []
+    for kind, question in 2 * list(YES_NO_QUESTIONS.items()):
+        if yes := bool(rng.random() < 0.5):
+            asked = used.phrase if kind == "check" else truth[kind]
+        elif kind == "check":
+            asked = _other_thing(take, used, rng).phrase
+        else:
+            asked = str(rng.choice([text for text in known[kind] if text != truth[kind]]))
+        rows.append((question.format(asked), "yes" if yes else "no", []))
+    for kind, answer in truth.items():
+        wrong = [text for text in known[kind] if text != answer]
+        options = [answer, *rng.permutation(wrong)[: rng.integers(1, 4)].tolist()]
+        phrasings = PHRASED_QUESTIONS[kind]
+        rows.append((phrasings[int(rng.integers(len(phrasings)))], answer, rng.permutation(options).tolist()))
     return rows
 
 

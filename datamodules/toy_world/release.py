@@ -51,7 +51,7 @@ from datamodules.toy_world.scene import PRESETS, VERBS, Action, Take, World, sim
 from datamodules.toy_world.video import encode
 
 FORMAT = 5
-_FORMAT_OF_PRESET = {"rich": 6}  # of presets that changed since
+_FORMAT_OF_PRESET = {"rich": 7}  # of presets that changed since
 SEEDS = {"train": 0, "val": 100_000, "initialisation": 200_000, "practice": 300_000, "benchmark": 400_000}
 CLIP_SHARE = 0.66  # of an action, around its middle, that the clips of initialisation and practice takes show
 
@@ -375,6 +375,8 @@ def _write_practice(root: Path, settings: Settings, workers: int) -> None:
     ]
     for source in sources:
         convert(source, root / "instructions" / f"{source.name}.jsonl")
+    if settings.world.phrasings:
+        _write_jsonl(root / "instructions" / "comparisons.jsonl", _comparisons(takes))
 
 
 def _write_egtea(folder: Path, takes: dict[str, Take]) -> None:
@@ -407,7 +409,7 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
     more = {"hand": ["both", "neither"], "check": ["maybe", "partly"]}
     rows = []
     for number, (session, take) in enumerate(takes.items()):
-        rng, yes_no_rng = np.random.default_rng([number, 6]), np.random.default_rng([number, 7])
+        rng = np.random.default_rng([number, 6])
         for action, (start_s, end_s) in zip(take.actions, shown[session], strict=True):
             middle, half = QUESTION_FPS * (start_s + end_s) / 2, QUESTION_FPS * (end_s - start_s) / mean_s / 2
             asked = []
@@ -415,9 +417,6 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
                 texts = questions.vocabulary(take.world)[kind] + more.get(kind, [])
                 wrong = [text for text in texts if text != answer]
                 asked.append((question, answer, [wrong[i] for i in rng.permutation(len(wrong))[:3]]))
-            if take.world.phrasings:
-                # Yes or no is learnt from many questions, in a conversation without others that give the answer away.
-                asked += [(*row, []) for row in questions.yes_no_questions(take, action, yes_no_rng)]
             for question, answer, wrong in asked:
                 rows.append(
                     {
@@ -433,6 +432,23 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
                     }
                 )
     _write_json(folder / "annotations.EgoTimeQA.json", rows)
+
+
+def _comparisons(takes: dict[str, Take]) -> Iterator[dict[str, Any]]:
+    """Yield records of yes-no and lettered questions: to compare a text with a video is learnt from many of them."""
+    for number, (session, take) in enumerate(takes.items()):
+        rng = np.random.default_rng([number, 7])
+        for place, action in enumerate(take.actions):
+            start_s, end_s = _shown_s(action)
+            for row, (question, answer, options) in enumerate(questions.comparisons(take, action, rng)):
+                task = "mcq" if options else "qa"
+                yield {
+                    "id": f"comparisons/{session}/{place}/{row}",
+                    "video": f"practice/{session}.mp4",
+                    "start": start_s,
+                    "end": end_s,
+                    "prompt": {"task": task, "query": question, "options": options, "target": answer},
+                }
 
 
 def _write_egoexolearn(folder: Path, takes: dict[str, Take]) -> None:

@@ -48,9 +48,7 @@ class EgoTimeQA:
 
     root: Path
     form: str = option(
-        "open",
-        "answer in words, choose one of four, or choose for half of the rows that have wrong answers",
-        ("open", "closed", "mixed"),
+        "open", "answer in words, choose one of four, or each of them for half of the rows", ("open", "closed", "mixed")
     )
     stretch: float = option(3.0, "factor on the length of windows that are not in seconds")
     clips: tuple[Path, ...] = option((), "files that name the Ego4D video of a clip: ego4d.json, nlq_train.json, ...")
@@ -105,12 +103,11 @@ class EgoTimeQA:
                 f"{where}: begins at {moment.annotated_s[0]:.3f} s of a clip of {last_s:.3f} s: correct it"
             )
         start_s, end_s = max(0.0, moment.window_s[0]), min(last_s, moment.window_s[1])
-        wrong = entry.get("wrong_answers")
         # A draw by the key decides which half of a mixed file is closed.
-        chosen = self.form == "mixed" and wrong != [] and draw(0, 0, f"form of {key}") % 2 == 1
-        closed = self.form == "closed" or chosen
+        closed = self.form == "closed" or (self.form == "mixed" and draw(0, 0, f"form of {key}") % 2 == 1)
         options: tuple[str, ...] = ()
         if closed:
+            wrong = entry.get("wrong_answers")
             if not isinstance(wrong, list) or not all(is_text(text) and text.strip() for text in wrong):
                 raise SourceError(f"{where}: field 'wrong_answers' is {wrong!r}, expected three texts: correct it")
             others = [_spelled(text) for text in wrong]
