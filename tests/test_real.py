@@ -102,6 +102,7 @@ def test_all_stages_run_and_the_exported_model_answers_the_same(overrides, tmp_p
     takes = {"train_takes": 2, "val_takes": 1, "initialisation_takes": 2, "practice_takes": 2, "benchmark_takes": 1}
     generate(world, Settings(preset="rich", size=64, **takes), workers=1)
     few = ["trainer.max_steps=1", "data.init_args.global_batch_size=2", "data.init_args.micro_batch_size=2"]
+    few += ["model.init_args.optim.learning_rate=1e-5"]  # a step at full rate makes the likeliest answer an empty one
     few += ["data.init_args.held_out=null", "threads=1", f"data_root={world}", f"runs={tmp_path}"]
     for stage in tiny.STAGES:
         assert main(["fit", str(tiny.EXPERIMENTS / "toy_real"), stage, *overrides, *few]) == 0
@@ -110,10 +111,8 @@ def test_all_stages_run_and_the_exported_model_answers_the_same(overrides, tmp_p
     trained = tmp_path / "toy_real" / "stage3"
     export_model(trained, tmp_path / "exported")
     video = str(next((world / "practice").glob("*.mp4")))
-    # Probabilities, since after a step of these rates the likeliest answer may be an empty one.
-    options = ["picks up", "puts down", "shakes", "pulls"]
-    ours, exported = (
-        Exo2Ego.from_pretrained(source).choose(video, "What does the camera-wearer do?", options)
+    answers = [
+        Exo2Ego.from_pretrained(source).answer(video, "What does the camera-wearer do?", max_new_tokens=8)
         for source in (trained, tmp_path / "exported")
-    )
-    assert ours == pytest.approx(exported, rel=1e-4) and len(set(ours.values())) == len(options)
+    ]
+    assert answers[0] == answers[1] and answers[0]

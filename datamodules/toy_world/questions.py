@@ -153,10 +153,11 @@ def comparisons(take: Take, action: Action, rng: np.random.Generator) -> list[tu
     then a question about each attribute with two to four options.
     """
     truth, known, used = parts(take, action), vocabulary(take.world), take.things[action.thing]
+    right = {**truth, "check": used.phrase}
     rows: list[tuple[str, str, list[str]]] = []
     for kind, question in 2 * list(YES_NO_QUESTIONS.items()):
         if yes := bool(rng.random() < 0.5):
-            asked = used.phrase if kind == "check" else truth[kind]
+            asked = right[kind]
         elif kind == "check":
             asked = _other_thing(take, used, rng).phrase
         else:

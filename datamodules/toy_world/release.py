@@ -9,6 +9,7 @@
       practice/<session>.mp4                     stage 3: egocentric takes
       official/{egtea,egotimeqa,egoexolearn}/    annotations of these takes in the datasets' official formats
       instructions/{initialisation,held_out,egtea,egotimeqa,egoexolearn}.jsonl    the last three converted from these
+      instructions/comparisons.jsonl             in worlds with phrasings: yes-no and lettered questions for stage 3
       egobench/<benchmark>/                      eight benchmarks about takes of their own, see ``benchmarks.py``, and
                                                  those that compare views, see ``cross_view.py``
       templates/                                 prompt templates in the world's vocabulary, and those of benchmarks
@@ -354,7 +355,7 @@ def _shown_s(action: Action) -> tuple[float, float]:
 
 
 def _write_practice(root: Path, settings: Settings, workers: int) -> None:
-    """Write the takes of stage 3, their annotations as EGTEA, EgoTimeQA and EgoExoLearn, and the converted files."""
+    """Write the takes of stage 3, their annotations as EGTEA, EgoTimeQA and EgoExoLearn, and instructions."""
     jobs, takes = [], {}
     for index in range(settings.practice_takes):
         seed, session = SEEDS["practice"] + settings.seed * 1_000_000 + index, f"P{index:04d}-R01-TableTop"
@@ -412,12 +413,9 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
         rng = np.random.default_rng([number, 6])
         for action, (start_s, end_s) in zip(take.actions, shown[session], strict=True):
             middle, half = QUESTION_FPS * (start_s + end_s) / 2, QUESTION_FPS * (end_s - start_s) / mean_s / 2
-            asked = []
             for kind, question, answer in questions.answers(take, action, rng):
                 texts = questions.vocabulary(take.world)[kind] + more.get(kind, [])
                 wrong = [text for text in texts if text != answer]
-                asked.append((question, answer, [wrong[i] for i in rng.permutation(len(wrong))[:3]]))
-            for question, answer, wrong in asked:
                 rows.append(
                     {
                         "video_id": session,
@@ -428,7 +426,7 @@ def _write_egotimeqa(folder: Path, takes: dict[str, Take]) -> None:
                         "moment_end_frame": middle + half,
                         "start_sec": start_s,
                         "end_sec": end_s,
-                        "wrong_answers": wrong,
+                        "wrong_answers": [wrong[i] for i in rng.permutation(len(wrong))[:3]],
                     }
                 )
     _write_json(folder / "annotations.EgoTimeQA.json", rows)
